@@ -1,0 +1,44 @@
+# Each target does all its own set-up in .venv: `make demo` and `make test` work on a fresh machine with Python 3.11.
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+CORE := .venv-core
+CORE_TORCH := 2.13.0
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help setup demo test test-main test-core test-all bench lint clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: $(VENV)/installed  ## build .venv with the tested versions of everything
+
+# The stamp is newer than what decides its content, so a changed version is installed by the next command.
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed  ## build the emoji scenes, train, evaluate, reload, write runs/demo/report.html
+	$(BIN)/python -m training.demo
+
+test: test-main test-core  ## the tests, with all extras and with the core dependencies only
+
+test-main: $(VENV)/installed
+	$(PYTEST) -n $(WORKERS) -m "not slow"
+
+test-all: $(VENV)/installed  ## every test, the long ones too
+	$(PYTEST) -n $(WORKERS)
+	$(MAKE) test-core
+
+bench: $(VENV)/installed  ## measure every row of the speed table, side by side
+	$(BIN)/python -m tests.bench
+
+lint: $(VENV)/installed  ## ruff check and format check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## remove the environments and what the tools cached
+	rm -rf $(VENV) $(CORE) build dist *.egg-info .pytest_cache .ruff_cache

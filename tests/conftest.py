@@ -1,0 +1,67 @@
+"""What every test shares: one thread a process, no network, and the material beside the checkout.
+
+Environment variables are set before torch or transformers can be imported; subprocesses inherit them.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# The test workers already use every core; more threads only make them wait for each other.
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+# Nothing is fetched from a hub and nothing is left in the user's caches. A test with a server of its own lifts the
+# offline switch in the process that talks to it.
+for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ.setdefault(variable, "1")
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+SHARED = CHECKOUT.parent / "shared"
+
+
+def pytest_configure(config):
+    """Gives this test process a Hugging Face home of its own."""
+    config.hugging_face_home = tempfile.mkdtemp(prefix="pyramidclip-tests-")
+    os.environ["HF_HOME"] = config.hugging_face_home
+
+
+def pytest_unconfigure(config):
+    """Removes that home again."""
+    shutil.rmtree(config.hugging_face_home, ignore_errors=True)
+
+
+def _shared_folder(*parts):
+    folder = SHARED.joinpath(*parts)
+    if not folder.is_dir():
+        pytest.skip(f"needs {Path('..', 'shared', *parts)} beside the checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    """The folder that holds setup.cfg."""
+    return CHECKOUT
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """`../shared`; skips where it is absent."""
+    return _shared_folder()
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """`../shared/golden`, numbers computed by the published reference implementation; skips where it is absent."""
+    return _shared_folder("golden")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """`../shared/data`, vocabularies and sample files that are not committed; skips where it is absent."""
+    return _shared_folder("data")
