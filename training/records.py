@@ -1,0 +1,288 @@
+"""One sample of the pyramid: a picture, its caption, and the levels added to it (design section 6).
+
+A sample is a handful of members that share a key: `jpg` (or `png`, `webp`), `txt`, `json`, `roi.npy`. The functions
+here turn members into a checked `Sample` and back; they neither decode pictures nor know about tar files. Everything
+read is treated as untrusted: sizes are bounded, arrays are never unpickled, and what does not fit raises `BadSample`
+with a word that can be counted.
+"""
+
+import ast
+import json
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+IMAGE_SUFFIXES = ("jpg", "png", "webp")
+MAX_ATTRIBUTES = 3
+MAX_JSON_BYTES = 8 << 20
+MAX_TEXT_BYTES = 1 << 20
+# Detectors round boxes to pixels and may overshoot the edge by a fraction of one; more than this is a unit mistake
+# (pixels for fractions).
+BOX_TOLERANCE = 0.01
+
+_JSON_KEYS = ("caption", "captions", "summary", "tags", "regions")
+
+
+class BadSample(Exception):
+    """A sample that cannot be used.
+
+    Attributes: `key` the sample's key, `where` the shard or file it came from, `reason` one short machine-readable
+    word (what counts are kept by), `detail` a sentence for people.
+    """
+
+    def __init__(self, key, where, reason, detail=""):
+        super().__init__(key, where, reason, detail)
+        self.key, self.where, self.reason, self.detail = key, where, reason, detail
+
+    def __str__(self):
+        return f"{self.where}: sample {self.key!r}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass
+class Region:
+    """One detected region. `box` is x1, y1, x2, y2 over the width and height of the uncropped picture; `attributes`
+    end with the most confident one; `score` is the detector's confidence or None."""
+
+    box: tuple
+    score: float | None = None
+    label: str = ""
+    attributes: list = field(default_factory=list)
+
+
+@dataclass
+class Sample:
+    """A checked sample. `image` are the undecoded bytes of the picture (suffix `image_suffix`), `roi` is a read-only
+    float16 (K, F) array in the order of `regions`, `extra` holds the keys of `KEY.json` that are not ours, `captions`
+    all captions where a picture has several (`caption` is then the first)."""
+
+    key: str
+    image: bytes | None
+    image_suffix: str
+    caption: str | None = None
+    summary: str | None = None
+    tags: list | None = None
+    regions: list | None = None
+    roi: np.ndarray | None = None
+    extra: dict = field(default_factory=dict)
+    captions: list | None = None
+
+
+def phrase(region):
+    """The words for a region: its last three attributes (the most confident one last), then the noun."""
+    return " ".join([*region.attributes[-MAX_ATTRIBUTES:], region.label])
+
+
+def tag_text(tags):
+    """The text of the tag level: phrases joined by comma and blank (paper section 3.1)."""
+    return ", ".join(tags)
+
+
+def sample_from_members(members, key, where, require_image=True):
+    """Checks the members of one sample and returns a `Sample`.
+
+    Args: `members` {suffix: bytes}; `key` and `where` name the sample in errors; `require_image=False` accepts a
+    sample whose picture was not read (`image` is then None). A missing caption, summary, tags or regions is None,
+    also where it is there but blank.
+
+    Raises `BadSample` with reason `no-image`, `text-too-large`, `bad-utf8`, `json-too-large`, `bad-json`,
+    `bad-caption`, `bad-summary`, `bad-tags`, `bad-regions`, `bad-roi` or `roi-count` (rows of `roi.npy` and number of
+    regions differ).
+    """
+    suffix = next((s for s in (*IMAGE_SUFFIXES, "jpeg") if s in members), None)
+    if suffix is None and require_image:
+        found = ", ".join(sorted(members)) or "nothing"
+        raise BadSample(key, where, "no-image", f"expected a member .jpg, .png or .webp, found {found}")
+    record = _read_json(members.get("json"), key, where)
+    captions = _captions(members.get("txt"), record, key, where)
+    regions = _regions(record.get("regions"), key, where)
+    roi = None
+    if "roi.npy" in members:
+        roi = _roi_array(members["roi.npy"], key, where)
+        if len(roi) != len(regions or ()):
+            raise BadSample(key, where, "roi-count", f"{len(roi)} rows of features for {len(regions or ())} regions")
+    return Sample(
+        key=key,
+        image=None if suffix is None else members[suffix],
+        image_suffix="jpg" if suffix == "jpeg" else suffix or "jpg",
+        caption=captions[0] if captions else None,
+        summary=_text(record.get("summary"), "bad-summary", key, where),
+        tags=_tags(record.get("tags"), key, where),
+        regions=regions,
+        roi=roi if roi is not None and len(roi) else None,
+        extra={name: value for name, value in record.items() if name not in _JSON_KEYS},
+        captions=captions if len(captions) > 1 else None,
+    )
+
+
+def members_from_sample(sample):
+    """The members {suffix: bytes} of a sample, the inverse of `sample_from_members`; the same sample always gives the
+    same bytes.
+
+    Raises `ValueError` where the sample has no picture, or `roi` and `regions` differ in length.
+    """
+    if sample.image is None:
+        raise ValueError(f"sample {sample.key!r} has no picture: expected its encoded bytes in `image`")
+    if sample.image_suffix not in IMAGE_SUFFIXES:
+        raise ValueError(
+            f"sample {sample.key!r}: image_suffix is {sample.image_suffix!r}, expected {', '.join(IMAGE_SUFFIXES)}"
+        )
+    members = {sample.image_suffix: sample.image}
+    if sample.caption is not None:
+        members["txt"] = sample.caption.encode()
+    record = dict(sample.extra)
+    if sample.captions:
+        record["captions"] = list(sample.captions)
+    if sample.summary is not None:
+        record["summary"] = sample.summary
+    if sample.tags is not None:
+        record["tags"] = list(sample.tags)
+    if sample.regions is not None:
+        record["regions"] = [
+            {
+                "box": [round(float(v), 6) for v in r.box],
+                "score": r.score,
+                "label": r.label,
+                "attributes": list(r.attributes),
+            }
+            for r in sample.regions
+        ]
+    if record:
+        members["json"] = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+    if sample.roi is not None:
+        if len(sample.roi) != len(sample.regions or ()):
+            count = len(sample.regions or ())
+            raise ValueError(
+                f"sample {sample.key!r}: {len(sample.roi)} rows of region features for {count} regions; expected as many"
+            )
+        members["roi.npy"] = npy_bytes(sample.roi)
+    return members
+
+
+def npy_bytes(array):
+    """The bytes of a float16 `.npy` file holding `array` (K, F). Raises `ValueError` where a value is not finite in
+    float16."""
+    with np.errstate(over="ignore"):
+        half = np.ascontiguousarray(array, dtype="<f2")
+    if half.ndim != 2:
+        raise ValueError(f"region features have shape {half.shape}, expected (K, F)")
+    if not np.isfinite(half).all():
+        raise ValueError(
+            "region features hold values that are not finite in float16 (over 65504, or NaN); scale them first"
+        )
+    header = repr({"descr": "<f2", "fortran_order": False, "shape": half.shape}).encode()
+    padding = -(len(header) + 11) % 64
+    header = header + b" " * padding + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + half.tobytes()
+
+
+def _read_json(data, key, where):
+    if data is None:
+        return {}
+    if len(data) > MAX_JSON_BYTES:
+        raise BadSample(key, where, "json-too-large", f"{len(data)} bytes, at most {MAX_JSON_BYTES} are read")
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSample(key, where, "bad-json", str(error)) from None
+    if not isinstance(record, dict):
+        raise BadSample(key, where, "bad-json", f"expected an object, found {type(record).__name__}")
+    return record
+
+
+def _captions(text, record, key, where):
+    """All captions of a sample: the list `captions` where there is one, else `KEY.txt`, else `caption` of the JSON."""
+    if isinstance(record.get("captions"), list):
+        found = [_text(item, "bad-caption", key, where) for item in record["captions"]]
+        found = [item for item in found if item is not None]
+        if found:
+            return found
+    if text is not None:
+        if len(text) > MAX_TEXT_BYTES:
+            raise BadSample(
+                key, where, "text-too-large", f"caption of {len(text)} bytes, at most {MAX_TEXT_BYTES} are read"
+            )
+        try:
+            found = str(bytes(text), "utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise BadSample(key, where, "bad-utf8", f"caption: {error}") from None
+        if found:
+            return [found]
+    found = _text(record.get("caption"), "bad-caption", key, where)
+    return [found] if found else []
+
+
+def _text(value, reason, key, where):
+    """A stripped string, or None for null, NaN (how spreadsheets write a missing cell) and blanks."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if not isinstance(value, str):
+        raise BadSample(key, where, reason, f"expected a string, found {type(value).__name__}")
+    return value.strip() or None
+
+
+def _tags(value, key, where):
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if not isinstance(value, list):
+        raise BadSample(key, where, "bad-tags", f"expected a list of phrases, found {type(value).__name__}")
+    tags = [_text(item, "bad-tags", key, where) for item in value]
+    return [tag for tag in tags if tag is not None] or None
+
+
+def _regions(value, key, where):
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise BadSample(key, where, "bad-regions", f"expected a list, found {type(value).__name__}")
+    return [_region(item, key, where) for item in value]
+
+
+def _region(item, key, where):
+    if not isinstance(item, dict):
+        raise BadSample(key, where, "bad-regions", f"expected an object, found {type(item).__name__}")
+    box, score = item.get("box"), item.get("score")
+    numbers = isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) and math.isfinite(v) for v in box)
+    if not numbers:
+        raise BadSample(key, where, "bad-regions", f"box {str(box)[:80]}: expected four finite numbers x1, y1, x2, y2")
+    low, high = -BOX_TOLERANCE, 1 + BOX_TOLERANCE
+    if not all(low <= v <= high for v in box) or box[0] > box[2] or box[1] > box[3]:
+        raise BadSample(
+            key,
+            where,
+            "bad-regions",
+            f"box {box}: expected 0 <= x1 <= x2 <= 1 and 0 <= y1 <= y2 <= 1 (fractions of width and height)",
+        )
+    if score is not None and (type(score) not in (int, float) or not math.isfinite(score)):
+        raise BadSample(key, where, "bad-regions", f"score {str(score)[:80]}: expected a finite number or null")
+    label, attributes = item.get("label", ""), item.get("attributes") or []
+    if (
+        not isinstance(label, str)
+        or not isinstance(attributes, list)
+        or not all(isinstance(a, str) for a in attributes)
+    ):
+        raise BadSample(key, where, "bad-regions", "expected `label` as a string and `attributes` as a list of strings")
+    return Region(tuple(min(max(float(v), 0.0), 1.0) for v in box), score, label, attributes)
+
+
+def _roi_array(data, key, where):
+    """A read-only view (K, F) on the bytes of a `.npy` file; no copy, no pickle. float16, or float32 as it is."""
+    view = memoryview(data)
+    try:
+        if bytes(view[:6]) != b"\x93NUMPY" or view[6] not in (1, 2):
+            raise ValueError("not a .npy file")
+        start = 10 if view[6] == 1 else 12
+        size = int.from_bytes(view[8:start], "little")
+        if size > 4096:
+            raise ValueError(f"header of {size} bytes")
+        header = ast.literal_eval(str(bytes(view[start : start + size]), "latin-1").strip())
+        dtype, shape = header["descr"], header["shape"]
+        if dtype not in ("<f2", "<f4") or header["fortran_order"] or len(shape) != 2:
+            raise ValueError(f"dtype {dtype!r}, shape {shape}: expected little-endian float16 (K, F) in row order")
+        rows, width = shape
+        found, expected = len(view) - start - size, rows * width * int(dtype[2])
+        if min(rows, width) < 0 or found != expected:
+            raise ValueError(f"{found} bytes of data for shape {shape}, expected {expected}")
+        return np.frombuffer(view, dtype, rows * width, start + size).reshape(rows, width)
+    except (ValueError, SyntaxError, KeyError, TypeError, IndexError, MemoryError, RecursionError) as error:
+        raise BadSample(key, where, "bad-roi", str(error)[:200]) from None
