@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORE := .venv-core
 CORE_TORCH := 2.13.0
+CORE_TESTS := tests/pyramidclip_hf tests/test_core_environment.py tests/test_import_time.py
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help setup demo test test-main test-core test-all bench lint clean
@@ -27,7 +28,20 @@ demo: $(VENV)/installed  ## build the emoji scenes, train, evaluate, reload, wri
 test: test-main test-core  ## the tests, with all extras and with the core dependencies only
 
 test-main: $(VENV)/installed
-	$(PYTEST) -n $(WORKERS) -m "not slow"
+	$(PYTEST) -n $(WORKERS) -m "not slow" --durations=15
+
+test-core: $(CORE)/installed
+	rm -rf build
+	$(CORE)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --force-reinstall .
+	$(CORE)/bin/pytest -n $(WORKERS) -m "not slow" -o pythonpath= $(CORE_TESTS)
+
+# The same versions but for torch, and no extras. The tests import the installed package: the checkout is not on the path.
+$(CORE)/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(CORE)
+	grep -vE '^torch(vision)?==' constraints.txt > $(CORE)/constraints.txt
+	$(CORE)/bin/python -m pip install --disable-pip-version-check --constraint $(CORE)/constraints.txt \
+		torch==$(CORE_TORCH) pytest pytest-timeout pytest-xdist .
+	touch $@
 
 test-all: $(VENV)/installed  ## every test, the long ones too
 	$(PYTEST) -n $(WORKERS)
