@@ -1,0 +1,295 @@
+# Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Configurations of PyramidCLIP (arXiv 2204.14095), the names of its loss terms, and the nine named architectures.
+
+>>> config = PyramidCLIPConfig.from_architecture("ViT-B-16")
+>>> config.vision_config.num_leff_layers
+9
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationConfig
+
+# A loss term pairs one image level with one text level: name -> (image level, text level).
+TERMS: dict[str, tuple[str, str]] = {
+    "global_summary": ("global", "summary"),
+    "local_caption": ("local", "caption"),
+    "roi_summary": ("roi", "summary"),
+    "global_tags": ("global", "tags"),
+    "roi_caption": ("roi", "caption"),
+    "local_tags": ("local", "tags"),
+    "roi_tags": ("roi", "tags"),
+    "global_caption": ("global", "caption"),
+    "local_summary": ("local", "summary"),
+}
+
+# Three groups of two (peer, global relation, local relation), each group a third of the loss (paper, section 3.4).
+DEFAULT_LOSS_WEIGHTS: dict[str, float] = dict.fromkeys(list(TERMS)[:6], 1 / 6)
+
+_BASE_CONFIG_KEYS = {
+    "model_type", "torch_dtype", "num_labels", "name_or_path", "auto_map", "attn_implementation", "output_attentions",
+    "experts_implementation", "per_layer_config", "quantization_config", "custom_pipelines", "tie_word_embeddings",
+    "tokenizer_class", "use_cache", "tie_last_hidden_states", "transformers_weights", "use_bfloat16", "torchscript",
+    "processor_class", "tie_encoder_decoder", "finetuning_task", "task_specific_params", "pruned_heads",
+}  # fmt: skip
+
+
+def check_loss_weights(weights: Mapping[str, float]) -> dict[str, float]:
+    """The mapping without its zero weights.
+
+    Raises:
+        ValueError: a name that is no loss term, a negative or non-finite weight, or no term left.
+    """
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"loss_weights must be a mapping of term name to weight, got {type(weights).__name__}.")
+    unknown = sorted(set(weights) - set(TERMS))
+    if unknown:
+        raise ValueError(f"loss_weights names unknown terms {unknown}; the terms are {list(TERMS)}.")
+    wrong = {name: weight for name, weight in weights.items() if not 0 <= float(weight) < float("inf")}
+    if wrong:
+        raise ValueError(f"loss_weights must be finite and not negative, got {wrong}.")
+    kept = {name: float(weight) for name, weight in weights.items() if weight}
+    if not kept:
+        raise ValueError(f"loss_weights names no term (a weight of 0 is not named); choose among {list(TERMS)}.")
+    return kept
+
+
+def levels_of(weights: Mapping[str, float]) -> tuple[str, ...]:
+    """The levels that the named terms need, image levels first, in the order in which they are encoded."""
+    needed = {level for name in check_loss_weights(weights) for level in TERMS[name]}
+    return tuple(level for level in ("global", "local", "roi", "summary", "caption", "tags") if level in needed)
+
+
+def _reject_unknown_keys(config: PreTrainedConfig, kwargs: dict) -> None:
+    allowed = _BASE_CONFIG_KEYS | set(GenerationConfig._get_default_generation_params())
+    unknown = [key for key in kwargs if key not in allowed and not key.startswith("_")]
+    if unknown:
+        base = PreTrainedConfig.__dataclass_fields__
+        fields = [name for name in type(config).__dataclass_fields__ if name not in base]
+        hints = [f"{key} (did you mean {near[0]}?)" if near else key for key in unknown
+                 for near in [difflib.get_close_matches(key, fields, 1)]]  # fmt: skip
+        raise ValueError(f"{type(config).__name__} has no field {', '.join(hints)}. Its fields: {fields}.")
+
+
+def _check_heads(name: str, hidden_size: int, num_attention_heads: int) -> None:
+    if num_attention_heads < 1 or hidden_size % num_attention_heads:
+        raise ValueError(
+            f"{name}: num_attention_heads ({num_attention_heads}) must divide hidden_size ({hidden_size})."
+        )
+
+
+@strict
+class PyramidCLIPTextConfig(PreTrainedConfig):
+    """The text tower: a causal pre-LN transformer (CLIP's names and defaults).
+
+    Args:
+        pooling: `"max"` takes the maximum over all `max_position_embeddings` positions, padding included, as the
+            released weights need it; `"eos"` takes the end-of-text position, as the paper describes it.
+        pad_token_id: what padded positions hold; under `"max"` it is part of the function, so it is 0 as in CLIP.
+        projection_dim: width of the shared embedding space; inside a [`PyramidCLIPConfig`] it follows the composed one.
+        num_attention_heads: `hidden_size / 64` when not given; `intermediate_size`: four times `hidden_size`.
+    """
+
+    model_type = "pyramidclip_text_model"
+    base_config_key = "text_config"
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int | None = None
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int | None = None
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float | int = 1e-5
+    attention_dropout: float | int = 0.0
+    pooling: Literal["max", "eos"] = "max"
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 49406
+    eos_token_id: int = 49407
+
+    def __post_init__(self, **kwargs):
+        _reject_unknown_keys(self, kwargs)
+        self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
+        self.num_attention_heads = self.num_attention_heads or max(1, self.hidden_size // 64)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Cross-field checks; run by `@strict` at construction and on saving."""
+        _check_heads("text_config", self.hidden_size, self.num_attention_heads)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < self.vocab_size:
+                raise ValueError(f"text_config: {name} ({value}) must lie in the vocabulary of {self.vocab_size}.")
+        if self.pooling == "max" and self.pad_token_id is None:
+            raise ValueError('text_config: pooling "max" pools over the padding, so pad_token_id must be set (0).')
+
+
+@strict
+class PyramidCLIPVisionConfig(PreTrainedConfig):
+    """The image tower: a ViT whose first blocks have LeFF, or CLIP's modified ResNet.
+
+    Args:
+        tower: `"vit"` or `"resnet"`.
+        image_size: side of the square picture, pixels; a multiple of `patch_size` (ViT) or of 32 (ResNet).
+        hidden_size: token width. ViT 768 by default; ResNet always `32 * width`, the width of the pooled vector.
+        num_leff_layers: how many blocks, from the first, have the locally-enhanced feed-forward; the region branch
+            runs through the blocks behind them (paper, section 3.3).
+        freeze_patch_embedding: keep the patch convolution at its initial value in training, as the reference does.
+        layers, width: blocks per stage and stem width of the ResNet.
+        roi_feature_size: width of a region's feature; 4 box numbers are appended to it.
+        num_attention_heads: `hidden_size / 64` when not given; `intermediate_size`: four times `hidden_size`.
+    """
+
+    model_type = "pyramidclip_vision_model"
+    base_config_key = "vision_config"
+
+    tower: Literal["vit", "resnet"] = "vit"
+    image_size: int = 224
+    num_channels: int = 3
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    projection_dim: int = 512
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    patch_size: int = 16
+    num_leff_layers: int | None = None
+    freeze_patch_embedding: bool = True
+    layers: list[int] | tuple[int, ...] = (3, 4, 6, 3)
+    width: int = 64
+    roi_feature_size: int = 2048
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float | int = 1e-5
+    attention_dropout: float | int = 0.0
+
+    def __post_init__(self, **kwargs):
+        _reject_unknown_keys(self, kwargs)
+        vit = self.tower == "vit"
+        self.hidden_size = self.hidden_size or (768 if vit else 32 * self.width)
+        self.num_hidden_layers = self.num_hidden_layers or (12 if vit else len(self.layers))
+        if self.num_leff_layers is None:
+            self.num_leff_layers = min(9, self.num_hidden_layers) if vit else 0
+        self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
+        self.num_attention_heads = self.num_attention_heads or max(1, self.hidden_size // 64)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Cross-field checks; run by `@strict` at construction and on saving."""
+        _check_heads("vision_config", self.hidden_size, self.num_attention_heads)
+        if self.roi_feature_size < 1:
+            raise ValueError(f"vision_config: roi_feature_size must be positive, got {self.roi_feature_size}.")
+        stride = self.patch_size if self.tower == "vit" else 32
+        if self.image_size < stride or self.image_size % stride:
+            what = "patch_size" if self.tower == "vit" else "the ResNet's stride of"
+            raise ValueError(f"vision_config: image_size ({self.image_size}) must be a multiple of {what} ({stride}).")
+        if self.tower == "vit":
+            if not 0 <= self.num_leff_layers <= self.num_hidden_layers:
+                raise ValueError(
+                    f"vision_config: num_leff_layers ({self.num_leff_layers}) must lie between 0 and "
+                    f"num_hidden_layers ({self.num_hidden_layers})."
+                )
+        else:
+            if len(self.layers) != 4 or min(self.layers) < 1:
+                raise ValueError(f"vision_config: layers must hold four positive block counts, got {self.layers}.")
+            if self.width % 2 or self.hidden_size != 32 * self.width:
+                raise ValueError(
+                    f"vision_config: a ResNet needs an even width and hidden_size = 32 * width, got width "
+                    f"{self.width} and hidden_size {self.hidden_size}."
+                )
+            if self.num_leff_layers:
+                raise ValueError(f"vision_config: num_leff_layers is for the ViT, got {self.num_leff_layers}.")
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the square token grid that the tower makes of a picture of `image_size`."""
+        return self.image_size // (self.patch_size if self.tower == "vit" else 32)
+
+
+@strict
+class PyramidCLIPConfig(PreTrainedConfig):
+    """A dual encoder: text tower, image tower, and the objective as data.
+
+    Args:
+        text_config, vision_config: a configuration, a dictionary of one, or `None` for the defaults.
+        projection_dim: width of the shared embedding space; both towers' `projection_dim` follow it.
+        logit_scale_init_value: initial logarithm of the softmax scale; ln(1 / 0.07).
+        loss_weights: term name -> weight, used as given; `{"global_caption": 1.0}` is CLIP.
+        label_smoothing: the mass `a` of softened targets that goes to the N - 1 negatives (paper, section 3.4).
+    """
+
+    model_type = "pyramidclip"
+    sub_configs_defaults = {"vision_config": PyramidCLIPVisionConfig, "text_config": PyramidCLIPTextConfig}
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    projection_dim: int = 512
+    logit_scale_init_value: float | int = 2.6592600369327779
+    loss_weights: dict | None = None
+    label_smoothing: float | int = 0.2
+
+    def __post_init__(self, **kwargs):
+        _reject_unknown_keys(self, kwargs)
+        if self.loss_weights is None:
+            self.loss_weights = dict(DEFAULT_LOSS_WEIGHTS)
+        super().__post_init__(**kwargs)
+        for tower in (self.text_config, self.vision_config):
+            tower.projection_dim = self.projection_dim
+
+    def validate_architecture(self):
+        """Cross-field checks; run by `@strict` at construction and on saving."""
+        check_loss_weights(self.loss_weights)
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}.")
+        if self.projection_dim < 1:
+            raise ValueError(f"projection_dim must be positive, got {self.projection_dim}.")
+
+    @classmethod
+    def from_architecture(cls, name: str, **kwargs) -> "PyramidCLIPConfig":
+        """The configuration of a named architecture, e.g. `"RN50"` or `"ViT-B-16"`.
+
+        Args:
+            name: one of `ARCHITECTURES`.
+            **kwargs: fields of the composed configuration; `text_config` and `vision_config` may be dictionaries
+                whose entries override the architecture's.
+
+        Raises:
+            ValueError: the name is not known.
+        """
+        if name not in ARCHITECTURES:
+            raise ValueError(f"Unknown architecture {name!r}; the named ones are {list(ARCHITECTURES)}.")
+        projection_dim, vision, text = ARCHITECTURES[name]
+        return cls(
+            text_config={**text, **kwargs.pop("text_config", {})},
+            vision_config={**vision, **kwargs.pop("vision_config", {})},
+            **{"projection_dim": projection_dim, **kwargs},
+        )
+
+
+def _resnet(layers: tuple[int, ...], image_size: int, width: int) -> dict:
+    return {"tower": "resnet", "layers": layers, "image_size": image_size, "width": width}
+
+
+def _vit(hidden_size: int, num_hidden_layers: int, patch_size: int, image_size: int = 224) -> dict:
+    return {"tower": "vit", "hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers,
+            "patch_size": patch_size, "image_size": image_size}  # fmt: skip
+
+
+# CLIP's dimensions: name -> (projection_dim, vision fields, text fields). RN50x64: the reference's file says a text
+# width of 512, which contradicts its own weights; CLIP's is 1024.
+ARCHITECTURES: dict[str, tuple[int, dict, dict]] = {
+    "RN50": (1024, _resnet((3, 4, 6, 3), 224, 64), {"hidden_size": 512}),
+    "RN101": (512, _resnet((3, 4, 23, 3), 224, 64), {"hidden_size": 512}),
+    "RN50x4": (640, _resnet((4, 6, 10, 6), 288, 80), {"hidden_size": 640}),
+    "RN50x16": (768, _resnet((6, 8, 18, 8), 384, 96), {"hidden_size": 768}),
+    "RN50x64": (1024, _resnet((3, 15, 36, 10), 448, 128), {"hidden_size": 1024}),
+    "ViT-B-32": (512, _vit(768, 12, 32), {"hidden_size": 512}),
+    "ViT-B-16": (512, _vit(768, 12, 16), {"hidden_size": 512}),
+    "ViT-L-14": (768, _vit(1024, 24, 14), {"hidden_size": 768}),
+    "ViT-L-14-336": (768, _vit(1024, 24, 14, 336), {"hidden_size": 768}),
+}
+
+__all__ = ["ARCHITECTURES", "PyramidCLIPConfig", "PyramidCLIPTextConfig", "PyramidCLIPVisionConfig"]

@@ -1,0 +1,870 @@
+# Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""PyramidCLIP (arXiv 2204.14095): the ViT with locally-enhanced feed-forward, the towers, the dual encoder, the heads.
+
+Read from the top: outputs, the ViT's parts, the base class with all initialisation, the two towers, the dual encoder
+(`PyramidCLIPModel`), the single towers with projection, the classifier.
+Shape letters: B batch, L tokens, K regions, D tower width, P `projection_dim`.
+"""
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_pyramidclip import (
+    TERMS,
+    PyramidCLIPConfig,
+    PyramidCLIPTextConfig,
+    PyramidCLIPVisionConfig,
+    levels_of,
+)
+from .loss_pyramidclip import LEVEL_INPUTS, LEVEL_MASKS, normalize_embeds, pyramid_loss
+from .modeling_pyramidclip_resnet import (
+    PyramidCLIPAttentionPool,
+    PyramidCLIPResNet,
+    PyramidCLIPResNetBottleneck,
+    PyramidCLIPResNetStage,
+    resize_position_table,
+)
+from .modeling_pyramidclip_text import (
+    PyramidCLIPAttention,
+    PyramidCLIPEncoder,
+    PyramidCLIPEncoderLayer,
+    PyramidCLIPTextEmbeddings,
+    PyramidCLIPTextLayer,
+    canonical_input_ids,
+    check_input_ids,
+    pool_text,
+)
+
+try:  # absent before transformers 5; without it a tower cannot be read out of a full checkpoint
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+except ImportError:
+    register_checkpoint_conversion_mapping = None
+
+MAX_LOGIT_SCALE = math.log(100.0)
+
+
+@dataclass
+class PyramidCLIPOutput(ModelOutput):
+    """Output of [`PyramidCLIPModel`]. Only what was put in comes out; the rest is `None`.
+
+    Args:
+        loss: scalar, with `return_loss=True`.
+        loss_terms: loss term name -> unweighted scalar, with `return_loss=True`.
+        logits_per_image: (B_image, B_text) fp32, scaled cosine of `image_embeds` and `text_embeds`.
+        logits_per_text: its transpose.
+        image_embeds, local_image_embeds, roi_embeds: (B, P) fp32 unit vectors of the global picture, the local crop,
+            the regions.
+        text_embeds, summary_embeds, tag_embeds: (B, P) fp32 unit vectors of caption, summary, tags.
+        text_model_output, vision_model_output: tower outputs for the caption and the global picture, with the
+            projected, not normalised embedding as `pooler_output`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    loss_terms: dict[str, torch.Tensor] | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    local_image_embeds: torch.FloatTensor | None = None
+    roi_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    summary_embeds: torch.FloatTensor | None = None
+    tag_embeds: torch.FloatTensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple[Any]:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+@dataclass
+class PyramidCLIPVisionModelOutput(ModelOutput):
+    """`image_embeds` (B, P): projected, not normalised; the rest as the image tower gives it."""
+
+    image_embeds: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class PyramidCLIPTextModelOutput(ModelOutput):
+    """`text_embeds` (B, P): projected, not normalised; the rest as the text tower gives it."""
+
+    text_embeds: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@contextlib.contextmanager
+def frozen_batch_norm_statistics(module: nn.Module):
+    """Within it, BatchNorm layers of `module` in train mode use batch statistics and leave the running ones alone."""
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+
+
+class PyramidCLIPLeFF(nn.Module):
+    """Locally-enhanced feed-forward (paper, Figure 3c): a depth-wise 3x3 convolution between the two linear layers.
+
+    BatchNorm and activation follow each of the three. Tokens stay channels-last: the grid view of (B, L, C) tokens is
+    what a channels-last convolution reads, so nothing is copied.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        inner = config.intermediate_size
+        self.fc1 = nn.Linear(config.hidden_size, inner)
+        self.norm1 = nn.BatchNorm1d(inner)
+        self.depthwise = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner, bias=False)
+        self.norm2 = nn.BatchNorm1d(inner)
+        self.fc2 = nn.Linear(inner, config.hidden_size)
+        self.norm3 = nn.BatchNorm1d(config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        """(B, rows * columns, D) -> the same shape."""
+        batch = len(hidden_states)
+        tokens = hidden_states.flatten(0, 1)
+        tokens = self.activation_fn(self.norm1(self.fc1(tokens)))
+        grid = tokens.view(batch, *grid_size, -1).permute(0, 3, 1, 2)
+        tokens = self.depthwise(grid).permute(0, 2, 3, 1).reshape(tokens.shape)
+        tokens = self.activation_fn(self.norm2(tokens))
+        return self.activation_fn(self.norm3(self.fc2(tokens))).view_as(hidden_states)
+
+
+class PyramidCLIPLeFFLayer(PyramidCLIPEncoderLayer):
+    """A block whose feed-forward is LeFF on the patch tokens; the class token passes it unchanged."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.mlp = PyramidCLIPLeFF(config)
+
+    def feed_forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        patches = self.mlp(hidden_states[:, 1:], grid_size)
+        return torch.cat([hidden_states[:, :1], patches], dim=1)
+
+
+class PyramidCLIPVisionEmbeddings(nn.Module):
+    """Class token and positions in front of patches; the same class token, without positions, in front of regions."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size, bias=False
+        )
+        num_positions = config.grid_size**2 + 1
+        self.position_embedding = nn.Embedding(num_positions, config.hidden_size)
+        self.position_ids = nn.Buffer(torch.arange(num_positions), persistent=False)
+        self.roi_projection = nn.Linear(config.roi_feature_size + 4, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        roi_features: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> torch.Tensor:
+        if roi_features is not None:
+            tokens = self.roi_projection(roi_features)
+        else:
+            grid = self.patch_embedding(pixel_values)
+            tokens = grid.flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.class_embedding.to(tokens.dtype).expand(len(tokens), 1, -1), tokens], dim=1)
+        if roi_features is not None:
+            return tokens
+        positions = self.position_embedding(self.position_ids)
+        if interpolate_pos_encoding and grid.shape[2:] != (self.config.grid_size, self.config.grid_size):
+            positions = resize_position_table(positions, *grid.shape[2:])
+        return tokens + positions
+
+
+class PyramidCLIPPreTrainedModel(PreTrainedModel):
+    """Base class: loading and saving, initialisation, gradient checkpointing."""
+
+    config: PyramidCLIPConfig
+    base_model_prefix = "pyramidclip"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = [
+        "PyramidCLIPTextEmbeddings",
+        "PyramidCLIPVisionEmbeddings",
+        "PyramidCLIPEncoderLayer",
+        "PyramidCLIPTextLayer",
+        "PyramidCLIPLeFFLayer",
+        "PyramidCLIPResNetStem",
+        "PyramidCLIPResNetBottleneck",
+        "PyramidCLIPResNetShortcut",
+        "PyramidCLIPAttentionPool",
+    ]
+    _can_record_outputs = {
+        "hidden_states": [PyramidCLIPEncoderLayer, PyramidCLIPResNetStage],
+        "attentions": [PyramidCLIPAttention],
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """The reference's initialisation (design, section 4), not Transformers' N(0, 0.02)."""
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            _init_like_torch(module)
+        elif isinstance(module, (nn.LayerNorm, _BatchNorm)):
+            super()._init_weights(module)
+        elif isinstance(module, PyramidCLIPTextEmbeddings):
+            init.normal_(module.token_embedding.weight, std=0.02)
+            init.normal_(module.position_embedding.weight, std=0.01)
+            init.copy_(module.position_ids, torch.arange(module.position_ids.shape[1])[None])
+        elif isinstance(module, PyramidCLIPAttention):
+            bound = math.sqrt(6 / (4 * module.q_proj.in_features))  # Xavier uniform over the packed (3 D, D) matrix
+            for projection in (module.q_proj, module.k_proj, module.v_proj):
+                init.uniform_(projection.weight, -bound, bound)
+                init.zeros_(projection.bias)
+            init.zeros_(module.out_proj.bias)
+        elif isinstance(module, PyramidCLIPTextLayer):
+            _init_text_layer(module)
+        elif isinstance(module, PyramidCLIPVisionEmbeddings):
+            std = module.config.hidden_size**-0.5
+            init.normal_(module.class_embedding, std=std)
+            init.normal_(module.position_embedding.weight, std=std)
+            init.normal_(module.roi_projection.weight, std=std)
+            init.copy_(module.position_ids, torch.arange(len(module.position_ids)))
+        elif isinstance(module, PyramidCLIPAttentionPool):
+            std = module.config.hidden_size**-0.5
+            init.normal_(module.position_embedding.weight, std=std)
+            for projection in (module.roi_projection, module.q_proj, module.k_proj, module.v_proj):
+                init.normal_(projection.weight, std=std)
+            init.copy_(module.position_ids, torch.arange(len(module.position_ids)))
+        elif isinstance(module, PyramidCLIPResNetBottleneck):
+            init.zeros_(module.norm3.weight)
+        for name in ("visual_projection", "text_projection"):
+            if isinstance(projection := getattr(module, name, None), nn.Linear):
+                init.normal_(projection.weight, std=projection.in_features**-0.5)
+        if isinstance(module, PyramidCLIPModel):
+            init.constant_(module.logit_scale, module.config.logit_scale_init_value)
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None, every_n_layers=1):
+        """Checkpoints blocks without counting a batch twice in BatchNorm's running statistics."""
+
+        def checkpoint_once(function, *args):
+            # Transformers hands over `partial(forward, layer, ...)`; it runs now, and again in the backward pass.
+            layer, runs = function.args[0], []
+
+            def run(*args):
+                again = frozen_batch_norm_statistics(layer) if runs else contextlib.nullcontext()
+                runs.append(1)
+                with again:
+                    return function(*args)
+
+            return gradient_checkpointing_func(run, *args)
+
+        super()._set_gradient_checkpointing(enable, checkpoint_once, every_n_layers)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, image_size: int | None = None, **kwargs):
+        """As [`~transformers.PreTrainedModel.from_pretrained`]; `image_size` resizes the image tower's positions
+        (bicubic) after loading, for fine-tuning at another resolution."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if image_size is not None:
+            model.resize_image_positions(image_size)
+        return loaded
+
+    @torch.no_grad()
+    def resize_image_positions(self, image_size: int) -> None:
+        """Resizes the learned positions of the image tower to square pictures of `image_size` pixels, in place.
+
+        Raises:
+            ValueError: the size does not fit the tower, or the model has no image tower.
+        """
+        tower = self if isinstance(self, PyramidCLIPVisionModel) else getattr(self, "vision_model", None)
+        if tower is None:
+            raise ValueError(f"{type(self).__name__} has no image tower, so image_size cannot be given.")
+        old_size = tower.config.image_size
+        tower.config.image_size = image_size
+        try:
+            tower.config.validate_architecture()
+        except ValueError:
+            tower.config.image_size = old_size
+            raise
+        holder, grid = tower.position_holder, tower.config.grid_size
+        table = resize_position_table(holder.position_embedding.weight, grid, grid)
+        holder.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)
+        holder.position_ids = nn.Buffer(torch.arange(len(table), device=table.device), persistent=False)
+        vision_config = getattr(self.config, "vision_config", self.config)
+        vision_config.image_size = image_size
+
+
+def _init_like_torch(module: nn.Module) -> None:
+    """What `nn.Linear` and `nn.Conv2d` do to themselves: uniform within fan_in^-0.5."""
+    if getattr(module, "weight", None) is None:  # quantised layers hold it elsewhere
+        return
+    bound = (module.weight.shape[1] * math.prod(module.weight.shape[2:])) ** -0.5
+    init.uniform_(module.weight, -bound, bound)
+    if module.bias is not None:
+        init.uniform_(module.bias, -bound, bound)
+
+
+def _init_text_layer(layer: PyramidCLIPTextLayer) -> None:
+    width, depth = layer.self_attn.config.hidden_size, layer.self_attn.config.num_hidden_layers
+    for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+        init.normal_(projection.weight, std=width**-0.5)
+    for projection in (layer.self_attn.out_proj, layer.mlp.fc2):
+        init.normal_(projection.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+    init.normal_(layer.mlp.fc1.weight, std=(2 * width) ** -0.5)
+
+
+class PyramidCLIPTextModel(PyramidCLIPPreTrainedModel):
+    """The text tower without projection."""
+
+    config: PyramidCLIPTextConfig
+    input_modalities = ("text",)
+    _input_embed_layer = "token_embedding"
+
+    def __init__(self, config: PyramidCLIPTextConfig):
+        super().__init__(config)
+        self.embeddings = PyramidCLIPTextEmbeddings(config)
+        self.encoder = PyramidCLIPEncoder(PyramidCLIPTextLayer(config) for _ in range(config.num_hidden_layers))
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Hidden states (B, L, D) after the final LayerNorm, and the pooled vector (B, D).
+
+        Args:
+            input_ids: (B, L) int64, L at most `max_position_embeddings`, padded on the right by anybody with anything.
+            attention_mask: (B, L), 1 on real tokens. Attention itself is causal and never masked: behind the end
+                token nothing can reach it, and under `"max"` the padding belongs to the function.
+            position_ids: (1 or B, L) int64; by default 0, 1, ...
+
+        Raises:
+            ValueError: no ids, no texts, or more tokens than positions.
+        """
+        check_input_ids(input_ids, self.config)
+        if self.config.pooling == "max":
+            if position_ids is not None:
+                rest = self.embeddings.position_ids[:, position_ids.shape[1] :]
+                position_ids = torch.cat([position_ids, rest.expand(len(position_ids), -1)], dim=1)
+            input_ids = canonical_input_ids(input_ids, attention_mask, self.config)
+        hidden_states = self.embeddings(input_ids, position_ids)
+        mask = create_causal_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None
+        )
+        kwargs.pop("is_causal", None)
+        hidden_states = self.encoder(hidden_states, mask, is_causal=True, **kwargs)
+        hidden_states = self.final_layer_norm(hidden_states)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states,
+            pooler_output=pool_text(hidden_states, input_ids, attention_mask, self.config),
+        )
+
+
+class PyramidCLIPVisionModel(PyramidCLIPPreTrainedModel):
+    """The image tower without projection: ViT or ResNet, for pictures or for a picture's regions."""
+
+    config: PyramidCLIPVisionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, config: PyramidCLIPVisionConfig):
+        super().__init__(config)
+        if config.tower == "vit":
+            self.embeddings = PyramidCLIPVisionEmbeddings(config)
+            self.pre_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.encoder = PyramidCLIPEncoder(
+                (PyramidCLIPLeFFLayer if index < config.num_leff_layers else PyramidCLIPEncoderLayer)(config)
+                for index in range(config.num_hidden_layers)
+            )
+            self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        else:
+            self.trunk = PyramidCLIPResNet(config)
+            self.attention_pool = PyramidCLIPAttentionPool(config)
+        self.post_init()
+
+    @property
+    def position_holder(self) -> nn.Module:
+        """The module with `position_embedding` and `position_ids`."""
+        return self.embeddings if self.config.tower == "vit" else self.attention_pool
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The convolution that sees the pixels."""
+        return self.embeddings.patch_embedding if self.config.tower == "vit" else self.trunk.stem.conv1
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        if self.config.tower == "vit":
+            self.embeddings.patch_embedding = value
+        else:
+            self.trunk.stem.conv1 = value
+
+    def train(self, mode: bool = True):
+        # Here, not in __init__: loading replaces parameters, and ends with a call of eval().
+        if self.config.tower == "vit" and self.config.freeze_patch_embedding:
+            self.embeddings.patch_embedding.requires_grad_(False)
+        return super().train(mode)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        roi_features: torch.FloatTensor | None = None,
+        roi_mask: torch.BoolTensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Tokens (B, L, D), the first one global, and the pooled vector (B, D).
+
+        The pooled vector is the class token after the last LayerNorm (ViT), or the output of the attention pooling
+        before its output projection (ResNet).
+
+        Args:
+            pixel_values: (B, 3, `image_size`, `image_size`); another size needs `interpolate_pos_encoding`.
+            roi_features: (B, K, `roi_feature_size` + 4), in place of pixels: features and x1, y1, x2, y2 in 0..1.
+            roi_mask: (B, K) bool, True on real regions; `None` means all.
+            interpolate_pos_encoding: resize the positions (bicubic) to the picture's own grid.
+
+        Raises:
+            ValueError: neither or both inputs, an empty batch, or a shape that does not fit the configuration.
+        """
+        if (pixel_values is None) == (roi_features is None):
+            raise ValueError("The image tower needs pixel_values or roi_features, one of the two.")
+        if pixel_values is not None:
+            self._check_pixels(pixel_values, interpolate_pos_encoding)
+            inputs = {"pixel_values": pixel_values.to(self.dtype)}
+        else:
+            roi_features, roi_mask = self._check_regions(roi_features, roi_mask)
+            inputs = {"roi_features": roi_features}
+        if self.config.tower == "vit":
+            return self._forward_vit(inputs, roi_mask, interpolate_pos_encoding, **kwargs)
+        if "pixel_values" in inputs:
+            inputs = {"feature_map": self.trunk(inputs["pixel_values"])}
+        tokens, pooled, _ = self.attention_pool(
+            **inputs, roi_mask=roi_mask, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
+        )
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=pooled)
+
+    def _forward_vit(self, inputs, roi_mask, interpolate_pos_encoding, **kwargs):
+        hidden_states = self.embeddings(**inputs, interpolate_pos_encoding=interpolate_pos_encoding)
+        hidden_states = self.pre_layernorm(hidden_states)
+        first, mask = 0, None
+        if "roi_features" in inputs:
+            first = self.config.num_leff_layers
+            if roi_mask is not None:
+                mask = create_bidirectional_mask(self.config, hidden_states, F.pad(roi_mask, (1, 0), value=True))
+        else:
+            height, width = inputs["pixel_values"].shape[2:]
+            kwargs["grid_size"] = (height // self.config.patch_size, width // self.config.patch_size)
+        hidden_states = self.encoder(hidden_states, mask, first=first, **kwargs)
+        pooled = self.post_layernorm(hidden_states[:, 0])
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+    def _check_pixels(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> None:
+        size, stride = self.config.image_size, self.config.image_size // self.config.grid_size
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels or 0 in pixel_values.shape:
+            raise ValueError(
+                f"pixel_values must be a non-empty (batch_size, {self.config.num_channels}, height, width) tensor, got "
+                f"shape {tuple(pixel_values.shape)}."
+            )
+        height, width = pixel_values.shape[2:]
+        if (height, width) == (size, size):
+            return
+        if not interpolate_pos_encoding:
+            raise ValueError(
+                f"The picture is {height} x {width}, the model takes {size} x {size}: let the image processor resize "
+                "it, or pass interpolate_pos_encoding=True."
+            )
+        if height % stride or width % stride:
+            raise ValueError(f"Height and width ({height} x {width}) must be multiples of {stride}.")
+
+    def _check_regions(self, roi_features: torch.Tensor, roi_mask: torch.Tensor | None):
+        width = self.config.roi_feature_size + 4
+        if roi_features.ndim != 3 or roi_features.shape[2] != width or 0 in roi_features.shape:
+            raise ValueError(
+                f"roi_features must be a non-empty (batch_size, regions, {width}) tensor, roi_feature_size + 4 box "
+                f"numbers, got shape {tuple(roi_features.shape)}."
+            )
+        roi_features = roi_features.to(self.dtype)
+        if roi_mask is None:
+            return roi_features, None
+        if roi_mask.shape != roi_features.shape[:2]:
+            raise ValueError(
+                f"roi_mask must be {tuple(roi_features.shape[:2])} like the regions, got {tuple(roi_mask.shape)}."
+            )
+        roi_mask = roi_mask.bool()
+        # Padding may hold anything, NaN included; a masked NaN would still poison the sums.
+        return roi_features.masked_fill(~roi_mask[..., None], 0.0), roi_mask
+
+
+def _visual_projection(config: PyramidCLIPVisionConfig) -> nn.Linear:
+    # The ResNet's is the output projection of CLIP's attention pooling, which has a bias.
+    return nn.Linear(config.hidden_size, config.projection_dim, bias=config.tower == "resnet")
+
+
+class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
+    """The dual encoder.
+
+    At inference `pixel_values` and `input_ids` are all there is, as with CLIP. In training it takes any of the six
+    levels (design, section 3) and computes the objective `config.loss_weights`.
+
+        >>> model = PyramidCLIPModel.from_pretrained(folder)
+        >>> similarity = model(**processor(images=pictures, text=texts, return_tensors="pt")).logits_per_image
+    """
+
+    def __init__(self, config: PyramidCLIPConfig):
+        super().__init__(config)
+        self.text_model = PyramidCLIPTextModel._from_config(config.text_config)
+        self.vision_model = PyramidCLIPVisionModel._from_config(config.vision_config)
+        self.visual_projection = _visual_projection(config.vision_config)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.post_init()
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        """The text tower's output, with the projected, not normalised embedding (B, P) as `pooler_output`."""
+        outputs = self.text_model(input_ids, attention_mask, position_ids, return_dict=True, **kwargs)
+        outputs.pooler_output = self.text_projection(outputs.pooler_output)
+        return outputs
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        """The image tower's output, with the projected, not normalised embedding (B, P) as `pooler_output`."""
+        outputs = self.vision_model(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
+        )
+        outputs.pooler_output = self.visual_projection(outputs.pooler_output)
+        return outputs
+
+    def encode_image(self, pixel_values: torch.Tensor, normalize: bool = False, **kwargs) -> torch.Tensor:
+        """Picture embeddings (B, P); unit vectors in fp32 with `normalize=True`."""
+        embeds = self.get_image_features(pixel_values, **kwargs).pooler_output
+        return normalize_embeds(embeds) if normalize else embeds
+
+    def encode_text(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, normalize: bool = False, **kwargs
+    ) -> torch.Tensor:
+        """Text embeddings (B, P); unit vectors in fp32 with `normalize=True`."""
+        embeds = self.get_text_features(input_ids, attention_mask, **kwargs).pooler_output
+        return normalize_embeds(embeds) if normalize else embeds
+
+    def encode_rois(
+        self, roi_features: torch.Tensor, roi_mask: torch.Tensor | None = None, normalize: bool = False, **kwargs
+    ) -> torch.Tensor:
+        """Embeddings (B, P) of region sequences (B, K, `roi_feature_size` + 4); unit vectors with `normalize=True`."""
+        pooled = self.vision_model(roi_features=roi_features, roi_mask=roi_mask, **kwargs).pooler_output
+        embeds = self.visual_projection(pooled)
+        return normalize_embeds(embeds) if normalize else embeds
+
+    def encode_levels(self, levels, **batch) -> dict[str, torch.Tensor]:
+        """Embeddings (B, P), not normalised, of the named levels only.
+
+        Pictures go through the tower one level after the other, global first, because in training each is a
+        BatchNorm batch of its own. Texts of the same padded length go through theirs together.
+
+        Args:
+            levels: level names, see `LEVEL_INPUTS`.
+            **batch: model inputs; what no level needs is ignored.
+
+        Raises:
+            ValueError: a level's input is missing.
+        """
+        missing = {level: LEVEL_INPUTS[level] for level in levels if batch.get(LEVEL_INPUTS[level]) is None}
+        if missing:
+            raise ValueError(f"These levels lack their input (level: input): {missing}.")
+        embeds = {
+            level: self.encode_image(batch[LEVEL_INPUTS[level]]) for level in ("global", "local") if level in levels
+        }
+        if "roi" in levels:
+            embeds["roi"] = self.encode_rois(batch["roi_features"], batch.get("roi_mask"))
+        by_length: dict[int, list[str]] = {}
+        for level in ("summary", "caption", "tags"):
+            if level in levels:
+                by_length.setdefault(batch[LEVEL_INPUTS[level]].shape[1], []).append(level)
+        for group in by_length.values():
+            ids = [batch[LEVEL_INPUTS[level]] for level in group]
+            encoded = self.encode_text(torch.cat(ids)).split([len(part) for part in ids])
+            embeds.update(zip(group, encoded, strict=True))
+        return {level: embeds[level] for level in levels}
+
+    def level_parameters(self, levels) -> list[str]:
+        """Names of the parameters that these levels' embeddings and the loss depend on."""
+        prefixes = ["logit_scale"]
+        if {"summary", "caption", "tags"} & set(levels):
+            prefixes += ["text_model.", "text_projection."]
+        if {"global", "local", "roi"} & set(levels):
+            prefixes.append("visual_projection.")
+        names = {name for name, _ in self.named_parameters() if name.startswith(tuple(prefixes))}
+        vision = [f"vision_model.{name}" for name, _ in self.vision_model.named_parameters()]
+        region_only = ("vision_model.embeddings.roi_", "vision_model.attention_pool.roi_")
+        if {"global", "local"} & set(levels):
+            names |= {name for name in vision if not name.startswith(region_only)}
+        if "roi" in levels:
+            first = self.config.vision_config.num_leff_layers
+            skipped = [f"vision_model.encoder.layers.{index}." for index in range(first)]
+            skipped += ["vision_model.embeddings.patch_", "vision_model.embeddings.position_"]
+            skipped += ["vision_model.trunk.", "vision_model.attention_pool.position_"]
+            names |= {name for name in vision if not name.startswith(tuple(skipped))}
+        return [name for name, _ in self.named_parameters() if name in names]
+
+    @torch.no_grad()
+    def clamp_logit_scale_(self) -> None:
+        """Keeps the softmax scale at or below 100; to be called after each optimizer step."""
+        self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        return_loss: bool | None = None,
+        local_pixel_values: torch.FloatTensor | None = None,
+        roi_features: torch.FloatTensor | None = None,
+        roi_mask: torch.BoolTensor | None = None,
+        summary_input_ids: torch.LongTensor | None = None,
+        has_summary: torch.BoolTensor | None = None,
+        tag_input_ids: torch.LongTensor | None = None,
+        has_tags: torch.BoolTensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> PyramidCLIPOutput:
+        """Embeds whatever levels are given; logits where picture and caption are; the objective on demand.
+
+        Args:
+            input_ids: (B, L) caption ids; `summary_input_ids`, `tag_input_ids`: the other text levels.
+            pixel_values: (B, 3, H, W) global crop; `local_pixel_values`: the local crop.
+            attention_mask, position_ids: for the caption, see [`PyramidCLIPTextModel`].
+            return_loss: compute `config.loss_weights` over this batch (one process).
+            roi_features: (B, K, `roi_feature_size` + 4); `roi_mask`: (B, K) bool, True on real regions.
+            has_summary, has_tags: (B,) bool; `None` means all present.
+            interpolate_pos_encoding: for `pixel_values` only.
+
+        Raises:
+            ValueError: no input at all, inputs of wrong shape, or `return_loss` without an input of a named term.
+        """
+        batch = {"pixel_values": pixel_values, "local_pixel_values": local_pixel_values, "roi_features": roi_features,
+                 "roi_mask": roi_mask, "summary_input_ids": summary_input_ids, "has_summary": has_summary,
+                 "input_ids": input_ids, "tag_input_ids": tag_input_ids, "has_tags": has_tags}  # fmt: skip
+        given = [level for level, name in LEVEL_INPUTS.items() if batch[name] is not None]
+        if not given:
+            raise ValueError(f"The model needs at least one of {list(LEVEL_INPUTS.values())}, got none.")
+        if return_loss:
+            self._check_loss_inputs(given)
+        output = PyramidCLIPOutput()
+        embeds: dict[str, torch.Tensor] = {}
+        if "global" in given:
+            output.vision_model_output = self.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
+            embeds["global"] = output.vision_model_output.pooler_output
+        if "caption" in given:
+            output.text_model_output = self.get_text_features(input_ids, attention_mask, position_ids, **kwargs)
+            embeds["caption"] = output.text_model_output.pooler_output
+        embeds |= self.encode_levels([level for level in given if level not in embeds], **batch)
+        embeds = {level: normalize_embeds(embed) for level, embed in embeds.items()}
+        fields = {"global": "image_embeds", "local": "local_image_embeds", "roi": "roi_embeds",
+                  "caption": "text_embeds", "summary": "summary_embeds", "tags": "tag_embeds"}  # fmt: skip
+        if {"global", "caption"} <= set(embeds):
+            text, image = embeds["caption"], embeds["global"]
+            with torch.autocast(text.device.type, enabled=False):
+                scale = self.logit_scale.to(text.device, text.dtype).exp()
+                output.logits_per_text = scale * text @ image.to(text.device).T
+            output.logits_per_image = output.logits_per_text.T
+        if return_loss:
+            device = next(iter(embeds.values())).device
+            masks = {level: _sample_mask(level, batch[name]) for level, name in LEVEL_MASKS.items()}
+            loss = pyramid_loss(
+                {level: embed.to(device) for level, embed in embeds.items()},
+                self.logit_scale.to(device).exp(),
+                self.config.loss_weights,
+                self.config.label_smoothing,
+                present={level: mask if mask is None else mask.to(device) for level, mask in masks.items()},
+            )
+            output.loss, output.loss_terms = loss.loss, loss.terms
+        ordered = {**{fields[level]: embed for level, embed in embeds.items()}, **output}
+        return PyramidCLIPOutput(**ordered)
+
+    def _check_loss_inputs(self, given: list[str]) -> None:
+        needed = levels_of(self.config.loss_weights)
+        absent = [level for level in needed if level not in given]
+        if absent:
+            terms = [name for name in self.config.loss_weights if set(TERMS[name]) & set(absent)]
+            raise ValueError(
+                f"return_loss=True needs {[LEVEL_INPUTS[level] for level in absent]} for the terms {terms} of "
+                'config.loss_weights; pass them, or set config.loss_weights, e.g. {"global_caption": 1.0} for CLIP.'
+            )
+
+
+def _sample_mask(level: str, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """(B,) presence of a level: a picture without any real region has no region level."""
+    return mask if mask is None or level != "roi" else mask.bool().any(dim=1)
+
+
+class PyramidCLIPTextModelWithProjection(PyramidCLIPPreTrainedModel):
+    """The text tower with its projection."""
+
+    config: PyramidCLIPTextConfig
+    base_model_prefix = "text_model"
+    input_modalities = ("text",)
+
+    def __init__(self, config: PyramidCLIPTextConfig):
+        super().__init__(config)
+        self.text_model = PyramidCLIPTextModel._from_config(config)
+        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> PyramidCLIPTextModelOutput:
+        """As [`PyramidCLIPTextModel`], with `text_embeds` (B, P), not normalised."""
+        outputs = self.text_model(input_ids, attention_mask, position_ids, **kwargs)
+        return PyramidCLIPTextModelOutput(
+            text_embeds=self.text_projection(outputs.pooler_output),
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class PyramidCLIPVisionModelWithProjection(PyramidCLIPPreTrainedModel):
+    """The image tower with its projection."""
+
+    config: PyramidCLIPVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, config: PyramidCLIPVisionConfig):
+        super().__init__(config)
+        self.vision_model = PyramidCLIPVisionModel._from_config(config)
+        self.visual_projection = _visual_projection(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.get_input_embeddings()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> PyramidCLIPVisionModelOutput:
+        """As [`PyramidCLIPVisionModel`], with `image_embeds` (B, P), not normalised."""
+        outputs = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        return PyramidCLIPVisionModelOutput(
+            image_embeds=self.visual_projection(outputs.pooler_output),
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class PyramidCLIPForImageClassification(PyramidCLIPPreTrainedModel):
+    """The image tower with a linear classifier on its pooled vector, for fine-tuning (paper, appendix E)."""
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, config: PyramidCLIPConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vision_model = PyramidCLIPVisionModel._from_config(config.vision_config)
+        width = config.vision_config.hidden_size
+        self.classifier = nn.Linear(width, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.get_input_embeddings()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        """Logits (B, num_labels); with `labels` (B,) the loss that `config.problem_type` names."""
+        outputs = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        return ImageClassifierOutput(
+            loss=self.loss_function(labels, logits, self.config) if labels is not None else None,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+if register_checkpoint_conversion_mapping is not None:
+    # A tower's own class reads its part out of a dual encoder's checkpoint; transformers knows this of its own
+    # models only.
+    for _tower, _prefix in (("PyramidCLIPVisionModel", "vision_model"), ("PyramidCLIPTextModel", "text_model")):
+        register_checkpoint_conversion_mapping(_tower, [PrefixChange(prefix_to_remove=_prefix)], overwrite=True)
+
+
+__all__ = [
+    "PyramidCLIPForImageClassification",
+    "PyramidCLIPModel",
+    "PyramidCLIPOutput",
+    "PyramidCLIPPreTrainedModel",
+    "PyramidCLIPTextModel",
+    "PyramidCLIPTextModelWithProjection",
+    "PyramidCLIPVisionModel",
+    "PyramidCLIPVisionModelWithProjection",
+    "frozen_batch_norm_statistics",
+]

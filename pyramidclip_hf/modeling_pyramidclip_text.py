@@ -1,0 +1,165 @@
+# Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""The text tower's parts, and the attention block that the ViT shares with it.
+
+Read from the top: attention, MLP, block, then the text embeddings, what pooling makes of token ids and hidden states.
+The model classes themselves, and all initialisation, are in `modeling_pyramidclip.py`.
+Shape letters: B batch, L tokens, D width, H heads.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention written out; q, k, v are (B, H, L, D / H). Returns (B, L, H, D / H) and the weights (B, H, L, L)."""
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class PyramidCLIPAttention(nn.Module):
+    """Multi-head self-attention through transformers' attention interface."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
+        """(B, L, D) -> (B, L, D) and the weights (B, H, L, L), `None` where the backend has none."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = attend(
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
+        )
+        return self.out_proj(output.reshape(hidden_states.shape)), weights
+
+
+class PyramidCLIPMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class PyramidCLIPEncoderLayer(GradientCheckpointingLayer):
+    """A pre-LN transformer block. Subclasses change the feed-forward part only."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = PyramidCLIPAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = PyramidCLIPMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def feed_forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int] | None) -> torch.Tensor:
+        return self.mlp(hidden_states)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        grid_size: tuple[int, int] | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """(B, L, D) -> (B, L, D); `grid_size` is the patch grid's (rows, columns), for LeFF."""
+        attended, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.feed_forward(self.layer_norm2(hidden_states), grid_size)
+
+
+class PyramidCLIPTextLayer(PyramidCLIPEncoderLayer):
+    """A block of the text tower: the same computation under another initialisation (see `_init_weights`)."""
+
+
+class PyramidCLIPEncoder(nn.Module):
+    """A stack of blocks, built by the tower that owns it."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.gradient_checkpointing = False
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask=None, first: int = 0, **kwargs) -> torch.Tensor:
+        """Runs the blocks from number `first` on."""
+        for layer in self.layers[first:]:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        return hidden_states
+
+
+class PyramidCLIPTextEmbeddings(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.position_ids = nn.Buffer(torch.arange(config.max_position_embeddings)[None], persistent=False)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        if position_ids is None:
+            position_ids = self.position_ids[:, : input_ids.shape[1]]
+        return self.token_embedding(input_ids) + self.position_embedding(position_ids)
+
+
+def check_input_ids(input_ids: torch.Tensor | None, config) -> None:
+    """Refuses what the tower cannot encode: no ids, another rank, no texts, more positions than there are."""
+    if input_ids is None:
+        raise ValueError("The text tower needs input_ids of shape (batch_size, sequence_length), got None.")
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            f"input_ids must be a non-empty (batch_size, sequence_length) tensor, got shape {tuple(input_ids.shape)}."
+        )
+    if input_ids.shape[1] > config.max_position_embeddings:
+        raise ValueError(
+            f"input_ids holds {input_ids.shape[1]} tokens, the model has {config.max_position_embeddings} positions: "
+            "tokenize with truncation=True (the processor's default), which keeps the end token."
+        )
+
+
+def canonical_input_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config) -> torch.Tensor:
+    """What maximum pooling sees: the same ids whoever padded, and with whatever (design, section 4).
+
+    Everything behind the first end-of-text id, and everything the attention mask hides, becomes `pad_token_id`; the
+    row is filled with it to `max_position_embeddings`, because the maximum runs over the padded positions too.
+    """
+    is_end = input_ids == config.eos_token_id
+    behind_end = is_end.int().cumsum(1) - is_end.int() > 0
+    if attention_mask is not None:
+        behind_end = behind_end | (attention_mask == 0)
+    input_ids = input_ids.masked_fill(behind_end, config.pad_token_id)
+    return F.pad(input_ids, (0, config.max_position_embeddings - input_ids.shape[1]), value=config.pad_token_id)
+
+
+def pool_text(hidden_states: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config):
+    """(B, L, D) -> (B, D): the maximum over positions, or the state at the first end-of-text id.
+
+    Under `"eos"` a row without that id pools its last unmasked position.
+    """
+    if config.pooling == "max":
+        return hidden_states.amax(dim=1)
+    is_end = (input_ids == config.eos_token_id).int()
+    steps = torch.arange(input_ids.shape[1], device=input_ids.device)
+    last = steps[-1] if attention_mask is None else ((attention_mask != 0).int() * steps).amax(dim=1)
+    position = torch.where(is_end.amax(dim=1) > 0, is_end.argmax(dim=1), last)
+    return hidden_states.gather(1, position[:, None, None].expand(-1, 1, hidden_states.shape[-1]))[:, 0]
