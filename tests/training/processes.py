@@ -1,0 +1,68 @@
+"""Runs a function in a few forked processes that form a gloo group; shared by the tests here."""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+
+
+def _child(function, rank, world_size, store, arguments, queue):
+    # What accelerate's launcher would have set.
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+    }
+    os.environ |= {"ACCELERATE_USE_CPU": "true"}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+        )
+        queue.put((rank, True, function(rank, world_size, *arguments)))
+        dist.destroy_process_group()
+    except BaseException:
+        queue.put((rank, False, traceback.format_exc()))
+        raise
+
+
+def run_in_processes(function, world_size, *arguments, timeout=120):
+    """[function(rank, world_size, *arguments) of each rank]. Forked: no new interpreter has to import torch.
+
+    Results travel through a queue, so they should be numpy arrays and plain values. A failure raises with the child's
+    traceback.
+    """
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store"
+        children = [
+            context.Process(target=_child, args=(function, rank, world_size, store, arguments, queue), daemon=True)
+            for rank in range(world_size)
+        ]
+        for child in children:
+            child.start()
+        results, failures = {}, []
+        try:
+            for _ in children:
+                rank, fine, result = queue.get(timeout=timeout)
+                if fine:
+                    results[rank] = result
+                else:
+                    failures.append(f"process {rank}:\n{result}")
+                    break
+        finally:
+            for child in children:
+                child.join(timeout=0 if failures else 20)
+                if child.is_alive():
+                    child.kill()
+                    child.join()
+    if failures:
+        raise AssertionError("\n".join(failures))
+    return [results[rank] for rank in range(world_size)]

@@ -1,0 +1,121 @@
+"""What the processes of a run tell each other: one gather with gradient, sums for the log, and agreement to stop.
+
+All of it works in a single process too, where nothing is sent. The gather is an autograd function of our own on the
+two public collectives (`all_gather_into_tensor`, `reduce_scatter_tensor`), which gloo and NCCL both have; the helpers
+of `torch.distributed.nn` that did this are deprecated.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def world_size() -> int:
+    """Number of processes of the default group; 1 outside of one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process in the default group; 0 outside of one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows):
+        gathered = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
+        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx, gathered_grad):
+        own = gathered_grad.new_empty((gathered_grad.shape[0] // world_size(), *gathered_grad.shape[1:]))
+        dist.reduce_scatter_tensor(own, gathered_grad.contiguous(), op=dist.ReduceOp.SUM)
+        return own
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes, (n, ...) -> (processes x n, ...), in the order of the ranks; n must be the same
+    everywhere.
+
+    Gradients go back: what the other processes' losses say about this process's rows is summed into their gradient.
+    Booleans are sent as bytes, without gradient.
+    """
+    if world_size() == 1:
+        return rows
+    if rows.dtype == torch.bool:
+        return gather_rows(rows.to(torch.uint8)).to(torch.bool)
+    return _GatherRows.apply(rows)
+
+
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """A new tensor with the sum of `values` over all processes, without gradient."""
+    total = values.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Gives every process the first one's floating-point and integer buffers (BatchNorm statistics), in place."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def check_equal_batches(size: int, device: torch.device) -> None:
+    """ValueError, on every process, that names the processes whose batch is not of the first one's size."""
+    if world_size() == 1:
+        return
+    sizes = torch.zeros(world_size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(sizes, torch.tensor([size], device=device))
+    sizes = sizes.tolist()
+    if len(set(sizes)) > 1:
+        others = {process: found for process, found in enumerate(sizes) if found != sizes[0]}
+        raise ValueError(
+            f"every process must bring the same number of pairs, but process 0 has {sizes[0]} and others "
+            f"differ: {others}. The gathered "
+            "loss would pair the wrong rows; check the loader of those processes"
+        )
+
+
+class StopVote:
+    """All processes leave the loop after the same step when one of them was asked to stop, without waiting for a
+    device.
+
+    Each step every process puts in its vote (`cast`) and learns the outcome of the step before. The votes travel
+    through a gloo group of their own between the hosts, while the step computes, so the device is never synchronised
+    for them.
+    """
+
+    def __init__(self):
+        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
+        self._pending = None
+        self._work = None
+
+    def cast(self, stop: bool) -> bool:
+        """Votes; True when any process voted to stop in the previous call (a single process: in this one)."""
+        if self._group is None:
+            return stop
+        decided = self.outcome()
+        self._pending = torch.tensor([int(stop)])
+        self._work = dist.all_reduce(self._pending, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return decided
+
+    def outcome(self) -> bool:
+        """The outcome of the last vote; waits for it."""
+        if self._work is None:
+            return False
+        self._work.wait()
+        self._work = None
+        return bool(self._pending.item())
+
+
+def any_process(flag: bool) -> bool:
+    """True on every process when `flag` is on one of them; a collective call that waits."""
+    if world_size() == 1:
+        return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    votes = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes.item())
