@@ -117,13 +117,16 @@ class PyramidCLIPTextModelOutput(ModelOutput):
 def frozen_batch_norm_statistics(module: nn.Module):
     """Within it, BatchNorm layers of `module` in train mode use batch statistics and leave the running ones alone."""
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    kept = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
     for layer in layers:
-        layer.track_running_stats = False
+        # Momentum 0 rather than no statistics at all: a checkpointed block must save the same tensors when it reruns.
+        layer.momentum = 0.0
+        layer.num_batches_tracked = layer.num_batches_tracked.clone()
     try:
         yield
     finally:
-        for layer in layers:
-            layer.track_running_stats = True
+        for layer, (momentum, num_batches_tracked) in zip(layers, kept, strict=True):
+            layer.momentum, layer.num_batches_tracked = momentum, num_batches_tracked
 
 
 class PyramidCLIPLeFF(nn.Module):
@@ -228,6 +231,11 @@ class PyramidCLIPPreTrainedModel(PreTrainedModel):
         "hidden_states": [PyramidCLIPEncoderLayer, PyramidCLIPResNetStage],
         "attentions": [PyramidCLIPAttention],
     }
+
+    def _initialize_weights(self, module, is_custom_code=False):
+        # Transformers skips the blocks of custom code that hold no tensors of their own, because such code may write
+        # over loaded weights. Ours does not (`init` leaves loaded tensors alone), and it initialises per block.
+        super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
     def _init_weights(self, module):

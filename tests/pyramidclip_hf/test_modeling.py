@@ -1,0 +1,326 @@
+"""The models at tiny size: attention backends, padding, missing regions, checkpointing, saving, errors."""
+
+import pytest
+import torch
+from transformers import AutoModel, CLIPTextConfig, CLIPTextModel
+
+from pyramidclip_hf import (
+    PyramidCLIPConfig,
+    PyramidCLIPForImageClassification,
+    PyramidCLIPModel,
+    PyramidCLIPTextModelWithProjection,
+    PyramidCLIPVisionModel,
+    PyramidCLIPVisionModelWithProjection,
+)
+from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS, levels_of
+from pyramidclip_hf.loss_pyramidclip import LEVEL_INPUTS
+
+TEXT = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 12, "bos_token_id": 48, "eos_token_id": 49}  # fmt: skip
+TOWERS = {
+    "vit": {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "num_leff_layers": 2, "roi_feature_size": 6},
+    "resnet": {"tower": "resnet", "image_size": 64, "layers": (1, 1, 1, 1), "width": 4, "num_attention_heads": 4,
+               "roi_feature_size": 6},
+}  # fmt: skip
+BOTH = pytest.mark.parametrize("tower", TOWERS)
+
+
+def tiny(tower="vit", pooling="max", vision=None, **kwargs):
+    torch.manual_seed(0)
+    config = PyramidCLIPConfig(
+        projection_dim=16,
+        vision_config=TOWERS[tower] | (vision or {}),
+        text_config=TEXT | {"pooling": pooling},
+        **kwargs,
+    )
+    return PyramidCLIPModel(config).eval()
+
+
+def make_batch(model, count=5, regions=4, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    size = model.config.vision_config.image_size
+
+    def ids():
+        rows = torch.zeros(count, 12, dtype=torch.long)
+        for row in rows:
+            length = int(torch.randint(1, 10, (), generator=generator))
+            row[0], row[1 + length] = 48, 49
+            row[1 : 1 + length] = torch.randint(1, 48, (length,), generator=generator)
+        return rows
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    roi_mask = torch.rand(count, regions, generator=generator) < 0.7
+    roi_mask[0], roi_mask[1] = True, False
+    return {
+        "pixel_values": normal(count, 3, size, size),
+        "local_pixel_values": normal(count, 3, size, size),
+        "roi_features": normal(count, regions, 10),
+        "roi_mask": roi_mask,
+        "summary_input_ids": ids(),
+        "input_ids": ids(),
+        "tag_input_ids": ids(),
+    }
+
+
+@pytest.mark.parametrize("pooling", ["max", "eos"])
+@BOTH
+def test_eager_equals_sdpa(tower, pooling):
+    model = tiny(tower, pooling)
+    batch, levels = make_batch(model), tuple(LEVEL_INPUTS)
+    found = {}
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        assert model.vision_model.config._attn_implementation == attention
+        embeds = model.encode_levels(levels, **batch)
+        grads = torch.autograd.grad(sum(embed.sum() for embed in embeds.values()), model.visual_projection.weight)
+        found[attention] = (*embeds.values(), *grads)
+    for eager, sdpa in zip(found["eager"], found["sdpa"], strict=True):
+        torch.testing.assert_close(eager, sdpa, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["max", "eos"])
+def test_text_embeddings_do_not_depend_on_padding(pooling):
+    model = tiny(pooling=pooling).double()
+    ids = torch.tensor([[48, 5, 6, 7, 49]])
+    wanted = model.encode_text(ids)
+    for pad in (0, 49, 17):
+        padded = torch.cat([ids, torch.full((1, 7), pad)], dim=1)
+        mask = torch.tensor([[1] * 5 + [0] * 7])
+        for length in (7, 12):
+            torch.testing.assert_close(model.encode_text(padded[:, :length]), wanted, atol=1e-12, rtol=0)
+            masked = model.encode_text(padded[:, :length], mask[:, :length])
+            torch.testing.assert_close(masked, wanted, atol=1e-12, rtol=0)
+    together = model.encode_text(torch.tensor([[48, 5, 6, 7, 49, 0], [48, 1, 2, 3, 4, 49]]))
+    torch.testing.assert_close(together[:1], wanted, atol=1e-12, rtol=0)
+
+
+def test_a_row_without_end_token_pools_its_last_unmasked_position():
+    model = tiny(pooling="eos")
+    hidden = model.text_model(torch.tensor([[48, 5, 6, 7, 0]])).last_hidden_state[:, 3]
+    pooled = model.text_model(torch.tensor([[48, 5, 6, 7, 0]]), torch.tensor([[1, 1, 1, 1, 0]])).pooler_output
+    torch.testing.assert_close(pooled, hidden)
+
+
+def test_text_tower_with_eos_pooling_equals_transformers_clip():
+    model = tiny(pooling="eos")
+    peer = CLIPTextModel(CLIPTextConfig(**TEXT, intermediate_size=128, pad_token_id=0)).eval()
+    peer.load_state_dict(model.text_model.state_dict())
+    ids = make_batch(model)["input_ids"]
+    torch.testing.assert_close(model.text_model(ids).pooler_output, peer(ids).pooler_output, atol=1e-6, rtol=0)
+
+
+@BOTH
+def test_padded_regions_change_nothing(tower):
+    model = tiny(tower)
+    roi = torch.randn(2, 3, 10)
+    wanted = model.encode_rois(roi)
+    padded = torch.cat([roi, torch.full((2, 2, 10), float("nan"))], dim=1)
+    mask = torch.tensor([[True] * 3 + [False] * 2] * 2)
+    torch.testing.assert_close(model.encode_rois(padded, mask), wanted, atol=1e-6, rtol=0)
+    shuffled = torch.tensor([3, 0, 4, 1, 2])
+    torch.testing.assert_close(model.encode_rois(padded[:, shuffled], mask[:, shuffled]), wanted, atol=1e-6, rtol=0)
+
+
+@BOTH
+def test_a_picture_without_regions_is_finite_and_outside_the_region_terms(tower):
+    model = tiny(tower).train()
+    batch = make_batch(model)
+    output = model(**batch, return_loss=True)
+    output.loss.backward()
+    assert torch.isfinite(output.roi_embeds).all()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    rows = batch["roi_mask"].any(dim=1)
+    assert 2 <= rows.sum() < len(rows)
+    scale = model.logit_scale.exp()
+    image, text = output.roi_embeds[rows], output.summary_embeds[rows]
+    logits = (scale * image @ text.T).double()
+    target = torch.full_like(logits, 0.2 / (len(logits) - 1)).fill_diagonal_(0.8)
+    wanted = -sum((target * way.log_softmax(1)).sum(1).mean() for way in (logits, logits.T)) / 2
+    assert output.loss_terms["roi_summary"].item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("name", TERMS)
+def test_level_parameters_are_exactly_those_with_a_gradient(tower, name):
+    model = tiny(tower, loss_weights={name: 1.0}, vision={"freeze_patch_embedding": False}).train()
+    batch = make_batch(model)
+    needed = [LEVEL_INPUTS[level] for level in TERMS[name]] + ["roi_mask"]
+    model(**{key: batch[key] for key in needed}, return_loss=True).loss.backward()
+    with_gradient = [key for key, parameter in model.named_parameters() if parameter.grad is not None]
+    assert model.level_parameters(levels_of({name: 1.0})) == with_gradient
+
+
+def test_the_patch_convolution_is_frozen(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    for loaded in (model.train(), PyramidCLIPModel.from_pretrained(tmp_path).train()):
+        frozen = [name for name, parameter in loaded.named_parameters() if not parameter.requires_grad]
+        assert frozen == ["vision_model.embeddings.patch_embedding.weight"]
+    assert all(parameter.requires_grad for parameter in tiny(vision={"freeze_patch_embedding": False}).parameters())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@BOTH
+def test_gradient_checkpointing_gives_equal_gradients_and_statistics(tower, reentrant):
+    plain, checkpointed = tiny(tower).train(), tiny(tower).train()
+    checkpointed.activation_checkpointing_enable({"use_reentrant": reentrant})
+    batch = make_batch(plain)
+    batch = {key: value.requires_grad_() if value.is_floating_point() else value for key, value in batch.items()}
+    for model in (plain, checkpointed):
+        model.text_model.embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+        model(**batch, return_loss=True).loss.backward()
+    for (name, one), two in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        if one.requires_grad:
+            torch.testing.assert_close(one.grad, two.grad, msg=name)
+    for (name, one), two in zip(plain.named_buffers(), checkpointed.buffers(), strict=True):
+        assert torch.equal(one, two), name
+    assert {int(v) for n, v in plain.named_buffers() if n.endswith("tracked")} == {2}  # global crop, local crop
+
+
+@BOTH
+def test_save_and_load(tower, tmp_path):
+    model = tiny(tower)
+    batch = make_batch(model)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    wanted = model(**batch)
+    for cls in (PyramidCLIPModel, AutoModel):
+        found = cls.from_pretrained(tmp_path)(**batch)
+        assert torch.equal(found.logits_per_image, wanted.logits_per_image)
+        assert torch.equal(found.roi_embeds, wanted.roi_embeds)
+    vision, info = PyramidCLIPVisionModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    pooled = wanted.vision_model_output.pooler_output
+    assert torch.equal(model.visual_projection(vision(batch["pixel_values"]).pooler_output), pooled)
+    projected = PyramidCLIPVisionModelWithProjection.from_pretrained(tmp_path)
+    assert torch.equal(projected(batch["pixel_values"]).image_embeds, pooled)
+    text = PyramidCLIPTextModelWithProjection.from_pretrained(tmp_path)
+    assert torch.equal(text(batch["input_ids"]).text_embeds, wanted.text_model_output.pooler_output)
+
+
+@BOTH
+def test_other_resolutions(tower, tmp_path):
+    model = tiny(tower)
+    size = model.config.vision_config.image_size
+    larger = torch.randn(2, 3, size * 2, size + 32)
+    with pytest.raises(ValueError, match="interpolate_pos_encoding=True"):
+        model.encode_image(larger)
+    assert model.encode_image(larger, interpolate_pos_encoding=True).shape == (2, 16)
+    same = torch.randn(2, 3, size, size)
+    assert torch.equal(model.encode_image(same, interpolate_pos_encoding=True), model.encode_image(same))
+    model.save_pretrained(tmp_path / "small")
+    resized = PyramidCLIPForImageClassification.from_pretrained(tmp_path / "small", image_size=size * 2)
+    square = torch.randn(2, 3, size * 2, size * 2)
+    wanted = model.vision_model(square, interpolate_pos_encoding=True).pooler_output
+    torch.testing.assert_close(resized.vision_model(square).pooler_output, wanted)
+    resized.save_pretrained(tmp_path / "large")
+    again = PyramidCLIPForImageClassification.from_pretrained(tmp_path / "large")
+    assert torch.equal(again(square).logits, resized(square).logits)
+    with pytest.raises(ValueError, match="image_size"):
+        model.resize_image_positions(size + 1)
+
+
+@BOTH
+def test_forward_and_features_agree(tower):
+    model = tiny(tower)
+    batch = make_batch(model)
+    output = model(**batch)
+    image, text = model.encode_image(batch["pixel_values"]), model.encode_text(batch["input_ids"])
+    assert torch.equal(model.get_image_features(batch["pixel_values"]).pooler_output, image)
+    assert torch.equal(model.get_text_features(batch["input_ids"]).pooler_output, text)
+    unit_image = image / image.norm(dim=-1, keepdim=True)
+    unit_text = text / text.norm(dim=-1, keepdim=True)
+    logits = model.logit_scale.exp() * unit_image @ unit_text.T
+    torch.testing.assert_close(output.logits_per_image, logits)
+    torch.testing.assert_close(output.logits_per_text, logits.T)
+    torch.testing.assert_close(model.encode_image(batch["pixel_values"], normalize=True), unit_image)
+    for name, level in (("roi_embeds", "roi"), ("summary_embeds", "summary"), ("tag_embeds", "tags")):
+        alone = model.encode_levels((level,), **batch)[level]
+        torch.testing.assert_close(output[name], alone / alone.norm(dim=-1, keepdim=True))
+    assert model(input_ids=batch["input_ids"]).logits_per_image is None
+
+
+def test_the_plain_clip_loss_is_one_mapping_away():
+    model = tiny(loss_weights={"global_caption": 1.0}, label_smoothing=0.0)
+    batch = make_batch(model)
+    output = model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], return_loss=True)
+    labels = torch.arange(5)
+    wanted = sum(
+        torch.nn.functional.cross_entropy(z, labels) for z in (output.logits_per_image, output.logits_per_text)
+    )
+    torch.testing.assert_close(output.loss, wanted / 2)
+
+
+def test_initialisation_is_the_reference_s():
+    torch.manual_seed(0)
+    config = PyramidCLIPConfig(
+        text_config={"num_hidden_layers": 2, "vocab_size": 1000, "bos_token_id": 1, "eos_token_id": 2},
+        vision_config={"num_hidden_layers": 2, "num_leff_layers": 1, "image_size": 112},
+    )
+    state = PyramidCLIPModel(config).state_dict()
+    text, vision = "text_model.encoder.layers.1.", "vision_model.encoder.layers.0."
+    wanted = {
+        "text_model.embeddings.token_embedding.weight": 0.02,
+        "text_model.embeddings.position_embedding.weight": 0.01,
+        f"{text}self_attn.q_proj.weight": 512**-0.5,
+        f"{text}self_attn.out_proj.weight": 512**-0.5 * 4**-0.5,
+        f"{text}mlp.fc1.weight": 1024**-0.5,
+        f"{text}mlp.fc2.weight": 512**-0.5 * 4**-0.5,
+        "text_projection.weight": 512**-0.5,
+        "visual_projection.weight": 768**-0.5,
+        "vision_model.embeddings.position_embedding.weight": 768**-0.5,
+        "vision_model.embeddings.roi_projection.weight": 768**-0.5,
+        # torch: Xavier uniform over (3 D, D) is +-sqrt(6 / 4 D), Kaiming uniform with a = sqrt(5) is +-fan_in^-0.5.
+        f"{vision}self_attn.q_proj.weight": (6 / (4 * 768)) ** 0.5 / 3**0.5,
+        f"{vision}mlp.fc1.weight": 768**-0.5 / 3**0.5,
+        f"{vision}mlp.depthwise.weight": 9**-0.5 / 3**0.5,
+        "vision_model.embeddings.patch_embedding.weight": (3 * 16 * 16) ** -0.5 / 3**0.5,
+    }
+    for name, std in wanted.items():
+        assert state[name].std().item() == pytest.approx(std, rel=0.05), name
+    assert state["logit_scale"].item() == pytest.approx(2.65926)
+    assert not state[f"{vision}self_attn.q_proj.bias"].any() and not state[f"{text}self_attn.out_proj.bias"].any()
+    resnet = tiny("resnet").state_dict()
+    assert not resnet["vision_model.trunk.stages.1.layers.0.norm3.weight"].any()
+    assert (resnet["vision_model.trunk.stem.norm3.weight"] == 1).all()
+
+
+def test_the_logit_scale_is_clamped():
+    model = tiny()
+    with torch.no_grad():
+        model.logit_scale.fill_(9.0)
+    model.clamp_logit_scale_()
+    assert model.logit_scale.exp().item() == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, b: m(), "at least one of"),
+        (lambda m, b: m(pixel_values=b["pixel_values"][:0]), "non-empty"),
+        (lambda m, b: m(input_ids=b["input_ids"][:0]), "non-empty"),
+        (lambda m, b: m(input_ids=torch.zeros(1, 13, dtype=torch.long)), "13 tokens, the model has 12"),
+        (lambda m, b: m(pixel_values=torch.zeros(1, 3, 16, 16)), "16 x 16, the model takes 32 x 32"),
+        (lambda m, b: m(pixel_values=torch.zeros(1, 1, 32, 32)), r"\(batch_size, 3, height, width\)"),
+        (lambda m, b: m.encode_rois(torch.zeros(1, 2, 9)), "regions, 10"),
+        (lambda m, b: m.encode_rois(torch.zeros(1, 2, 10), torch.ones(1, 3)), "roi_mask"),
+        (lambda m, b: m.encode_levels(("global", "tags"), pixel_values=b["pixel_values"]), "tag_input_ids"),
+        (lambda m, b: m(**{**b, "roi_features": None}, return_loss=True), r"roi_features.*roi_summary.*roi_caption"),
+        (lambda m, b: m(**{k: v[:1] for k, v in b.items()}, return_loss=True), "at least two samples"),
+        (lambda m, b: m.vision_model(), "one of the two"),
+    ],
+)
+def test_wrong_input_is_refused_by_name(call, message):
+    model = tiny()
+    with pytest.raises(ValueError, match=message):
+        call(model, make_batch(model))
+
+
+def test_default_objective_needs_all_six_levels():
+    assert set(tiny().config.loss_weights) == set(DEFAULT_LOSS_WEIGHTS)
+    output = tiny()(**make_batch(tiny()), return_loss=True)
+    wanted = sum(output.loss_terms[name] for name in DEFAULT_LOSS_WEIGHTS) / 6
+    torch.testing.assert_close(output.loss, wanted)
