@@ -1,0 +1,297 @@
+# Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Pictures to `pixel_values`: upright RGB, bicubic resize of the shorter side, centre crop, CLIP's normalisation.
+
+On plain RGB and grey pictures this equals the reference (torchvision's Resize, CenterCrop, ToTensor and Normalize on
+PIL pictures). What the reference leaves to chance is fixed (design, section 3): the EXIF rotation is applied, alpha is
+dropped, palettes become RGB before resizing, and 16 bits are scaled to 8. Only PIL and numpy are used.
+"""
+
+import os
+import struct
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature, get_size_dict
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ChannelDimension,
+    PILImageResampling,
+    SizeDict,
+    infer_channel_dimension_format,
+)
+from transformers.processing_utils import ImagesKwargs, Unpack
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION_HOLDERS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+# Beyond this many times the area that the crop keeps, the rest of the resized picture is not computed.
+_WASTE_LIMIT = 16
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The picture with its EXIF rotation applied, as 8-bit RGB without alpha.
+
+    16-bit grey is scaled linearly to 8 bits; mode "I" counts as 16-bit if any value is above 255; mode "F" may hold
+    0..1 or 0..255.
+
+    Raises:
+        ValueError: values outside those ranges.
+    """
+    image = _upright(image)
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image)
+        if values.dtype == np.int32 and values.size and 255 < values.max() <= 65535 and values.min() >= 0:
+            values = values.astype(np.uint16)
+        return Image.fromarray(_eight_bit(values)).convert("RGB")
+    return image.convert("RGB")
+
+
+def check_image_pixels(image: Image.Image, max_image_pixels: int | None) -> None:
+    """Refuses an opened, not yet decoded picture of more than `max_image_pixels` pixels (None: no limit here).
+
+    Raises:
+        ValueError: with the picture's size.
+    """
+    if max_image_pixels is not None and image.width * image.height > max_image_pixels:
+        raise ValueError(
+            f"The picture has {image.width} x {image.height} pixels, more than max_image_pixels={max_image_pixels}; "
+            "make it smaller or raise the limit."
+        )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION))
+    except (SyntaxError, ValueError, TypeError, KeyError, struct.error, OSError):
+        # Broken metadata says nothing about the pixels.
+        turn = None
+    if turn is None:
+        return image
+    image = image.transpose(turn)
+    for holder in _ORIENTATION_HOLDERS:
+        # Left in place, it would turn the picture again.
+        image.info.pop(holder, None)
+    return image
+
+
+def _eight_bit(array: np.ndarray) -> np.ndarray:
+    """uint8 values of the same shape: uint16 by scaling, floats from 0..1 or 0..255 by rounding.
+
+    Raises:
+        ValueError: values outside those ranges, or not finite.
+    """
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    low, high = (array.min(), array.max()) if array.size else (0, 0)
+    if not (low >= 0 and high <= 255):
+        raise ValueError(
+            f"Expected a picture with {array.dtype} values in 0..255 (floats also 0..1, uint16 0..65535), got "
+            f"{low} to {high}; already normalised pictures need do_rescale=False and do_normalize=False."
+        )
+    if array.dtype.kind == "f":
+        array = np.rint(array * 255 if high <= 1 else array)
+    return array.astype(np.uint8)
+
+
+def _crop_for_size(size: Any) -> dict[str, int]:
+    """The crop that a resize to `size` asks for: the square of the shortest edge, or the whole (height, width)."""
+    size = dict(size) if isinstance(size, SizeDict) else get_size_dict(size, default_to_square=False)
+    height, width = size.get("height"), size.get("width")
+    edge = size.get("shortest_edge")
+    return {"height": height or edge, "width": width or edge}
+
+
+class PyramidCLIPImageProcessorKwargs(ImagesKwargs, total=False):
+    """`max_image_pixels`: pictures with more pixels are refused before they are decoded (None: PIL's own limit)."""
+
+    max_image_pixels: int | None
+
+
+class PyramidCLIPImageProcessor(PilBackend):
+    """Pictures -> `pixel_values` (B, 3, height, width) float32, exactly the reference's on plain RGB and grey pictures.
+
+    Takes PIL pictures, numpy arrays and tensors ((H, W), (H, W, C) or (C, H, W); uint8, uint16, or floats in 0..1 or
+    0..255), paths and URLs, one or a list. One class serves both of transformers' backends: it works without
+    torchvision, and gives the same pixels with it. A `size` without a `crop_size` sets both: `size=288` gives 288 px.
+
+    Raises:
+        ValueError: an empty batch, values out of range, a picture beyond `max_image_pixels`.
+    """
+
+    valid_kwargs = PyramidCLIPImageProcessorKwargs
+    resample = PILImageResampling.BICUBIC
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    size = {"shortest_edge": 224}
+    default_to_square = False
+    crop_size = {"height": 224, "width": 224}
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    max_image_pixels = None
+
+    def __init__(self, **kwargs: Unpack[PyramidCLIPImageProcessorKwargs]):
+        super().__init__(**self._with_crop(kwargs))
+
+    @staticmethod
+    def _with_crop(kwargs: dict[str, Any]) -> dict[str, Any]:
+        if kwargs.get("size") is not None and kwargs.get("crop_size") is None:
+            return {**kwargs, "crop_size": _crop_for_size(kwargs["size"])}
+        return kwargs
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any):
+        """As in the base class; `size=` without `crop_size=` overrides both."""
+        return super().from_dict(image_processor_dict, **cls._with_crop(kwargs))
+
+    def preprocess(self, images, *args, **kwargs: Unpack[PyramidCLIPImageProcessorKwargs]) -> BatchFeature:
+        """One picture or a list of them -> BatchFeature with `pixel_values`; see the class for the inputs."""
+        return super().preprocess(images, *args, **self._with_crop(kwargs))
+
+    def fetch_images(self, image_url_or_urls):
+        """Opens paths without decoding them, so that their size can be checked; URLs are downloaded."""
+        source = image_url_or_urls
+        if isinstance(source, (list, tuple)):
+            return [self.fetch_images(one) for one in source]
+        if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
+            return Image.open(source)
+        return super().fetch_images(source)
+
+    def _prepare_images_structure(self, images, expected_ndims: int = 3):
+        if hasattr(images, "__len__") and len(images) == 0:
+            raise ValueError("Expected at least one picture, got an empty batch.")
+        images = self.fetch_images(images)
+        if isinstance(images, list):
+            images = [one[None] if getattr(one, "ndim", 3) == 2 else one for one in images]
+        elif getattr(images, "ndim", 3) == 2:
+            images = images[None]
+        return super()._prepare_images_structure(images, expected_ndims)
+
+    def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs) -> np.ndarray:
+        """One picture as (C, H, W); uint8 RGB unless `do_convert_rgb` or `do_rescale` is off."""
+        if isinstance(image, Image.Image):
+            check_image_pixels(image, kwargs.get("max_image_pixels"))
+            if do_convert_rgb:
+                return np.moveaxis(np.asarray(upright_rgb(image)), -1, 0)
+            return super().process_image(_upright(image), do_convert_rgb=False, **kwargs)
+        if not isinstance(image, np.ndarray):
+            image = image.detach().cpu().numpy()
+        if do_convert_rgb:
+            if input_data_format is None:
+                input_data_format = infer_channel_dimension_format(image, num_channels=(1, 3, 4))
+            if input_data_format == ChannelDimension.LAST:
+                image, input_data_format = np.moveaxis(image, -1, 0), ChannelDimension.FIRST
+            image = np.repeat(image, 3, axis=0) if len(image) == 1 else image[:3]
+        if kwargs.get("do_rescale"):
+            image = _eight_bit(image)
+        return super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format, **kwargs)
+
+    def resize(self, image: np.ndarray, size: SizeDict, resample=None, **kwargs) -> np.ndarray:
+        """Resizes (C, H, W); the sizes are torchvision's, the filter is PIL's."""
+        target = self._target_size(image.shape[-2:], size)
+        if target is None or image.dtype != np.uint8 or len(image) != 3 or not isinstance(resample, int):
+            return super().resize(image=image, size=size, resample=resample, **kwargs)
+        return self._pil_resize(image, target, resample)
+
+    @staticmethod
+    def _target_size(shape: tuple[int, int], size: SizeDict) -> tuple[int, int] | None:
+        """(height, width) after resizing, for the two kinds of size that CLIP knows."""
+        if size.height and size.width:
+            return size.height, size.width
+        if not size.shortest_edge or size.longest_edge:
+            return None
+        height, width = shape
+        long = int(size.shortest_edge * max(shape) / min(shape))
+        return (size.shortest_edge, long) if height <= width else (long, size.shortest_edge)
+
+    @staticmethod
+    def _pil_resize(image: np.ndarray, target: tuple[int, int], resample: int, box=None) -> np.ndarray:
+        picture = Image.fromarray(np.ascontiguousarray(np.moveaxis(image, 0, -1)))
+        return np.moveaxis(np.asarray(picture.resize(target[::-1], resample, box=box)), -1, 0)
+
+    def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:
+        """Crops (C, H, W) around the centre as torchvision does; what is too small is padded with 0 first."""
+        if size.height is None or size.width is None:
+            raise ValueError(f"crop_size needs height and width, got {dict(size)}.")
+        missing = [max(0, wanted - have) for wanted, have in zip((size.height, size.width), image.shape[-2:])]
+        if any(missing):
+            image = np.pad(image, [(0, 0), *((gap // 2, gap - gap // 2) for gap in missing)])
+        top, left = self._crop_start(image.shape[-2:], (size.height, size.width))
+        return image[:, top : top + size.height, left : left + size.width]
+
+    @staticmethod
+    def _crop_start(shape: tuple[int, int], crop: tuple[int, int]) -> tuple[int, int]:
+        # Rounded half to even; transformers' own crop floors, which differs when (shape - crop) % 4 == 3.
+        return tuple(round((have - wanted) / 2) for have, wanted in zip(shape, crop))
+
+    def _resized_centre(self, image: np.ndarray, size: SizeDict, crop_size: SizeDict, resample) -> np.ndarray:
+        """`center_crop(resize(image))` for very long pictures, without computing what the crop throws away."""
+        target, crop = self._target_size(image.shape[-2:], size), (crop_size.height, crop_size.width)
+        if (
+            target is None
+            or image.dtype != np.uint8
+            or len(image) != 3
+            or not isinstance(resample, int)
+            or any(have < wanted for have, wanted in zip(target, crop))
+            or target[0] * target[1] <= _WASTE_LIMIT * crop[0] * crop[1]
+        ):
+            return self.center_crop(self.resize(image, size, resample), crop_size)
+        scale_y, scale_x = (have / made for have, made in zip(image.shape[-2:], target))
+        top, left = self._crop_start(target, crop)
+        box = (left * scale_x, top * scale_y, (left + crop[1]) * scale_x, (top + crop[0]) * scale_y)
+        return self._pil_resize(image, crop, resample, box)
+
+    def _preprocess(
+        self, images, do_resize, size, resample, do_center_crop, crop_size, do_pad, pad_size, return_tensors, **kwargs
+    ) -> BatchFeature:
+        pictures = []
+        for image in images:
+            if do_resize and do_center_crop:
+                image = self._resized_centre(image, size, crop_size, resample)
+            elif do_resize:
+                image = self.resize(image, size, resample)
+            elif do_center_crop:
+                image = self.center_crop(image, crop_size)
+            pictures.append(self._scaled(image, **kwargs))
+        if do_pad:
+            pictures = self.pad(pictures, pad_size=pad_size)
+        if return_tensors is not None and len({picture.shape for picture in pictures}) == 1:
+            pictures = np.stack(pictures)
+        return BatchFeature(data={"pixel_values": pictures}, tensor_type=return_tensors)
+
+    def _scaled(self, image, do_rescale, rescale_factor, do_normalize, image_mean, image_std, **kwargs) -> np.ndarray:
+        def scaled(values: np.ndarray) -> np.ndarray:
+            if do_rescale:
+                values = self.rescale(values, rescale_factor)
+            return self.normalize(values, image_mean, image_std) if do_normalize else values
+
+        if image.dtype != np.uint8 or not do_rescale:
+            return scaled(image)
+        # Each channel has 256 values: computing those and looking them up gives the same floats, sooner.
+        table = scaled(np.broadcast_to(np.arange(256, dtype=np.uint8), (len(image), 1, 256)))
+        result = np.empty(image.shape, dtype=table.dtype)
+        for channel, (values, levels) in enumerate(zip(image, table)):
+            np.take(levels[0], values, out=result[channel])
+        return result
+
+
+__all__ = ["PyramidCLIPImageProcessor"]

@@ -1,0 +1,283 @@
+"""The image processor against the reference's pixels, against torchvision, and on pictures that are not plain RGB."""
+
+import importlib.util
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from pyramidclip_hf import PyramidCLIPConfig
+from pyramidclip_hf.image_processing_pyramidclip import PyramidCLIPImageProcessor, check_image_pixels, upright_rgb
+
+GOLDEN = Path(__file__).resolve().parents[1] / "fixtures" / "preprocess_golden.npz"
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return PyramidCLIPImageProcessor()
+
+
+@pytest.fixture(scope="module")
+def small():
+    return PyramidCLIPImageProcessor(size=32)
+
+
+def photograph(height=90, width=120, seed=0):
+    """Smooth coloured noise: (height, width, 3) uint8."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def pixels(processor, images, **kwargs):
+    return processor(images, return_tensors="np", **kwargs)["pixel_values"]
+
+
+def eight_bits(values):
+    """Normalised pixels back to 0..255, (..., 3, H, W) -> (..., H, W, 3)."""
+    return np.rint((np.moveaxis(values, -3, -1) * STD + MEAN) * 255).astype(int)
+
+
+@pytest.mark.parametrize("name", np.load(GOLDEN).files)
+def test_golden_pictures(processor, name):
+    found = importlib.util.find_spec("skimage")
+    if found is None:
+        pytest.skip("needs the pictures in scikit-image's wheel")
+    file, _, resized = name.partition("@")
+    picture = Image.open(Path(found.origin).parent / "data" / (file if "." in file else f"{file}.png"))
+    if resized:
+        picture = picture.resize(tuple(map(int, resized.split("x"))), Image.Resampling.BILINEAR)
+    result = pixels(processor, picture)
+    assert result.shape == (1, 3, 224, 224)
+    assert result.dtype == np.float32
+    # The golden values are float16, which alone is 2e-4 off.
+    assert np.abs(result[0, :, ::4, ::4] - np.load(GOLDEN)[name].astype(np.float32)).mean() <= 1e-3
+
+
+def test_fixture_is_the_shared_golden_file(golden_dir):
+    shared, here = np.load(golden_dir / "preprocess.npz"), np.load(GOLDEN)
+    assert shared.files == here.files
+    assert all(np.array_equal(shared[name], here[name]) for name in here.files)
+
+
+def test_equals_torchvision_at_every_remainder_of_the_crop(small):
+    transforms = pytest.importorskip("torchvision.transforms")
+    reference = transforms.Compose(
+        [
+            transforms.Resize(32, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(32),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN.tolist(), STD.tolist()),
+        ]
+    )
+    shapes = [(32, 32 + extra) for extra in range(9)] + [(32 + extra, 32) for extra in range(9)] + [(90, 121), (20, 9)]
+    for mode in ("RGB", "L"):
+        for height, width in shapes:
+            picture = Image.fromarray(photograph(height, width)).convert(mode)
+            expected = reference(picture.convert("RGB")).numpy()
+            np.testing.assert_allclose(pixels(small, picture)[0], expected, atol=1e-6)
+
+
+def test_crop_larger_than_the_picture_is_padded_as_torchvision_does():
+    functional = pytest.importorskip("torchvision.transforms.functional")
+    processor = PyramidCLIPImageProcessor(do_resize=False, crop_size=40, do_normalize=False)
+    for height, width in ((31, 50), (33, 44), (60, 37), (20, 21)):
+        array = photograph(height, width)
+        expected = functional.to_tensor(functional.center_crop(Image.fromarray(array), [40, 40]))
+        np.testing.assert_allclose(pixels(processor, Image.fromarray(array))[0], expected.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_exif_rotation_is_applied_once(small, orientation):
+    upright = photograph(48, 64)
+    turned = {
+        2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1), 7: upright[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(upright, -1),
+    }[orientation]  # fmt: skip
+    stored = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(turned)).save(stored, "PNG", exif=exif)
+    picture = Image.open(stored)
+    assert np.array_equal(np.asarray(upright_rgb(upright_rgb(picture))), upright)
+    assert np.array_equal(pixels(small, picture), pixels(small, Image.fromarray(upright)))
+    unconverted = pixels(small, picture, do_convert_rgb=False)
+    assert np.array_equal(unconverted, pixels(small, Image.fromarray(upright)))
+
+
+@pytest.mark.parametrize("exif", [b"MM\x00\x2a\xff\xff\xff\xff", b"no TIFF header"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_broken_exif_leaves_the_picture_as_it_is(small, exif):
+    array = photograph()
+    stored = io.BytesIO()
+    Image.fromarray(array).save(stored, "PNG", exif=b"Exif\x00\x00" + exif)
+    assert np.array_equal(pixels(small, Image.open(stored)), pixels(small, Image.fromarray(array)))
+
+
+def test_alpha_is_dropped_and_not_blended(small):
+    array = photograph()
+    expected = pixels(small, array)
+    rng = np.random.default_rng(0)
+    alpha = rng.integers(0, 256, (*array.shape[:2], 1), dtype=np.uint8)
+    rgba = np.concatenate([array, alpha], axis=2)
+    for image in (Image.fromarray(rgba), rgba, rgba.transpose(2, 0, 1), torch.from_numpy(rgba)):
+        assert np.array_equal(pixels(small, image), expected)
+    grey = Image.fromarray(array[..., 0])
+    with_alpha = grey.convert("LA")
+    with_alpha.putalpha(Image.fromarray(alpha[..., 0]))
+    assert np.array_equal(pixels(small, with_alpha), pixels(small, grey))
+
+
+def test_palettes_become_rgb_before_resizing(small):
+    palette = Image.fromarray(photograph()).quantize(16)
+    expected = pixels(small, palette.convert("RGB"))
+    assert np.array_equal(pixels(small, palette), expected)
+    stored = io.BytesIO()
+    palette.save(stored, "PNG", transparency=3)
+    assert np.array_equal(pixels(small, Image.open(stored)), expected)
+    black_and_white = Image.fromarray(photograph()).convert("1")
+    assert np.array_equal(pixels(small, black_and_white), pixels(small, black_and_white.convert("L")))
+
+
+def test_sixteen_bits_are_scaled(small):
+    grey = photograph()[..., 0]
+    expected = pixels(small, grey)
+    wide = grey.astype(np.uint16) * 257
+    stored = io.BytesIO()
+    Image.fromarray(wide).save(stored, "PNG")
+    opened = Image.open(stored)
+    assert opened.mode.startswith("I")
+    images = [opened, wide, np.repeat(wide[..., None], 3, axis=2), Image.fromarray(wide.astype(np.int32))]
+    for image in images:
+        assert np.array_equal(pixels(small, image), expected)
+    assert upright_rgb(Image.fromarray(np.array([[0, 128, 129, 65535]], np.uint16))).getpixel((2, 0)) == (1, 1, 1)
+    assert (
+        upright_rgb(Image.fromarray(grey.astype(np.float32) / 255)).tobytes()
+        == upright_rgb(Image.fromarray(grey)).tobytes()
+    )
+
+
+def test_cmyk_and_other_colour_spaces():
+    array = photograph()
+    processor = PyramidCLIPImageProcessor(do_resize=False, do_center_crop=False)
+    for mode, tolerance in (("CMYK", 1), ("YCbCr", 4), ("HSV", 8), ("LAB", 30)):
+        converted = Image.fromarray(array).convert(mode)
+        assert np.abs(eight_bits(pixels(processor, converted))[0] - array.astype(int)).max() <= tolerance, mode
+    stored = io.BytesIO()
+    Image.fromarray(array).convert("CMYK").save(stored, "JPEG", quality=98)
+    decoded = eight_bits(pixels(processor, Image.open(stored)))[0]
+    assert np.abs(decoded - array.astype(int)).mean() < 3
+
+
+def test_arrays_tensors_and_pictures_are_the_same(small, tmp_path):
+    array = photograph()
+    expected = pixels(small, Image.fromarray(array))
+    Image.fromarray(array).save(tmp_path / "picture.png")
+    forms = [
+        array, array.transpose(2, 0, 1), torch.tensor(array), torch.tensor(array).permute(2, 0, 1),
+        array.astype(np.float32), array / 255, torch.from_numpy(array / 255).float(), array.astype(np.int64),
+        tmp_path / "picture.png", str(tmp_path / "picture.png"),
+    ]  # fmt: skip
+    for form in forms:
+        assert np.array_equal(pixels(small, form), expected)
+    assert np.array_equal(pixels(small, forms), np.repeat(expected, len(forms), axis=0))
+    assert np.array_equal(pixels(small, np.stack([array, array])), np.repeat(expected, 2, axis=0))
+    grey = array[..., 0]
+    for form in (grey, grey[..., None], grey[None], [grey], torch.from_numpy(grey.copy())):
+        assert np.array_equal(pixels(small, form), pixels(small, Image.fromarray(grey)))
+    already_scaled = pixels(small, array / 255, do_rescale=False)
+    np.testing.assert_allclose(already_scaled, expected, atol=1e-5)
+
+
+def test_the_lookup_table_is_the_plain_arithmetic(small):
+    array = photograph(32, 32)
+    plain = (array.astype(np.float32) / np.float32(255) - MEAN) / STD
+    np.testing.assert_allclose(pixels(small, array)[0], plain.transpose(2, 0, 1), atol=5e-7)
+    unnormalised = pixels(small, array, do_normalize=False)[0]
+    np.testing.assert_allclose(unnormalised, array.transpose(2, 0, 1) / 255, atol=1e-7)
+    unscaled = pixels(small, array, do_rescale=False, do_normalize=False)[0]
+    assert np.array_equal(unscaled, array.transpose(2, 0, 1))
+
+
+def test_return_types(small):
+    images = [photograph(), photograph(seed=1)]
+    as_tensor = small(images, return_tensors="pt")["pixel_values"]
+    assert as_tensor.dtype == torch.float32
+    assert as_tensor.shape == (2, 3, 32, 32)
+    as_list = small(images)["pixel_values"]
+    assert isinstance(as_list, list)
+    assert np.array_equal(as_list[1], as_tensor[1].numpy())
+    uncropped = small([photograph(), photograph(200)], do_center_crop=False)["pixel_values"]
+    assert [one.shape for one in uncropped] == [(3, 32, 42), (3, 53, 32)]
+
+
+def test_very_long_pictures_are_not_resized_whole(small, monkeypatch):
+    array = photograph(20, 900)
+    whole = np.asarray(Image.fromarray(array).resize((1440, 32), Image.Resampling.BICUBIC))[:, 704:736]
+    made = []
+    original = PyramidCLIPImageProcessor._pil_resize
+
+    def recorded(image, target, *args):
+        made.append(target)
+        return original(image, target, *args)
+
+    monkeypatch.setattr(PyramidCLIPImageProcessor, "_pil_resize", staticmethod(recorded))
+    for image, expected in ((array, whole), (array.transpose(1, 0, 2), whole.transpose(1, 0, 2))):
+        assert np.abs(eight_bits(pixels(small, image)[0]) - expected.astype(int)).max() <= 1
+    assert made == [(32, 32), (32, 32)]
+    assert pixels(PyramidCLIPImageProcessor(), np.zeros((1, 60000, 3), np.uint8)).shape == (1, 3, 224, 224)
+
+
+def test_size_sets_the_crop_unless_it_is_given(tmp_path):
+    assert dict(PyramidCLIPImageProcessor().crop_size) == {"height": 224, "width": 224}
+    assert dict(PyramidCLIPImageProcessor(size=288).crop_size) == {"height": 288, "width": 288}
+    assert dict(PyramidCLIPImageProcessor(size={"height": 20, "width": 30}).crop_size) == {"height": 20, "width": 30}
+    both = PyramidCLIPImageProcessor(size={"shortest_edge": 40}, crop_size=32)
+    assert pixels(both, photograph()).shape[2:] == (32, 32)
+    assert pixels(both, photograph(), size=48).shape[2:] == (48, 48)
+    assert pixels(both, photograph(), size=48, crop_size=16).shape[2:] == (16, 16)
+    both.save_pretrained(tmp_path)
+    assert pixels(PyramidCLIPImageProcessor.from_pretrained(tmp_path, size=24), photograph()).shape[2:] == (24, 24)
+
+
+def test_save_load_and_auto_class_for_both_backends(tmp_path):
+    processor = PyramidCLIPImageProcessor(size=24, image_mean=[0.5, 0.4, 0.3], max_image_pixels=10_000)
+    processor.save_pretrained(tmp_path)
+    classes = {"pil": PyramidCLIPImageProcessor, "torchvision": PyramidCLIPImageProcessor}
+    AutoImageProcessor.register(PyramidCLIPConfig, image_processor_classes=classes, exist_ok=True)
+    loads = [PyramidCLIPImageProcessor.from_pretrained(tmp_path), AutoImageProcessor.from_pretrained(tmp_path)]
+    for backend in ("pil", "torchvision"):
+        loads.append(AutoImageProcessor.from_pretrained(tmp_path, backend=backend))
+    for loaded in loads:
+        assert type(loaded) is PyramidCLIPImageProcessor
+        assert loaded.to_dict() == processor.to_dict()
+        assert np.array_equal(pixels(loaded, photograph()), pixels(processor, photograph()))
+
+
+def test_pictures_beyond_the_limit_are_refused_before_decoding(tmp_path):
+    path = tmp_path / "large.png"
+    Image.new("L", (400, 300)).save(path)
+    path.write_bytes(path.read_bytes()[:100])
+    processor = PyramidCLIPImageProcessor(size=32, max_image_pixels=119_999)
+    with pytest.raises(ValueError, match="400 x 300 pixels, more than max_image_pixels=119999"):
+        processor(path)
+    with pytest.raises(OSError, match="truncated"):
+        processor(path, max_image_pixels=120_000)
+    check_image_pixels(Image.new("L", (400, 300)), None)
+
+
+@pytest.mark.parametrize("empty", [[], (), np.zeros((0, 8, 8, 3), np.uint8), torch.zeros(0, 3, 8, 8)])
+def test_an_empty_batch_is_refused(small, empty):
+    with pytest.raises(ValueError, match="at least one picture"):
+        small(empty)
+
+
+@pytest.mark.parametrize("low, high", [(-1, 1), (0, 300), (0, np.nan)])
+def test_values_out_of_range_are_refused(small, low, high):
+    with pytest.raises(ValueError, match="already normalised pictures need"):
+        small(np.linspace(low, high, 192, dtype=np.float32).reshape(8, 8, 3))
