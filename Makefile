@@ -8,10 +8,10 @@ CORE_TORCH := 2.13.0
 CORE_TESTS := tests/pyramidclip_hf tests/test_core_environment.py tests/test_import_time.py
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-main test-core test-all bench lint clean
+.PHONY: help setup demo test test-main test-core test-all test-upstream bench lint clean
 
 help:
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 setup: $(VENV)/installed  ## build .venv with the tested versions of everything
 
@@ -47,6 +47,9 @@ test-all: $(VENV)/installed  ## every test, the long ones too
 	$(PYTEST) -n $(WORKERS)
 	$(MAKE) test-core
 
+test-upstream: $(VENV)/installed  ## transformers' own common tests against these classes (downloads its source distribution once)
+	$(BIN)/python -m tests.upstream
+
 bench: $(VENV)/installed  ## measure every row of the speed table, side by side
 	$(BIN)/python -m tests.bench
 
@@ -55,4 +58,4 @@ lint: $(VENV)/installed  ## ruff check and format check
 	$(BIN)/ruff format --check .
 
 clean:  ## remove the environments and what the tools cached
-	rm -rf $(VENV) $(CORE) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CORE) build dist *.egg-info .pytest_cache .ruff_cache .cache
