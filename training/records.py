@@ -152,9 +152,7 @@ def members_from_sample(sample):
     if sample.roi is not None:
         if len(sample.roi) != len(sample.regions or ()):
             count = len(sample.regions or ())
-            raise ValueError(
-                f"sample {sample.key!r}: {len(sample.roi)} rows of region features for {count} regions; expected as many"
-            )
+            raise ValueError(f"sample {sample.key!r}: {len(sample.roi)} rows for {count} regions")
         members["roi.npy"] = npy_bytes(sample.roi)
     return members
 

