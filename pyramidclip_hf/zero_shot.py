@@ -1,0 +1,341 @@
+# Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Zero-shot use of a trained model: prompt ensembles, classification of pictures, retrieval by embedding.
+
+    >>> predictions = classify(model, processor, ["cat.jpg"], ["cat", "dog", "bird"])
+    >>> predictions[0][0].name, round(predictions[0][0].probability, 2)
+    ('cat', 0.97)
+
+Everything runs in evaluation mode and without gradients; the model's mode is put back afterwards. Embeddings come back
+as float32 unit vectors on the CPU, so that only one batch is ever on the model's device.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from transformers.utils import logging
+
+SIMPLE_TEMPLATES: tuple[str, ...] = ("a photo of a {}.",)
+
+# OpenAI CLIP's prompts for ImageNet (MIT License, Copyright (c) 2021 OpenAI), as open_clip_torch distributes them.
+IMAGENET_TEMPLATES: tuple[str, ...] = (
+    "a bad photo of a {}.",
+    "a photo of many {}.",
+    "a sculpture of a {}.",
+    "a photo of the hard to see {}.",
+    "a low resolution photo of the {}.",
+    "a rendering of a {}.",
+    "graffiti of a {}.",
+    "a bad photo of the {}.",
+    "a cropped photo of the {}.",
+    "a tattoo of a {}.",
+    "the embroidered {}.",
+    "a photo of a hard to see {}.",
+    "a bright photo of a {}.",
+    "a photo of a clean {}.",
+    "a photo of a dirty {}.",
+    "a dark photo of the {}.",
+    "a drawing of a {}.",
+    "a photo of my {}.",
+    "the plastic {}.",
+    "a photo of the cool {}.",
+    "a close-up photo of a {}.",
+    "a black and white photo of the {}.",
+    "a painting of the {}.",
+    "a painting of a {}.",
+    "a pixelated photo of the {}.",
+    "a sculpture of the {}.",
+    "a bright photo of the {}.",
+    "a cropped photo of a {}.",
+    "a plastic {}.",
+    "a photo of the dirty {}.",
+    "a jpeg corrupted photo of a {}.",
+    "a blurry photo of the {}.",
+    "a photo of the {}.",
+    "a good photo of the {}.",
+    "a rendering of the {}.",
+    "a {} in a video game.",
+    "a photo of one {}.",
+    "a doodle of a {}.",
+    "a close-up photo of the {}.",
+    "a photo of a {}.",
+    "the origami {}.",
+    "the {} in a video game.",
+    "a sketch of a {}.",
+    "a doodle of the {}.",
+    "a origami {}.",
+    "a low resolution photo of a {}.",
+    "the toy {}.",
+    "a rendition of the {}.",
+    "a photo of the clean {}.",
+    "a photo of a large {}.",
+    "a rendition of a {}.",
+    "a photo of a nice {}.",
+    "a photo of a weird {}.",
+    "a blurry photo of a {}.",
+    "a cartoon {}.",
+    "art of a {}.",
+    "a sketch of the {}.",
+    "a embroidered {}.",
+    "a pixelated photo of a {}.",
+    "itap of the {}.",
+    "a jpeg corrupted photo of the {}.",
+    "a good photo of a {}.",
+    "a plushie {}.",
+    "a photo of the nice {}.",
+    "a photo of the small {}.",
+    "a photo of the weird {}.",
+    "the cartoon {}.",
+    "art of the {}.",
+    "a drawing of the {}.",
+    "a photo of the large {}.",
+    "a black and white photo of a {}.",
+    "the plushie {}.",
+    "a dark photo of a {}.",
+    "itap of a {}.",
+    "graffiti of the {}.",
+    "a toy {}.",
+    "itap of my {}.",
+    "a photo of a cool {}.",
+    "a photo of a small {}.",
+    "a tattoo of the {}.",
+)
+
+# Scores held at a time while retrieving; 64 MB as float32.
+_SCORES_AT_A_TIME = 1 << 24
+
+
+class Prediction(NamedTuple):
+    """A class and its probability among the classes that were asked for."""
+
+    name: str
+    probability: float
+
+
+class Matches(NamedTuple):
+    """`scores` (Q, k) float32, highest first, and `indices` (Q, k) int64 into the candidates."""
+
+    scores: torch.Tensor
+    indices: torch.Tensor
+
+
+def class_embeddings(
+    model: Any,
+    processor: Any,
+    names: Sequence[str],
+    templates: Sequence[str] = IMAGENET_TEMPLATES,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> torch.Tensor:
+    """One unit vector a class: the mean of the unit embeddings of its prompts, normalised again (CLIP, section 3.1.4).
+
+    Args:
+        model: a `PyramidCLIPModel`, or anything with its `encode_text`.
+        processor: a processor or a tokenizer.
+        names: the classes, each once; "_" is not replaced.
+        templates: each with exactly one "{}", where the name goes.
+        batch_size: prompts a forward pass.
+        device: where the model is; None: `model.device`.
+        progress: shows a bar with rate and time left.
+
+    Returns:
+        (C, D) float32 on the CPU, in the order of `names`.
+
+    Raises:
+        ValueError: no names, empty or repeated ones, a template without exactly one "{}".
+    """
+    _check_names(names)
+    templates = _checked_templates(templates)
+    prompts = [template.replace("{}", name) for name in names for template in templates]
+    sums = None
+    with _evaluation(model):
+        for places, embeds in _encoded_texts(model, processor, prompts, batch_size, device, progress):
+            if sums is None:
+                sums = embeds.new_zeros(len(names), embeds.shape[1])
+            sums.index_add_(0, places // len(templates), embeds)
+    return torch.nn.functional.normalize(sums, dim=-1)
+
+
+def text_embeddings(
+    model: Any,
+    processor: Any,
+    texts: Sequence[str],
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> torch.Tensor:
+    """Unit embeddings (N, D) float32 on the CPU; see `class_embeddings` for the arguments.
+
+    Raises:
+        ValueError: no texts, or something that is no text.
+    """
+    result = None
+    with _evaluation(model):
+        for places, embeds in _encoded_texts(model, processor, texts, batch_size, device, progress):
+            if result is None:
+                result = embeds.new_empty(len(texts), embeds.shape[1])
+            result[places] = embeds
+    return result
+
+
+def image_embeddings(
+    model: Any,
+    processor: Any,
+    images: Iterable[Any],
+    batch_size: int = 32,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> torch.Tensor:
+    """Unit embeddings (N, D) float32 on the CPU of pictures, paths, arrays or whatever else the image processor takes.
+
+    `images` may be a generator: one batch is held at a time.
+
+    Raises:
+        ValueError: no pictures, or one that the image processor refuses.
+    """
+    if not isinstance(images, Iterable) or isinstance(images, str) or getattr(images, "ndim", 4) != 4:
+        raise ValueError(f"Expected a list of pictures, got one {type(images).__name__}; put it into a list.")
+    image_processor = getattr(processor, "image_processor", processor)
+    device = model.device if device is None else device
+    total = len(images) if hasattr(images, "__len__") else None
+    pictures, parts = iter(images), []
+    with _evaluation(model), logging.tqdm(total=total, unit="picture", disable=not progress) as bar:
+        while batch := list(islice(pictures, _positive(batch_size))):
+            pixel_values = image_processor(batch, return_tensors="pt")["pixel_values"].to(device, model.dtype)
+            parts.append(model.encode_image(pixel_values, normalize=True).float().cpu())
+            bar.update(len(batch))
+    if not parts:
+        raise ValueError("Expected at least one picture, got none.")
+    return torch.cat(parts)
+
+
+def classify(
+    model: Any,
+    processor: Any,
+    images: Iterable[Any],
+    names: Sequence[str],
+    templates: Sequence[str] = SIMPLE_TEMPLATES,
+    class_embeds: torch.Tensor | None = None,
+    top_k: int | None = None,
+    batch_size: int = 32,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> list[list[Prediction]]:
+    """For each picture the `top_k` classes (None: all), most probable first.
+
+    Probabilities are the softmax over the classes of the scaled cosine similarities.
+
+    Args:
+        class_embeds: (C, D), what `class_embeddings` gave for `names`; None: computed here.
+
+    Raises:
+        ValueError: see `class_embeddings` and `image_embeddings`; `class_embeds` of another number of classes; `top_k`
+            below 1.
+    """
+    _check_names(names)
+    top_k = len(names) if top_k is None else min(_positive(top_k), len(names))
+    if class_embeds is None:
+        class_embeds = class_embeddings(model, processor, names, templates, device=device, progress=progress)
+    if len(class_embeds) != len(names):
+        raise ValueError(f"Expected one row a class in class_embeds, got {len(class_embeds)} for {len(names)} names.")
+    image_embeds = image_embeddings(model, processor, images, batch_size, device, progress)
+    scale = model.logit_scale.detach().float().exp().cpu()
+    probabilities = torch.softmax(scale * image_embeds @ class_embeds.float().cpu().T, dim=-1)
+    best = probabilities.topk(top_k, dim=-1)
+    return [
+        [Prediction(names[place], probability) for place, probability in zip(places, row)]
+        for places, row in zip(best.indices.tolist(), best.values.tolist())
+    ]
+
+
+def retrieve(queries: torch.Tensor, candidates: torch.Tensor, k: int = 10) -> Matches:
+    """The `k` candidates of highest dot product for each query.
+
+    Queries are taken in chunks, so that memory grows with Q + C and not with Q x C. For recall with ties counted
+    fairly, see `training.retrieval`.
+
+    Args:
+        queries: (Q, D). candidates: (C, D). On one device.
+        k: how many; fewer come back where there are fewer candidates.
+
+    Raises:
+        ValueError: shapes that do not fit, no candidates, or `k` below 1.
+    """
+    if queries.ndim != 2 or candidates.ndim != 2 or queries.shape[1] != candidates.shape[1] or not len(candidates):
+        raise ValueError(
+            f"Expected queries (Q, D) and at least one candidate (C, D), got {tuple(queries.shape)} and "
+            f"{tuple(candidates.shape)}."
+        )
+    k = min(_positive(k), len(candidates))
+    rows = max(1, _SCORES_AT_A_TIME // len(candidates))
+    scores = queries.new_empty(len(queries), k, dtype=torch.float32)
+    indices = torch.empty_like(scores, dtype=torch.int64)
+    for start in range(0, len(queries), rows):
+        best = (queries[start : start + rows] @ candidates.T).float().topk(k, dim=-1)
+        scores[start : start + rows], indices[start : start + rows] = best
+    return Matches(scores, indices)
+
+
+def _encoded_texts(
+    model, processor, texts, batch_size, device, progress
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields places (n,) in `texts` and unit embeddings (n, D), long texts first: alike lengths need little padding."""
+    if isinstance(texts, str) or not texts:
+        raise ValueError(f"Expected a list of at least one text, got {texts!r}.")
+    tokenizer = getattr(processor, "tokenizer", processor)
+    device = model.device if device is None else device
+    order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
+    with logging.tqdm(total=len(texts), unit="text", disable=not progress) as bar:
+        for start in range(0, len(order), _positive(batch_size)):
+            places = order[start : start + batch_size]
+            batch = tokenizer([texts[place] for place in places], padding=True, truncation=True, return_tensors="pt")
+            embeds = model.encode_text(
+                batch["input_ids"].to(device), batch["attention_mask"].to(device), normalize=True
+            )
+            yield torch.tensor(places), embeds.float().cpu()
+            bar.update(len(places))
+
+
+@contextmanager
+def _evaluation(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards each module is in its own mode again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _positive(number: int) -> int:
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"batch_size, top_k and k must be integers of at least 1, got {number!r}.")
+    return number
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if isinstance(names, str) or not names:
+        raise ValueError(f"Expected a list of at least one class name, got {names!r}.")
+    blank = [place for place, name in enumerate(names) if not isinstance(name, str) or not name.strip()]
+    if blank:
+        raise ValueError(f"Expected class names that are not blank, got {names[blank[0]]!r} at place {blank[0]}.")
+    repeated = [name for name, count in Counter(" ".join(name.lower().split()) for name in names).items() if count > 1]
+    if repeated:
+        raise ValueError(
+            f"Class names must differ (case and spaces do not count, they are not encoded), repeated: {repeated[:10]}."
+        )
+
+
+def _checked_templates(templates: Sequence[str]) -> list[str]:
+    if isinstance(templates, str) or not templates:
+        raise ValueError(f"Expected a list of at least one template, got {templates!r}.")
+    wrong = [template for template in templates if not isinstance(template, str) or template.count("{}") != 1]
+    if wrong:
+        raise ValueError(f'Expected templates with exactly one "{{}}" for the name, got {wrong[0]!r}.')
+    return list(templates)
