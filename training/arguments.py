@@ -65,9 +65,7 @@ class PretrainingArguments:
     train_data: list[str] = _setting(
         [], "shard folders, shard lists or JSONL manifests; several are visited one after another"
     )
-    validation_data: list[str] = _setting(
-        [], "the same for the fixed validation set; empty: no evaluation while training"
-    )
+    validation_data: str | None = _setting(None, "shard folder of the fixed validation set; none: no evaluation")
     validation_samples: int = _setting(512, "how many samples of it, from its beginning")
     shuffle_window_shards: int = _setting(8, "samples are permuted within this many shards")
     max_regions: int = _setting(10, "regions kept of each picture, most confident first (paper: 10)")

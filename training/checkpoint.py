@@ -17,7 +17,8 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,8 @@ def _write_files(folder: Path, state: TrainingState, progress: Progress):
         state.engine.save_checkpoint(str(folder / "engine"), tag="state")
     if rank() != 0:
         return
-    state.model.save_pretrained(folder / "model")
+    with quiet_transformers():
+        state.model.save_pretrained(folder / "model")
     if state.optimizer is not None:
         _write_tensors(folder / "optimizer.pt", state.optimizer.state_dict())
     if state.scaler is not None:
@@ -171,6 +173,20 @@ def _write_files(folder: Path, state: TrainingState, progress: Progress):
         save_file(state.average.tensors, folder / "moving_average.safetensors")
     record = {"format": FORMAT, "processes": world_size(), "identity": state.identity, "progress": asdict(progress)}
     (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bar of transformers between the lines of the run's own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _write_tensors(path: Path, content: Any):

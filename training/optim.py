@@ -1,6 +1,8 @@
 """Parameter groups, AdamW, the learning rate as a function of the step, and the moving average of the weights."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -90,6 +92,16 @@ class MovingAverage:
         for name, tensor in state.items():
             if not tensor.is_floating_point():
                 self.tensors[name].copy_(tensor)
+
+    @contextmanager
+    def swapped_into(self, model: nn.Module) -> Iterator[None]:
+        """Inside, the model has the averages; afterwards its own weights again."""
+        own = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        model.load_state_dict(self.tensors)
+        try:
+            yield
+        finally:
+            model.load_state_dict(own)
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Takes stored averages; KeyError where names differ."""

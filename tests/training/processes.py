@@ -6,6 +6,7 @@ import tempfile
 import traceback
 from datetime import timedelta
 from pathlib import Path
+from queue import Empty
 
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
@@ -26,7 +27,8 @@ def _child(function, rank, world_size, store, arguments, queue):
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
         )
         queue.put((rank, True, function(rank, world_size, *arguments)))
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except BaseException:
         queue.put((rank, False, traceback.format_exc()))
         raise
@@ -50,13 +52,15 @@ def run_in_processes(function, world_size, *arguments, timeout=120):
             child.start()
         results, failures = {}, []
         try:
-            for _ in children:
-                rank, fine, result = queue.get(timeout=timeout)
+            while len(results) + len(failures) < world_size:
+                # After a first failure the others fail too, or wait for it in vain.
+                rank, fine, result = queue.get(timeout=5 if failures else timeout)
                 if fine:
                     results[rank] = result
                 else:
                     failures.append(f"process {rank}:\n{result}")
-                    break
+        except Empty:
+            failures = failures or [f"only processes {sorted(results)} of {world_size} answered in {timeout} s"]
         finally:
             for child in children:
                 child.join(timeout=0 if failures else 20)

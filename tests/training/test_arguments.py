@@ -38,7 +38,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
         "loss_weights: {global_caption: 0.5, roi_tags: 0}\nmodel_config:\n  vision_config: {image_size: 64}\nseed:\n"
     )
     args = parse_arguments(["--config", str(config), "--learning-rate", "1e-3", "--train_data", "d", "--dry-run"])
-    assert (args.max_steps, args.learning_rate, args.train_data, args.validation_data) == (100, 1e-3, ["d"], ["c"])
+    assert (args.max_steps, args.learning_rate, args.train_data, args.validation_data) == (100, 1e-3, ["d"], "c")
     assert args.loss_weights == {"global_caption": 0.5}  # a weight of 0 is not named
     assert args.model_config == {"vision_config": {"image_size": 64}}
     assert (args.sync_batch_norm, args.dry_run, args.seed, args.weight_decay) == (False, True, 0, 0.2)

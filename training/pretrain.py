@@ -1,0 +1,595 @@
+"""Pre-trains a PyramidCLIP model.
+
+    accelerate launch -m training.pretrain --config training/configs/demo.yaml [--field value ...] [--resume latest]
+
+One process runs it as well (`python -m training.pretrain ...`). `docs/training.md` explains the settings, the folder
+of a run, and what happens when something goes wrong. Exit codes: 0 finished; 2 a setting is wrong; 75 stopped by
+SIGTERM after saving a checkpoint, to be continued with `--resume latest`; 1 anything else.
+
+Read from the bottom: `main` parses, `run` is the table of contents, `train` the loop, `optimizer_step` one step of it.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from training.arguments import PretrainingArguments, parse_arguments
+from training.checkpoint import (
+    CheckpointError,
+    Progress,
+    TrainingState,
+    checkpoint_path,
+    find_checkpoint,
+    list_checkpoints,
+    quiet_transformers,
+    read_checkpoint,
+    write_checkpoint,
+)
+from training.distributed import StopVote, check_equal_batches, rank, world_size
+from training.gradient_cache import GradientCache
+from training.initial_model import initial_model
+from training.objective import ContrastiveObjective, StepLoss
+from training.optim import MovingAverage, build_optimizer, learning_rate_at, set_learning_rate
+from training.tracking import MetricsLog, NonFiniteLoss, StepWindow, start_trackers
+from training.validation import ValidationSet
+
+EXIT_WRONG_SETTING = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL: try again later
+DRY_RUN_STEPS = 2
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Plan:
+    """How long the run is. All sizes are samples; steps are optimizer steps."""
+
+    samples: int
+    steps_per_epoch: int
+    total_steps: int
+    per_device_batch_size: int
+
+
+@dataclass
+class Run:
+    """The parts of a run, in the order in which they are built.
+
+    wrapped: the prepared objective (DDP, an engine, or `objective` itself). cache: gradient caching, or None.
+    last_metrics: what was logged last.
+    """
+
+    args: PretrainingArguments
+    accelerator: Any
+    folder: Path
+    processor: Any
+    reader: Any
+    plan: Plan
+    objective: ContrastiveObjective
+    wrapped: nn.Module
+    optimizer: Any
+    cache: GradientCache | None
+    average: MovingAverage | None
+    validation: ValidationSet | None
+    log: MetricsLog | None = None
+    window: StepWindow | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def model(self) -> nn.Module:
+        """The bare `PyramidCLIPModel`."""
+        return self.objective.model
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What `run` returns. finished: False when it was stopped by SIGTERM or was a dry run. final: folder of the saved
+    model, or None.
+    """
+
+    folder: Path
+    steps: int
+    finished: bool
+    final: Path | None
+    metrics: dict[str, float]
+
+
+##################################################################################################
+#  Building                                                                                      #
+##################################################################################################
+
+
+def start_processes(args: PretrainingArguments, folder: Path):
+    """The Accelerator: processes, device, fp16 scaler, trackers. Refuses engines that this model cannot run under."""
+    try:
+        from accelerate import Accelerator, PartialState
+        from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
+    except ImportError as error:
+        raise ImportError('pre-training needs accelerate: pip install -e ".[train]"') from error
+    if "tensorboard" in args.trackers and importlib.util.find_spec("tensorboard") is None:
+        raise ImportError('trackers: tensorboard is not installed: pip install -e ".[train]", or set trackers: none')
+    # Said here because a launcher without --cpu leaves several processes on a machine without GPU unconnected.
+    cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if PartialState(cpu=cpu).device.type == "cpu" and args.precision == "fp16":
+        raise ValueError("precision fp16 needs a GPU; on CPU use bf16 or fp32")
+    # Without SyncBatchNorm the first process's running statistics are everyone's, so that what is evaluated and saved
+    # does not depend on who does it; with it they are equal by themselves.
+    own_statistics = not _synchronised_batch_norm(args)
+    accelerator = Accelerator(
+        cpu=cpu,
+        # bf16 is the objective's own autocast; only fp16 needs Accelerate's gradient scaler.
+        mixed_precision="fp16" if args.precision == "fp16" else "no",
+        log_with=args.trackers or None,
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=own_statistics, gradient_as_bucket_view=True)],
+    )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError(
+            "FSDP is refused: BatchNorm's running statistics are buffers that FSDP neither shards nor keeps "
+            "equal, the 0-d logit_scale "
+            "cannot be sharded, and the largest named model needs 7 GB for weights, gradients and AdamW. Use "
+            "DDP (training/configs/accelerate/one_node.yaml) or "
+            "DeepSpeed ZeRO-2"
+        )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        _settle_deepspeed(args, accelerator)
+    return accelerator
+
+
+def _settle_deepspeed(args, accelerator):
+    if args.per_device_chunk_size or args.precision == "fp16":
+        raise ValueError(
+            "under DeepSpeed, per_device_chunk_size and precision fp16 are not possible; use DDP, "
+            "or bf16 without chunks"
+        )
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config["train_micro_batch_size_per_gpu"] = args.per_device_batch_size(accelerator.num_processes)
+    config["gradient_accumulation_steps"] = 1
+    config["gradient_clipping"] = args.max_grad_norm or 0.0
+
+
+def _synchronised_batch_norm(args: PretrainingArguments) -> bool:
+    from accelerate import PartialState
+
+    processes = PartialState()  # SyncBatchNorm refuses CPU tensors
+    return args.sync_batch_norm and processes.num_processes > 1 and processes.device.type == "cuda"
+
+
+def plan_steps(args: PretrainingArguments, samples: int, num_processes: int) -> Plan:
+    """Length of the run; ValueError with the arithmetic where the data is smaller than one global batch."""
+    per_device = args.per_device_batch_size(num_processes)
+    steps_per_epoch = samples // args.global_batch_size
+    if steps_per_epoch == 0:
+        raise ValueError(
+            f"the data has {samples} samples, fewer than one global batch: {num_processes} processes x {per_device} = "
+            f"{args.global_batch_size}. Lower global_batch_size to at most {samples}, or add data"
+        )
+    if args.overfit_batches:
+        if args.overfit_batches > steps_per_epoch:
+            raise ValueError(
+                f"overfit_batches {args.overfit_batches}: the data has only {steps_per_epoch} "
+                f"batches of {args.global_batch_size}"
+            )
+        steps_per_epoch = args.overfit_batches
+    return Plan(samples, steps_per_epoch, args.max_steps or args.epochs * steps_per_epoch, per_device)
+
+
+def build(args: PretrainingArguments, folder: Path) -> Run:
+    """All parts of the run, not yet resumed."""
+    accelerator = start_processes(args, folder)
+    model, processor = initial_model(args)
+    reader = open_reader(args, processor, model.config)
+    plan = plan_steps(args, reader.samples, accelerator.num_processes)
+    if _synchronised_batch_norm(args):
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    objective = ContrastiveObjective(
+        model, model.config.loss_weights, model.config.label_smoothing, args.freeze, AUTOCAST[args.precision]
+    )
+    if args.torch_compile:
+        objective.encode = torch.compile(objective.encode)
+    betas = (args.adam_beta1, args.adam_beta2)
+    objective.to(accelerator.device)
+    optimizer = build_optimizer(objective, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
+    wrapped, optimizer = accelerator.prepare(objective, optimizer)
+    validation = None
+    if args.validation_data:
+        validation = ValidationSet(
+            args.validation_data, args.validation_samples, objective.terms, processor, args.max_regions
+        )
+    torch.manual_seed(args.seed * 1_000_003 + rank())  # each process its own dropout, if the model has any
+    return Run(
+        args=args,
+        accelerator=accelerator,
+        folder=folder,
+        processor=processor,
+        reader=reader,
+        plan=plan,
+        objective=objective,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        cache=GradientCache(accelerator, wrapped, args.per_device_chunk_size) if args.per_device_chunk_size else None,
+        average=MovingAverage(model, args.ema_decay) if args.ema_decay else None,
+        validation=validation,
+    )
+
+
+def open_reader(args: PretrainingArguments, processor, config):
+    """The training data of this process."""
+    raise NotImplementedError
+
+
+##################################################################################################
+#  Resuming and saving                                                                           #
+##################################################################################################
+
+
+def identity_of(run: Run) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be continued; under "how", what may change."""
+    args, model_config = run.args, run.model.config.to_dict()
+    for name in ("transformers_version", "_name_or_path", "dtype", "architectures", "loss_weights", "label_smoothing"):
+        model_config.pop(name, None)
+    schedule = ("global_batch_size", "learning_rate", "warmup_fraction", "final_learning_rate_fraction")
+    optimizer = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "ema_decay")
+    data = ("seed", "shuffle_window_shards", "max_regions", "global_crop_area", "local_crop_area", "overfit_batches")
+    how = ("precision", "per_device_chunk_size", "sync_batch_norm", "gradient_checkpointing", "torch_compile")
+
+    def chosen(names):
+        return {name: getattr(args, name) for name in names}
+
+    return {
+        "data": {"fingerprint": run.reader.fingerprint, "samples": run.plan.samples, **chosen(data)},
+        "objective": {
+            "loss_weights": dict(run.objective.loss_weights),
+            "label_smoothing": run.objective.label_smoothing,
+            "freeze": args.freeze,
+        },
+        "schedule": {"total_steps": run.plan.total_steps, **chosen(schedule)},
+        "optimizer": chosen(optimizer),
+        "model": model_config,
+        "how": chosen(how),
+    }
+
+
+def training_state(run: Run) -> TrainingState:
+    """The live objects that a checkpoint holds."""
+    deepspeed = run.accelerator.distributed_type == "DEEPSPEED"
+    return TrainingState(
+        model=run.model,
+        optimizer=None if deepspeed else run.optimizer.optimizer,
+        identity=identity_of(run),
+        scaler=run.accelerator.scaler,
+        average=run.average,
+        engine=run.wrapped if deepspeed else None,
+    )
+
+
+def resume(run: Run) -> None:
+    """Continues from the checkpoint that `--resume` names, and opens the log."""
+    args, start = run.args, None
+    if args.resume:
+        start = find_checkpoint(args.resume, run.folder)
+        if start is None:
+            run.accelerator.print(
+                f"--resume latest: {run.folder} has no complete checkpoint yet, starting from the beginning"
+            )
+    elif list_checkpoints(run.folder):
+        raise ValueError(
+            f"output_dir {run.folder} already holds a run (last checkpoint "
+            f"{list_checkpoints(run.folder)[-1].name}): continue it with "
+            "--resume latest, or choose another output_dir"
+        )
+    if start is not None:
+        run.progress, messages = read_checkpoint(start, training_state(run))
+        run.reader.load_state(run.progress.reader)
+        for message in (f"continuing from {start}, step {run.progress.step} of {run.plan.total_steps}", *messages):
+            run.accelerator.print(message)
+    start_trackers(run.accelerator, run.folder, args.to_dict(), run.progress.step)
+    run.log = MetricsLog(run.folder, run.accelerator, run.progress.step)
+    run.window = StepWindow(run.objective.terms, run.folder, args.precision != "fp16", run.progress.window)
+
+
+def save(run: Run) -> None:
+    """Writes a checkpoint of this moment, unless the newest one already is that."""
+    if run.args.dry_run or run.progress.step == 0:
+        return
+    run.progress.window = run.window.rows()  # a loss that is not finite ends the run here, before it can be saved
+    run.progress.reader = run.reader.state()
+    write_checkpoint(run.folder, training_state(run), run.progress, run.args.keep_checkpoints)
+
+
+##################################################################################################
+#  The loop                                                                                      #
+##################################################################################################
+
+
+def optimizer_step(run: Run, batch: dict[str, torch.Tensor], learning_rate: float) -> tuple[StepLoss, torch.Tensor]:
+    """One step on this process's share of a global batch; returns the losses and the gradient norm before clipping."""
+    args, accelerator = run.args, run.accelerator
+    set_learning_rate(run.optimizer, learning_rate)
+    run.optimizer.zero_grad()
+    if run.cache is not None:
+        losses = run.cache.forward_backward(batch)
+    else:
+        losses = run.wrapped(batch)
+        accelerator.backward(losses.loss)
+    norm = accelerator.clip_grad_norm_(run.objective.parameters(), args.max_grad_norm or float("inf"))
+    run.optimizer.step()
+    run.model.clamp_logit_scale_()
+    if run.average is not None:
+        run.average.update(run.model)
+    return losses, torch.as_tensor(norm, device=losses.shares.device)
+
+
+def scheduled_rate(run: Run) -> float:
+    """The learning rate of the step that comes next."""
+    args = run.args
+    peak, warmup, end = args.learning_rate, args.warmup_fraction, args.final_learning_rate_fraction
+    return learning_rate_at(run.progress.step, run.plan.total_steps, peak, warmup, end)
+
+
+def timed_batches(run: Run) -> Iterator[tuple[float, dict[str, Any]]]:
+    """(seconds waited, batch) from where the run is to the end of its epoch."""
+    batches = iter(run.reader.batches(run.progress.epoch, run.progress.position))
+    while True:
+        asked = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        size = len(batch["sample_keys"])
+        if size != run.plan.per_device_batch_size:
+            raise ValueError(
+                f"process {rank()} got {size} pairs at step {run.progress.step + 1}, expected "
+                f"{run.plan.per_device_batch_size} as every process; "
+                "the run stops before pairs are matched wrongly"
+            )
+        yield time.perf_counter() - asked, batch
+
+
+def train(run: Run, stop_requested: threading.Event) -> bool:
+    """Trains to the last step; False when it stopped before because a process was asked to."""
+    args, plan, progress, vote = run.args, run.plan, run.progress, StopVote()
+    last = min(plan.total_steps, DRY_RUN_STEPS) if args.dry_run else plan.total_steps
+    run.objective.train()
+    check_equal_batches(plan.per_device_batch_size, run.accelerator.device)
+    with progress_bar(run, last) as bar:
+        while progress.step < last:
+            for waited, batch in timed_batches(run):
+                started = time.perf_counter()
+                keys = batch.pop("sample_keys")
+                tensors = {name: value.to(run.accelerator.device, non_blocking=True) for name, value in batch.items()}
+                learning_rate = learning_rate_at(
+                    progress.step,
+                    plan.total_steps,
+                    args.learning_rate,
+                    args.warmup_fraction,
+                    args.final_learning_rate_fraction,
+                )
+                losses, norm = optimizer_step(run, tensors, learning_rate)
+                advance(run)
+                run.window.add(
+                    progress.step,
+                    losses,
+                    norm,
+                    run.model.logit_scale,
+                    learning_rate,
+                    keys,
+                    args.global_batch_size,
+                    waited,
+                )
+                progress.seconds += waited + time.perf_counter() - started
+                report(run, bar, batch)
+                if vote.cast(stop_requested.is_set()) and progress.step < last:
+                    save(run)
+                    return False
+                if progress.step >= last:
+                    break
+    return True
+
+
+def advance(run: Run) -> None:
+    """Moves the progress one step on; a pass over the data ends after its last full global batch."""
+    progress = run.progress
+    progress.step += 1
+    progress.position += run.args.global_batch_size
+    if progress.position >= run.plan.steps_per_epoch * run.args.global_batch_size:
+        progress.epoch, progress.position = progress.epoch + 1, 0
+
+
+def report(run: Run, bar, batch: dict[str, torch.Tensor]) -> None:
+    """Whatever is due after this step: log, evaluation, checkpoint."""
+    args, step, total = run.args, run.progress.step, run.plan.total_steps
+    bar.update()
+    if step % args.log_every_steps == 0 or step == total or (args.dry_run and step == DRY_RUN_STEPS):
+        metrics = run.window.metrics() | {"epoch": step / run.plan.steps_per_epoch, "seconds": run.progress.seconds}
+        run.log.write(step, metrics | run.reader.metrics())
+        bar.set_postfix(loss=f"{metrics['loss/total']:.3f}", pairs_per_s=f"{metrics.get('samples_per_second', 0):.0f}")
+    if args.eval_every_steps and step % args.eval_every_steps == 0 and step < total:
+        evaluate(run)
+    if args.save_every_steps and step % args.save_every_steps == 0 and step < total:
+        save(run)
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Retrieval on the validation set, logged; empty without one."""
+    if run.validation is None:
+        return {}
+    metrics = run.validation.metrics(run.model, AUTOCAST[run.args.precision])
+    run.objective.train()
+    run.log.write(run.progress.step, metrics)
+    return metrics
+
+
+def progress_bar(run: Run, last: int):
+    """A bar over the steps with rate and time left; silent on all processes but the first."""
+    from tqdm.auto import tqdm
+
+    return tqdm(
+        total=last,
+        initial=run.progress.step,
+        desc="pretrain",
+        unit="step",
+        dynamic_ncols=True,
+        disable=not run.accelerator.is_main_process,
+    )
+
+
+##################################################################################################
+#  The end                                                                                       #
+##################################################################################################
+
+
+def finish(run: Run) -> tuple[Path, dict[str, float]]:
+    """Last checkpoint, last evaluation, and the model to use in RUN/final; with EMA, its average in
+    RUN/final-average.
+    """
+    if not checkpoint_path(run.folder, run.progress.step).is_dir():
+        save(run)
+    metrics = evaluate(run)
+    final = run.folder / "final"
+    export(run, final, metrics)
+    if run.average is not None:
+        with run.average.swapped_into(run.model):
+            average_metrics = evaluate_average(run)
+            export(run, run.folder / "final-average", average_metrics)
+    for line in run.reader.report():
+        run.accelerator.print(line)
+    if run.args.push_to_hub and run.accelerator.is_main_process:
+        from training.publish import publish
+
+        run.accelerator.print(f"published: {publish(run.folder, run.args.push_to_hub)}")
+    return final, metrics
+
+
+def evaluate_average(run: Run) -> dict[str, float]:
+    """As `evaluate`, for the averaged weights, logged as `validation_average/...`."""
+    if run.validation is None:
+        return {}
+    metrics = run.validation.metrics(run.model, AUTOCAST[run.args.precision])
+    run.log.write(
+        run.progress.step, {name.replace("validation/", "validation_average/"): v for name, v in metrics.items()}
+    )
+    return metrics
+
+
+def export(run: Run, folder: Path, metrics: dict[str, float]) -> None:
+    """A folder for `from_pretrained`: weights, configs, tokenizer, image processor, model card. Written aside, then
+    renamed.
+    """
+    if not run.accelerator.is_main_process:
+        return
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    with quiet_transformers():
+        run.model.save_pretrained(aside)
+    run.processor.save_pretrained(aside)
+    write_training_record(run, aside, metrics)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+def write_training_record(run: Run, folder: Path, metrics: dict[str, float]) -> None:
+    """`training.json`: settings, data, length and results of the run, from which the model card is made."""
+    record = {
+        "settings": run.args.to_dict(),
+        "samples_seen": run.progress.step * run.args.global_batch_size,
+        "steps": run.progress.step,
+        "processes": world_size(),
+        "seconds": run.progress.seconds,
+        "data": run.reader.description,
+        "metrics": metrics,
+    }
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def describe_dry_run(run: Run) -> None:
+    """What the run would be, after its two steps."""
+    args, plan = run.args, run.plan
+    trainable = sum(p.numel() for p in run.objective.parameters() if p.requires_grad)
+    lines = [
+        f"dry run: {DRY_RUN_STEPS} steps done, nothing saved. The run would be",
+        f"  model       {args.model}, {sum(p.numel() for p in run.model.parameters()):,} parameters, "
+        f"{trainable:,} trained",
+        f"  objective   {', '.join(f'{name} {weight:.3g}' for name, weight in run.objective.loss_weights.items())}",
+        f"  data        {plan.samples:,} samples, {plan.steps_per_epoch:,} steps an epoch",
+        f"  batch       {args.global_batch_size:,} = {run.accelerator.num_processes} processes x "
+        f"{plan.per_device_batch_size:,}",
+        f"  length      {plan.total_steps:,} steps, {plan.total_steps * args.global_batch_size:,} samples, into "
+        f"{args.output_dir}",
+    ]
+    run.accelerator.print("\n".join(lines))
+
+
+@contextlib.contextmanager
+def termination_noticed() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets instead of ending the process; a second SIGTERM ends it."""
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield requested
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def notice(signum, frame):
+        requested.set()
+        signal.signal(signal.SIGTERM, before)
+
+    signal.signal(signal.SIGTERM, notice)
+    try:
+        yield requested
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run(args: PretrainingArguments) -> RunResult:
+    """The whole run, in this process and those that `accelerate launch` started beside it.
+
+    Raises ValueError for settings and data that do not fit, CheckpointError, NonFiniteLoss, and what reading data
+    raises.
+    """
+    with contextlib.ExitStack() as stack:
+        stop_requested = stack.enter_context(termination_noticed())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if args.dry_run else args.output_dir)
+        parts = build(args, folder)
+        resume(parts)
+        complete = train(parts, stop_requested)
+        final, metrics = None, {}
+        if args.dry_run:
+            describe_dry_run(parts)
+        elif complete:
+            final, metrics = finish(parts)
+        else:
+            parts.accelerator.print(
+                f"stopped by SIGTERM at step {parts.progress.step}, saved; continue with --resume latest"
+            )
+        parts.accelerator.end_training()
+    return RunResult(folder, parts.progress.step, complete and not args.dry_run, final, metrics)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line, runs, and returns the exit code."""
+    try:
+        args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_WRONG_SETTING
+    try:
+        result = run(args)
+    except (ValueError, ImportError, CheckpointError, NonFiniteLoss) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_WRONG_SETTING if isinstance(error, (ValueError, ImportError)) else 1
+    return 0 if result.finished or args.dry_run else EXIT_STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
