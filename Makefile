@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORE := .venv-core
 CORE_TORCH := 2.13.0
-CORE_TESTS := tests/pyramidclip_hf tests/test_core_environment.py tests/test_import_time.py
+CORE_TESTS := tests/pyramidclip_hf tests/test_core_environment.py
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help setup demo test test-main test-core test-all test-upstream bench lint clean
