@@ -33,9 +33,9 @@ test-main: $(VENV)/installed
 test-core: $(CORE)/installed
 	rm -rf build
 	$(CORE)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --force-reinstall .
-	$(CORE)/bin/pytest -n $(WORKERS) -m "not slow" -o pythonpath= $(CORE_TESTS)
+	$(CORE)/bin/pytest -n $(WORKERS) -m "not slow" $(CORE_TESTS)
 
-# The same versions but for torch, and no extras. The tests import the installed package: the checkout is not on the path.
+# The same versions but for torch, and no extras. The tests import the installed package, not the checkout's.
 $(CORE)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(CORE)
 	grep -vE '^torch(vision)?==' constraints.txt > $(CORE)/constraints.txt

@@ -5,6 +5,7 @@ Environment variables are set before torch or transformers can be imported; subp
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -23,6 +24,9 @@ for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEME
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 SHARED = CHECKOUT.parent / "shared"
+
+# Last, so that an installed pyramidclip_hf comes before the checkout's; conversion, training and tests are only here.
+sys.path.append(str(CHECKOUT))
 
 
 def pytest_configure(config):
