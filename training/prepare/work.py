@@ -332,15 +332,15 @@ def _mark_unfinished(stage):
 
 
 def refuse_other_maker(folder, level, made_by, overwrite):
-    """Raises `ValueError` where `dataset.json` says that `level` was made by something else and `overwrite` is not
-    set."""
+    """What `dataset.json` says that `level` was made by, or None. Raises `ValueError` where that is something else than
+    `made_by` and `overwrite` is not set."""
     before = (read_dataset_json(folder) or {}).get("made_by", {}).get(level)
     if before is not None and before != made_by and not overwrite:
         raise ValueError(
-            f"{folder} already has {level} made by {before}, not by {made_by}. --overwrite "
-            f"replaces them all; else start from the shards as "
-            "they were packed, with another --output_dir"
+            f"{folder} already has {level} made by {before}, not by {made_by}. --overwrite replaces them all; else "
+            "start from the shards as they were packed, with another --output_dir"
         )
+    return before
 
 
 def describe_dataset(stage, source, total, made_by, roi_feature_size=None):

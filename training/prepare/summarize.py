@@ -1,0 +1,335 @@
+"""Adds the summary level: a short sentence beside each caption.
+
+    python -m training.prepare.summarize --input_dir data/mine --model t5-base --dry_run 20
+    accelerate launch -m training.prepare.summarize --input_dir data/mine --model t5-base
+    python -m training.prepare.summarize --input_dir data/mine --model first-clause
+
+`--model` is any seq2seq or causal checkpoint of Transformers, or `first-clause`, which is not a model. A text is
+summarised once: results are kept in a cache by the content of text, model and settings, across data sets, runs and
+kills.
+"""
+
+import hashlib
+import json
+import sqlite3
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from training.prepare.first_clause import first_clause
+from training.prepare.work import (
+    Stage,
+    WorkArguments,
+    checkpoint_content,
+    describe_dataset,
+    parse,
+    refuse_other_maker,
+    rewrite_shards,
+    this_worker,
+)
+from training.records import BadSample, sample_from_members
+from training.shards import ShardReader, cache_folder
+
+STAGE = "summary"
+NO_MODEL = "first-clause"
+SEQ2SEQ_PROMPT = "summarize: {caption}"
+CAUSAL_PROMPT = (
+    "Rewrite this image caption as one short plain sentence about what can be seen.\nCaption: {caption}\nShort:"
+)
+
+
+@dataclass
+class SummaryConfig:
+    """All that decides a summary. The defaults are for alt-texts of some ten to eighty words; the paper names T5 and no
+    settings.
+
+    - T5's checkpoints carry beams 4, length penalty 2, 30 to 200 tokens: settings of another model for newspaper
+    articles. A minimum of 30 tokens
+      makes it pad a caption of 20 with inventions, so there is none here (`min_new_tokens` 0).
+    - `max_new_tokens` 48: without it generation stops at 20 tokens, in the middle of a sentence; a summary is shorter
+    than a caption of 77. - `length_penalty` 1.0: 2.0 favours long beams, against the purpose. - `no_repeat_ngram_size`
+    3 and `early_stopping`: beam search on keyword lists falls into loops otherwise. - `min_words` 10: T5 copies or
+    mangles texts that are already short; they pass through. - `max_input_tokens` 512: what T5 was trained with; longer
+    captions are cut.
+    """
+
+    model: str = field(default="t5-base", metadata={"help": "Checkpoint (folder or Hub name), or `first-clause`."})
+    prompt: str | None = field(
+        default=None, metadata={"help": "With {caption}; default: `summarize: ` or an instruction."}
+    )
+    min_words: int = field(default=10, metadata={"help": "Captions with fewer words are their own summary."})
+    max_input_tokens: int = field(default=512, metadata={"help": "Longer captions are cut."})
+    num_beams: int = field(
+        default=4, metadata={"help": "Beams of the search; 1 is greedy and about three times as fast."}
+    )
+    length_penalty: float = field(default=1.0, metadata={"help": "Above 1 favours longer summaries."})
+    min_new_tokens: int = field(default=0, metadata={"help": "Least tokens of a summary."})
+    max_new_tokens: int = field(default=48, metadata={"help": "Most tokens of a summary."})
+    no_repeat_ngram_size: int = field(default=3, metadata={"help": "No sequence of so many tokens twice."})
+    early_stopping: bool = field(default=True, metadata={"help": "Stop when all beams have ended."})
+    batch_size: int = field(default=32, metadata={"help": "Captions generated at once."})
+    pad_to_multiple_of: int = field(
+        default=16, metadata={"help": "Captions are batched by length, rounded up to this."}
+    )
+    dtype: str = field(
+        default="auto", metadata={"help": "float32, bfloat16 or float16; auto: bfloat16 on accelerators."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Revision of a Hub checkpoint."})
+
+
+@dataclass
+class SummarizeArguments:
+    """What to read and where to write."""
+
+    input_dir: str = field(metadata={"help": "Folder of shards."})
+    output_dir: str | None = field(default=None, metadata={"help": "Where the changed shards go (default: in place)."})
+    cache: str | None = field(default=None, metadata={"help": "Cache file (default: in the cache folder)."})
+    dry_run: int = field(
+        default=0, metadata={"help": "Print so many captions with their summaries and change nothing."}
+    )
+
+
+def main(argv=None):
+    arguments, config, work = parse(SummarizeArguments, SummaryConfig, WorkArguments, argv=argv)
+    _check(config)
+    worker = this_worker(work)
+    summarizer = open_summarizer(config, worker.device, arguments.cache)
+    if arguments.dry_run:
+        print_pairs(summarizer, arguments.input_dir, arguments.dry_run)
+        return None
+    folder = arguments.output_dir or arguments.input_dir
+    refuse_other_maker(arguments.input_dir, "summary", summarizer.made_by, work.overwrite)
+    stage = Stage(folder, STAGE, summarizer.made_by, work.overwrite)
+    total = rewrite_shards(stage, arguments.input_dir, worker, Change(summarizer))
+    if total is not None:
+        describe_dataset(stage, arguments.input_dir, total, {"summary": summarizer.made_by})
+    if worker.index == 0 or total is not None:
+        print(stage.summary(total))
+    return total
+
+
+def _check(config):
+    positive = ("max_input_tokens", "num_beams", "max_new_tokens", "batch_size", "pad_to_multiple_of")
+    wrong = [name for name in positive if getattr(config, name) < 1]
+    if wrong:
+        raise ValueError(f"{', '.join(f'{name}={getattr(config, name)}' for name in wrong)}: expected 1 or more")
+    if config.prompt is not None and "{caption}" not in config.prompt:
+        raise ValueError(f"prompt {config.prompt!r}: expected {{caption}} in it, where the caption goes")
+    if config.dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype {config.dtype!r}: expected auto, float32, bfloat16 or float16")
+
+
+def open_summarizer(config, device="cpu", cache=None):
+    """The `FirstClause` or `ModelSummarizer` that `config` names."""
+    if config.model == NO_MODEL:
+        return FirstClause()
+    return ModelSummarizer(config, device, SummaryCache(cache or cache_folder() / "summaries.sqlite"))
+
+
+class FirstClause:
+    """The first clause without junk words (`training.prepare.first_clause`); no model, and it does not claim to be
+    one."""
+
+    made_by = {"maker": NO_MODEL}
+
+    def summarize(self, captions, advance=lambda number: None):
+        """{caption: summary} for distinct captions."""
+        advance(len(captions))
+        return {caption: first_clause(caption) for caption in captions}
+
+
+class SummaryCache:
+    """Summaries by content in one SQLite file, which several processes of a machine may share. What is in it survives a
+    kill."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.connection = sqlite3.connect(self.path, timeout=120)
+        self.connection.execute(
+            "create table if not exists summaries (key blob primary key, summary text not null) without rowid"
+        )
+
+    def get(self, keys):
+        """{key: summary} of those keys that are there."""
+        found, keys = {}, list(keys)
+        for start in range(0, len(keys), 500):
+            some = keys[start : start + 500]
+            marks = ",".join("?" * len(some))
+            found.update(self.connection.execute(f"select key, summary from summaries where key in ({marks})", some))
+        return found
+
+    def put(self, pairs):
+        """Stores (key, summary) pairs; one that is there stays."""
+        with self.connection:
+            self.connection.executemany("insert or ignore into summaries values (?, ?)", pairs)
+
+
+class ModelSummarizer:
+    """Summaries by a Transformers checkpoint.
+
+    Batches have captions of one length class only (padded to the next multiple of `pad_to_multiple_of`), and always
+    `batch_size` rows, the last one repeated: every text meets the same tensor shapes whatever its neighbours are, so
+    rounding, and with it the summary, does not depend on which other texts the cache already had. That is what makes a
+    continued run equal to an undisturbed one.
+    """
+
+    def __init__(self, config, device, cache):
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+        self.config, self.device, self.cache = config, torch.device(device), cache
+        dtype = config.dtype
+        if dtype == "auto":
+            dtype = "float32" if self.device.type == "cpu" else "bfloat16"
+        described = AutoConfig.from_pretrained(config.model, revision=config.revision)
+        self.is_seq2seq = bool(described.is_encoder_decoder)
+        loader = AutoModelForSeq2SeqLM if self.is_seq2seq else AutoModelForCausalLM
+        self.model = loader.from_pretrained(config.model, revision=config.revision, dtype=getattr(torch, dtype))
+        self.model.eval().to(self.device)
+        self.tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision)
+        self.tokenizer.padding_side = "right" if self.is_seq2seq else "left"
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.prompt = config.prompt or (SEQ2SEQ_PROMPT if self.is_seq2seq else CAUSAL_PROMPT)
+        settings = {**asdict(config), "prompt": self.prompt, "dtype": dtype}
+        content = checkpoint_content(config.model, described)
+        self.made_by = {"maker": settings.pop("model"), "content": content, "settings": settings}
+        self._prefix = json.dumps([content, settings], sort_keys=True).encode()
+
+    def key(self, caption):
+        """The cache key of a caption: 16 bytes of the hash of model, settings and text."""
+        return hashlib.sha256(self._prefix + b"\0" + caption.encode("utf-8", "surrogatepass")).digest()[:16]
+
+    def summarize(self, captions, advance=lambda number: None):
+        """{caption: summary} for distinct captions; short ones are their own, known ones come from the cache."""
+        long = [caption for caption in captions if len(caption.split()) >= self.config.min_words]
+        summaries = {caption: caption for caption in captions if len(caption.split()) < self.config.min_words}
+        keys = {caption: self.key(caption) for caption in long}
+        known = self.cache.get(keys.values())
+        summaries.update({caption: known[key] for caption, key in keys.items() if key in known})
+        advance(len(summaries))
+        for batch, ids in self._batches([caption for caption in long if caption not in summaries]):
+            made = dict(zip(batch, self._generate(ids)))
+            self.cache.put([(keys[caption], summary) for caption, summary in made.items()])
+            summaries.update(made)
+            advance(len(batch))
+        return summaries
+
+    def _batches(self, captions):
+        """Yields (captions, token ids) batches of one length class, short ones first."""
+        classes = defaultdict(list)
+        step = self.config.pad_to_multiple_of
+        for caption in sorted(captions):
+            ids = self._token_ids(caption)
+            classes[-(-len(ids) // step) * step].append((caption, ids))
+        for length in sorted(classes):
+            members = iter(classes[length])
+            while batch := list(islice(members, self.config.batch_size)):
+                yield [caption for caption, _ in batch], [ids for _, ids in batch]
+
+    def _token_ids(self, caption):
+        """The ids of the prompt around a caption, which is cut to `max_input_tokens` where it is longer."""
+        ids = self._prompted(caption)
+        excess = len(ids) - self.config.max_input_tokens
+        if excess > 0:
+            own = self.tokenizer(caption, add_special_tokens=False)["input_ids"]
+            ids = self._prompted(self.tokenizer.decode(own[: max(len(own) - excess, 1)], skip_special_tokens=True))
+        return ids[: self.config.max_input_tokens]
+
+    def _prompted(self, caption):
+        text = self.prompt.replace("{caption}", caption)
+        if not self.is_seq2seq and self.tokenizer.chat_template:
+            turns = [{"role": "user", "content": text}]
+            return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return self.tokenizer(text)["input_ids"]
+
+    @torch.inference_mode()
+    def _generate(self, ids):
+        config, rows = self.config, len(ids)
+        filled = {"input_ids": ids + [ids[-1]] * (config.batch_size - rows)}
+        inputs = self.tokenizer.pad(filled, pad_to_multiple_of=config.pad_to_multiple_of, return_tensors="pt").to(
+            self.device
+        )
+        outputs = self.model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            do_sample=False,
+            num_beams=config.num_beams,
+            length_penalty=config.length_penalty if config.num_beams > 1 else None,
+            early_stopping=config.early_stopping if config.num_beams > 1 else None,
+            min_new_tokens=config.min_new_tokens or None,
+            max_new_tokens=config.max_new_tokens,
+            no_repeat_ngram_size=config.no_repeat_ngram_size or None,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        if not self.is_seq2seq:
+            outputs = outputs[:, inputs["input_ids"].shape[1] :]
+        texts = self.tokenizer.batch_decode(outputs[:rows], skip_special_tokens=True)
+        if not self.is_seq2seq:
+            texts = [text.strip().partition("\n")[0] for text in texts]
+        return [" ".join(text.split()) for text in texts]
+
+
+class Change:
+    """The step on one shard (`training.prepare.work.rewrite_shards`): all its captions first, then the samples with
+    their summaries."""
+
+    def __init__(self, summarizer):
+        self.summarizer = summarizer
+
+    def __call__(self, reader, samples, tally, advance):
+        captions = captions_of(reader)
+        summaries = self.summarizer.summarize(list(dict.fromkeys(captions)), advance)
+        advance(len(reader) - len(summaries))
+        for opened in samples:
+            caption = opened.sample.caption if opened.sample is not None else None
+            if opened.sample is not None and caption is None:
+                tally.note(opened.where, opened.key, "no-caption", "nothing to summarise")
+            elif caption is not None:
+                summary = summaries[caption].strip()
+                opened.levels["summary"] = summary or None
+                tally.count("summaries" if summary else "summaries_empty")
+                tally.count("summaries_equal_to_caption", summary == caption)
+                if not summary:
+                    tally.note(
+                        opened.where, opened.key, "empty-summary", f"the model said nothing about {caption[:80]!r}"
+                    )
+            yield opened
+
+
+def captions_of(reader):
+    """The captions of a shard in order, without those of samples that cannot be read (they are named when they are
+    copied)."""
+    captions = []
+    for i, key in enumerate(reader.keys):
+        try:
+            sample = sample_from_members(reader.read(i, ("txt", "json")), key, reader.name, require_image=False)
+        except BadSample:
+            continue
+        if sample.caption is not None:
+            captions.append(sample.caption)
+    return captions
+
+
+def print_pairs(summarizer, folder, number):
+    """Prints `number` captions of a folder with their summaries."""
+    captions = []
+    for shard in sorted(Path(folder).glob("*.tar")):
+        with ShardReader(shard) as reader:
+            captions += captions_of(reader)
+        if len(captions) >= number:
+            break
+    if not captions:
+        raise FileNotFoundError(
+            f"no captions in the *.tar of {folder}: expected a folder that training.prepare.pack wrote"
+        )
+    summaries = summarizer.summarize(list(dict.fromkeys(captions[:number])))
+    for caption in captions[:number]:
+        print(f"before: {caption}\nafter:  {summaries[caption]}\n")
+
+
+if __name__ == "__main__":
+    main()
