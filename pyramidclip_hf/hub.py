@@ -1,0 +1,337 @@
+# Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Sharing a model: its card, a folder that loads without this package, and publishing a folder in one commit.
+
+>>> export_remote_code(model, processor, folder)
+>>> card = build_model_card(model.config, model_name="name", repo_id="user/name")
+>>> card.save(folder / "README.md")
+>>> publish_folder(folder, "user/name")
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    get_token,
+)
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.processing_utils import ProcessorMixin
+
+from .configuration_pyramidclip import PyramidCLIPConfig
+from .modeling_pyramidclip import PyramidCLIPModel
+
+CARD_TEMPLATE = "model_card_template.md"
+
+# model_type -> what the Auto classes load, as MODULE.CLASS of the files copied beside the weights.
+_MODEL_AUTO_MAPS = {
+    "pyramidclip": {
+        "AutoConfig": "configuration_pyramidclip.PyramidCLIPConfig",
+        "AutoModel": "modeling_pyramidclip.PyramidCLIPModel",
+        "AutoModelForZeroShotImageClassification": "modeling_pyramidclip.PyramidCLIPModel",
+        "AutoModelForImageClassification": "modeling_pyramidclip.PyramidCLIPForImageClassification",
+    },
+    "pyramidclip_vision_model": {
+        "AutoConfig": "configuration_pyramidclip.PyramidCLIPVisionConfig",
+        "AutoModel": "modeling_pyramidclip.PyramidCLIPVisionModel",
+    },
+    "pyramidclip_text_model": {
+        "AutoConfig": "configuration_pyramidclip.PyramidCLIPTextConfig",
+        "AutoModel": "modeling_pyramidclip.PyramidCLIPTextModel",
+    },
+}
+_PROCESSOR = {"AutoProcessor": "processing_pyramidclip.PyramidCLIPProcessor"}
+_IMAGE_PROCESSOR = {"AutoImageProcessor": "image_processing_pyramidclip.PyramidCLIPImageProcessor"}
+# transformers reads a pair (slow, fast) here; this tokenizer is one class.
+_TOKENIZER = {"AutoTokenizer": ["tokenization_pyramidclip.PyramidCLIPTokenizer", None]}
+
+# What `from_pretrained` might take for weights: of these, only the ones in the published folder stay in a repository.
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+_NO_LICENSE = (
+    "No licence was stated for these weights. Without one, only what the law allows anyway is allowed: ask whoever "
+    "published them before you use or pass them on."
+)
+AUTHORS_WEIGHTS_LICENSE = (
+    "The authors of PyramidCLIP published no licence for these weights. Without one, only what the law allows anyway "
+    "is allowed: ask them before you use the weights in a product or pass them on, this folder included."
+)
+
+
+class PublishError(RuntimeError):
+    """A folder could not be published; the message says why, and what the repository looks like now."""
+
+
+def build_model_card(
+    config: PyramidCLIPConfig,
+    *,
+    model_name: str,
+    repo_id: str | None = None,
+    provenance: str = "",
+    intended_use: str = "",
+    training_data: str = "Not stated by whoever published these weights.",
+    training: Mapping[str, Any] | None = None,
+    results: Sequence[EvalResult] = (),
+    limits: str = "",
+    license: str = "unknown",
+    license_text: str = _NO_LICENSE,
+    base_model: str | None = None,
+    datasets: Sequence[str] | None = None,
+    language: str = "en",
+    remote_code: bool = False,
+) -> ModelCard:
+    """The card of a model: the template `model_card_template.md` (in a checkout also `MODEL_CARD.md`), filled.
+
+    Args:
+        config: the model's configuration; sizes, objective and the number of parameters come from it.
+        model_name: title, and the model's name in the metadata of the results.
+        repo_id: what the example code loads; `model_name` when not given.
+        provenance, intended_use, training_data, limits, license_text: sentences for their sections, Markdown.
+        training: settings worth showing, name -> value.
+        results: `huggingface_hub.EvalResult`s; they become the table and the metadata.
+        license: an identifier that the Hub knows, e.g. "apache-2.0"; "unknown" where none was stated.
+        base_model, datasets: ids on the Hub. language: ISO 639-1.
+        remote_code: the folder carries the code (`export_remote_code`).
+
+    Raises:
+        ValueError: `huggingface_hub` refuses the metadata.
+    """
+    data = ModelCardData(
+        model_name=model_name if results else None,
+        language=language,
+        license=license,
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["pyramidclip", "clip", "image-text-retrieval"],
+        base_model=base_model,
+        datasets=None if datasets is None else list(datasets),
+        eval_results=list(results) or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name(CARD_TEMPLATE)),
+        model_name=model_name,
+        repo_id=repo_id or model_name,
+        facts=_facts(config),
+        provenance=provenance,
+        intended_use=intended_use,
+        training_data=training_data,
+        training={_cell(name): _cell(value) for name, value in (training or {}).items()},
+        results=[_result_row(result) for result in results],
+        limits=f"- {limits}\n" if limits else "",
+        license_text=license_text,
+        remote_code=remote_code,
+    )
+
+
+def _facts(config: PyramidCLIPConfig) -> dict[str, Any]:
+    vision, text = config.vision_config, config.text_config
+    if vision.tower == "vit":
+        tower = (
+            f"ViT, {vision.num_hidden_layers} blocks of width {vision.hidden_size}, patches of {vision.patch_size} "
+            f"pixels, locally-enhanced feed-forward in the first {vision.num_leff_layers} blocks"
+        )
+    else:
+        tower = f"modified ResNet, blocks {list(vision.layers)}, width {vision.width}, attention pooling"
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in PyramidCLIPModel(config).parameters())
+    pooling = "maximum over all positions" if text.pooling == "max" else "end-of-text token"
+    weights = ", ".join(f"{name} {weight:.4g}" for name, weight in config.loss_weights.items())
+    return {
+        "projection_dim": config.projection_dim,
+        "vision": tower,
+        "text": f"causal transformer, {text.num_hidden_layers} blocks of width {text.hidden_size}, pooling: {pooling}",
+        "objective": f"softened contrastive terms ({weights}), label smoothing {config.label_smoothing:g}",
+        "parameters": f"{parameters / 1e6:.1f} million",
+        "max_tokens": text.max_position_embeddings,
+        "image_size": vision.image_size,
+    }
+
+
+def _result_row(result: EvalResult) -> dict[str, str]:
+    value = result.metric_value
+    return {
+        "task": _cell(result.task_name or result.task_type),
+        "dataset": _cell(" ".join(filter(None, (result.dataset_name, result.dataset_config)))),
+        "split": _cell(result.dataset_split or ""),
+        "metric": _cell(result.metric_name or result.metric_type),
+        "value": f"{value:.4g}" if isinstance(value, float) else _cell(value),
+    }
+
+
+def _cell(value: Any) -> str:
+    """A value as one cell of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def export_remote_code(
+    model: PreTrainedModel, processor: ProcessorMixin | None, folder: str | Path, **save_options
+) -> list[Path]:
+    """Saves a model and its processor so that the Auto classes load them with `trust_remote_code=True` and without
+    this package: the Python files lie beside the weights and the `auto_map`s name them.
+
+    The classes themselves are left alone: what the process saves later carries no code.
+
+    Args:
+        model: `PyramidCLIPModel`, a head, or a tower. processor: `None` where there is none.
+        folder: it is made where it is not there.
+        **save_options: for `model.save_pretrained`, e.g. `max_shard_size`.
+
+    Returns:
+        the Python files written.
+    """
+    folder = Path(folder)
+    model.save_pretrained(folder, **save_options)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    return add_remote_code(folder)
+
+
+def add_remote_code(folder: str | Path) -> list[Path]:
+    """Makes a saved folder loadable with `trust_remote_code=True`, see `export_remote_code`; weights are not read.
+
+    Raises:
+        ValueError: the folder holds no PyramidCLIP model.
+    """
+    folder = Path(folder)
+    config_file = folder / "config.json"
+    model_type = _read_json(config_file).get("model_type") if config_file.is_file() else None
+    if model_type not in _MODEL_AUTO_MAPS:
+        raise ValueError(f"{folder} holds no PyramidCLIP model: its config.json says model_type {model_type!r}.")
+    _add_auto_map(config_file, _MODEL_AUTO_MAPS[model_type])
+    modules = ["configuration_pyramidclip", "modeling_pyramidclip"]
+    if (folder / "tokenizer_config.json").is_file():
+        _add_auto_map(folder / "tokenizer_config.json", _TOKENIZER)
+        modules.append("tokenization_pyramidclip")
+    if (folder / "preprocessor_config.json").is_file():
+        _add_auto_map(folder / "preprocessor_config.json", _IMAGE_PROCESSOR)
+        modules.append("image_processing_pyramidclip")
+    if (folder / "processor_config.json").is_file():
+        _add_auto_map(folder / "processor_config.json", _PROCESSOR, image_processor=_IMAGE_PROCESSOR)
+        modules.append("processing_pyramidclip")
+    return [Path(shutil.copyfile(source, folder / source.name)) for source in _sources(modules)]
+
+
+def _sources(modules: Iterable[str]) -> list[Path]:
+    """The files of these sibling modules and of all that they import from each other."""
+    package = Path(__file__).parent
+    entries = [package / f"{module}.py" for module in modules]
+    needed = {Path(name) for entry in entries for name in get_relative_import_files(entry)}
+    return sorted(needed.union(entries))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _add_auto_map(path: Path, auto_map: Mapping[str, Any], **nested: Mapping[str, Any]) -> None:
+    content = _read_json(path)
+    content["auto_map"] = {**content.get("auto_map", {}), **auto_map}
+    for section, section_map in nested.items():
+        if isinstance(content.get(section), dict):
+            content[section]["auto_map"] = dict(section_map)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def publish_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Publish the model",
+) -> str:
+    """Puts a model folder into a Hub repository in one commit, making the repository where there is none.
+
+    Large files are uploaded first and become visible with the commit only, so an interrupted push leaves the repository
+    as it was. The commit also removes weights of an earlier model, which `from_pretrained` might prefer to the new
+    ones; other files stay. The card (`README.md`) is validated by the Hub beforehand. The folder is only read.
+
+    Args:
+        folder: with `config.json` and weights. Hidden files and `__pycache__` are left out.
+        repo_id: "user/name". private: visibility of a repository made here.
+        token: by default the one of `hf auth login` or HF_TOKEN. It appears in no message.
+        revision: an existing branch; by default the main one.
+
+    Returns:
+        the address of the commit.
+
+    Raises:
+        ValueError: no model in the folder, or a `repo_id` that cannot be.
+        PublishError: no network, no right to write, a card that the Hub refuses, somebody else's commit in between.
+    """
+    folder = Path(folder)
+    files = _files_to_publish(folder)
+    validate_repo_id(repo_id)
+    api, done = HfApi(token=token), "nothing was sent"
+    try:
+        # A card that the Hub would refuse is found before the repository exists.
+        if "README.md" in files:
+            ModelCard.load(files["README.md"], ignore_metadata_errors=False).validate()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        done = "the repository exists and its files are as they were"
+        before = api.repo_info(repo_id, revision=revision)
+        present = [sibling.rfilename for sibling in before.siblings or ()]
+        stale = [name for name in present if name not in files and _is_weight_file(name)]
+        operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        operations += [CommitOperationDelete(name) for name in stale]
+        commit = api.create_commit(
+            repo_id, operations, commit_message=commit_message, revision=revision, parent_commit=before.sha
+        )
+        return str(commit.commit_url)
+    except Exception as error:
+        message = _without_tokens(f"{repo_id} was not published, {done}: {_reason(error)}", token)
+        # The cause is shown only if it cannot show a token.
+        raise PublishError(message) from (error if _without_tokens(repr(error), token) == repr(error) else None)
+
+
+def _files_to_publish(folder: Path) -> dict[str, Path]:
+    """Name in the repository -> file."""
+    if not (folder / "config.json").is_file() or not any(_is_weight_file(path.name) for path in folder.glob("*")):
+        raise ValueError(f"Expected a folder with config.json and weights (model.safetensors), found none at {folder}.")
+    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        name.as_posix(): path
+        for name, path in paths.items()
+        if not any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+    }
+
+
+def _is_weight_file(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in _WEIGHT_FILES)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OfflineModeIsEnabled):
+        return "the Hub is switched off (HF_HUB_OFFLINE); unset it to publish"
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code if error.response is not None else None
+        if status in (401, 403):
+            return f"no right to write there; log in with `hf auth login` or set HF_TOKEN to a token that may ({error})"
+        if status in (409, 412):
+            return f"the repository changed meanwhile; look at it, then publish again ({error})"
+        return f"the Hub answered {error}"
+    if type(error).__name__ in ("ConnectError", "ConnectTimeout", "ReadTimeout", "ReadError", "RemoteProtocolError"):
+        return f"no connection to the Hub ({error}); check the network, then publish again"
+    return f"{type(error).__name__}: {error}"
+
+
+def _without_tokens(text: str, token: str | None) -> str:
+    for secret in (token, get_token()):
+        # An error may quote the token as the bytes that were sent.
+        for form in {secret, secret.encode("unicode_escape").decode(), repr(secret)[1:-1]} if secret else ():
+            text = text.replace(form, "<token>")
+    return text
