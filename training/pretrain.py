@@ -44,6 +44,7 @@ from training.gradient_cache import GradientCache
 from training.initial_model import initial_model
 from training.objective import ContrastiveObjective, StepLoss
 from training.optim import MovingAverage, build_optimizer, learning_rate_at, set_learning_rate
+from training.publish import publish, write_card
 from training.tracking import MetricsLog, NonFiniteLoss, StepWindow, start_trackers
 from training.validation import ValidationSet
 
@@ -466,8 +467,6 @@ def finish(run: Run) -> tuple[Path, dict[str, float]]:
     for line in run.reader.report():
         run.accelerator.print(line)
     if run.args.push_to_hub and run.accelerator.is_main_process:
-        from training.publish import publish
-
         run.accelerator.print(f"published: {publish(run.folder, run.args.push_to_hub)}")
     return final, metrics
 
@@ -494,14 +493,16 @@ def export(run: Run, folder: Path, metrics: dict[str, float]) -> None:
     with quiet_transformers():
         run.model.save_pretrained(aside)
     run.processor.save_pretrained(aside)
-    write_training_record(run, aside, metrics)
+    record = training_record(run, metrics)
+    (aside / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_card(aside, record)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
 
-def write_training_record(run: Run, folder: Path, metrics: dict[str, float]) -> None:
+def training_record(run: Run, metrics: dict[str, float]) -> dict[str, Any]:
     """`training.json`: settings, data, length and results of the run, from which the model card is made."""
-    record = {
+    return {
         "settings": run.args.to_dict(),
         "samples_seen": run.progress.step * run.args.global_batch_size,
         "steps": run.progress.step,
@@ -510,7 +511,6 @@ def write_training_record(run: Run, folder: Path, metrics: dict[str, float]) -> 
         "data": run.reader.description,
         "metrics": metrics,
     }
-    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def describe_dry_run(run: Run) -> None:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -50,23 +51,27 @@ def run_in_processes(function, world_size, *arguments, timeout=120):
         ]
         for child in children:
             child.start()
-        results, failures = {}, []
+        results, failures = {}, {}
         try:
-            while len(results) + len(failures) < world_size:
-                # After a first failure the others fail too, or wait for it in vain.
-                rank, fine, result = queue.get(timeout=5 if failures else timeout)
-                if fine:
-                    results[rank] = result
-                else:
-                    failures.append(f"process {rank}:\n{result}")
-        except Empty:
-            failures = failures or [f"only processes {sorted(results)} of {world_size} answered in {timeout} s"]
+            end = time.monotonic() + timeout
+            while len(results) + len(failures) < world_size and time.monotonic() < end:
+                try:
+                    rank, fine, result = queue.get(timeout=0.2)
+                    (results if fine else failures)[rank] = result
+                except Empty:
+                    for rank, child in enumerate(children):
+                        if child.exitcode is not None and child.exitcode < 0:
+                            failures.setdefault(rank, f"ended by signal {-child.exitcode}")
+                if failures:  # the others fail too, or wait for it in vain
+                    end = min(end, time.monotonic() + 4)
         finally:
             for child in children:
                 child.join(timeout=0 if failures else 20)
                 if child.is_alive():
                     child.kill()
                     child.join()
-    if failures:
-        raise AssertionError("\n".join(failures))
+    if len(results) < world_size:
+        raise AssertionError(
+            "\n".join(f"process {rank}:\n{text}" for rank, text in failures.items()) or f"over {timeout} s"
+        )
     return [results[rank] for rank in range(world_size)]

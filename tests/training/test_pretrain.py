@@ -1,0 +1,228 @@
+"""A whole run in this process on made-up data: what it writes, what it refuses, and how it stops."""
+
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from pyramidclip_hf import PyramidCLIPModel
+from pyramidclip_hf.loss_pyramidclip import DEFAULT_LOSS_WEIGHTS
+from tests.training.memory_reader import MODEL_CONFIG, MemoryReader
+from tests.training.processes import run_in_processes
+from tests.training.tiny import VIT, tiny_batch
+from training import pretrain
+from training.arguments import PretrainingArguments
+from training.checkpoint import list_checkpoints
+from training.optim import learning_rate_at
+from training.tracking import NonFiniteLoss, read_metrics
+
+NO_BATCH_NORM = {**MODEL_CONFIG, "vision_config": {**VIT, "num_leff_layers": 0}}
+
+
+def settings(folder, **changes):
+    chosen = {
+        "output_dir": str(folder),
+        "model": "ViT-B-32",
+        "model_config": MODEL_CONFIG,
+        "global_batch_size": 8,
+        "max_steps": 8,
+        "learning_rate": 1e-3,
+        "precision": "fp32",
+        "log_every_steps": 4,
+        "save_every_steps": 3,
+        "trackers": ["none"],
+    }
+    return PretrainingArguments(**{**chosen, **changes})
+
+
+@pytest.fixture(autouse=True)
+def made_up_data(monkeypatch):
+    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config: MemoryReader(args))
+
+
+def logged(folder, name):
+    return [line[name] for line in read_metrics(folder / "metrics.jsonl") if name in line]
+
+
+def test_a_run_leaves_a_model_metrics_and_the_newest_checkpoints(tmp_path):
+    folder = tmp_path / "run"
+    result = pretrain.run(settings(folder, trackers=["tensorboard"], keep_checkpoints=2))
+    assert result.finished and result.steps == 8 and result.final == folder / "final"
+    assert [path.name for path in list_checkpoints(folder)] == ["step-00000006", "step-00000008"]
+    assert list(folder.glob("tensorboard/**/events.*"))
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [4, 8]
+    for name in DEFAULT_LOSS_WEIGHTS:
+        assert 0 < lines[0][f"chance/{name}"] <= math.log(8)
+    assert lines[0]["chance/local_caption"] == pytest.approx(math.log(8))
+    assert lines[0]["temperature"] == pytest.approx(1 / lines[0]["logit_scale"])
+    assert 0 <= lines[0]["data_wait_share"] < 1 and lines[0]["samples_per_second"] > 0
+    assert lines[1]["learning_rate"] == learning_rate_at(7, 8, 1e-3, 0.02)
+    weights = PyramidCLIPModel.from_pretrained(result.final).state_dict()
+    last = PyramidCLIPModel.from_pretrained(folder / "checkpoints" / "step-00000008" / "model").state_dict()
+    assert weights.keys() == last.keys() and all(torch.equal(weights[name], last[name]) for name in weights)
+    assert json.loads((result.final / "training.json").read_text())["samples_seen"] == 64
+
+
+def test_the_logged_losses_are_those_of_the_objective(tmp_path):
+    """The first step's terms, against a loss written out here on the same samples."""
+    pretrain.run(settings(tmp_path, max_steps=1, learning_rate=0.0))
+    reader = MemoryReader(settings(tmp_path))
+    batch = next(iter(reader.batches(0, 0)))
+    torch.manual_seed(0)
+    model = pretrain.initial_model(settings(tmp_path))[0].train()
+    with torch.no_grad():
+        embeds = model.encode_levels(("local", "caption"), **{k: v for k, v in batch.items() if k != "sample_keys"})
+    images, texts = (torch.nn.functional.normalize(embeds[level].double(), dim=1) for level in ("local", "caption"))
+    logits = images @ texts.T / 0.07
+    target = torch.full((8, 8), 0.2 / 7, dtype=torch.float64).fill_diagonal_(0.8)
+    expected = -(target * (logits.log_softmax(0) + logits.log_softmax(1))).sum() / 16
+    # BatchNorm sees the global pictures as a batch of their own, so leaving them out changes nothing for the local
+    # ones.
+    assert logged(tmp_path, "loss/local_caption") == pytest.approx([expected.item()], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model": "ViT-B-61"},
+            "expected an architecture, a folder or a Hub id .* got 'ViT-B-61'; architectures: ViT-B-16",
+        ),
+        (
+            {"global_batch_size": 64},
+            "40 samples, fewer than one global batch: 1 processes x 64 = 64. Lower .* at most 40",
+        ),
+        ({"overfit_batches": 6}, "overfit_batches 6: the data has only 5 batches of 8"),
+        ({"precision": "fp16"}, "fp16 needs a GPU"),
+        ({"validation_data": "nowhere"}, "no folder nowhere"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_it_starts(tmp_path, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){message}"):
+        pretrain.run(settings(tmp_path, **changes))
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
+    pretrain.run(settings(tmp_path, max_steps=1))
+    with pytest.raises(ValueError, match="already holds a run .*step-00000001.*--resume latest"):
+        pretrain.run(settings(tmp_path, max_steps=1))
+    assert pretrain.main(["--max-steps", "1", "--output-dir", str(tmp_path), "--model", "x"]) == 2
+    assert pretrain.main(["--no-such-flag"]) == 2
+
+
+class PoisonedReader(MemoryReader):
+    """One sample's regions are NaN; it is met at the fifth step."""
+
+    def batches(self, epoch, position):
+        for number, batch in enumerate(super().batches(epoch, position)):
+            if number == 4:
+                batch["roi_features"][2, 0, 0] = math.nan
+                batch["roi_mask"][2] = True
+            yield batch
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_terms_and_keys(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config: PoisonedReader(args))
+    with pytest.raises(NonFiniteLoss, match=r"step 5: loss nan .*local_caption \d.*roi_summary nan.*keys of this"):
+        pretrain.run(settings(tmp_path, log_every_steps=8, save_every_steps=4))
+    (record,) = (tmp_path / "nonfinite").glob("*.json")
+    record = json.loads(record.read_text())
+    assert record["step"] == 5 and len(record["sample_keys"]) == 8
+    assert record["sample_keys"] == list(MemoryReader(settings(tmp_path)).batches(0, 0))[4]["sample_keys"]
+    (kept,) = list_checkpoints(tmp_path)
+    weights = PyramidCLIPModel.from_pretrained(kept / "model").state_dict()
+    assert kept.name == "step-00000004" and all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+class ShortReader(MemoryReader):
+    """The second process gets one pair less from the third step on."""
+
+    def batches(self, epoch, position):
+        for number, batch in enumerate(super().batches(epoch, position)):
+            short = number >= 2 and pretrain.rank() == 1
+            yield {name: value[: len(value) - short] for name, value in batch.items()}
+
+
+def test_a_process_with_a_smaller_batch_stops_before_pairs_are_matched_wrongly(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config: ShortReader(args))
+    with pytest.raises(AssertionError, match="(?s)process 1 got 3 pairs at step 3, expected 4 as every process"):
+        run_in_processes(run_settings, 2, settings(tmp_path))
+
+
+def run_settings(rank, world_size, args):
+    result = pretrain.run(args)
+    return result.steps, result.finished
+
+
+def test_sigterm_saves_and_has_its_own_exit_code(tmp_path, monkeypatch):
+    class Signalled(MemoryReader):
+        def batches(self, epoch, position):
+            for number, batch in enumerate(super().batches(epoch, position)):
+                if number == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config: Signalled(args))
+    monkeypatch.setattr(pretrain, "parse_arguments", lambda argv: settings(tmp_path, save_every_steps=0))
+    assert pretrain.main([]) == pretrain.EXIT_STOPPED == 75
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004"]
+    assert not (tmp_path / "final").exists() and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_dry_run_takes_two_steps_and_leaves_nothing(tmp_path, capsys):
+    result = pretrain.run(settings(tmp_path / "run", dry_run=True, max_steps=1000))
+    assert result.steps == 2 and not result.finished and not (tmp_path / "run").exists()
+    said = capsys.readouterr().out
+    assert "8 = 1 processes x 8" in said and "1,000 steps, 8,000 samples" in said
+
+
+def test_overfitting_two_batches_reaches_the_smoothing_floor(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config: MemoryReader(args, 16, missing=False))
+    weights = {"local_caption": 0.5, "roi_tags": 0.5}
+    pretrain.run(
+        settings(
+            tmp_path, max_steps=250, overfit_batches=2, learning_rate=5e-3, loss_weights=weights, save_every_steps=0,
+            log_every_steps=50, model_config=NO_BATCH_NORM, weight_decay=0.0,
+        )
+    )  # fmt: skip
+    floor = -0.8 * math.log(0.8) - 0.2 * math.log(0.2 / 7)  # the entropy of the softened targets at N = 8
+    losses = logged(tmp_path, "loss/total")
+    assert floor - 1e-4 < losses[-1] < floor + 0.15 < losses[0]
+
+
+def test_caching_and_two_processes_give_the_losses_of_one(tmp_path):
+    """Losses, gradient norm and learning rate of every step, on a model without BatchNorm."""
+    common = {"model_config": NO_BATCH_NORM, "log_every_steps": 1, "save_every_steps": 0, "max_steps": 6}
+    pretrain.run(settings(tmp_path / "one", **common))
+    pretrain.run(settings(tmp_path / "cached", per_device_chunk_size=2, **common))
+    run_in_processes(run_settings, 2, settings(tmp_path / "two", **common))
+    run_in_processes(run_settings, 2, settings(tmp_path / "both", per_device_chunk_size=2, **common))
+    for name in ("loss/total", "loss/roi_tags", "grad_norm", "logit_scale", "learning_rate"):
+        if expected := logged(tmp_path / "one", name):
+            for other in ("cached", "two", "both"):
+                np.testing.assert_allclose(
+                    logged(tmp_path / other, name), expected, rtol=1e-4, err_msg=f"{name} {other}"
+                )
+    assert len(logged(tmp_path / "two", "learning_rate")) == 6
+
+
+def test_the_scale_is_clamped_after_each_step(tmp_path):
+    config = {**MODEL_CONFIG, "logit_scale_init_value": math.log(99.99)}
+    pretrain.run(settings(tmp_path, model_config=config, learning_rate=0.05, log_every_steps=1, overfit_batches=1))
+    assert max(logged(tmp_path, "logit_scale")) <= 100 * (1 + 1e-6)
+
+
+def test_half_precision_checkpointing_and_the_moving_average(tmp_path):
+    changes = {"precision": "bf16", "gradient_checkpointing": True, "ema_decay": 0.5, "max_steps": 3}
+    pretrain.run(settings(tmp_path, **changes))
+    weights = PyramidCLIPModel.from_pretrained(tmp_path / "final").state_dict()
+    average = PyramidCLIPModel.from_pretrained(tmp_path / "final-average").state_dict()
+    assert weights["text_projection.weight"].dtype == torch.float32
+    assert not torch.equal(weights["text_projection.weight"], average["text_projection.weight"])
+    assert tiny_batch(2)["pixel_values"].shape[1] == 3
