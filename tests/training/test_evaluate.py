@@ -1,0 +1,229 @@
+"""The evaluation command on a tiny model and shards: against one sample at a time, and on several processes."""
+
+import io
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pyramidclip_hf.configuration_pyramidclip import TERMS, PyramidCLIPConfig
+from pyramidclip_hf.image_processing_pyramidclip import PyramidCLIPImageProcessor
+from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
+from tests.training.processes import run_in_processes
+from training.embedding import embed_levels, local_view
+from training.evaluate import classification_metrics, load_model, main, read_templates
+from training.evaluation_data import ShardSamples
+from training.records import Region, Sample, tag_text
+from training.results import read_json
+from training.retrieval import retrieval_metrics
+from training.shards import ShardWriter, write_dataset_json
+
+WORDS = "red green blue big small dog cat bird house tree car boat sun moon star".split()
+FEATURES = 8
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = PyramidCLIPConfig(
+        text_config={**tower, "pooling": "eos"},
+        vision_config={
+            **tower,
+            "image_size": 32,
+            "patch_size": 16,
+            "num_leff_layers": 1,
+            "roi_feature_size": FEATURES,
+        },
+        projection_dim=16,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    PyramidCLIPModel(config).save_pretrained(folder)
+    images = PyramidCLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    PyramidCLIPProcessor(images, roi_feature_size=FEATURES).save_pretrained(folder)
+    return str(folder)
+
+
+def make_sample(number, rng):
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 255, (40, 48, 3), np.uint8)).save(file, "PNG")
+    words = rng.permutation(WORDS)
+    regions = [Region((0.1, 0.2, 0.5, 0.6), 0.9, words[4], []), Region((0.3, 0.3, 0.9, 1.0), 0.8, words[5], [])]
+    return Sample(
+        key=f"s{number:02d}",
+        image=file.getvalue(),
+        image_suffix="png",
+        caption=" ".join(words[: 2 + number % 5]),
+        captions=[" ".join(words[:3]), " ".join(words[2:7])] if number in (2, 9) else None,
+        summary=None if number == 3 else " ".join(words[5:8]),
+        tags=None if number == 5 else list(words[8:10]),
+        regions=None if number == 7 else regions,
+        roi=None if number == 7 else rng.standard_normal((2, FEATURES)).astype(np.float16),
+        extra={"class_name": WORDS[5 + number % 3]},
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("data") / "scenes", np.random.default_rng(0)
+    samples = [make_sample(number, rng) for number in range(13)]
+    for start in (0, 6):
+        with ShardWriter(folder / f"part-{start}.tar") as writer:
+            for one in samples[start : start + 6 if start == 0 else 13]:
+                writer.write(one)
+    write_dataset_json(folder, {}, FEATURES, {}, classes=WORDS[5:8])
+    return str(folder)
+
+
+@torch.no_grad()
+def encode_alone(model, processor, sample):
+    """level -> list of (D,) vectors, each from a call of its own."""
+    texts = {"caption": sample.captions or [sample.caption], "summary": [sample.summary]}
+    texts["tags"] = [tag_text(sample.tags) if sample.tags else None]
+    embeds = {
+        level: [model.encode_text(processor(text=[one], return_tensors="pt")["input_ids"])[0] for one in found if one]
+        for level, found in texts.items()
+    }
+    pixels = processor(images=Image.open(io.BytesIO(sample.image)), return_tensors="pt")["pixel_values"]
+    embeds["global"] = embeds["local"] = [model.encode_image(pixels)[0]]
+    embeds["roi"] = []
+    if sample.roi is not None:
+        boxes = np.array([region.box for region in sample.regions])
+        rows = np.concatenate([sample.roi.astype(np.float32), boxes.astype(np.float32)], axis=1)
+        embeds["roi"] = [model.encode_rois(torch.from_numpy(rows)[None])[0]]
+    return embeds
+
+
+def test_levels_equal_one_sample_at_a_time(model_folder, data):
+    model, processor = load_model(model_folder)
+    samples = ShardSamples(data)
+    found = embed_levels(
+        model, processor, samples, ["global", "local", "roi", "summary", "caption", "tags"], batch_size=5
+    )
+    assert found.keys == [f"s{i:02d}" for i in range(13)]
+    alone = [encode_alone(model, processor, sample) for sample in samples]
+    for level, embeds in found.embeds.items():
+        if level == "caption":
+            expected = [vector for one in alone for vector in one["caption"]]
+            assert found.owners["caption"].tolist() == [i for i, one in enumerate(alone) for _ in one["caption"]]
+            assert len(expected) == 15
+        else:
+            assert found.present[level].tolist() == [bool(one[level]) for one in alone]
+            expected = [one[level][0] if one[level] else embeds[i] for i, one in enumerate(alone)]
+        torch.testing.assert_close(embeds, torch.stack(expected), atol=1e-5, rtol=1e-5)
+    assert [level for level, mask in found.present.items() if not mask.all()] == ["roi", "summary", "tags"]
+
+
+def test_local_view_is_the_middle():
+    picture = Image.fromarray(np.arange(100 * 60, dtype=np.uint16).reshape(60, 100).astype(np.uint8))
+    assert np.array_equal(np.asarray(local_view(picture, 0.25)), np.asarray(picture)[15:45, 25:75])
+    assert local_view(picture, 1.0).size == (100, 60)
+    with pytest.raises(ValueError, match=r"share in \(0, 1\]"):
+        local_view(picture, 0.0)
+
+
+def test_retrieval_command(model_folder, data, tmp_path, capsys):
+    arguments = ["--model", model_folder, "--data", data, "--batch-size", "4", "--cpu"]
+    outputs = ["--output", str(tmp_path / "r.json"), "--csv", str(tmp_path / "r.csv"), "--split", "test"]
+    assert main([*arguments, "--levels", *TERMS, *outputs]) == 0
+    name, results, details = read_json(tmp_path / "r.json")
+    values = {(one.dataset_config, one.metric_type): one.metric_value for one in results}
+    assert {pair for pair, _ in values} == set(TERMS)
+    assert (values["roi_tags", "images"], values["roi_summary", "images"], values["local_caption", "texts"]) == (
+        11,
+        11,
+        15,
+    )
+    model, processor = load_model(model_folder)
+    alone = [encode_alone(model, processor, sample) for sample in ShardSamples(data)]
+    both = [one for one in alone if one["roi"] and one["tags"]]
+    expected = retrieval_metrics(*(torch.stack([one[level][0] for one in both]) for level in ("roi", "tags")))
+    assert {metric: values["roi_tags", metric] for metric in expected} == pytest.approx(expected)
+    assert results[0].dataset_split == "test" and details["task"] == "retrieval"
+    assert (tmp_path / "r.csv").read_text().count("\n") == len(results) + 1
+    assert "roi_tags" in capsys.readouterr().out
+
+
+def run_command(rank, world_size, model_folder, data, folder):
+    codes = []
+    for task in ("retrieval", "zero-shot"):
+        arguments = ["--model", model_folder, "--data", data, "--task", task, "--batch-size", "3", "--cpu"]
+        pairs = ["--levels", "global_caption", "roi_tags"] if task == "retrieval" else []
+        codes.append(main([*arguments, *pairs, "--output", f"{folder}/{task}-{world_size}.json"]))
+    return codes
+
+
+def test_equal_on_one_two_and_three_processes(model_folder, data, tmp_path):
+    """13 samples in batches of 3: two and three processes get unequal shares, and none is filled up."""
+    for world_size in (1, 2, 3):
+        assert run_in_processes(run_command, world_size, model_folder, data, tmp_path) == [[0, 0]] * world_size
+    for task, count in (("retrieval", "images"), ("zero-shot", "pictures")):
+        results = [read_json(tmp_path / f"{task}-{size}.json") for size in (1, 2, 3)]
+        assert results[0][1] == results[1][1] == results[2][1]
+        assert [details["processes"] for _, _, details in results] == [1, 2, 3]
+        assert next(one.metric_value for one in results[0][1] if one.metric_type == count) == 13
+
+
+@torch.no_grad()
+def test_zero_shot_command(model_folder, data, tmp_path):
+    templates = tmp_path / "templates"
+    templates.write_text("a photo of a {}\n\nmy {}\n")
+    arguments = ["--model", model_folder, "--data", data, "--task", "zero-shot", "--batch-size", "4", "--cpu"]
+    assert main([*arguments, "--templates", str(templates), "--output", str(tmp_path / "z.json")]) == 0
+    values = {one.metric_type: one.metric_value for one in read_json(tmp_path / "z.json")[1]}
+    model, processor = load_model(model_folder)
+    classes = []
+    for name in WORDS[5:8]:
+        prompts = [f"a photo of a {name}", f"my {name}"]
+        vectors = [model.encode_text(processor(text=one, return_tensors="pt")["input_ids"])[0] for one in prompts]
+        classes.append(sum(vector / vector.norm() for vector in vectors))
+    classes = torch.stack([vector / vector.norm() for vector in classes])
+    samples = list(ShardSamples(data))
+    right = []
+    for sample in samples:
+        pixels = processor(images=Image.open(io.BytesIO(sample.image)), return_tensors="pt")["pixel_values"]
+        guess = (classes @ model.encode_image(pixels)[0]).argmax()
+        right.append(WORDS[5 + guess] == sample.extra["class_name"])
+    groups = [[ok for ok, one in zip(right, samples) if one.extra["class_name"] == name] for name in WORDS[5:8]]
+    assert values["top_1"] == pytest.approx(sum(right) / 13)
+    assert values["mean_per_class"] == pytest.approx(sum(sum(group) / len(group) for group in groups) / 3)
+    assert (values["top_5"], values["pictures"], values["classes"]) == (1.0, 13, 3)
+
+
+def test_classification_metrics_with_unequal_classes_and_ties():
+    scores = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.8, 0.1], [0.5, 0.5, 0.1], [0.3, 0.2, 0.1]])
+    metrics = classification_metrics(scores, torch.tensor([0, 1, 1, 2]))
+    assert metrics["top_1"] == pytest.approx((1 + 1 + 0.5 + 0) / 4)
+    assert metrics["mean_per_class"] == pytest.approx((1 + 1.5 / 2 + 0) / 3)
+
+
+def test_what_is_wrong_ends_with_code_2(model_folder, data, tmp_path, capsys):
+    def error_of(*arguments):
+        assert main([*arguments, "--cpu"]) == 2
+        return capsys.readouterr().err
+
+    assert "unknown level pair" in error_of("--model", model_folder, "--data", data, "--levels", "roi_roi")
+    assert "there is no folder" in error_of("--model", model_folder, "--data", str(tmp_path / "nowhere"))
+    assert "no such folder" in error_of("--model", str(tmp_path / "nowhere"), "--data", data)
+    assert "no config.json" in error_of("--model", str(tmp_path), "--data", data)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        os.link(f"{model_folder}/{name}", bare / name)
+    assert "has no tokenizer" in error_of("--model", str(bare), "--data", data)
+    (tmp_path / "names").write_text("cat\ncat\n")
+    zero_shot = ("--model", model_folder, "--data", data, "--task", "zero-shot")
+    assert "class names repeat: 'cat'" in error_of(*zero_shot, "--classes", str(tmp_path / "names"))
+
+
+def test_templates(tmp_path):
+    path = tmp_path / "templates"
+    path.write_text("a {}\nno place\n")
+    with pytest.raises(ValueError, match=r"needs \{\} once.*'no place'"):
+        read_templates(str(path))
+    with pytest.raises(FileNotFoundError, match="no template file"):
+        read_templates(str(tmp_path / "nowhere"))
+    assert read_templates(None) is None
