@@ -1,0 +1,102 @@
+"""The plots of the demo's report, each as a data URI of an SVG picture. Pure functions of plain numbers."""
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+
+# Of the runs, the same everywhere on the page; told apart in grey print and by the colour-blind too.
+COLOURS = {"pyramid": "#1f5fbf", "clip": "#e07b1a", "clip_same_time": "#8f5a9e"}
+TERM_COLOURS = ("#1f5fbf", "#e07b1a", "#17804a", "#b3342b", "#8f5a9e", "#6d6a2f", "#2b9cb3", "#c2568c", "#555f73")
+INK, SOFT = "#1d2433", "#8a93a6"
+
+
+def data_uri(data: bytes, media_type: str) -> str:
+    """The bytes as a `data:` address that a page can hold instead of a file."""
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+
+
+def loss_floor(smoothing: float, pairs: int) -> float:
+    """The least value of a softened cross-entropy over `pairs` entries: the entropy of its target, in nats."""
+    if not smoothing:
+        return 0.0
+    spread = smoothing / (pairs - 1)
+    return -(1 - smoothing) * math.log(1 - smoothing) - smoothing * math.log(spread)
+
+
+def loss_curves(steps: Sequence[int], terms: Mapping[str, Sequence[float]], chance: float, floor: float) -> str:
+    """Loss of each term against optimizer steps; dashed what guessing has, and the least possible value."""
+    figure, axes = _figure(9.6, 3.6)
+    for (name, values), colour in zip(terms.items(), TERM_COLOURS):
+        axes.plot(steps, values, color=colour, linewidth=1.7, label=name)
+    for value, text in ((chance, f"guessing: ln N = {chance:.2f}"), (floor, f"least possible: {floor:.2f}")):
+        axes.axhline(value, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
+        axes.annotate(text, (steps[0], value), xytext=(4, 4), textcoords="offset points", fontsize=9, color=SOFT)
+    low, high = min([floor, *map(min, terms.values())]), max([chance, *map(max, terms.values())])
+    axes.set_ylim(low - 0.05 * (high - low), min(high, chance * 1.15) + 0.12 * (high - low))
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("cross-entropy, nats")
+    if len(terms) > 1:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9.5, borderaxespad=0)
+    return _svg(figure)
+
+
+def recall_curves(runs: Mapping[str, tuple[str, Sequence[float], Sequence[float]]], chance: float) -> str:
+    """R@1 on unseen scenes against seconds of training. runs: name -> (title, seconds, shares)."""
+    figure, axes = _figure(9.6, 3.4)
+    for name, (title, seconds, shares) in runs.items():
+        percent = [100 * share for share in shares]
+        axes.plot(seconds, percent, color=COLOURS[name], linewidth=2, marker="o", markersize=4, label=title)
+    axes.axhline(100 * chance, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(
+        f"guessing: {100 * chance:.1f} %",
+        (0, 100 * chance),
+        xytext=(4, 4),
+        textcoords="offset points",
+        fontsize=9,
+        color=SOFT,
+    )
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("seconds of training")
+    axes.set_ylabel("caption to picture R@1, %")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9.5, borderaxespad=0)
+    return _svg(figure)
+
+
+def class_bars(accuracy: Mapping[str, float], chance: float) -> str:
+    """Top-1 of each class as bars, best first."""
+    order = sorted(accuracy, key=lambda name: (-accuracy[name], name))
+    figure, axes = _figure(11, 3.2)
+    axes.bar(range(len(order)), [100 * accuracy[name] for name in order], color=COLOURS["pyramid"], width=0.75)
+    axes.axhline(100 * chance, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_xticks(range(len(order)), order, rotation=90, fontsize=7.5)
+    axes.set_xlim(-0.7, len(order) - 0.3)
+    axes.set_ylim(0, 100)
+    axes.set_ylabel("top-1, %")
+    return _svg(figure)
+
+
+def _figure(width: float, height: float):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('the report needs matplotlib: pip install -e ".[eval]"') from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#c9cfda")
+    axes.tick_params(color="#c9cfda", labelcolor=INK, labelsize=9.5)
+    axes.grid(axis="y", color="#eceff4", linewidth=1)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _svg(figure) -> str:
+    import matplotlib
+
+    file = io.BytesIO()
+    # Without a date and with fixed ids, equal numbers give equal bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "pyramidclip", "font.family": "DejaVu Sans"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return data_uri(file.getvalue(), "image/svg+xml")
