@@ -1,0 +1,138 @@
+"""In which order samples are seen: a pure function of (seed, epoch, position), design section 6.
+
+Datasets are visited one after another, in an order drawn anew each epoch (paper, appendix A.1); within a dataset the
+shards are permuted; the samples of each run of W consecutive shards (a window) are permuted among themselves.
+Position p goes to process p mod P. Nothing but the sizes of the shards is needed, and nothing larger than one window
+is ever built, so a run starts at any position at once, and on another number of processes with the same global batch
+it sees the same batches.
+"""
+
+import bisect
+import functools
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+# What is drawn, so that no two draws share their random numbers.
+_DATASETS, _SHARDS, _WINDOW, _REPLACEMENT = range(4)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A run of shards whose samples are shuffled together: positions `start` to `start + size` of an epoch."""
+
+    start: int
+    size: int
+    dataset: int
+    shards: tuple
+
+
+class SampleOrder:
+    """Where each position of each epoch points.
+
+    Args: `shard_sizes` number of samples of every shard, a list per dataset; `seed`; `window_shards` W, how many
+    shards are shuffled together (more mixes better and keeps more shards open).
+
+    Raises `ValueError` where there are no samples or W is below 1.
+    """
+
+    def __init__(self, shard_sizes, seed, window_shards=8):
+        if window_shards < 1:
+            raise ValueError(f"window_shards is {window_shards}, expected at least 1 shard")
+        self.shard_sizes = [np.asarray(sizes, np.int64).reshape(-1) for sizes in shard_sizes]
+        self.seed, self.window_shards = seed, window_shards
+        self.total = int(sum(sizes.sum() for sizes in self.shard_sizes))
+        if self.total == 0:
+            raise ValueError(f"no samples in {len(shard_sizes)} data sets with {sum(map(len, shard_sizes))} shards")
+        firsts = np.cumsum([0, *itertools.chain.from_iterable(self.shard_sizes)])[:-1]
+        self._firsts = np.split(firsts, np.cumsum([len(sizes) for sizes in self.shard_sizes])[:-1])
+        # Per instance, so that two orders cannot answer for each other.
+        self._windows = functools.lru_cache(maxsize=2)(self._draw_windows)
+        self._permutation = functools.lru_cache(maxsize=3)(self._draw_permutation)
+
+    def __len__(self):
+        return self.total
+
+    def __getstate__(self):
+        return {"shard_sizes": self.shard_sizes, "seed": self.seed, "window_shards": self.window_shards}
+
+    def __setstate__(self, state):
+        self.__init__(**state)
+
+    def batches_per_epoch(self, global_batch_size):
+        """Number of complete global batches; `ValueError` with the arithmetic where there is not one."""
+        batches = self.total // global_batch_size
+        if batches == 0:
+            raise ValueError(
+                f"{self.total} samples / {global_batch_size} in a global batch = {self.total / global_batch_size:.2f}, "
+                f"less than one batch an epoch: lower the global batch size to at most {self.total} or add data"
+            )
+        return batches
+
+    def locate(self, epoch, position):
+        """(dataset, shard, sample in it) of a position, 0 <= position < total."""
+        window, number, at = self._window_at(epoch, position)
+        return self._in_window(window, int(self._permutation(epoch, number)[at]))
+
+    def replacement(self, epoch, position, attempt):
+        """(dataset, shard, sample) to use where the sample of `position` is bad; `attempt` counts from 0.
+
+        A pure function as well. It stays in the window, whose shards are at hand.
+        """
+        window, _, _ = self._window_at(epoch, position)
+        rng = np.random.default_rng((self.seed, _REPLACEMENT, epoch, position, attempt))
+        return self._in_window(window, int(rng.integers(window.size)))
+
+    def sample_id(self, dataset, shard, sample):
+        """The number of a sample in the unshuffled data: what augmentation is keyed on."""
+        return int(self._firsts[dataset][shard]) + sample
+
+    def windows(self, epoch):
+        """The windows of an epoch in the order in which they are visited."""
+        return self._windows(epoch)[0]
+
+    def _window_at(self, epoch, position):
+        if not 0 <= position < self.total:
+            raise IndexError(f"position {position} of an epoch of {self.total} samples")
+        windows, starts = self._windows(epoch)
+        number = bisect.bisect_right(starts, position) - 1
+        return windows[number], number, position - windows[number].start
+
+    def _in_window(self, window, index):
+        sizes = self.shard_sizes[window.dataset]
+        for shard in window.shards:
+            if index < sizes[shard]:
+                return window.dataset, shard, index
+            index -= int(sizes[shard])
+        raise IndexError(f"index beyond the window of {window.size} samples")
+
+    def _draw_windows(self, epoch):
+        windows, start = [], 0
+        for dataset in np.random.default_rng((self.seed, _DATASETS, epoch)).permutation(len(self.shard_sizes)).tolist():
+            sizes = self.shard_sizes[dataset]
+            full = np.flatnonzero(sizes)
+            shards = np.random.default_rng((self.seed, _SHARDS, epoch, dataset)).permutation(full).tolist()
+            for first in range(0, len(shards), self.window_shards):
+                chosen = tuple(shards[first : first + self.window_shards])
+                size = int(sizes[list(chosen)].sum())
+                windows.append(Window(start, size, dataset, chosen))
+                start += size
+        return windows, [window.start for window in windows]
+
+    def _draw_permutation(self, epoch, number):
+        size = self._windows(epoch)[0][number].size
+        rng = np.random.default_rng((self.seed, _WINDOW, epoch, number))
+        return rng.permutation(np.arange(size, dtype=np.int32 if size < 2**31 else np.int64))
+
+
+def batch_positions(batch, global_batch_size, process_index, num_processes):
+    """The positions of global batch number `batch` that belong to one process: those equal to its index modulo their
+    number.
+
+    Raises `ValueError` where the global batch cannot be shared equally.
+    """
+    if global_batch_size % num_processes:
+        raise ValueError(f"global batch of {global_batch_size} over {num_processes} processes: expected a multiple")
+    first = batch * global_batch_size
+    return range(first + process_index, first + global_batch_size, num_processes)
