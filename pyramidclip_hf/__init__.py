@@ -7,9 +7,12 @@
 
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    AutoTokenizer,
 )
 
 from .configuration_pyramidclip import (
@@ -18,6 +21,7 @@ from .configuration_pyramidclip import (
     PyramidCLIPTextConfig,
     PyramidCLIPVisionConfig,
 )
+from .image_processing_pyramidclip import PyramidCLIPImageProcessor
 from .modeling_pyramidclip import (
     PyramidCLIPForImageClassification,
     PyramidCLIPModel,
@@ -28,6 +32,8 @@ from .modeling_pyramidclip import (
     PyramidCLIPVisionModel,
     PyramidCLIPVisionModelWithProjection,
 )
+from .processing_pyramidclip import PyramidCLIPProcessor
+from .tokenization_pyramidclip import PyramidCLIPTokenizer
 
 __version__ = "0.1.0"
 
@@ -38,17 +44,29 @@ AutoModel.register(PyramidCLIPTextConfig, PyramidCLIPTextModel, exist_ok=True)
 AutoModel.register(PyramidCLIPVisionConfig, PyramidCLIPVisionModel, exist_ok=True)
 AutoModelForZeroShotImageClassification.register(PyramidCLIPConfig, PyramidCLIPModel, exist_ok=True)
 AutoModelForImageClassification.register(PyramidCLIPConfig, PyramidCLIPForImageClassification, exist_ok=True)
+AutoProcessor.register(PyramidCLIPConfig, PyramidCLIPProcessor, exist_ok=True)
+for _config in (PyramidCLIPConfig, PyramidCLIPVisionConfig):
+    AutoImageProcessor.register(
+        _config,
+        image_processor_classes={"pil": PyramidCLIPImageProcessor, "torchvision": PyramidCLIPImageProcessor},
+        exist_ok=True,
+    )
+for _config in (PyramidCLIPConfig, PyramidCLIPTextConfig):
+    AutoTokenizer.register(_config, tokenizer_class=PyramidCLIPTokenizer, exist_ok=True)
 
 __all__ = [
     "ARCHITECTURES",
     "PyramidCLIPConfig",
     "PyramidCLIPForImageClassification",
+    "PyramidCLIPImageProcessor",
     "PyramidCLIPModel",
     "PyramidCLIPOutput",
     "PyramidCLIPPreTrainedModel",
+    "PyramidCLIPProcessor",
     "PyramidCLIPTextConfig",
     "PyramidCLIPTextModel",
     "PyramidCLIPTextModelWithProjection",
+    "PyramidCLIPTokenizer",
     "PyramidCLIPVisionConfig",
     "PyramidCLIPVisionModel",
     "PyramidCLIPVisionModelWithProjection",

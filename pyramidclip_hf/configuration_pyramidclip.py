@@ -91,6 +91,7 @@ class PyramidCLIPTextConfig(PreTrainedConfig):
             released weights need it; `"eos"` takes the end-of-text position, as the paper describes it.
         pad_token_id: what padded positions hold; under `"max"` it is part of the function, so it is 0 as in CLIP.
         projection_dim: width of the shared embedding space; inside a [`PyramidCLIPConfig`] it follows the composed one.
+        bos_token_id, eos_token_id: the vocabulary's last two entries when not given, as CLIP orders them.
         num_attention_heads: `hidden_size / 64` when not given; `intermediate_size`: four times `hidden_size`.
     """
 
@@ -109,11 +110,13 @@ class PyramidCLIPTextConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     pooling: Literal["max", "eos"] = "max"
     pad_token_id: int | None = 0
-    bos_token_id: int | None = 49406
-    eos_token_id: int = 49407
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
         _reject_unknown_keys(self, kwargs)
+        self.bos_token_id = self.vocab_size - 2 if self.bos_token_id is None else self.bos_token_id
+        self.eos_token_id = self.vocab_size - 1 if self.eos_token_id is None else self.eos_token_id
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
         self.num_attention_heads = self.num_attention_heads or max(1, self.hidden_size // 64)
         super().__post_init__(**kwargs)

@@ -9,15 +9,18 @@ Shape letters: B batch, L tokens, K regions, D tower width, P `projection_dim`.
 import contextlib
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -276,22 +279,11 @@ class PyramidCLIPPreTrainedModel(PreTrainedModel):
         if isinstance(module, PyramidCLIPModel):
             init.constant_(module.logit_scale, module.config.logit_scale_init_value)
 
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None, every_n_layers=1):
-        """Checkpoints blocks without counting a batch twice in BatchNorm's running statistics."""
-
-        def checkpoint_once(function, *args):
-            # Transformers hands over `partial(forward, layer, ...)`; it runs now, and again in the backward pass.
-            layer, runs = function.args[0], []
-
-            def run(*args):
-                again = frozen_batch_norm_statistics(layer) if runs else contextlib.nullcontext()
-                runs.append(1)
-                with again:
-                    return function(*args)
-
-            return gradient_checkpointing_func(run, *args)
-
-        super()._set_gradient_checkpointing(enable, checkpoint_once, every_n_layers)
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, every_n_layers=1):
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module._gradient_checkpointing_func = partial(_checkpoint_layer, gradient_checkpointing_func, module)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, image_size: int | None = None, **kwargs):
@@ -326,6 +318,19 @@ class PyramidCLIPPreTrainedModel(PreTrainedModel):
         holder.position_ids = nn.Buffer(torch.arange(len(table), device=table.device), persistent=False)
         vision_config = getattr(self.config, "vision_config", self.config)
         vision_config.image_size = image_size
+
+
+def _checkpoint_layer(checkpoint_func, layer: nn.Module, function, *args):
+    """Runs `function` now and again in the backward pass, without counting the batch twice in BatchNorm statistics."""
+    runs = []
+
+    def run(*args):
+        again = frozen_batch_norm_statistics(layer) if runs else contextlib.nullcontext()
+        runs.append(1)
+        with again:
+            return function(*args)
+
+    return checkpoint_func(run, *args)
 
 
 def _init_like_torch(module: nn.Module) -> None:
