@@ -51,8 +51,10 @@ class VinVLDetections:
     """The regions of one picture, by falling score; N may be 0. Tensors are on the model's device.
 
     Attributes:
-        boxes (`Tensor` (N, 4) float32): x1, y1, x2, y2 in pixels of the original picture.
-        normalized_boxes (`Tensor` (N, 4) float32): the same over width and height of the original picture, in 0..1.
+        boxes (`Tensor` (N, 4) float32): x1, y1, x2, y2 in pixels of the original picture. A box counts its last pixel,
+            so one narrower than a pixel has x2 < x1.
+        normalized_boxes (`Tensor` (N, 4) float32): the same over width and height of the original picture, in 0..1 and
+            with x1 <= x2, y1 <= y2.
         scores (`Tensor` (N,) float32): probability of the label.
         labels (`Tensor` (N,) int64): class ids, never the background 0.
         label_names (`list[str]`): `config.id2label` of them.
@@ -345,10 +347,13 @@ class VinVLForObjectAttributeDetection(VinVLPreTrainedModel):
         id2label, id2attribute = self.config.id2label, self.config.id2attribute
         (height, width), (original_height, original_width) = size, original_size
         scale = boxes.new_tensor((original_width / width, original_height / height)).repeat(2)
+        boxes = boxes * scale
         original = boxes.new_tensor((original_width, original_height)).repeat(2)
+        normalized = (boxes / original).clamp(0, 1)
+        normalized[:, 2:] = torch.maximum(normalized[:, :2], normalized[:, 2:])
         return VinVLDetections(
-            boxes=boxes * scale,
-            normalized_boxes=(boxes * scale / original).clamp(0, 1),
+            boxes=boxes,
+            normalized_boxes=normalized,
             scores=scores,
             labels=labels,
             label_names=[id2label[i] for i in labels.tolist()],

@@ -59,7 +59,9 @@ def test_every_output_is_the_plain_forms(model_with, overrides, size):
     for scores, expected_scores in zip(found.attribute_scores, expected["attribute_scores"]):
         assert scores.tolist() == pytest.approx(expected_scores, abs=1e-4)
     normalized = found.boxes / torch.tensor([150.0, 200, 150, 200])
-    torch.testing.assert_close(found.normalized_boxes, normalized.clamp(0, 1))
+    normalized = normalized.clamp(0, 1)
+    normalized[:, 2:] = normalized[:, 2:].maximum(normalized[:, :2])
+    torch.testing.assert_close(found.normalized_boxes, normalized)
     assert len({tuple(box) for box in found.boxes.tolist()}) > 2, "boxes that do not differ test nothing"
 
 
@@ -179,6 +181,15 @@ def test_no_detection_is_an_empty_result_of_the_right_shapes(model_with):
     assert regressed(pixels(64, 48)[None]).detections[0].features.shape == (0, 2048)
     # A smallest side that no proposal reaches leaves none to choose from.
     assert len(model_with(rpn_min_size=1000)(pixels(64, 48)[None]).detections[0]) == 0
+
+
+def test_boxes_of_less_than_a_pixel_are_not_upside_down_when_normalised(model_with):
+    model = model_with()
+    with torch.no_grad():
+        model.rpn.bbox_pred.bias.copy_(torch.tensor([0.0, 0, -6, -6]).repeat(model.config.num_anchors))
+    found = model(pixels(96, 80)[None]).detections[0]
+    assert (found.boxes[:, 2:] < found.boxes[:, :2]).any()
+    assert (found.normalized_boxes[:, 2:] >= found.normalized_boxes[:, :2]).all()
 
 
 def test_a_picture_of_one_pixel(tiny_model):
