@@ -49,11 +49,10 @@ def first_clause(caption, min_words=MIN_WORDS):
     `min_words` before. A caption that is junk throughout is given back as it is, blanks tidied."""
     caption = " ".join(caption.split())
     head = caption[:_MAX_LETTERS]
+    least = min(2, len(head.split()))
     for clause in _clause_end.split(_junk.sub(" | ", head)):
         clause = _before_comma(_tidy(clause), min_words)
-        if sum(any(letter.isalpha() for letter in word) and len(word) > 1 for word in clause.split()) >= min(
-            2, len(caption.split())
-        ):
+        if sum(any(letter.isalpha() for letter in word) and len(word) > 1 for word in clause.split()) >= least:
             return clause
     return caption
 
