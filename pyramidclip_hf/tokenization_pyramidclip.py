@@ -155,9 +155,7 @@ class PyramidCLIPTokenizer(TokenizersBackend):
     def _build_backend(vocab, merges, unk_token: str, bos_token: str, eos_token: str) -> Tokenizer:
         backend = Tokenizer(BPE(vocab, merges, unk_token=unk_token, end_of_word_suffix="</w>"))
         # Changes nothing that `clean_text` has cleaned; for programs that read tokenizer.json without this class.
-        backend.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-        )
+        backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True),
