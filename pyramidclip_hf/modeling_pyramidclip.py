@@ -152,7 +152,7 @@ class PyramidCLIPLeFF(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         """(B, rows * columns, D) -> the same shape."""
-        batch = len(hidden_states)
+        batch = hidden_states.shape[0]
         tokens = hidden_states.flatten(0, 1)
         tokens = self.activation_fn(self.norm1(self.fc1(tokens)))
         grid = tokens.view(batch, *grid_size, -1).permute(0, 3, 1, 2)
@@ -199,7 +199,7 @@ class PyramidCLIPVisionEmbeddings(nn.Module):
         else:
             grid = self.patch_embedding(pixel_values)
             tokens = grid.flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_embedding.to(tokens.dtype).expand(len(tokens), 1, -1), tokens], dim=1)
+        tokens = torch.cat([self.class_embedding.to(tokens.dtype).expand(tokens.shape[0], 1, -1), tokens], dim=1)
         if roi_features is not None:
             return tokens
         positions = self.position_embedding(self.position_ids)
@@ -390,7 +390,7 @@ class PyramidCLIPTextModel(PyramidCLIPPreTrainedModel):
         if self.config.pooling == "max":
             if position_ids is not None:
                 rest = self.embeddings.position_ids[:, position_ids.shape[1] :]
-                position_ids = torch.cat([position_ids, rest.expand(len(position_ids), -1)], dim=1)
+                position_ids = torch.cat([position_ids, rest.expand(position_ids.shape[0], -1)], dim=1)
             input_ids = canonical_input_ids(input_ids, attention_mask, self.config)
         hidden_states = self.embeddings(input_ids, position_ids)
         mask = create_causal_mask(

@@ -182,10 +182,10 @@ class PyramidCLIPAttentionPool(nn.Module):
         return self.roi_layernorm(torch.cat([mean.to(tokens.dtype), tokens], dim=1))
 
     def _attend(self, tokens: torch.Tensor, mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        shape = (len(tokens), -1, self.config.num_attention_heads, self.head_dim)
+        shape = (tokens.shape[0], -1, self.config.num_attention_heads, self.head_dim)
         query = self.q_proj(tokens[:, :1]).view(shape).transpose(1, 2)
         key = self.k_proj(tokens).view(shape).transpose(1, 2)
         value = self.v_proj(tokens).view(shape).transpose(1, 2)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(self, query, key, value, mask, scaling=self.scaling, dropout=0.0, **kwargs)
-        return output.reshape(len(tokens), -1), weights
+        return output.reshape(tokens.shape[0], -1), weights
