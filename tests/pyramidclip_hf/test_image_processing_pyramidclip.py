@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from pyramidclip_hf import PyramidCLIPConfig
 from pyramidclip_hf.image_processing_pyramidclip import PyramidCLIPImageProcessor, check_image_pixels, upright_rgb
 
 GOLDEN = Path(__file__).resolve().parents[1] / "fixtures" / "preprocess_golden.npz"
@@ -248,8 +247,6 @@ def test_size_sets_the_crop_unless_it_is_given(tmp_path):
 def test_save_load_and_auto_class_for_both_backends(tmp_path):
     processor = PyramidCLIPImageProcessor(size=24, image_mean=[0.5, 0.4, 0.3], max_image_pixels=10_000)
     processor.save_pretrained(tmp_path)
-    classes = {"pil": PyramidCLIPImageProcessor, "torchvision": PyramidCLIPImageProcessor}
-    AutoImageProcessor.register(PyramidCLIPConfig, image_processor_classes=classes, exist_ok=True)
     loads = [PyramidCLIPImageProcessor.from_pretrained(tmp_path), AutoImageProcessor.from_pretrained(tmp_path)]
     for backend in ("pil", "torchvision"):
         loads.append(AutoImageProcessor.from_pretrained(tmp_path, backend=backend))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoProcessor
 
 from pyramidclip_hf import PyramidCLIPConfig
 from pyramidclip_hf.image_processing_pyramidclip import PyramidCLIPImageProcessor
@@ -133,10 +133,6 @@ def test_truncation_is_the_default_and_is_told_a_level(processor):
 
 def test_save_and_load(processor, tmp_path):
     processor.save_pretrained(tmp_path)
-    classes = {"pil": PyramidCLIPImageProcessor, "torchvision": PyramidCLIPImageProcessor}
-    AutoImageProcessor.register(PyramidCLIPConfig, image_processor_classes=classes, exist_ok=True)
-    AutoTokenizer.register(PyramidCLIPConfig, tokenizer_class=PyramidCLIPTokenizer, exist_ok=True)
-    AutoProcessor.register(PyramidCLIPConfig, PyramidCLIPProcessor, exist_ok=True)
     PyramidCLIPConfig().save_pretrained(tmp_path)
     call = {"images": picture(), "text": ["wow!!", "a cat"], "tags": [None, "cat"], "return_tensors": "pt"}
     expected = processor(**call)

@@ -16,7 +16,6 @@ import torch
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, CLIPTokenizer
 
-from pyramidclip_hf import PyramidCLIPConfig
 from pyramidclip_hf import tokenization_pyramidclip as module
 from pyramidclip_hf.tokenization_pyramidclip import PyramidCLIPTokenizer, clean_text
 
@@ -101,7 +100,6 @@ def test_golden_strings_after_saving_and_loading(saved, golden):
     assert loaded(texts)["input_ids"] == ids
     assert (loaded.pad_token_id, loaded.model_max_length) == (0, 77)
     assert pickle.loads(pickle.dumps(loaded))(texts)["input_ids"] == ids
-    AutoTokenizer.register(PyramidCLIPConfig, tokenizer_class=PyramidCLIPTokenizer, exist_ok=True)
     auto = AutoTokenizer.from_pretrained(saved)
     assert type(auto) is PyramidCLIPTokenizer
     assert auto(texts)["input_ids"] == ids
