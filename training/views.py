@@ -1,0 +1,189 @@
+"""The two views of a picture: a global and a local crop, independent of each other, from one decode (design section 5).
+
+Global 0.9 to 1.0 and local 0.5 to 1.0 of the area, aspect 3/4 to 4/3, no flip (captions name sides, boxes have
+coordinates). The crops are a pure function of (seed, epoch, sample). What a picture is (EXIF rotation, palettes,
+CMYK, 16 bits, alpha) is decided by the image processor's own `upright_rgb`.
+
+Decoding dominates the time, so a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the smallest crop still has
+`REDUCED_MARGIN` pixels for each pixel of the result; what this changes is measured in the tests.
+"""
+
+import io
+import math
+import struct
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from pyramidclip_hf.image_processing_pyramidclip import check_image_pixels, upright_rgb
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+REDUCED_MARGIN = 1.25
+# Before the bicubic filter, larger pictures are averaged by whole factors down to this many pixels for each pixel of
+# the result.
+_REDUCING_GAP = 2.0
+_ORIENTATION = 0x0112
+_JPEGS = ("JPEG", "MPO")
+_DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    IndexError,
+    OverflowError,
+    MemoryError,
+    Image.DecompressionBombError,
+    struct.error,
+)
+
+
+class BadPicture(ValueError):
+    """A picture that cannot be used; `reason` is `no-picture-format`, `picture-too-large` or `bad-picture`."""
+
+    def __init__(self, reason, detail):
+        super().__init__(detail)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """What the views look like: `height` and `width` in pixels, shares of the area (paper), aspect ratios, the pixel
+    limit."""
+
+    height: int = 224
+    width: int = 224
+    global_area: tuple = (0.9, 1.0)
+    local_area: tuple = (0.5, 1.0)
+    aspect: tuple = (3 / 4, 4 / 3)
+    max_image_pixels: int | None = 100_000_000
+
+    def __post_init__(self):
+        for name in ("global_area", "local_area"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise ValueError(
+                    f"{name} is ({low}, {high}), expected shares of the picture with 0 < smallest <= largest <= 1"
+                )
+        if not 0 < self.aspect[0] <= self.aspect[1]:
+            raise ValueError(f"aspect is {self.aspect}, expected 0 < smallest <= largest")
+        if min(self.height, self.width) < 1:
+            raise ValueError(f"views of {self.height} x {self.width} pixels, expected positive sizes")
+
+
+def crop_box(width, height, area, aspect, rng):
+    """One random crop (x1, y1, x2, y2) of a `width` x `height` picture, floats in pixels; `rng` is a NumPy generator.
+
+    The share of the area is uniform; the aspect ratio is log-uniform among those of `aspect` with which that share
+    fits into the picture (what drawing again until it fits would give). A picture too long for any of them gives the
+    largest crop of the nearest aspect ratio.
+    """
+    share = rng.uniform(*area)
+    low, high = max(aspect[0], share * width / height), min(aspect[1], width / height / share)
+    where = rng.uniform(size=3)
+    if low <= high:
+        ratio = math.exp(math.log(low) + where[0] * (math.log(high) - math.log(low)))
+        crop_width = min(math.sqrt(share * width * height * ratio), width)
+        crop_height = min(math.sqrt(share * width * height / ratio), height)
+    else:
+        ratio = min(max(width / height, aspect[0]), aspect[1])
+        crop_width, crop_height = min(width, height * ratio), min(height, width / ratio)
+    x, y = where[1] * (width - crop_width), where[2] * (height - crop_height)
+    return x, y, min(x + crop_width, width), min(y + crop_height, height)
+
+
+def view_boxes(width, height, settings, seed, epoch, sample):
+    """The boxes of both views {"global", "local"} of one sample in one epoch, in pixels of the upright picture."""
+    boxes = {}
+    for number, (level, area) in enumerate((("global", settings.global_area), ("local", settings.local_area))):
+        # A generator for each view: asking for one of them does not change the other.
+        rng = np.random.default_rng((seed, epoch, sample, number))
+        boxes[level] = crop_box(width, height, area, settings.aspect, rng)
+    return boxes
+
+
+def open_picture(data, max_image_pixels=None):
+    """Opens encoded bytes without decoding them and returns the PIL picture.
+
+    Raises `BadPicture` where the bytes are no picture or it has more than `max_image_pixels` pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            # PIL's own limit only warns; ours refuses.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        check_image_pixels(picture, max_image_pixels)
+    except UnidentifiedImageError:
+        start = bytes(data[:8])
+        raise BadPicture(
+            "no-picture-format", f"{len(data)} bytes beginning {start!r} are no {', '.join(FORMATS)}"
+        ) from None
+    except Image.DecompressionBombError as error:
+        raise BadPicture("picture-too-large", str(error)) from None
+    except (OSError, SyntaxError, TypeError, OverflowError) as error:
+        raise BadPicture("bad-picture", f"{type(error).__name__}: {error}") from None
+    except ValueError as error:
+        raise BadPicture("picture-too-large", str(error)) from None
+    return picture
+
+
+def upright_size(picture):
+    """Width and height of an opened picture after its EXIF rotation, in pixels."""
+    try:
+        turned = picture.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+    except Exception:  # as the image processor: broken metadata says nothing about the pixels
+        turned = False
+    return picture.size[::-1] if turned else picture.size
+
+
+def make_views(data, settings, seed, epoch, sample, levels=("global", "local")):
+    """Decodes a picture once and returns {level: uint8 tensor (3, height, width)} for the wanted `levels`.
+
+    Args: `data` the encoded bytes; `seed`, `epoch`, `sample` (non-negative integers) decide the crops, which are
+    rounded to whole pixels of the decoded picture. Raises `BadPicture`.
+    """
+    picture = open_picture(data, settings.max_image_pixels)
+    try:
+        decoded, boxes, scale = _decode(picture, settings, seed, epoch, sample, levels)
+    except _DECODING_ERRORS as error:
+        raise BadPicture("bad-picture", f"{type(error).__name__}: {error}") from None
+    pixels = torch.from_numpy(decoded).permute(2, 0, 1)[None]
+    views = {}
+    for level, (x1, y1, x2, y2) in boxes.items():
+        left, right = _whole(x1 / scale, x2 / scale, pixels.shape[3])
+        top, bottom = _whole(y1 / scale, y2 / scale, pixels.shape[2])
+        crop = pixels[:, :, top:bottom, left:right]
+        # torch's filter for bytes equals PIL's to rounding and takes a third of its time.
+        size = (settings.height, settings.width)
+        views[level] = torch.nn.functional.interpolate(crop, size, mode="bicubic", antialias=True)[0]
+    return views
+
+
+def _decode(picture, settings, seed, epoch, sample, levels):
+    """The upright picture as an array, the boxes of the levels in its original pixels, how many of those make one
+    now."""
+    if picture.format not in _JPEGS:
+        # Before anything asks for metadata: reading those of a PNG decodes it and hides its errors.
+        picture.load()
+    width, height = upright_size(picture)
+    boxes = view_boxes(width, height, settings, seed, epoch, sample)
+    boxes = {level: boxes[level] for level in levels}
+    # The picture may be turned later: the shorter side of a crop has to do for the longer side of the view.
+    least = min(min(x2 - x1, y2 - y1) for x1, y1, x2, y2 in boxes.values()) / max(settings.height, settings.width)
+    scale = next((s for s in (8, 4, 2) if least >= s * REDUCED_MARGIN), 1) if picture.format in _JPEGS else 1
+    if scale > 1:
+        picture.draft(None, (picture.width // scale, picture.height // scale))
+    picture.load()
+    picture = upright_rgb(picture)
+    factor = int(least / scale / _REDUCING_GAP)
+    if factor > 1:
+        picture = picture.reduce(factor)
+        scale *= factor
+    return np.array(picture), boxes, scale
+
+
+def _whole(low, high, size):
+    low = min(round(low), size - 1)
+    return low, max(min(round(high), size), low + 1)
