@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from tests.training.prepare_files import counts, picture, problems, read_tars, records, tree, write_tar
+from tests.training.prepare_models import make_vinvl
 from training.prepare import detect, detectors
 from training.prepare.detectors import DetectorArguments, open_detector, prompted_name, queries_of
 from training.prepare.regions import Detections
@@ -26,27 +27,6 @@ def own_cache(tmp_path, monkeypatch):
 
 def pil(number=0, size=(64, 48)):
     return Image.fromarray(np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), np.uint8))
-
-
-def vinvl(folder):
-    from pyramidclip_hf.vinvl import VinVLConfig, VinVLForObjectAttributeDetection, VinVLImageProcessor
-
-    torch.manual_seed(0)
-    config = VinVLConfig(
-        layers=(1, 1, 1, 1),
-        groups=4,
-        width_per_group=2,
-        stem_channels=4,
-        rpn_pre_nms_top_n=200,
-        rpn_post_nms_top_n=40,
-        label_embedding_size=8,
-        attribute_hidden_size=16,
-        id2label={0: "background", **{i: f"thing {i}" for i in range(1, 9)}},
-        id2attribute={0: "none", **{i: f"shade{i}" for i in range(1, 7)}},
-    )
-    VinVLForObjectAttributeDetection(config).save_pretrained(folder)
-    VinVLImageProcessor(size={"shortest_edge": 96, "longest_edge": 160}).save_pretrained(folder)
-    return str(folder)
 
 
 def _backbone():
@@ -204,7 +184,7 @@ def grounding_dino(folder):
 
 
 MAKERS = {
-    "vinvl": vinvl,
+    "vinvl": make_vinvl,
     "detr": detr,
     "rt_detr": rt_detr,
     "yolos": yolos,

@@ -1,13 +1,13 @@
 """`training.prepare.summarize`: a tiny T5 and a tiny causal model with a real tokenizer, made here with random
 weights."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.training.prepare_files import counts, picture, problems, read_tars, records, tree, write_tar
+from tests.training.prepare_models import make_language_model
 from training.prepare import summarize
 from training.prepare.first_clause import first_clause
 from training.prepare.summarize import SummaryCache, SummaryConfig, open_summarizer
@@ -25,57 +25,14 @@ LONG = [
 SHORT = ["a cat", "two dogs on the beach"]
 
 
-def make_checkpoint(folder, causal=False):
-    """A checkpoint with random weights and a Unigram tokenizer trained on the captions above."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, T5Tokenizer
-
-    trained = Tokenizer(models.Unigram())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=special, unk_token="<unk>", show_progress=False)
-    trained.train_from_iterator(LONG * 4, trainer)
-    pieces = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["vocab"]]
-    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0)
-    torch.manual_seed(0)
-    if causal:
-        config = GPT2Config(
-            vocab_size=len(tokenizer),
-            n_embd=32,
-            n_layer=2,
-            n_head=2,
-            n_positions=512,
-            bos_token_id=1,
-            eos_token_id=1,
-            pad_token_id=0,
-        )
-        config.initializer_range = 0.4
-        model = GPT2LMHeadModel(config)
-    else:
-        config = T5Config(
-            vocab_size=len(tokenizer),
-            d_model=32,
-            d_kv=16,
-            d_ff=64,
-            num_layers=2,
-            num_heads=2,
-            decoder_start_token_id=0,
-            initializer_factor=3.0,
-        )
-        model = T5ForConditionalGeneration(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("t5"))
+    return make_language_model(tmp_path_factory.mktemp("t5"), LONG)
 
 
 @pytest.fixture(scope="module")
 def gpt(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("gpt"), causal=True)
+    return make_language_model(tmp_path_factory.mktemp("gpt"), LONG, causal=True)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,142 @@
+"""Writes a page that shows samples of a shard: the picture with its boxes and phrases, caption, summary, tags.
+
+    python -m training.prepare.view data/mine/00000.tar --output page.html --number 20
+
+The page holds everything in itself and loads nothing.
+"""
+
+import base64
+import html
+import io
+from argparse import ArgumentParser
+from pathlib import Path
+
+from PIL import Image
+
+from training.prepare.detect import decoded
+from training.records import BadSample, phrase, sample_from_members
+from training.shards import ShardReader, read_dataset_json
+
+COLOURS = ("#e6194b", "#3cb44b", "#0082c8", "#f58231", "#911eb4", "#008080", "#d0a000", "#f032e6", "#7a4a1e", "#444444")
+_WIDTH = 640
+
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 24px auto; max-width: 1180px; color: #222; background: #fafafa; }
+h1 { font-size: 20px; } .about { color: #666; font-size: 13px; }
+article { display: flex; gap: 24px; background: #fff; border: 1px solid #ddd; border-radius: 6px; padding: 16px; margin:
+18px 0; } .picture { flex: 0 0 auto; max-width: 640px; } .words { flex: 1 1 0; min-width: 0; overflow-wrap: anywhere; }
+svg { display: block; max-width: 100%; height: auto; } h2 { font-size: 13px; margin: 0 0 10px; color: #666; font-weight:
+600; } dt { font-weight: 600; margin-top: 10px; } dd { margin: 0; } .none { color: #b00; font-style: italic; } ol {
+margin: 4px 0 0; padding-left: 24px; font-size: 13px; } .score { color: #777; }
+"""
+
+
+def main(argv=None):
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("shard", help="a shard, by path or URL")
+    parser.add_argument("--output", required=True, help="the page to write")
+    parser.add_argument("--number", type=int, default=20, help="how many samples")
+    parser.add_argument("--first", type=int, default=0, help="the first of them")
+    parser.add_argument("--max-image-pixels", type=int, default=100_000_000, help="larger pictures are not shown")
+    arguments = parser.parse_args(argv)
+    text = page(arguments.shard, arguments.number, arguments.first, arguments.max_image_pixels)
+    Path(arguments.output).write_text(text, encoding="utf-8")
+    print(f"{arguments.output}: {text.count('<article>')} samples of {arguments.shard}")
+
+
+def page(shard, number, first=0, max_pixels=100_000_000):
+    """The HTML of `number` samples of a shard, from the `first` one on. Raises `ValueError` outside the shard."""
+    with ShardReader(shard) as reader:
+        if number < 1 or not 0 <= first < max(len(reader), 1):
+            raise ValueError(f"samples {first} to {first + number} of {shard}, which has {len(reader)}")
+        samples = [_article(reader, i, max_pixels) for i in range(first, min(first + number, len(reader)))]
+        size = len(reader)
+    folder = str(shard).rpartition("/")[0] or "."
+    made_by = (read_dataset_json(folder) or {}).get("made_by", {})
+    makers = {level: made.get("maker") if isinstance(made, dict) else made for level, made in made_by.items()}
+    makers = "; ".join(f"{level} by {maker}" for level, maker in makers.items() if maker)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(str(shard))}</title>'
+        f"<style>{_STYLE}</style></head>\n<body><h1>{html.escape(str(shard))}</h1>\n"
+        f'<p class="about">{len(samples)} of {size} samples. '
+        f"{html.escape(makers)}</p>\n{''.join(samples)}</body></html>\n"
+    )
+
+
+def _article(reader, i, max_pixels):
+    key = reader.keys[i]
+    try:
+        sample = sample_from_members(reader.read(i), key, reader.name)
+        picture = decoded(sample.image, max_pixels)
+    except (BadSample, ValueError) as bad:
+        return (
+            f'<article><div class="words"><h2>{html.escape(key)}</h2><p '
+            f'class="none">{html.escape(str(bad))}</p></div></article>\n'
+        )
+    return (
+        f'<article><div class="picture">{drawing(picture, sample.regions or [])}</div>\n<div class="words">'
+        f"<h2>{html.escape(key)} &nbsp; {picture.width} x {picture.height}</h2><dl>"
+        f"{_entry('Caption', sample.caption)}{_entry('Summary', sample.summary)}"
+        f"{_entry('Tags', ', '.join(sample.tags) if sample.tags else None)}"
+        f"</dl>{_list_of(sample)}</div></article>\n"
+    )
+
+
+def _entry(title, text):
+    shown = f"<dd>{html.escape(text)}</dd>" if text else '<dd class="none">none</dd>'
+    return f"<dt>{title}</dt>{shown}"
+
+
+def _list_of(sample):
+    regions = sample.regions or []
+    features = "no features" if sample.roi is None else f"features {sample.roi.shape[0]} x {sample.roi.shape[1]}"
+    rows = "".join(
+        f'<li style="color:{COLOURS[n % len(COLOURS)]}">{html.escape(phrase(region))} '
+        f'<span class="score">{"no score" if region.score is None else f"{region.score:.3f}"}</span></li>'
+        for n, region in enumerate(regions)
+    )
+    return f'<p class="score">{len(regions)} regions, {features}</p><ol>{rows}</ol>'
+
+
+def drawing(picture, regions):
+    """SVG of an RGB picture, at most 640 wide or high, with the boxes of `regions` and their phrases."""
+    scale = min(1.0, _WIDTH / max(picture.size))
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    buffer = io.BytesIO()
+    picture.resize((width, height), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=85)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    boxes, words, taken = [], [], []
+    for number, region in enumerate(regions):
+        x1, y1, x2, y2 = (v * side for v, side in zip(region.box, (width, height) * 2))
+        colour = COLOURS[number % len(COLOURS)]
+        boxes.append(
+            f'<rect x="{x1:.1f}" y="{y1:.1f}" width="{x2 - x1:.1f}" height="{y2 - y1:.1f}" '
+            f'fill="none" stroke="{colour}" stroke-width="2"/>'
+        )
+        text = f"{number + 1} {phrase(region)}"
+        left, top = _free_place(x1, y1, 7.2 * len(text) + 6, width, height, taken)
+        words.append(
+            f'<rect x="{left:.1f}" y="{top:.1f}" width="{7.2 * len(text) + 6:.1f}" height="16" fill="{colour}"/>'
+            f'<text x="{left + 3:.1f}" y="{top + 12.5:.1f}" font-family="monospace" '
+            f'font-size="12" fill="#fff">{html.escape(text)}</text>'
+        )
+    # Words last: a box drawn later must not hide them.
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
+        f'<image href="data:image/jpeg;base64,{data}" width="{width}" height="{height}"/>{"".join(boxes + words)}</svg>'
+    )
+
+
+def _free_place(x, y, wide, width, height, taken):
+    """Where a label of 16 pixels' height goes: at the box's corner, or below the labels that are there already."""
+    left, top = max(0.0, min(x, width - wide)), max(0.0, min(y, height - 16))
+    while any(left < other + w and other < left + wide and abs(top - at) < 16 for other, at, w in taken):
+        top += 16
+    if top > height - 16:
+        top = max(0.0, min(y, height - 16))
+    taken.append((left, top, wide))
+    return left, top
+
+
+if __name__ == "__main__":
+    main()
