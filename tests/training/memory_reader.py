@@ -13,10 +13,10 @@ MODEL_CONFIG = {"text_config": {**TEXT, "pooling": "eos"}, "vision_config": VIT,
 class MemoryReader:
     """`samples` synthetic samples; every process gets each world_size-th of a global batch."""
 
-    def __init__(self, args, samples=40, missing=True):
+    def __init__(self, args, samples=40, missing=True, image_size=16):
         self.args, self.samples = args, samples
         self.fingerprint, self.description = f"memory-{samples}", {"kind": "memory"}
-        self.data = tiny_batch(samples, dtype=torch.float32, missing=missing)
+        self.data = tiny_batch(samples, image_size, dtype=torch.float32, missing=missing)
         self.served = 0
 
     def batches(self, epoch, position):

@@ -226,3 +226,15 @@ def test_half_precision_checkpointing_and_the_moving_average(tmp_path):
     assert weights["text_projection.weight"].dtype == torch.float32
     assert not torch.equal(weights["text_projection.weight"], average["text_projection.weight"])
     assert tiny_batch(2)["pixel_values"].shape[1] == 3
+
+
+def test_a_model_continues_from_a_folder_and_freezes_a_tower(tmp_path):
+    first = pretrain.run(settings(tmp_path / "first", max_steps=2))
+    again = settings(tmp_path / "second", model=str(first.final), model_config=None, freeze="vision", max_steps=3)
+    again.loss_weights, again.label_smoothing = {"global_caption": 1.0}, 0.0
+    second = pretrain.run(again)
+    before = PyramidCLIPModel.from_pretrained(first.final)
+    after = PyramidCLIPModel.from_pretrained(second.final)
+    changed = {n for n, t in after.state_dict().items() if not torch.equal(t, before.state_dict()[n])}
+    assert changed and not [name for name in changed if name.startswith(("vision_model.", "visual_projection."))]
+    assert after.config.loss_weights == {"global_caption": 1.0} and after.config.label_smoothing == 0.0

@@ -1,0 +1,108 @@
+"""The worked-out needs of a recipe, against a measured case."""
+
+import ctypes
+import os
+
+import pytest
+import torch
+
+from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
+from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+from tests.training.processes import run_in_processes
+from training.arguments import PretrainingArguments
+from training.objective import ContrastiveObjective
+from training.scale import flops_per_pair, main, memory_per_gpu
+
+PAIRS = 64
+SMALL = {
+    "vision_config": {
+        "image_size": 64,
+        "patch_size": 8,
+        "hidden_size": 192,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 3,
+    },
+    "text_config": {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "pooling": "eos"},
+}
+
+
+def recipe(**changes):
+    given = {
+        "model": "ViT-B-32",
+        "model_config": SMALL,
+        "max_steps": 1,
+        "global_batch_size": PAIRS,
+        "precision": "fp32",
+    }
+    return PretrainingArguments(**{**given, **changes})
+
+
+def resident():
+    """Bytes of this process in memory, without what the allocator has freed but not given back."""
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def measured(rank, world_size, checkpointing):
+    """Growth of this process by one forward pass whose graph is kept."""
+    torch.manual_seed(0)
+    model = PyramidCLIPModel(PyramidCLIPConfig.from_architecture("ViT-B-32", **SMALL))
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    objective = ContrastiveObjective(model, model.config.loss_weights, 0.2)
+    ids = torch.randint(1, 40000, (PAIRS, 24))
+    ids[:, -1] = 49407
+    batch = {
+        "pixel_values": torch.randn(PAIRS, 3, 64, 64),
+        "local_pixel_values": torch.randn(PAIRS, 3, 64, 64),
+        "roi_features": torch.randn(PAIRS, 10, 2052),
+        "roi_mask": torch.ones(PAIRS, 10, dtype=torch.bool),
+        "input_ids": ids,
+        "summary_input_ids": ids,
+        "tag_input_ids": ids,
+    }
+    objective.embed({name: tensor[:2] for name, tensor in batch.items()}).sum().backward()  # gradients, thread pools
+    before = resident()
+    embeddings = objective.embed(batch)
+    return resident() - before, embeddings.shape[0]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activation_memory_is_what_a_forward_pass_keeps(checkpointing):
+    predicted = memory_per_gpu(recipe(gradient_checkpointing=checkpointing), 1).activations
+    grown = run_in_processes(measured, 1, checkpointing)[0][0]
+    assert predicted == pytest.approx(grown, rel=0.15), f"{predicted / 1e6:.0f} MB predicted, {grown / 1e6:.0f} "
+    "MB measured"
+
+
+def test_weights_gradients_and_optimizer_are_counted():
+    memory = memory_per_gpu(recipe(), 1)
+    model = PyramidCLIPModel(PyramidCLIPConfig.from_architecture("ViT-B-32", **SMALL)).train()
+    assert memory.weights == sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    assert memory.gradients == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert memory.optimizer == 2 * memory.gradients
+    assert memory.loss > 2 * 4 * 6 * 512 * 2 * PAIRS
+
+
+def test_a_chunk_needs_the_activations_of_a_chunk():
+    whole, chunk = memory_per_gpu(recipe(), 1), memory_per_gpu(recipe(per_device_chunk_size=PAIRS // 4), 1)
+    assert chunk.activations == pytest.approx(whole.activations / 4, rel=0.02)
+
+
+def test_arithmetic_of_one_linear_tower_is_counted_by_hand():
+    """A text-only comparison: with the vision tower fixed, more tokens add what their matrix products cost."""
+    short, long = flops_per_pair(recipe(), tokens=16), flops_per_pair(recipe(), tokens=32)
+    linear = 4 * 2 * 16 * (4 * 192**2 + 8 * 192**2)  # 4 layers, 16 more tokens, attention and MLP projections
+    attention = 4 * 4 * (32**2 - 16**2) * 192  # scores and weighted sum
+    assert long - short == pytest.approx(3 * 3 * (linear + attention), rel=0.01)  # three texts, three passes
+    cached = flops_per_pair(recipe(per_device_chunk_size=8), tokens=16)
+    assert cached == pytest.approx(short * 4 / 3)
+
+
+def test_the_report_of_a_recipe(capsys):
+    assert main(["--config", "training/configs/rn50_143m_32_epochs.yaml", "--gpus", "64"]) == 0
+    said = capsys.readouterr().out
+    assert "global batch 8192 = 64 x 128" in said and "1 all-gather" in said and "558,592 steps" in said
+    assert main(["--config", "training/configs/rn50_143m_32_epochs.yaml", "--gpus", "63"]) == 2

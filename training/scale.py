@@ -1,0 +1,206 @@
+"""What a run needs, worked out from its recipe before any GPU is rented: memory, arithmetic, reading, communication.
+
+    python -m training.scale --config training/configs/vit_b_32_143m_32_epochs.yaml --gpus 64 [--teraflops 120]
+    [--samples N]
+
+The model is traced on fake tensors (shapes without data), as it is: activation memory is what autograd really keeps
+of it, arithmetic is what its operations really do. `docs/scale.md` compares both with measurements and works an
+example.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES, PyramidCLIPConfig
+from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+from training.arguments import PretrainingArguments, parse_arguments
+from training.objective import ContrastiveObjective
+
+GB = 1e9
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# The fused attention of the CPU, on which the trace runs; torch counts only its siblings on GPUs.
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def _attention_flops(query, key, value, *rest, out_shape=None, **options) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU.
+
+    weights: fp32, buffers included. gradients: fp32, of trained weights. optimizer: AdamW's two moments. activations:
+    what autograd keeps of one forward pass over the GPU's pairs (or one chunk of them). loss: gathered embeddings,
+    their gradients, and the blocks of the closed-form loss.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+
+    @property
+    def total(self) -> int:
+        """Their sum; workspaces of kernels and the allocator's waste come on top (docs/scale.md: 10 to 20 %)."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.loss
+
+
+def recipe_config(args: PretrainingArguments) -> PyramidCLIPConfig:
+    """The model's config that a recipe names; ValueError where it starts from saved weights, which would be read."""
+    if args.model not in ARCHITECTURES:
+        raise ValueError(f"model: expected one of {', '.join(ARCHITECTURES)} to work out its needs, got {args.model!r}")
+    config = PyramidCLIPConfig.from_architecture(args.model, **(args.model_config or {}))
+    if args.loss_weights is not None:
+        config.loss_weights = dict(args.loss_weights)
+    return config
+
+
+def _fake_batch(config: PyramidCLIPConfig, pairs: int, regions: int, tokens: int) -> dict[str, torch.Tensor]:
+    vision, length = config.vision_config, tokens if config.text_config.pooling == "eos" else 77
+    side = vision.image_size
+    texts = {
+        name: torch.zeros(pairs, length, dtype=torch.int64)
+        for name in ("input_ids", "summary_input_ids", "tag_input_ids")
+    }
+    return texts | {
+        "pixel_values": torch.zeros(pairs, 3, side, side),
+        "local_pixel_values": torch.zeros(pairs, 3, side, side),
+        "roi_features": torch.zeros(pairs, regions, vision.roi_feature_size + 4),
+        "roi_mask": torch.ones(pairs, regions, dtype=torch.bool),
+        "has_summary": torch.ones(pairs, dtype=torch.bool),
+        "has_tags": torch.ones(pairs, dtype=torch.bool),
+    }
+
+
+def traced(
+    config: PyramidCLIPConfig, pairs: int, precision: str, checkpointing: bool, regions: int = 10, tokens: int = 24
+):
+    """(objective, bytes kept for the backward pass, floating-point operations forward) for `pairs` pairs, on fake
+    tensors.
+
+    tokens: length of texts under `pooling="eos"`; under "max" it is 77. A tensor that several operations keep counts
+    once, and weights do not count.
+    """
+    kept: dict[int, int] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[storage._cdata] = storage.nbytes()
+        holds.append(tensor)
+        return tensor
+
+    holds: list[torch.Tensor] = []  # alive, so that no storage's address is used twice
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = PyramidCLIPModel(config)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        objective = ContrastiveObjective(
+            model, config.loss_weights, config.label_smoothing, "none", AUTOCAST[precision]
+        )
+        weights = {parameter.untyped_storage()._cdata for parameter in objective.parameters()}
+        weights |= {buffer.untyped_storage()._cdata for buffer in objective.buffers()}
+        batch = _fake_batch(config, pairs, regions, tokens)
+        counter = FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: _attention_flops})
+        with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            objective.embed(batch)
+    activations = sum(size for address, size in kept.items() if address not in weights)
+    return objective, activations, counter.get_total_flops()
+
+
+def memory_per_gpu(args: PretrainingArguments, num_gpus: int, tokens: int = 24) -> Memory:
+    """Bytes that the recipe needs on each of `num_gpus` GPUs under DDP."""
+    config = recipe_config(args)
+    pairs = args.per_device_batch_size(num_gpus)
+    at_once = args.per_device_chunk_size or pairs
+    objective, activations, _ = traced(
+        config, at_once, args.precision, args.gradient_checkpointing, args.max_regions, tokens
+    )
+    trained = 4 * sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    tensors = [*objective.parameters(), *objective.buffers()]
+    levels, width = len(objective.levels), config.projection_dim
+    # Own and gathered embeddings and the gradients of both, fp32, and two blocks of 16 MiB of the similarity matrix.
+    embeddings = 2 * 4 * levels * width * (pairs + args.global_batch_size)
+    return Memory(
+        weights=sum(t.numel() * t.element_size() for t in tensors),
+        gradients=trained,
+        optimizer=2 * trained,
+        activations=activations,
+        loss=embeddings + 2 * (1 << 24),
+    )
+
+
+def flops_per_pair(args: PretrainingArguments, tokens: int = 24) -> float:
+    """Floating-point operations of one training step for one pair: forward and twice that backward.
+
+    Gradient caching and gradient checkpointing each add a forward pass.
+    """
+    pairs = 8
+    _, _, forward = traced(recipe_config(args), pairs, args.precision, False, args.max_regions, tokens)
+    passes = 3 + bool(args.per_device_chunk_size) + args.gradient_checkpointing
+    return passes * forward / pairs
+
+
+def report(args: PretrainingArguments, num_gpus: int, teraflops: float, samples: int, tokens: int) -> str:
+    """The page that `main` prints."""
+    memory, flops = memory_per_gpu(args, num_gpus, tokens), flops_per_pair(args, tokens)
+    config = recipe_config(args)
+    pairs_per_second = teraflops * 1e12 / flops
+    steps = args.max_steps or args.epochs * (samples // args.global_batch_size)
+    hours = steps * args.global_batch_size / (pairs_per_second * num_gpus) / 3600
+    levels = len(ContrastiveObjective(_fake_model(config), config.loss_weights, 0.0).levels)
+    gathered = 4 * levels * config.projection_dim * args.global_batch_size
+    trained = memory.gradients
+    return "\n".join(
+        [
+            f"{args.model} on {num_gpus} GPUs, global batch {args.global_batch_size} = {num_gpus} x "
+            f"{args.per_device_batch_size(num_gpus)}",
+            f"memory per GPU      {memory.total / GB:6.1f} GB: weights {memory.weights / GB:.2f}, gradients "
+            f"{memory.gradients / GB:.2f}, "
+            f"AdamW {memory.optimizer / GB:.2f}, activations {memory.activations / GB:.2f}, loss "
+            f"{memory.loss / GB:.2f}",
+            f"arithmetic          {flops / 1e9:6.1f} GFLOP a pair and step; at {teraflops:g} TFLOP/s: "
+            f"{pairs_per_second:.0f} pairs/s per GPU",
+            f"reading             {pairs_per_second:6.0f} samples/s per GPU, {pairs_per_second * num_gpus:.0f} in all",
+            f"gathers             1 all-gather of {gathered / 1e6:.0f} MB and 1 reduce-scatter of the same, 1 "
+            f"of {args.global_batch_size / 1e3:.0f} kB "
+            f"for masks; gradients: all-reduce of {trained / 1e6:.0f} MB",
+            f"length              {steps:,} steps, {hours:.0f} hours ({hours * num_gpus:.0f} GPU hours)",
+        ]
+    )
+
+
+def _fake_model(config: PyramidCLIPConfig) -> PyramidCLIPModel:
+    with torch.device("meta"):
+        return PyramidCLIPModel(config)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line, prints the report, and returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m training.scale", description=__doc__.split("\n")[0])
+    parser.add_argument("--config", required=True, help="recipe")
+    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs")
+    parser.add_argument("--teraflops", type=float, default=120.0, help="arithmetic that a GPU really reaches, TFLOP/s")
+    parser.add_argument("--samples", type=int, default=143_000_000, help="samples in the data")
+    parser.add_argument("--tokens", type=int, default=24, help="length of texts under pooling: eos")
+    chosen = parser.parse_args(argv)
+    try:
+        args = parse_arguments(["--config", chosen.config])
+        print(report(args, chosen.gpus, chosen.teraflops, chosen.samples, chosen.tokens))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
