@@ -2,10 +2,13 @@
 
     python -m tests.upstream [pytest arguments]
 
+A complete run (no arguments) that passes also writes `SKIPPED.md`: what was skipped, how often, and why.
 The mixins are in transformers' source distribution on PyPI. It lacks three modules that they import; the shims written
 here stand in, without any test of their own. Nothing of the distribution is kept in this repository.
 """
 
+import collections
+import re
 import subprocess
 import sys
 import tarfile
@@ -74,13 +77,53 @@ def fetch_mixins() -> Path:
     return CACHE
 
 
+class SkipReasons:
+    """A pytest plugin that counts outcomes and keeps the reason of each skip."""
+
+    def __init__(self):
+        self.outcomes = collections.Counter()
+        self.tests = collections.defaultdict(set)
+
+    def pytest_runtest_logreport(self, report):
+        if hasattr(report, "context"):  # a subtest; its test is counted
+            return
+        if report.when == "call" or report.skipped:
+            self.outcomes[report.outcome] += 1
+        if report.skipped:
+            reason = report.longrepr[2].removeprefix("Skipped: ").partition("\n")[0]
+            test = re.sub(r"_\d\d?_.*", "_*", report.nodeid.rpartition("::")[2])
+            self.tests[reason].add(test)
+
+    def write(self, path: Path) -> None:
+        """The list, most tests first."""
+        lines = [
+            f"# What transformers {transformers.__version__}'s common tests skip for these classes",
+            "",
+            f"Written by `make test-upstream`: {self.outcomes['passed']} passed, {self.outcomes['skipped']} skipped, "
+            f"{self.outcomes['failed']} failed.",
+            "Reasons in tests/upstream/suite_*.py are ours; all others are the mixins' own.",
+            "",
+            "| reason | tests |",
+            "|---|---|",
+        ]
+        ours = "".join(suite.read_text() for suite in Path(__file__).parent.glob("suite_*.py"))
+        for reason, tests in sorted(self.tests.items(), key=lambda entry: (entry[0] not in ours, entry[0])):
+            whose = "ours: " if reason in ours else ""
+            lines.append(f"| {whose}{reason.replace('|', '/')} | {', '.join(sorted(tests))} |")
+        path.write_text("\n".join(lines) + "\n")
+
+
 def main() -> int:
     """Fetches the mixins and hands over to pytest."""
     sys.path[:0] = [str(fetch_mixins()), str(CHECKOUT)]
     suites = sorted(str(path) for path in Path(__file__).parent.glob("suite_*.py"))
     # The mixins use markers of their own, which --strict-markers would refuse.
     options = ["-q", "-p", "no:cacheprovider", "--override-ini=addopts=--import-mode=importlib", "-W", "ignore"]
-    return pytest.main([*options, *suites, *sys.argv[1:]])
+    reasons = SkipReasons()
+    code = pytest.main([*options, *suites, *sys.argv[1:]], plugins=[reasons])
+    if code == 0 and len(sys.argv) == 1:
+        reasons.write(Path(__file__).with_name("SKIPPED.md"))
+    return code
 
 
 if __name__ == "__main__":
