@@ -62,7 +62,7 @@ def run_whole(module, flags, checkout, launch=()):
     started, environment = command(module, *flags, checkout=checkout, launch=launch)
     done = subprocess.run(started, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_processes_of_accelerate_launch_give_what_one_gives(tmp_path, table, che
     ]
     launch += ["--dynamo_backend", "no", "--main_process_port", "0"]
     out = run_whole("pack", [*flags, "--output_dir", tmp_path / "two"], checkout, launch)
-    assert "120 in = 108 out + 12 rejected" in out
+    assert "120 in = 108 out + 12 rejected" in out and "pack (process 1 of 2)" in out
     pack.main([*map(str, flags), "--output_dir", str(tmp_path / "one"), "--cpu"])
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
 

@@ -1,8 +1,8 @@
 """Adds the region level: boxes, names, attributes and features of the ten most confident regions, and the tags made of
 them.
 
-    accelerate launch -m training.prepare.detect --input_dir data/mine --detector vinvl-x152c4
-    python -m training.prepare.detect --input_dir data/mine --detector PekingU/rtdetr_r50vd --feature_size 2048
+    accelerate launch -m training.prepare.detect --input-dir data/mine --detector vinvl-x152c4
+    python -m training.prepare.detect --input-dir data/mine --detector PekingU/rtdetr_r50vd --feature-size 2048
 
 The detectors are in `training.prepare.detectors`. What made the regions is kept in `dataset.json`; regions of another
 maker are not replaced unless --overwrite says so.

@@ -1,9 +1,9 @@
 """Takes region features that others extracted into the shards of a data set, or into a store of their own.
 
-    python -m training.prepare.import_features --input predictions.tsv --hw train.hw.tsv --made_by "VinVL X152-C4"
-    --merge_into data/mine python -m training.prepare.import_features --input obj36.tsv --objects objects.txt
+    python -m training.prepare.import_features --input predictions.tsv --hw train.hw.tsv --made-by "VinVL X152-C4"
+    --merge-into data/mine python -m training.prepare.import_features --input obj36.tsv --objects objects.txt
     --attributes attributes.txt \
-        --made_by "bottom-up-attention R101, 36 boxes" --store_dir data/regions
+        --made-by "bottom-up-attention R101, 36 boxes" --store-dir data/regions
 
 The ten most confident regions of a picture are kept, sorted. The formats, and what each lacks, are in
 `training.prepare.region_formats` and docs/prepare.md. A malformed row is named with its line, and the sample it belongs

@@ -1,7 +1,7 @@
 """Packs any collection of pictures with texts into the shards that training reads.
 
-    python -m training.prepare.pack --input captions.csv --output_dir data/mine
-    accelerate launch --cpu --num_processes 16 -m training.prepare.pack --input 'laion/*.tar' --output_dir data/laion
+    python -m training.prepare.pack --input captions.csv --output-dir data/mine
+    accelerate launch --cpu --num_processes 16 -m training.prepare.pack --input 'laion/*.tar' --output-dir data/laion
 
 Pictures are copied byte for byte, and so are all other members of a tar. What cannot be used is rejected by name:
 pictures that are not JPEG, PNG or WebP, cannot be decoded or have too many pixels; pairs without a caption; keys that

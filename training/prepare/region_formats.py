@@ -411,7 +411,8 @@ def _detections(boxes, size, scores, labels, features, attributes):
             raise BadRow("bad-size", f"width x height = {size[0]} x {size[1]}")
         boxes = boxes / np.array([*size, *size], np.float64)
     try:
-        features = np.stack(features) if len(features) else np.zeros((0, 0), np.float32)
+        if not isinstance(features, np.ndarray):
+            features = np.stack(features) if len(features) else np.zeros((0, 0), np.float32)
         return Detections(boxes, scores, labels, features, attributes or [])
     except ValueError as error:
         raise BadRow("bad-row", str(error)) from None

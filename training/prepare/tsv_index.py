@@ -54,6 +54,7 @@ class TsvIndex:
         self.order = np.load(folder / "order.npy", mmap_mode="r")
         self.problems = json.loads((folder / "problems.json").read_text(encoding="utf-8"))
         self._pattern = re.compile(key_pattern) if key_pattern else None
+        self._last = (None, None)
         self._file = open(self.path, "rb")
 
     def __len__(self):
@@ -76,12 +77,15 @@ class TsvIndex:
         return _key_of(self._file.readline(_KEY_BYTES), self._pattern)
 
     def columns(self, row):
-        """All columns of a row as bytes. Raises `BadRow`."""
+        """All columns of a row as bytes; the last row read is at hand. Raises `BadRow`."""
+        if row == self._last[0]:
+            return self._last[1]
         self._file.seek(self.offsets[row])
         line = self._file.readline(MAX_ROW_BYTES)
         if not line.endswith(b"\n") and len(line) == MAX_ROW_BYTES:
             raise BadRow("row-too-large", f"more than {MAX_ROW_BYTES} bytes")
-        return line.rstrip(b"\r\n").split(b"\t")
+        self._last = (row, line.rstrip(b"\r\n").split(b"\t"))
+        return self._last[1]
 
 
 def _hash(key):
