@@ -68,16 +68,14 @@ class ShardCache:
                 return self._download(url, path)
             except FileNotFoundError as error:
                 raise DownloadError(f"{url}: not found ({error})") from None
-            except ValueError:
+            except (ValueError, ImportError):
                 raise
             except Exception as error:  # every file system of fsspec has its own network errors
                 problem = error
         raise DownloadError(f"{url}: {type(problem).__name__}: {problem}; tried {self.attempts} times") from problem
 
     def _download(self, url, path):
-        import fsspec
-
-        system, name = fsspec.core.url_to_fs(url)
+        system, name = _file_system(url)
         # Listings are cached by fsspec; a shard that was replaced must not be judged by its old size.
         system.invalidate_cache()
         expected = system.info(name).get("size")
@@ -129,14 +127,25 @@ def _locked(path):
         os.close(handle)
 
 
+def _file_system(url):
+    """fsspec's file system for a URL and the name in it; `ImportError` naming what to install."""
+    try:
+        import fsspec
+
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise ImportError(
+            f'{url} cannot be read: {error}. pip install "pyramidclip-hf[train]" (from a checkout: pip install -e '
+            '".[train]"), or for s3://, gs:// and others the package that fsspec names'
+        ) from error
+
+
 def read_small(url):
     """The bytes of a small remote file (an index, `dataset.json`), or None where there is none.
 
     Raises `DownloadError` where it is there and cannot be read, or is larger than 512 MiB.
     """
-    import fsspec
-
-    system, name = fsspec.core.url_to_fs(url)
+    system, name = _file_system(url)
     try:
         with system.open(name, "rb", cache_type="none", block_size=0) as file:
             data = file.read(SMALL_FILE_BYTES + 1)

@@ -95,14 +95,18 @@ def read_index_header(path):
     Raises `ValueError` where the file is no index, `FileNotFoundError` where it is absent.
     """
     with open(path, encoding="utf-8") as file:
-        line = file.readline(4096)
+        return parse_index_header(file.readline(4096), path)
+
+
+def parse_index_header(line, name):
+    """The header from the first line of an index called `name`; `ValueError` where it is none."""
     try:
         header = json.loads(line.rstrip().removesuffix(",") + "}")["header"]
         if header["format"] != INDEX_FORMAT:
             raise ValueError(f"format {header['format']!r}")
         return header
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a shard index: {error}") from None
+        raise ValueError(f"{name} is not a shard index: {error}") from None
 
 
 def build_index(path):
@@ -336,27 +340,46 @@ class ShardReader:
     """
 
     def __init__(self, path_or_url, cache=None):
-        self.name = str(path_or_url)
+        self.name, self._file = str(path_or_url), None
         if is_url(self.name):
-            from training.shard_cache import ShardCache
-
-            self.path = (cache or ShardCache()).fetch(self.name)
+            self._open_fetched(cache)
         else:
-            self.path = Path(path_or_url)
-            if not self.path.exists():
-                raise FileNotFoundError(f"no shard at {self.path}")
+            if not os.path.exists(self.name):
+                raise FileNotFoundError(f"no shard at {self.name}")
+            self._open(Path(path_or_url))
+
+    def _open(self, path):
+        self.path = path
         # Opened before the index is read: a cache may evict the file meanwhile, an open one stays readable.
-        self._file = os.open(self.path, os.O_RDONLY)
+        self._file = os.open(path, os.O_RDONLY)
         try:
-            self.index = load_index(self.path)
+            self.index = load_index(path)
         except BaseException:
             self.close()
             raise
+
+    def _open_fetched(self, cache):
+        from training.shard_cache import ShardCache
+
+        cache = cache or ShardCache()
+        for _ in range(3):
+            try:
+                return self._open(cache.fetch(self.name))
+            except FileNotFoundError:
+                continue  # evicted by another process between fetching and opening
+        raise OSError(
+            f"{self.name}: evicted from {cache.folder} again and again before it could be opened; the cache of "
+            f"{cache.max_bytes} bytes is too small for the shards that are read at a time"
+        )
 
     @property
     def keys(self):
         """The keys of the samples, in the order of the tar."""
         return self.index.keys
+
+    def key(self, i):
+        """The key of sample `i`."""
+        return self.index.keys[i]
 
     @property
     def truncated(self):
