@@ -29,24 +29,27 @@ def processes() -> tuple[int, int]:
     return state.process_index, state.num_processes
 
 
-def map_batches(function: Callable[[range], Any], items: int, batch_size: int, what: str) -> list[Any]:
+def map_batches(
+    function: Callable[[range], Any], items: int, batch_size: int, what: str, alone: bool = False
+) -> list[Any]:
     """[function(indices of batch 0), function(of batch 1), ...], on every process, computed by all of them together.
 
-    function: a range of item numbers -> anything that pickles. what: the name of the progress bar.
+    function: a range of item numbers -> anything that pickles. what: the name of the progress bar. alone: this process
+    computes all, and no other needs to take part.
     """
     from accelerate.utils import gather_object
     from tqdm.auto import tqdm
 
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    rank, size = processes()
+    rank, size = (0, 1) if alone else processes()
     batches = range(math.ceil(items / batch_size))
     own = batches[rank::size]
     results = [
         (batch, function(range(batch * batch_size, min((batch + 1) * batch_size, items))))
         for batch in tqdm(own, desc=what, unit="batch", disable=rank != 0)
     ]
-    by_number = dict(gather_object(results))
+    by_number = dict(results if alone else gather_object(results))
     return [by_number[batch] for batch in batches]
 
 
@@ -81,13 +84,14 @@ def embed_levels(
     levels: Sequence[str],
     batch_size: int = 64,
     local_area: float = 1.0,
+    alone: bool = False,
 ) -> LevelEmbeddings:
     """Encodes the named levels of all samples with `model.encode_levels`, in evaluation mode, without gradient.
 
     samples: anything with `len` and items of `records.Sample`. The global view is the processor's (resize, centre
     crop); the local one the same of the middle `local_area` of the picture, by default of all of it, as in the
-    evaluation while training. A level that a sample lacks is marked in `present`. Raises ValueError where no sample
-    has a level.
+    evaluation while training. A level that a sample lacks is marked in `present`. alone: see `map_batches`. Raises
+    ValueError where no sample has a level.
     """
     levels = list(dict.fromkeys(levels))
 
@@ -97,7 +101,7 @@ def embed_levels(
     was_training = model.training
     model.eval()
     try:
-        batches = map_batches(encode, len(samples), batch_size, "embedding")
+        batches = map_batches(encode, len(samples), batch_size, "embedding", alone)
     finally:
         model.train(was_training)
     offsets = np.cumsum([0] + [len(batch["keys"]) for batch in batches])

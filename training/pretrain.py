@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyramidclip_hf.configuration_pyramidclip import levels_of
 from training.arguments import PretrainingArguments, parse_arguments
 from training.checkpoint import (
     CheckpointError,
@@ -45,7 +46,7 @@ from training.initial_model import initial_model
 from training.objective import ContrastiveObjective, StepLoss
 from training.optim import MovingAverage, build_optimizer, learning_rate_at, set_learning_rate
 from training.publish import publish, write_card
-from training.tracking import MetricsLog, NonFiniteLoss, StepWindow, start_trackers
+from training.tracking import MetricsLog, NonFiniteLoss, StepWindow, duplicate_rates, start_trackers
 from training.validation import ValidationSet
 
 EXIT_WRONG_SETTING = 2
@@ -97,7 +98,7 @@ class Run:
 @dataclass(frozen=True)
 class RunResult:
     """What `run` returns. finished: False when it was stopped by SIGTERM or was a dry run. final: folder of the saved
-    model, or None.
+    model, or None. model, processor: as they are in memory.
     """
 
     folder: Path
@@ -105,6 +106,8 @@ class RunResult:
     finished: bool
     final: Path | None
     metrics: dict[str, float]
+    model: nn.Module
+    processor: Any
 
 
 ##################################################################################################
@@ -194,7 +197,8 @@ def build(args: PretrainingArguments, folder: Path) -> Run:
     """All parts of the run, not yet resumed."""
     accelerator = start_processes(args, folder)
     model, processor = initial_model(args)
-    reader = open_reader(args, processor, model.config)
+    args.per_device_batch_size(accelerator.num_processes)  # refused before any data is opened
+    reader = open_reader(args, processor, model.config, folder)
     plan = plan_steps(args, reader.samples, accelerator.num_processes)
     if _synchronised_batch_norm(args):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -229,9 +233,37 @@ def build(args: PretrainingArguments, folder: Path) -> Run:
     )
 
 
-def open_reader(args: PretrainingArguments, processor, config):
-    """The training data of this process."""
-    raise NotImplementedError
+def open_reader(args: PretrainingArguments, processor, config, folder: Path):
+    """The training data of this process; only the levels that the objective names are read."""
+    from training.loader import TrainingReader, settings_for
+
+    settings = settings_for(
+        processor,
+        levels_of(config.loss_weights),
+        pooling=config.text_config.pooling,
+        max_length=config.text_config.max_position_embeddings,
+        roi_feature_size=config.vision_config.roi_feature_size,
+        max_regions=args.max_regions,
+        allow_mixed_regions=args.allow_mixed_regions,
+        global_area=tuple(args.global_crop_area),
+        local_area=tuple(args.local_crop_area),
+        max_image_pixels=args.max_image_pixels,
+    )
+    return TrainingReader(
+        args.train_data,
+        settings,
+        processor.tokenizer,
+        args.global_batch_size,
+        rank(),
+        world_size(),
+        seed=args.seed,
+        window_shards=args.shuffle_window_shards,
+        workers=args.dataloader_workers,
+        max_bad_fraction=args.max_bad_fraction,
+        overfit_batches=args.overfit_batches,
+        bad_log=folder / f"bad-samples-{rank():05d}.jsonl",
+        pin_memory=torch.cuda.is_available(),
+    )
 
 
 ##################################################################################################
@@ -246,7 +278,15 @@ def identity_of(run: Run) -> dict[str, Any]:
         model_config.pop(name, None)
     schedule = ("global_batch_size", "learning_rate", "warmup_fraction", "final_learning_rate_fraction")
     optimizer = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "ema_decay")
-    data = ("seed", "shuffle_window_shards", "max_regions", "global_crop_area", "local_crop_area", "overfit_batches")
+    data = (
+        "seed",
+        "shuffle_window_shards",
+        "max_regions",
+        "allow_mixed_regions",
+        "global_crop_area",
+        "local_crop_area",
+        "overfit_batches",
+    )
     how = ("precision", "per_device_chunk_size", "sync_batch_norm", "gradient_checkpointing", "torch_compile")
 
     def chosen(names):
@@ -348,7 +388,9 @@ def timed_batches(run: Run) -> Iterator[tuple[float, dict[str, Any]]]:
     batches = iter(run.reader.batches(run.progress.epoch, run.progress.position))
     while True:
         asked = time.perf_counter()
-        batch = next(batches, None)
+        # A loader that starts draws a number; the model's random numbers must not depend on when that is.
+        with torch.random.fork_rng(devices=[]):
+            batch = next(batches, None)
         if batch is None:
             return
         size = len(batch["sample_keys"])
@@ -417,6 +459,8 @@ def report(run: Run, bar, batch: dict[str, torch.Tensor]) -> None:
     bar.update()
     if step % args.log_every_steps == 0 or step == total or (args.dry_run and step == DRY_RUN_STEPS):
         metrics = run.window.metrics() | {"epoch": step / run.plan.steps_per_epoch, "seconds": run.progress.seconds}
+        if args.log_duplicate_rates:
+            metrics |= duplicate_rates(batch)
         run.log.write(step, metrics | run.reader.metrics())
         bar.set_postfix(loss=f"{metrics['loss/total']:.3f}", pairs_per_s=f"{metrics.get('samples_per_second', 0):.0f}")
     if args.eval_every_steps and step % args.eval_every_steps == 0 and step < total:
@@ -576,7 +620,8 @@ def run(args: PretrainingArguments) -> RunResult:
                 f"stopped by SIGTERM at step {parts.progress.step}, saved; continue with --resume latest"
             )
         parts.accelerator.end_training()
-    return RunResult(folder, parts.progress.step, complete and not args.dry_run, final, metrics)
+    finished = complete and not args.dry_run
+    return RunResult(folder, parts.progress.step, finished, final, metrics, parts.model, parts.processor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
