@@ -69,6 +69,9 @@ class PretrainingArguments:
     validation_samples: int = _setting(512, "how many samples of it, from its beginning")
     shuffle_window_shards: int = _setting(8, "samples are permuted within this many shards")
     max_regions: int = _setting(10, "regions kept of each picture, most confident first (paper: 10)")
+    allow_mixed_regions: bool = _setting(
+        False, "region features of another width or detector count as missing instead of stopping the run"
+    )
     global_crop_area: list[float] = _setting(
         [0.9, 1.0], "smallest and largest share of the picture in the global view (paper)"
     )

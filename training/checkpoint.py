@@ -4,7 +4,7 @@
         model/                  config.json, model.safetensors: `from_pretrained` reads it; BatchNorm statistics
         included
         optimizer.pt            AdamW's moments; scaler.pt and moving_average.safetensors where the run has them
-        process-00000.pt        random states of one process
+        process-00000.pt        random states of one process, and the counts of its reader
         run.json                position in the data, counts, identity of the run; written last
 
 A checkpoint is written into `.step-00001000.partial`, every file is flushed to the disk, and then the folder is
@@ -158,7 +158,7 @@ def _make_empty(folder: Path):
 
 
 def _write_files(folder: Path, state: TrainingState, progress: Progress):
-    _write_tensors(folder / f"process-{rank():05d}.pt", random_state())
+    _write_tensors(folder / f"process-{rank():05d}.pt", {"random": random_state(), "reader": progress.reader})
     if state.engine is not None:
         state.engine.save_checkpoint(str(folder / "engine"), tag="state")
     if rank() != 0:
@@ -171,7 +171,8 @@ def _write_files(folder: Path, state: TrainingState, progress: Progress):
         _write_tensors(folder / "scaler.pt", state.scaler.state_dict())
     if state.average is not None:
         save_file(state.average.tensors, folder / "moving_average.safetensors")
-    record = {"format": FORMAT, "processes": world_size(), "identity": state.identity, "progress": asdict(progress)}
+    common = {name: value for name, value in asdict(progress).items() if name != "reader"}
+    record = {"format": FORMAT, "processes": world_size(), "identity": state.identity, "progress": common}
     (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -247,20 +248,35 @@ def read_checkpoint(path: Path, state: TrainingState) -> tuple[Progress, list[st
             state.scaler.load_state_dict(_read_tensors(path / "scaler.pt"))
         if state.average is not None:
             state.average.load(load_file(path / "moving_average.safetensors"))
-        if record["processes"] == world_size():
-            set_random_state(_read_tensors(path / f"process-{rank():05d}.pt"))
+        processes = [_read_tensors(path / f"process-{i:05d}.pt") for i in range(record["processes"])]
+        if len(processes) == world_size():
+            set_random_state(processes[rank()]["random"])
+            reader = processes[rank()]["reader"]
         else:
+            # Counts are only ever added up, so the first process may hold all of them.
+            reader = _summed([process["reader"] for process in processes]) if rank() == 0 else {}
             messages.append(
-                f"the checkpoint was written by {record['processes']} processes and continues on "
-                f"{world_size()}: the same data in the same order, "
-                "but sums run in another order and BatchNorm sees other batches, so the numbers will differ in "
-                "their last digits or more"
+                f"the checkpoint was written by {len(processes)} processes and continues on {world_size()}: the same "
+                "data in the same order, but sums run in another order and BatchNorm sees other batches, so the run is "
+                "not bit-equal to an undisturbed one"
             )
     except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: cannot be read: {type(error).__name__}: {error}. Continue from an older one with --resume DIR"
         ) from error
-    return Progress(**record["progress"]), messages
+    return Progress(**record["progress"], reader=reader), messages
+
+
+def _summed(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """One state of the readers of all processes: numbers are added, lists are joined."""
+    total = {}
+    for state in states:
+        for name, value in state.items():
+            if isinstance(value, Mapping):
+                total[name] = _summed([total.get(name, {}), value])
+            else:
+                total[name] = total[name] + value if name in total else value
+    return total
 
 
 def _read_tensors(path: Path) -> Any:

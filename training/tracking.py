@@ -12,7 +12,7 @@ One line of metrics.jsonl is one JSON object: `step`, and either training metric
     where any learning_rate, logit_scale, temperature (its inverse), grad_norm (before clipping, the window's last),
     epoch
     samples_per_second, data_wait_share, seconds        the only ones that differ between two equal runs
-    bad_samples/REASON, truncated/LEVEL, duplicates/LEVEL
+    data/bad_fraction, data/truncated_LEVEL, duplicates/LEVEL
 
 or `validation/TERM/METRIC`.
 """
@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from pyramidclip_hf.loss_pyramidclip import LEVEL_INPUTS, LEVEL_MASKS
 from training.distributed import any_process, rank, sum_over_processes
 from training.objective import StepLoss
 
@@ -142,6 +143,28 @@ class StepWindow:
         self._rows = []
         self._start_clock()
         return metrics
+
+
+def duplicate_rates(batch: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """`duplicates/LEVEL`: the share of the global batch's texts that stand in it already; all processes call it
+    together.
+
+    batch: a process's batch on the host. Equal texts in a batch are each other's negatives, so a level with many of
+    them cannot reach its floor.
+    """
+    from accelerate.utils import gather_object
+
+    rates = {}
+    for level in ("summary", "caption", "tags"):
+        ids = batch.get(LEVEL_INPUTS[level])
+        if ids is None:
+            continue
+        present = batch.get(LEVEL_MASKS.get(level))
+        rows = ids if present is None else ids[present]
+        # Padding (0) is left out: its length may differ from process to process.
+        texts = gather_object([tuple(row[row != 0].tolist()) for row in rows])
+        rates[f"duplicates/{level}"] = 1 - len(set(texts)) / len(texts) if texts else 0.0
+    return rates
 
 
 class MetricsLog:

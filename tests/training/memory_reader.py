@@ -15,7 +15,7 @@ class MemoryReader:
 
     def __init__(self, args, samples=40, missing=True, image_size=16):
         self.args, self.samples = args, samples
-        self.fingerprint, self.description = f"memory-{samples}", {"kind": "memory"}
+        self.fingerprint, self.description = f"memory-{samples}", [{"name": "memory", "samples": samples}]
         self.data = tiny_batch(samples, image_size, dtype=torch.float32, missing=missing)
         self.served = 0
 
@@ -33,7 +33,7 @@ class MemoryReader:
         return {"served": self.served}
 
     def load_state(self, state):
-        self.served = state["served"]
+        self.served = state.get("served", 0)
 
     def metrics(self):
         return {}

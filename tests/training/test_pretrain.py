@@ -41,7 +41,7 @@ def settings(folder, **changes):
 
 @pytest.fixture(autouse=True)
 def made_up_data(monkeypatch):
-    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config: MemoryReader(args))
+    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config, folder: MemoryReader(args))
 
 
 def logged(folder, name):
@@ -127,7 +127,7 @@ class PoisonedReader(MemoryReader):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_terms_and_keys(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config: PoisonedReader(args))
+    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config, folder: PoisonedReader(args))
     with pytest.raises(NonFiniteLoss, match=r"step 5: loss nan .*local_caption \d.*roi_summary nan.*keys of this"):
         pretrain.run(settings(tmp_path, log_every_steps=8, save_every_steps=4))
     (record,) = (tmp_path / "nonfinite").glob("*.json")
@@ -149,7 +149,7 @@ class ShortReader(MemoryReader):
 
 
 def test_a_process_with_a_smaller_batch_stops_before_pairs_are_matched_wrongly(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config: ShortReader(args))
+    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config, folder: ShortReader(args))
     with pytest.raises(AssertionError, match="(?s)process 1 got 3 pairs at step 3, expected 4 as every process"):
         run_in_processes(run_settings, 2, settings(tmp_path))
 
@@ -168,7 +168,7 @@ def test_sigterm_saves_and_has_its_own_exit_code(tmp_path, monkeypatch):
                 yield batch
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config: Signalled(args))
+    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config, folder: Signalled(args))
     monkeypatch.setattr(pretrain, "parse_arguments", lambda argv: settings(tmp_path, save_every_steps=0))
     assert pretrain.main([]) == pretrain.EXIT_STOPPED == 75
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004"]
@@ -183,7 +183,9 @@ def test_a_dry_run_takes_two_steps_and_leaves_nothing(tmp_path, capsys):
 
 
 def test_overfitting_two_batches_reaches_the_smoothing_floor(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config: MemoryReader(args, 16, missing=False))
+    monkeypatch.setattr(
+        pretrain, "open_reader", lambda args, processor, config, folder: MemoryReader(args, 16, missing=False)
+    )
     weights = {"local_caption": 0.5, "roi_tags": 0.5}
     pretrain.run(
         settings(

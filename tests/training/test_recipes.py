@@ -98,11 +98,17 @@ def test_the_ablation_rows_are_the_papers():
 @pytest.mark.parametrize("stem", ["rn50_15m_8_epochs", "vit_b_16_143m_32_epochs"])
 def test_overfitting_two_batches_drives_a_recipe_to_its_floor(stem, tmp_path, monkeypatch):
     """Everything of the recipe but sizes, length and learning rate."""
-    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config: reader)
+    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config, folder: reader)
     vision = RESNET if stem.startswith("rn50") else MODEL_CONFIG["vision_config"]
     config = {**MODEL_CONFIG, "vision_config": vision, "projection_dim": 16}
     settings = yaml.safe_load((CONFIGS / f"{stem}.yaml").read_text())
-    settings |= {"epochs": None, "max_steps": 120 if stem.startswith("rn50") else 220, "global_batch_size": 8, "learning_rate": 1e-2, "overfit_batches": 2}
+    settings |= {
+        "epochs": None,
+        "max_steps": 120 if stem.startswith("rn50") else 220,
+        "global_batch_size": 8,
+        "learning_rate": 1e-2,
+        "overfit_batches": 2,
+    }
     settings |= {"precision": "fp32", "validation_data": None, "trackers": ["none"], "save_every_steps": 0}
     settings |= {"model_config": config, "output_dir": str(tmp_path), "log_every_steps": 20}
     args = PretrainingArguments(**settings)

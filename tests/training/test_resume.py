@@ -1,5 +1,6 @@
 """Continuing: after SIGKILL anywhere, also inside of a checkpoint, bit for bit as if nothing had happened."""
 
+import copy
 import json
 import os
 import resource
@@ -23,7 +24,7 @@ TIMES = ("samples_per_second", "data_wait_share", "seconds")
 
 @pytest.fixture(autouse=True)
 def made_up_data(monkeypatch):
-    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config: MemoryReader(args))
+    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config, folder: MemoryReader(args))
 
 
 def arguments(folder, **changes):
@@ -31,6 +32,7 @@ def arguments(folder, **changes):
     weights.
     """
     given = settings(folder, max_steps=STEPS, save_every_steps=2, log_every_steps=3, keep_checkpoints=2, ema_decay=0.9)
+    given.model_config = copy.deepcopy(given.model_config)
     given.model_config["text_config"]["attention_dropout"] = 0.1
     for name, value in changes.items():
         setattr(given, name, value)
@@ -76,12 +78,13 @@ def outcome(folder):
     optimizer = torch.load(last / "optimizer.pt", weights_only=True)
     lines = [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(folder / "metrics.jsonl")]
     record = json.loads((last / "run.json").read_text())["progress"]
+    readers = [torch.load(path, weights_only=True)["reader"] for path in sorted(last.glob("process-*.pt"))]
     return {
         "weights": load_file(last / "model" / "model.safetensors"),
         "average": load_file(last / "moving_average.safetensors"),
         "optimizer": {f"{i}.{name}": value for i, s in optimizer["state"].items() for name, value in s.items()},
         "final": load_file(folder / "final" / "model.safetensors"),
-    }, [lines, {name: record[name] for name in ("step", "epoch", "position", "window", "reader")}]
+    }, [lines, readers, {name: record[name] for name in ("step", "epoch", "position", "window")}]
 
 
 def assert_equal_runs(first, second):
@@ -149,7 +152,7 @@ def test_sigterm_saves_at_an_odd_step_and_continues_bit_for_bit(tmp_path):
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "open_reader", lambda args, processor, config: MemoryReader(args))
+        patch.setattr(pretrain, "open_reader", lambda args, processor, config, folder: MemoryReader(args))
         pretrain.run(arguments(folder))
     return folder
 
@@ -171,7 +174,7 @@ def test_another_run_is_not_continued(finished, changes, message):
 
 
 def test_another_data_set_is_not_continued(finished, monkeypatch):
-    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config: MemoryReader(args, 41))
+    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config, folder: MemoryReader(args, 41))
     with pytest.raises(IdentityError, match="data.fingerprint: was 'memory-40', is now 'memory-41'"):
         pretrain.run(arguments(finished, resume="latest"))
 
@@ -184,7 +187,7 @@ def test_another_number_of_processes_continues_with_a_message(tmp_path, capfd):
     shutil.rmtree(tmp_path / "two" / "final")
     run_in_processes(run_settings, 2, arguments(tmp_path / "two", resume="latest", gradient_checkpointing=True))
     said = capfd.readouterr().out
-    assert "written by 1 processes and continues on 2" in said and "not bit-equal" not in said
+    assert "written by 1 processes and continues on 2" in said and "not bit-equal" in said
     assert "changed setting: how.gradient_checkpointing: was False, is now True" in said
     first, second = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
     assert first.keys() == second.keys()
