@@ -407,8 +407,15 @@ def test_a_store_merges_to_what_the_file_merges_to(tmp_path, names):
         packed(tmp_path / folder, ["a", "b", "c"])
     run(tmp_path / "t.tsv", *names, "--merge_into", tmp_path / "direct")
     run(tmp_path / "t.tsv", *names, "--store_dir", tmp_path / "store", "--rows_per_shard", 2)
-    run(tmp_path / "store", "--merge_into", tmp_path / "stored")
+    import_features.main(["--input", str(tmp_path / "store"), "--merge_into", str(tmp_path / "stored"), "--cpu"])
     assert read_tars(tmp_path / "stored") == read_tars(tmp_path / "direct")
+    # They came from one detector, and may be mixed.
+    described = [read_dataset_json(tmp_path / name) for name in ("stored", "direct")]
+    assert described[0]["made_by"]["regions"] == described[1]["made_by"]["regions"]
+    with pytest.raises(ValueError, match="name it with --made-by"):
+        import_features.main(
+            ["--input", str(tmp_path / "t.tsv"), *map(str, names), "--store_dir", str(tmp_path / "x"), "--cpu"]
+        )
 
 
 def test_lineidx_is_used_and_a_foreign_one_is_refused(tmp_path):

@@ -123,23 +123,13 @@ def test_parts_that_never_meet_give_what_one_process_gives(tmp_path, table):
 
 
 @pytest.mark.slow
-def test_processes_of_accelerate_launch_give_what_one_gives(tmp_path, table, checkout):
+def test_launched_processes_give_what_one_gives(tmp_path, table, checkout):
+    """Started by torchrun, which is what `accelerate launch` starts processes with; on a CPU it starts one only."""
     flags = ["--input", table, "--samples_per_shard", 7, "--key_column", "id"]
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-    ]
-    launch += ["--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     out = run_whole("pack", [*flags, "--output_dir", tmp_path / "two"], checkout, launch)
-    assert "120 in = 108 out + 12 rejected" in out and "pack (process 1 of 2)" in out
-    pack.main([*map(str, flags), "--output_dir", str(tmp_path / "one"), "--cpu"])
+    assert "120 in = 108 out + 12 rejected" in out and "pack (process 1 of 2)" in out and "shards=9/9" in out
+    pack.main([*map(str, flags), "--output_dir", str(tmp_path / "one")])
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
 
 

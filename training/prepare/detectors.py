@@ -6,6 +6,7 @@ for models trained on them.
 """
 
 import copy
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -79,13 +80,17 @@ def open_detector(arguments, device="cpu"):
 
 
 def _made_by(arguments, config, **settings):
-    return {
+    """What made the regions; two data sets with equal entries may be mixed, so a folder's place is not part of it."""
+    made = {
         "maker": config.model_type,
         "how": "detect",
         "checkpoint": arguments.detector,
         "content": checkpoint_content(arguments.detector, config),
         "settings": {"dtype": arguments.dtype, "top": arguments.top, **settings},
     }
+    if os.path.isdir(arguments.detector):
+        del made["checkpoint"]
+    return made
 
 
 class VinVLDetector:

@@ -41,7 +41,9 @@ class ImportArguments:
             "pieces of one format are read as one."
         }
     )
-    made_by: str = field(metadata={"help": "The detector that made them; the files do not say. Kept in dataset.json."})
+    made_by: str | None = field(
+        default=None, metadata={"help": "The detector that made them: only a store says. Kept in dataset.json."}
+    )
     merge_into: str | None = field(default=None, metadata={"help": "Folder of shards that get the regions."})
     output_dir: str | None = field(default=None, metadata={"help": "Where the changed shards go (default: in place)."})
     store_dir: str | None = field(default=None, metadata={"help": "Write a store of regions without pictures instead."})
@@ -71,7 +73,7 @@ def main(argv=None):
         raise ValueError(
             "give one of --merge_into (shards that get the regions) and --store_dir (a folder for the regions alone)"
         )
-    worker = this_worker(work)
+    worker = this_worker(work, has_model=False)
     rows = open_rows(arguments)
     importer = Importer(rows, arguments, work.overwrite)
     total = importer.store(worker) if arguments.store_dir else importer.merge(worker)
@@ -126,13 +128,7 @@ class Importer:
     def __init__(self, rows, arguments, overwrite=False):
         self.rows, self.arguments = rows, arguments
         self.feature_size = _feature_size(rows)
-        self.made_by = {
-            "maker": arguments.made_by,
-            "how": f"import_features, {rows.name}",
-            "feature_size": self.feature_size,
-            "top": arguments.top,
-            "attributes": "attributes" not in rows.lacks,
-        }
+        self.made_by = _made_by(rows, arguments, self.feature_size)
         before = None
         if arguments.merge_into is not None:
             before = refuse_other_maker(arguments.merge_into, "regions", self.made_by, overwrite)
@@ -253,6 +249,24 @@ class Importer:
         """Writes `dataset.json`."""
         source = self.arguments.merge_into or self.stage.folder
         describe_dataset(self.stage, source, total, {"regions": self.made_by}, self.feature_size)
+
+
+def _made_by(rows, arguments, feature_size):
+    """What made the regions, for `dataset.json`. A store knows, and keeps it. Raises `ValueError` where nobody says."""
+    if rows.made_by is not None:
+        return {**rows.made_by, "top": min(arguments.top, rows.made_by.get("top", arguments.top))}
+    if not arguments.made_by:
+        raise ValueError(
+            f"{arguments.input[0]} does not say which detector made its features: name it with --made-by, in the words "
+            "by which data sets that may be mixed agree"
+        )
+    return {
+        "maker": arguments.made_by,
+        "how": f"import_features, {rows.name}",
+        "feature_size": feature_size,
+        "top": arguments.top,
+        "attributes": "attributes" not in rows.lacks,
+    }
 
 
 def _feature_size(rows):

@@ -1,7 +1,7 @@
 """Packs any collection of pictures with texts into the shards that training reads.
 
     python -m training.prepare.pack --input captions.csv --output-dir data/mine
-    accelerate launch --cpu --num_processes 16 -m training.prepare.pack --input 'laion/*.tar' --output-dir data/laion
+    torchrun --nproc-per-node 16 -m training.prepare.pack --input 'laion/*.tar' --output-dir data/laion
 
 Pictures are copied byte for byte, and so are all other members of a tar. What cannot be used is rejected by name:
 pictures that are not JPEG, PNG or WebP, cannot be decoded or have too many pixels; pairs without a caption; keys that
@@ -64,7 +64,7 @@ class PackArguments:
 def main(argv=None):
     source_arguments, arguments, work = parse(SourceArguments, PackArguments, WorkArguments, argv=argv)
     source_arguments.input = _expand(source_arguments.input)
-    worker = this_worker(work)
+    worker = this_worker(work, has_model=False)
     _refuse_own_folder(source_arguments.input, arguments.output_dir)
     source = open_source(source_arguments)
     stage = Stage(arguments.output_dir, STAGE, _settings(source_arguments, arguments), work.overwrite)

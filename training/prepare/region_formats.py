@@ -16,7 +16,7 @@ from pyramidclip_hf.vinvl import VinVLConfig, phrase_attributes
 from training.prepare.regions import Detections, confident_attributes
 from training.prepare.tsv_index import BadRow, TsvIndex
 from training.records import BadSample, sample_from_members
-from training.shards import ShardReader
+from training.shards import ShardReader, read_dataset_json
 
 # Boxes stored twice (in pixels, and as part of the feature) may differ by this share of the picture.
 BOX_AGREEMENT = 0.01
@@ -94,6 +94,7 @@ class TsvRows:
 
     lacks = ()
     in_pixels = True
+    made_by = None  # these files do not say
 
     def __init__(self, index):
         self.index = index
@@ -315,6 +316,7 @@ class StoreRows:
         self.readers = [ShardReader(path) for path in sorted(Path(folder).glob("*.tar"))]
         if not self.readers:
             raise ValueError(f"{folder} has no *.tar: expected a store that import_features wrote")
+        self.made_by = (read_dataset_json(folder) or {}).get("made_by", {}).get("regions")
         self.rows = [(reader, i) for reader in self.readers for i in range(len(reader))]
         self.by_key = {reader.keys[i]: row for row, (reader, i) in reversed(list(enumerate(self.rows)))}
 
@@ -364,6 +366,10 @@ class ManyRows:
         if len({part.name for part in parts}) > 1:
             raise ValueError(f"the inputs have different formats: {', '.join(part.name for part in parts)}")
         self.name, self.in_pixels = parts[0].name, parts[0].in_pixels
+        makers = [part.made_by for part in parts]
+        if any(made_by != makers[0] for made_by in makers):
+            raise ValueError(f"the inputs were made by different detectors: {makers}")
+        self.made_by = makers[0]
         self.lacks = tuple(dict.fromkeys(lack for part in parts for lack in part.lacks))
         self.problems = [problem for part in parts for problem in part.problems]
         self.starts = np.cumsum([0] + [len(part) for part in parts]).tolist()

@@ -95,7 +95,7 @@ class SummarizeArguments:
 def main(argv=None):
     arguments, config, work = parse(SummarizeArguments, SummaryConfig, WorkArguments, argv=argv)
     _check(config)
-    worker = this_worker(work)
+    worker = this_worker(work, has_model=config.model != NO_MODEL)
     summarizer = open_summarizer(config, worker.device, arguments.cache)
     if arguments.dry_run:
         print_pairs(summarizer, arguments.input_dir, arguments.dry_run)
@@ -196,7 +196,9 @@ class ModelSummarizer:
         self.prompt = config.prompt or (SEQ2SEQ_PROMPT if self.is_seq2seq else CAUSAL_PROMPT)
         settings = {**asdict(config), "prompt": self.prompt, "dtype": dtype}
         content = checkpoint_content(config.model, described)
-        self.made_by = {"maker": settings.pop("model"), "content": content, "settings": settings}
+        name = settings.pop("model")
+        maker = Path(name).resolve().name if Path(name).is_dir() else name
+        self.made_by = {"maker": maker, "content": content, "settings": settings}
         self._prefix = json.dumps([content, settings], sort_keys=True).encode()
 
     def key(self, caption):

@@ -62,8 +62,10 @@ def parse(*dataclasses, argv=None):
     return HfArgumentParser(dataclasses).parse_args_into_dataclasses(args=argv)
 
 
-def this_worker(arguments):
-    """The `Worker` of this process from `accelerate launch` and --part_index / --part_count.
+def this_worker(arguments, has_model=True):
+    """The `Worker` of this process from `accelerate launch` (or torchrun) and --part_index / --part_count.
+
+    Without a model no accelerator is touched, so there may be more processes than accelerators.
 
     Raises `ValueError` on a part outside the count, `ImportError` naming the extra where accelerate is absent.
     """
@@ -75,7 +77,7 @@ def this_worker(arguments):
         raise ValueError(
             f"part_index {arguments.part_index} of part_count {arguments.part_count}: expected 0 <= index < count"
         )
-    state = PartialState(cpu=arguments.cpu)
+    state = PartialState(cpu=arguments.cpu or not has_model)
     worker = Worker(
         index=arguments.part_index * state.num_processes + state.process_index,
         count=arguments.part_count * state.num_processes,
