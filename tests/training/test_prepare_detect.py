@@ -377,7 +377,7 @@ class Scripted:
 
 def packed(folder, widths=(30, 20, 21, 22, 23, 24, 31)):
     samples = [(f"w{width}", {"jpg": picture(width, (width, 10)), "txt": b"a"}) for width in widths]
-    samples.insert(3, ("broken", {"jpg": picture(0, (200, 100))[:3000], "txt": b"a"}))
+    samples.insert(3, ("broken", {"jpg": picture(0, (100, 90))[:3000], "txt": b"a"}))
     samples.insert(5, ("huge", {"jpg": picture(0, (200, 100)), "txt": b"a"}))
     samples.insert(6, ("unfit", {"jpg": picture(0), "txt": b"\xff"}))
     write_tar(folder / "00000.tar", samples[:6])
@@ -417,8 +417,8 @@ def test_what_detectors_do_wrong_is_named_and_the_rest_goes_on(tmp_path):
         ("w23", "box-upside-down"),
         ("w23", "box-outside"),
         ("w24", "refused-by-detector"),
-        ("broken", "undecodable"),
-        ("huge", "undecodable"),
+        ("broken", "bad-picture"),
+        ("huge", "picture-too-large"),
         ("unfit", "bad-utf8"),
     }
     assert {k: counts(tmp_path / "data", "regions")[k] for k in ("in", "out", "rejected")} == {

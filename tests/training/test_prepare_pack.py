@@ -21,6 +21,7 @@ from tests.training.prepare_files import (
     write_tar,
 )
 from training.prepare import pack, sources
+from training.prepare.pictures import picture_suffix
 from training.records import BadSample
 from training.shards import ShardReader, read_dataset_json
 
@@ -112,17 +113,17 @@ def _encoded(form, size=(30, 20), **options):
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "undecodable"),
-        (b"words, no picture", "undecodable"),
-        (picture(1, (400, 300))[:9000], "undecodable"),
-        (picture(1, (60, 40), "PNG")[:-3000], "undecodable"),
-        (_encoded("WEBP")[:-20], "undecodable"),
-        (_png(40_000, 40_000), "too-many-pixels"),
-        (_png(9_000, 9_000), "too-many-pixels"),
+        (b"", "no-picture-format"),
+        (b"words, no picture", "no-picture-format"),
+        (picture(1, (400, 300))[:9000], "bad-picture"),
+        (picture(1, (60, 40), "PNG")[:-3000], "bad-picture"),
+        (_encoded("WEBP")[:-20], "bad-picture"),
+        (_png(40_000, 40_000), "picture-too-large"),
+        (_png(9_000, 9_000), "picture-too-large"),
         (_encoded("GIF"), "unsupported-format"),
         (_encoded("BMP"), "unsupported-format"),
         (_encoded("TIFF"), "unsupported-format"),
-        (b"<!DOCTYPE html><html>", "unsupported-format"),
+        (b"<!DOCTYPE html><html>", "no-picture-format"),
     ],
 )
 def test_each_bad_picture_is_named_and_the_rest_goes_on(tmp_path, data, reason):
@@ -142,15 +143,15 @@ def test_each_bad_picture_is_named_and_the_rest_goes_on(tmp_path, data, reason):
 
 
 def test_suffix_is_that_of_the_content():
-    assert pack.picture_suffix(_encoded("PNG"), 10_000) == "png"
-    assert pack.picture_suffix(_encoded("WEBP"), 10_000) == "webp"
-    assert pack.picture_suffix(_encoded("JPEG", progressive=True), 10_000) == "jpg"
-    with pytest.raises(BadSample, match="31 x 20, at most 600"):
-        pack.picture_suffix(_encoded("JPEG", (31, 20)), 600)
+    assert picture_suffix(_encoded("PNG"), 10_000) == "png"
+    assert picture_suffix(_encoded("WEBP"), 10_000) == "webp"
+    assert picture_suffix(_encoded("JPEG", progressive=True), 10_000) == "jpg"
+    with pytest.raises(BadSample, match="picture-too-large.*31 x 20"):
+        picture_suffix(_encoded("JPEG", (31, 20)), 600)
     cut = _encoded("JPEG", (300, 200))[:-400]
-    assert pack.picture_suffix(cut, 100_000, decode=False) == "jpg"
-    with pytest.raises(BadSample, match="undecodable"):
-        pack.picture_suffix(cut, 100_000)
+    assert picture_suffix(cut, 100_000, decode=False) == "jpg"
+    with pytest.raises(BadSample, match="bad-picture"):
+        picture_suffix(cut, 100_000)
 
 
 def test_tars_keep_all_members_and_wrong_names_are_set_right(tmp_path):

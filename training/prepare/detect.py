@@ -8,16 +8,12 @@ The detectors are in `training.prepare.detectors`. What made the regions is kept
 maker are not replaced unless --overwrite says so.
 """
 
-import io
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
-from PIL import Image
-
-from pyramidclip_hf.image_processing_pyramidclip import check_image_pixels, upright_rgb
 from training.prepare.detectors import DetectorArguments, open_detector
+from training.prepare.pictures import decoded
 from training.prepare.regions import best_regions
 from training.prepare.work import (
     Stage,
@@ -28,6 +24,7 @@ from training.prepare.work import (
     rewrite_shards,
     this_worker,
 )
+from training.views import BadPicture
 
 # The level it makes, as `import_features` does.
 STAGE = "regions"
@@ -114,8 +111,8 @@ class Change:
             return ("bad-sample", "")
         try:
             return decoded(opened.sample.image, self.arguments.max_image_pixels)
-        except ValueError as error:
-            return ("undecodable", str(error))
+        except BadPicture as bad:
+            return (bad.reason, str(bad))
 
     def _detect(self, batch, pictures, tally):
         wanted = []
@@ -154,21 +151,6 @@ class Change:
         """Names a sample that gets no regions; it must not keep those of another detector either."""
         opened.levels = {"regions": None, "roi": None, "tags": None}
         tally.note(opened.where, opened.key, reason, detail)
-
-
-def decoded(data, max_pixels):
-    """Encoded bytes -> upright RGB PIL picture. Raises `ValueError` naming what is wrong with it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the limit below decides
-            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-                check_image_pixels(image, max_pixels)
-                image.load()
-                return upright_rgb(image)
-    except Image.DecompressionBombError as error:
-        raise ValueError(str(error)) from None
-    except (OSError, SyntaxError, EOFError, IndexError, TypeError) as error:  # what Pillow's readers raise
-        raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ to goes on without regions.
 
 from dataclasses import asdict, dataclass, field
 
-from training.prepare.region_formats import ManyRows, open_format, picture_size
+from training.prepare.pictures import picture_size
+from training.prepare.region_formats import ManyRows, open_format
 from training.prepare.regions import best_regions, read_names
 from training.prepare.tsv_index import BadRow
 from training.prepare.work import (

@@ -11,7 +11,6 @@ came before. See docs/prepare.md.
 import glob
 import io
 import json
-import warnings
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from itertools import islice
@@ -19,24 +18,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from training.prepare.pictures import picture_suffix
 from training.prepare.sources import Part, SourceArguments, open_source
 from training.prepare.work import Stage, Tally, WorkArguments, describe_dataset, parse, this_worker
 from training.records import IMAGE_SUFFIXES, BadSample, sample_from_members
 from training.shards import ShardWriter, is_url, write_atomically
 
 STAGE = "pack"
-_SUFFIX_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-_OTHER_FORMATS = (
-    (b"GIF8", "GIF"),
-    (b"BM", "BMP"),
-    (b"II*\0", "TIFF"),
-    (b"MM\0*", "TIFF"),
-    (b"<svg", "SVG"),
-    (b"<!DO", "HTML, not a picture"),
-    (b"<htm", "HTML, not a picture"),
-)
 # Keys are compared within buckets of about this many, so that 100 million of them need little memory at a time.
 _BUCKET = 1 << 22
 
@@ -275,40 +264,6 @@ class Packer:
 def _chain(first, rest):
     yield from first
     yield from rest
-
-
-def picture_suffix(data, max_pixels, decode=True):
-    """The suffix (`jpg`, `png`, `webp`) of encoded picture bytes, by their content and whatever the file was called.
-
-    With `decode` the picture is read to its end (JPEG at an eighth of its size: the whole bit stream is read, few
-    pixels are made). Raises `BadSample` with reason `too-many-pixels`, `unsupported-format` or `undecodable`.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large pictures; the limit below decides
-            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise BadSample(
-                        None, None, "too-many-pixels", f"{width} x {height}, at most {max_pixels} pixels are taken"
-                    )
-                suffix = _SUFFIX_OF_FORMAT[image.format]
-                if decode:
-                    image.draft("RGB", (width // 8, height // 8))
-                    image.load()
-                return suffix
-    except Image.DecompressionBombError as error:
-        raise BadSample(None, None, "too-many-pixels", str(error)) from None
-    except UnidentifiedImageError:
-        head = bytes(data[:16]).lstrip()
-        for magic, name in _OTHER_FORMATS:
-            if head.startswith(magic) or head[:4].lower() == magic.lower():
-                raise BadSample(None, None, "unsupported-format", f"{name}: expected JPEG, PNG or WebP") from None
-        raise BadSample(
-            None, None, "undecodable", f"no picture: {len(data)} bytes that begin with {head[:8]!r}"
-        ) from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:  # what Pillow's readers raise
-        raise BadSample(None, None, "undecodable", f"{type(error).__name__}: {error}") from None
 
 
 if __name__ == "__main__":

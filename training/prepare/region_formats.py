@@ -6,7 +6,6 @@ refused with the reason, or listed in `lacks`; nothing is made up. Nothing is un
 
 import base64
 import binascii
-import io
 import json
 from pathlib import Path
 
@@ -476,15 +475,3 @@ def _size_of(text):
         return float(width), float(height)
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise BadRow("bad-size", f"{text[:60]!r}: {error}") from None
-
-
-def picture_size(data):
-    """(width, height) of encoded picture bytes as it is shown, or None where it cannot be told: unreadable, or turned
-    by a quarter (extractors differ in whether they turn such pictures)."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return None if image.getexif().get(274, 1) >= 5 else image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from training.prepare.detect import decoded
+from training.prepare.pictures import decoded
 from training.records import BadSample, phrase, sample_from_members
 from training.shards import ShardReader, read_dataset_json
 

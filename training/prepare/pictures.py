@@ -1,0 +1,70 @@
+"""Encoded pictures as the preparation steps meet them: what they are, how large, and their pixels."""
+
+import struct
+
+from PIL import Image
+
+from pyramidclip_hf.image_processing_pyramidclip import upright_rgb
+from training.records import BadSample
+from training.views import BadPicture, open_picture
+
+_SUFFIX_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+_ORIENTATION = 0x0112
+# What Pillow's readers raise on broken data.
+_DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    IndexError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+
+def picture_suffix(data, max_pixels, decode=True):
+    """The suffix (`jpg`, `png`, `webp`) of encoded picture bytes, by their content and whatever the file was called.
+
+    With `decode` the picture is read to its end (JPEG at an eighth of its size: the whole bit stream is read, few
+    pixels are made). Raises `BadSample` with reason `unsupported-format` or what `training.views` calls the fault:
+    `no-picture-format`, `picture-too-large`, `bad-picture`.
+    """
+    try:
+        with open_picture(data, max_pixels) as picture:
+            suffix = _SUFFIX_OF_FORMAT.get(picture.format)
+            if suffix is None:
+                raise BadSample(None, None, "unsupported-format", f"{picture.format}: expected JPEG, PNG or WebP")
+            if decode:
+                picture.draft("RGB", (picture.width // 8, picture.height // 8))
+                picture.load()
+            return suffix
+    except BadPicture as bad:
+        raise BadSample(None, None, bad.reason, str(bad)) from None
+    except _DECODING_ERRORS as error:
+        raise BadSample(None, None, "bad-picture", f"{type(error).__name__}: {error}") from None
+
+
+def decoded(data, max_pixels):
+    """Encoded bytes -> upright RGB PIL picture. Raises `training.views.BadPicture`."""
+    picture = open_picture(data, max_pixels)
+    try:
+        picture.load()
+        return upright_rgb(picture)
+    except _DECODING_ERRORS as error:
+        raise BadPicture("bad-picture", f"{type(error).__name__}: {error}") from None
+
+
+def picture_size(data):
+    """(width, height) of encoded picture bytes, or None where it cannot be told how an extractor saw it: no picture, or
+    one with an EXIF rotation, which some apply and some do not."""
+    try:
+        picture = open_picture(data)
+    except BadPicture:
+        return None
+    try:
+        turned = picture.getexif().get(_ORIENTATION, 1) != 1
+    except Exception:  # as the image processor: broken metadata says nothing about the pixels
+        turned = False
+    return None if turned else picture.size
