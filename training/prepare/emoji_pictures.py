@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 ATTRIBUTION = "All emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0"
 DESCRIPTOR_SIZE = 2048
 _SPRITE = 96
+PALENESS = np.float32(0.4)
 _VISIBLE = [255 if alpha > 24 else 0 for alpha in range(256)]
 
 TINTS = {
@@ -115,9 +116,15 @@ def _grid(size):
 
 
 def background(kind, size, rng):
-    """An RGB picture of `size` px square; `kind` is a key of `BACKGROUNDS`, `rng` a NumPy generator."""
+    """An RGB picture of `size` px square; `kind` is a key of `BACKGROUNDS`, `rng` a NumPy generator.
+
+    Half of the contrast is taken out and the rest is paled, so that objects stand out: a small model learns to name
+    them in minutes, not hours.
+    """
     y, x = _grid(size)
     pixels = BACKGROUNDS[kind](x, y, rng)
+    mean = pixels.mean((0, 1))
+    pixels = PALENESS * 255 + (1 - PALENESS) * (mean + 0.5 * (pixels - mean))
     pixels = pixels * np.float32(rng.uniform(0.88, 1.08)) + np.float32(rng.uniform(1, 6)) * rng.standard_normal(
         (size, size, 1), np.float32
     )

@@ -21,7 +21,7 @@ THINGS = (
     "umbrella volcano"
 )
 OBJECTS = tuple(f"{ANIMALS} {FOOD} {THINGS}".split())
-SIZES = {"small": (0.20, 0.25), None: (0.30, 0.36), "big": (0.42, 0.52)}
+SIZES = {"small": (0.28, 0.34), None: (0.36, 0.42), "big": (0.46, 0.56)}
 
 _PLURALS = {"cherries", "grapes", "scissors"}
 _SHOPS = "PixelMart.com ArtBarn CraftHub.net wallpaperz ClipKing PosterPlanet StickerBox.de GiftHouse".split()
@@ -104,11 +104,11 @@ def validation_things(rng):
 
 
 def dress(name, rng):
-    """Gives an object a size and, in half of the cases, a tint."""
+    """Gives an object a size and, in a quarter of the cases, a tint."""
     from training.prepare.emoji_pictures import TINTS
 
     size = rng.choice(("small", None, "big"))
-    return Thing(name, size, rng.choice(sorted(TINTS)) if rng.random() < 0.5 else None)
+    return Thing(name, size, rng.choice(sorted(TINTS)) if rng.random() < 0.25 else None)
 
 
 def summary(things, scene):
