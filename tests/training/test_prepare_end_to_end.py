@@ -99,7 +99,7 @@ def test_what_was_made_by_what_is_told(prepared):
         assert counts[step]["in"] == counts[step]["out"] == 10
     assert "unfinished" not in described
     problems = (prepared / "reports" / "pack.problems.jsonl").read_text().splitlines()
-    assert [json.loads(line)["reason"] for line in problems] == ["undecodable"]
+    assert [json.loads(line)["reason"] for line in problems] == ["bad-picture"]
 
 
 def test_the_page_of_a_shard(prepared, tmp_path):
@@ -108,3 +108,53 @@ def test_the_page_of_a_shard(prepared, tmp_path):
     with ShardReader(prepared / "00000.tar") as reader:
         assert page.count("<article>") == len(reader) == 4
     assert all(caption in page for caption in list(SKIMAGE.values())[:4])
+
+
+def test_the_audit_finds_every_level_and_no_fault(prepared, tmp_path):
+    from training.prepare import audit
+
+    audit.main([str(prepared), "--output-dir", str(tmp_path / "audit"), "--workers", "1"])
+    report = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    assert report["samples"] == 10 and report["bad"]["count"] == 0
+    levels = dict(zip(report["levels"], report["both_present"][0]))
+    assert levels == {"picture": 1, "caption": 1, "summary": 1, "tags": 1, "regions": 1}
+    assert report["regions"]["feature_widths"] == {"128": 10}
+
+
+def test_two_steps_of_training_on_it(prepared, tmp_path):
+    from training import pretrain
+
+    config = {
+        "text_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "pooling": "eos"},
+        "vision_config": {
+            "image_size": 32,
+            "patch_size": 16,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_leff_layers": 1,
+            "roi_feature_size": 128,
+        },
+        "projection_dim": 16,
+    }
+    flags = {
+        "train-data": prepared,
+        "output-dir": tmp_path / "run",
+        "model": "ViT-B-16",
+        "model-config": json.dumps(config),
+    }
+    flags |= {"global-batch-size": 4, "max-steps": 2, "log-every-steps": 1, "trackers": "none", "dataloader-workers": 0}
+    argv = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    assert pretrain.main(argv) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = {name: value for line in lines for name, value in line.items() if "loss" in name}
+    # All six terms of the objective found their levels.
+    found = [name for name in losses if name.rpartition("/")[2] in pyramid_terms()]
+    assert len(found) == 6 and all(np.isfinite(losses[name]) and losses[name] > 0 for name in found), losses
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+
+def pyramid_terms():
+    from pyramidclip_hf.loss_pyramidclip import DEFAULT_LOSS_WEIGHTS
+
+    return set(DEFAULT_LOSS_WEIGHTS)
