@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from conversion.key_map import key_table
 from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES, PyramidCLIPConfig
@@ -45,11 +46,19 @@ def config_from_shapes(
         **token_ids(vocab_size),
     }
     vision_config = _vit_config(state_dict) if is_vit else _resnet_config(state_dict)
-    return PyramidCLIPConfig(
+    return make_config(
         text_config=text_config,
         vision_config={**vision_config, "num_attention_heads": vision_heads},
         projection_dim=_shape(state_dict, "text_projection", 2)[1],
     )
+
+
+def make_config(**sections) -> PyramidCLIPConfig:
+    """A configuration; ValueError, and not huggingface_hub's own class of errors, where its parts do not fit."""
+    try:
+        return PyramidCLIPConfig(**sections)
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from error
 
 
 def token_ids(vocab_size: int) -> dict[str, int]:
