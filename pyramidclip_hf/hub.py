@@ -3,13 +3,15 @@
 
 >>> export_remote_code(model, processor, folder)
 >>> card = build_model_card(model.config, model_name="name", repo_id="user/name")
->>> card.save(folder / "README.md")
->>> publish_folder(folder, "user/name")
+>>> publish_folder(folder, "user/name", card=card)
 """
 
+import contextlib
 import json
+import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -249,6 +251,8 @@ def publish_folder(
     folder: str | Path,
     repo_id: str,
     *,
+    card: ModelCard | None = None,
+    remote_code: bool = False,
     token: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
@@ -258,11 +262,13 @@ def publish_folder(
 
     Large files are uploaded first and become visible with the commit only, so an interrupted push leaves the repository
     as it was. The commit also removes weights of an earlier model, which `from_pretrained` might prefer to the new
-    ones; other files stay. The card (`README.md`) is validated by the Hub beforehand. The folder is only read.
+    ones; other files stay. The card is validated by the Hub beforehand. The folder is only read.
 
     Args:
         folder: with `config.json` and weights. Hidden files and `__pycache__` are left out.
         repo_id: "user/name". private: visibility of a repository made here.
+        card: published as `README.md` in place of the folder's.
+        remote_code: publish the code too, see `add_remote_code`.
         token: by default the one of `hf auth login` or HF_TOKEN. It appears in no message.
         revision: an existing branch; by default the main one.
 
@@ -270,12 +276,38 @@ def publish_folder(
         the address of the commit.
 
     Raises:
-        ValueError: no model in the folder, or a `repo_id` that cannot be.
+        ValueError: no model in the folder, a `repo_id` or a token that cannot be.
         PublishError: no network, no right to write, a card that the Hub refuses, somebody else's commit in between.
     """
     folder = Path(folder)
-    files = _files_to_publish(folder)
+    _files_to_publish(folder)
     validate_repo_id(repo_id)
+    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+        # The libraries below quote such a token in their error and in their log.
+        raise ValueError("The token holds a space, a line break or another character that no token has; copy it again.")
+    with _staged(folder, card, remote_code) as staged:
+        return _push(_files_to_publish(staged), repo_id, token, private, revision, commit_message)
+
+
+@contextlib.contextmanager
+def _staged(folder: Path, card: ModelCard | None, remote_code: bool) -> Iterator[Path]:
+    """A folder elsewhere with the files to publish: links, and copies of what may be changed there."""
+    with tempfile.TemporaryDirectory(prefix="pyramidclip-publish-") as name:
+        staged = Path(name)
+        for target, source in _files_to_publish(folder).items():
+            (staged / target).parent.mkdir(parents=True, exist_ok=True)
+            if source.suffix in (".json", ".md", ".py"):
+                shutil.copyfile(source, staged / target)
+            else:
+                os.symlink(source.resolve(), staged / target)
+        if remote_code:
+            add_remote_code(staged)
+        if card is not None:
+            card.save(staged / "README.md")
+        yield staged
+
+
+def _push(files: Mapping[str, Path], repo_id: str, token, private, revision, commit_message) -> str:
     api, done = HfApi(token=token), "nothing was sent"
     try:
         # A card that the Hub would refuse is found before the repository exists.
