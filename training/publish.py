@@ -1,10 +1,11 @@
 """Publishes the final model of a run on the Hub, in one commit.
 
-    python -m training.publish RUN REPO_ID [--private]
+    python -m training.publish RUN REPO_ID [--results FILE.json ...] [--private]
 
-RUN is the folder of a finished run (its `final/` is published) or a model folder itself. The model card is written from
-`training.json`, which the run left beside the weights; the code goes along, so that `AutoModel` can load the repository
-with `trust_remote_code=True`. Exit codes: 0, or 2 where the folder or the repository is not what is needed.
+RUN is the folder of a finished run (its `final/` is published) or a model folder itself; it is only read. The model
+card is written from `training.json`, which the run left beside the weights and which is published too, and from the
+result files of `training.evaluate`. The code goes along, so that `AutoModel` can load the repository with
+`trust_remote_code=True`. Exit codes: 0, or 2 where the folder or the repository is not what is needed.
 """
 
 import argparse
@@ -14,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult
+from huggingface_hub import EvalResult, ModelCard
 
 from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
-from pyramidclip_hf.hub import PublishError, add_remote_code, build_model_card, publish_folder
+from pyramidclip_hf.hub import PublishError, build_model_card, publish_folder
+from training.results import read_json
 
 EXIT_WRONG_SETTING = 2
 # What a reader of the card wants to know; all settings are in training.json.
@@ -26,35 +28,55 @@ CARD_SETTINGS = (
 )  # fmt: skip
 
 
-def write_card(folder: Path, record: Mapping[str, Any], repo_id: str | None = None, remote_code: bool = False) -> None:
-    """Writes `folder/README.md`: the model card of a run.
+def run_card(
+    folder: Path,
+    record: Mapping[str, Any],
+    repo_id: str | None = None,
+    results: Sequence[EvalResult] = (),
+    remote_code: bool = False,
+) -> ModelCard:
+    """The model card of a run.
 
-    record: what `training.json` holds (settings, data, length, metrics). repo_id: what the card's example loads.
+    folder: of the model. record: what `training.json` holds (settings, data, length, metrics). repo_id: what the card's
+    example loads. results: beside those of the run's own validation. remote_code: the code lies beside the weights.
     """
     settings = record["settings"]
     training = {name.replace("_", " "): settings[name] for name in CARD_SETTINGS}
     training |= {"steps": record["steps"], "samples seen": record["samples_seen"], "processes": record["processes"]}
     training["hours"] = f"{record['seconds'] / 3600:.2f}"
-    data = "; ".join(f"{name}: {value}" for name, value in record["data"].items())
-    card = build_model_card(
+    return build_model_card(
         PyramidCLIPConfig.from_pretrained(folder),
         model_name=(repo_id or Path(settings["output_dir"]).name).split("/")[-1],
         repo_id=repo_id,
         provenance="Trained with `training.pretrain` of PyramidCLIP for Transformers.",
-        training_data=f"{data}. Trained on: {', '.join(settings['train_data']) or 'not named'}.",
+        training_data=_data_sentences(record["data"]),
         training=training,
-        results=_results(record["metrics"], settings["validation_data"] or "validation"),
+        results=[*_validation_results(record["metrics"], settings["validation_data"]), *results],
         remote_code=remote_code,
     )
-    (folder / "README.md").write_text(str(card), encoding="utf-8")
 
 
-def _results(metrics: Mapping[str, float], data: str) -> list[EvalResult]:
+def write_card(folder: Path, record: Mapping[str, Any]) -> None:
+    """Writes `folder/README.md`: the model card of a run as it is before it is published."""
+    run_card(folder, record).save(folder / "README.md")
+
+
+def _data_sentences(data_sets: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each data set: name, size, what made its levels, attribution and licence."""
+    lines = []
+    for data in data_sets:
+        told = [f"{key}: {data[key]}" for key in ("made_by", "attribution", "license") if data.get(key)]
+        lines.append(f"- {Path(data['name']).name}: {data['samples']:,} samples. {' '.join(told)}".rstrip())
+    return "\n".join(lines)
+
+
+def _validation_results(metrics: Mapping[str, float], data: str | None) -> list[EvalResult]:
+    name_of_data = Path(data or "validation").name
     return [
         EvalResult(
             task_type="image-text-retrieval",
-            dataset_type=Path(data).name,
-            dataset_name=Path(data).name,
+            dataset_type=name_of_data,
+            dataset_name=name_of_data,
             metric_type=name.removeprefix("validation/"),
             metric_value=round(value, 4),
         )
@@ -71,17 +93,20 @@ def model_folder(path: Path) -> Path:
     raise ValueError(f"{path} is neither a finished run (no final/config.json) nor a model folder (no config.json)")
 
 
-def publish(path: Path, repo_id: str, private: bool | None = None) -> str:
+def publish(path: Path, repo_id: str, private: bool | None = None, result_files: Sequence[Path] = ()) -> str:
     """Publishes the model of a run; returns the address of the commit.
 
-    Raises ValueError where there is no model or the id cannot be, PublishError where the Hub refuses.
+    Raises ValueError where there is no model, a result file is something else or the id cannot be, PublishError where
+    the Hub refuses.
     """
     folder = model_folder(Path(path))
-    record = folder / "training.json"
+    results = [result for file in result_files for result in read_json(file)[1]]
+    record, card = folder / "training.json", None
     if record.is_file():
-        write_card(folder, json.loads(record.read_text(encoding="utf-8")), repo_id, remote_code=True)
-    add_remote_code(folder)
-    return publish_folder(folder, repo_id, private=private)
+        card = run_card(folder, json.loads(record.read_text(encoding="utf-8")), repo_id, results, remote_code=True)
+    elif results:
+        raise ValueError(f"{folder} has no training.json, so there is no card that the results could go into")
+    return publish_folder(folder, repo_id, card=card, remote_code=True, private=private)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,11 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.publish", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a finished run, or a model folder")
     parser.add_argument("repo_id", help="owner/name on the Hub")
+    parser.add_argument("--results", type=Path, nargs="+", default=(), help="result files of training.evaluate")
     parser.add_argument("--private", action="store_true", default=None, help="make the repository private if it is new")
     args = parser.parse_args(argv)
     try:
-        print(publish(args.run, args.repo_id, args.private))
-    except (ValueError, PublishError) as error:
+        print(publish(args.run, args.repo_id, args.private, args.results))
+    except (ValueError, OSError, PublishError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_SETTING
     return 0

@@ -1,0 +1,103 @@
+"""`python -m training.publish` against a Hub on this machine, then loaded back."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub import EvalResult, ModelCard
+
+from pyramidclip_hf import PyramidCLIPConfig, PyramidCLIPModel, PyramidCLIPProcessor
+from tests.hub_server import card_faults, client_environment, running_hub
+from training.arguments import PretrainingArguments
+from training.publish import model_folder, publish, write_card
+from training.results import write_json
+
+LOAD_BACK = """
+import sys
+from pyramidclip_hf import PyramidCLIPModel, PyramidCLIPProcessor
+model, processor = (cls.from_pretrained("tester/shapes") for cls in (PyramidCLIPModel, PyramidCLIPProcessor))
+print(processor.roi_feature_size, f"{model.logit_scale.item():.6f}")
+"""
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """What a finished run leaves, of a model that was not trained."""
+    config = PyramidCLIPConfig(
+        projection_dim=16,
+        text_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        vision_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_leff_layers": 0,
+                       "patch_size": 16, "image_size": 32, "roi_feature_size": 12},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    final = tmp_path / "shapes-run" / "final"
+    PyramidCLIPModel(config).save_pretrained(final)
+    PyramidCLIPProcessor(roi_feature_size=12).save_pretrained(final)
+    settings = PretrainingArguments(
+        output_dir=str(tmp_path / "shapes-run"), train_data=["data/shapes"], validation_data="data/held-out",
+        global_batch_size=8, max_steps=3, dataloader_workers=0,
+    ).to_dict()  # fmt: skip
+    data = [{"name": "data/shapes", "samples": 24, "license": "CC0"}]
+    metrics = {"validation/global_caption/image_to_text/R@1": 0.25, "validation/loss": 1.5}
+    record = {"settings": settings, "samples_seen": 24, "steps": 3, "processes": 1, "seconds": 36.0, "data": data,
+              "metrics": metrics}  # fmt: skip
+    (final / "training.json").write_text(json.dumps(record), encoding="utf8")
+    write_card(final, record)
+    return tmp_path / "shapes-run"
+
+
+def run_module(arguments, folder, checkout, environment):
+    environment = {**os.environ, "PYTHONPATH": str(checkout), **environment}
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL)  # fmt: skip
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.loopback
+def test_run_is_published_in_one_commit_and_loads_back(run_folder, tmp_path, checkout):
+    result = EvalResult("zero-shot-image-classification", "cifar10", "CIFAR-10", "accuracy", 0.8125)
+    write_json([result], tmp_path / "results.json", "shapes-run")
+    before = contents(run_folder)
+    command = ["-m", "training.publish", "shapes-run", "tester/shapes", "--results", "results.json"]
+    with running_hub() as hub:
+        environment = client_environment(hub, tmp_path / "home")
+        ran = run_module(command, tmp_path, checkout, environment)
+        assert ran.returncode == 0, ran.stderr
+        loaded = run_module(["-c", LOAD_BACK], tmp_path, checkout, environment)
+        assert loaded.returncode == 0, loaded.stderr
+    repository = hub.repositories["tester/shapes"]
+    assert ran.stdout.strip() == f"{hub.url}/tester/shapes/commit/{repository.sha}" and len(repository.commits) == 2
+    assert loaded.stdout.split() == ["12", "2.659260"]
+    files = repository.files
+    assert {"model.safetensors", "config.json", "tokenizer.json", "processor_config.json", "training.json",
+            "modeling_pyramidclip.py"} <= files.keys()  # fmt: skip
+    text = files["README.md"].decode()
+    assert card_faults(text) == []
+    found = {(r.dataset_name, r.metric_type): r.metric_value for r in ModelCard(text).data.eval_results}
+    assert found == {("held-out", "global_caption/image_to_text/R@1"): 0.25, ("CIFAR-10", "accuracy"): 0.8125}
+    assert (
+        "| global batch size | 8 |" in text
+        and "shapes: 24 samples" in text
+        and 'from_pretrained("tester/shapes")' in text
+    )
+    assert contents(run_folder) == before, "the run is only read"
+    # The server is gone: nothing is sent, and the folder stays.
+    ran = run_module(command, tmp_path, checkout, environment)
+    assert ran.returncode == 2 and "no connection to the Hub" in ran.stderr
+    assert contents(run_folder) == before
+    assert environment["HF_TOKEN"] not in ran.stdout + ran.stderr
+
+
+def test_what_cannot_be_published(run_folder, tmp_path):
+    with pytest.raises(ValueError, match="neither a finished run"):
+        publish(tmp_path, "tester/shapes")
+    (tmp_path / "other.json").write_text("{}", encoding="utf8")
+    with pytest.raises(ValueError, match="expected a result file"):
+        publish(run_folder, "tester/shapes", result_files=[tmp_path / "other.json"])
+    assert model_folder(run_folder) == run_folder / "final" == model_folder(run_folder / "final")
