@@ -51,8 +51,9 @@ class ReportedDemo:
 
     runs: the pyramid first, then CLIP. scenes: training samples to show. validation: the held-out samples, in the order
     of `caption_scores`. objects, labels: the single objects, in the order of `object_scores`; class_names: its columns.
-    template_count: prompts a class. scale: the pyramid's softmax scale. reload: process numbers, tensors and numbers
-    compared. stages: (title, seconds). smoothing, batch_size, parameters, training_scenes: of the training.
+    template_count: prompts a class. scale: the pyramid's softmax scale. smoothing, batch_size, parameters,
+    training_scenes: of the training. reload: process numbers, tensors and numbers compared. stages: (title, seconds,
+    CPU seconds of all processes).
     """
 
     runs: list[ReportedRun]
@@ -69,7 +70,7 @@ class ReportedDemo:
     training_scenes: int
     attribution: str
     reload: dict
-    stages: list[tuple[str, float]]
+    stages: list[tuple[str, float, float]]
     setup: str
     commands: str
 
@@ -346,8 +347,8 @@ def _reload_and_setup(demo: ReportedDemo) -> dict:
         f'folder = "{reload["folder"]}"\n'
         "model, processor = PyramidCLIPModel.from_pretrained(folder), PyramidCLIPProcessor.from_pretrained(folder)"
     )
-    stages = [{"title": title, "seconds": f"{seconds:.1f}"} for title, seconds in demo.stages]
-    stages.append({"title": "together", "seconds": f"{sum(seconds for _, seconds in demo.stages):.1f}"})
+    rows = [*demo.stages, ("together", sum(row[1] for row in demo.stages), sum(row[2] for row in demo.stages))]
+    stages = [{"title": title, "seconds": f"{seconds:.1f}", "cpu": f"{cpu:.1f}"} for title, seconds, cpu in rows]
     return {
         "reload_text": text,
         "reload_code": code,

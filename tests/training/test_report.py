@@ -76,7 +76,7 @@ def make_demo():
         attribution="Artwork by OpenMoji, CC BY-SA 4.0",
         reload={"equal": True, "numbers": 999, "pictures": 12, "texts": 12, "training_process": 1, "loading_process": 2}
         | {"folder": "runs/demo/pyramid/final", "different": 0, "largest": 0.0},
-        stages=[("drawing the scenes", 1.25), ("training", 2.5)],
+        stages=[("drawing the scenes", 1.25, 1.5), ("training", 2.5, 5.0)],
         setup="Two processes.",
         commands="python -m training.demo",
     )

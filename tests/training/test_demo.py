@@ -1,0 +1,115 @@
+"""The demo's stages: kept, timed, comparable; and, slow, the whole demo in small."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from training.demo import DemoArguments, Stages, main, reload_stage, save_arrays, steps_in_the_same_time
+
+SMALL = {
+    "model": "ViT-B-32",
+    "model_config": {
+        "projection_dim": 16,
+        "vision_config": {
+            "image_size": 32,
+            "patch_size": 16,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_leff_layers": 1,
+        },
+        "text_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "pooling": "eos"},
+    },
+    "global_batch_size": 8,
+    "max_steps": 6,
+    "learning_rate": 1e-3,
+    "precision": "fp32",
+    "dataloader_workers": 0,
+    "log_every_steps": 2,
+    "eval_every_steps": 3,
+    "save_every_steps": 2,
+    "trackers": "none",
+}
+
+
+@pytest.fixture
+def args(tmp_path):
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(SMALL))
+    return DemoArguments(
+        output_dir=str(tmp_path / "demo"),
+        config=str(tmp_path / "small.yaml"),
+        train=24,
+        validation=10,
+        per_object=2,
+        processes=2,
+    )
+
+
+def test_stages_are_kept_and_timed(tmp_path):
+    stages = Stages(tmp_path / "demo", {"train": 3})
+    with pytest.raises(KeyError), stages.clock("scenes") as result:
+        result["half"] = 1
+        raise KeyError
+    assert not stages.done("scenes") and stages.seconds("scenes") > 0
+    before = stages.seconds("scenes")
+    with stages.clock("scenes") as result:
+        result["scenes"] = 3
+    again = Stages(tmp_path / "demo", {"train": 3})
+    assert again.done("scenes") and again.result("scenes") == {"scenes": 3} and again.seconds("scenes") > before
+    with pytest.raises(ValueError, match="demo of other settings.*'train': 3.*'train': 4.*remove it"):
+        Stages(tmp_path / "demo", {"train": 4})
+
+
+def test_same_time_in_steps(args):
+    for name, steps, seconds in (("pyramid", 100, 90.0), ("clip", 100, 40.0)):
+        (args.folder / name / "final").mkdir(parents=True)
+        (args.folder / name / "final/training.json").write_text(json.dumps({"steps": steps, "seconds": seconds}))
+    assert steps_in_the_same_time(args) == 225
+
+
+def test_one_changed_bit_is_found(args, monkeypatch):
+    embeds = {"global": np.ones((4, 8), np.float32), "caption": np.full((5, 8), -0.0, np.float32)}
+    save_arrays(args.folder / "pyramid/before_saving.npz", process=7, **embeds)
+    monkeypatch.setattr("training.evaluate.load_model", lambda folder: (None, None))
+
+    def compared_with(after):
+        monkeypatch.setattr("training.demo.compared_embeddings", lambda *_: after)
+        assert reload_stage(args) == 0
+        return json.loads((args.folder / "reload.json").read_text())
+
+    same = compared_with(embeds)
+    assert (same["equal"], same["numbers"], same["different"], same["training_process"]) == (True, 72, 0, 7)
+    changed = {**embeds, "global": embeds["global"].copy()}
+    changed["global"][2, 3] = np.nextafter(np.float32(1), np.float32(2))
+    different = compared_with(changed)
+    assert (different["equal"], different["different"]) == (False, 1) and 0 < different["largest"] < 1e-6
+    assert not compared_with({**embeds, "caption": -embeds["caption"]})["equal"]  # 0.0 is not -0.0
+
+
+def test_wrong_settings_end_with_code_2(tmp_path, capsys):
+    assert main(["--config", str(tmp_path / "no.yaml")]) == 2
+    assert "there is no" in capsys.readouterr().err
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(SMALL))
+    assert main(["--config", str(tmp_path / "small.yaml"), "--train", "1"]) == 2
+    assert "--train: expected at least 2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_whole_demo_in_small_continues(args, tmp_path, checkout):
+    """Stopped in the middle by an error, the demo keeps what is done; the page has all three runs."""
+    broken = dict(SMALL, max_steps=6)
+    command = [sys.executable, "-m", "training.demo", "--output-dir", args.output_dir, "--config", args.config]
+    command += ["--train", "24", "--validation", "10", "--per-object", "2", "--processes", "2"]
+    first = subprocess.run([*command], cwd=checkout, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert "bit-equal" in first.stdout and broken
+    written = {path: path.stat().st_mtime_ns for path in args.folder.glob("*/final/model.safetensors")}
+    assert len(written) == 3
+    again = subprocess.run([*command], cwd=checkout, capture_output=True, text=True, check=False)
+    assert again.returncode == 0 and {path: path.stat().st_mtime_ns for path in written} == written
+    page = (args.folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/svg+xml") >= 4 and "OpenMoji" in page

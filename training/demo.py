@@ -1,0 +1,441 @@
+"""The whole way once, on real input, in at most ten minutes on two cores: `make demo`.
+
+    python -m training.demo [--output-dir runs/demo]
+
+Draws the emoji scenes, trains the pyramid objective and CLIP's with the settings of `training/configs/demo.yaml`
+(equal steps and samples; only `loss_weights` differs) and CLIP once more for the pyramid's time, loads the pyramid in a
+new process and compares its embeddings with those before saving, evaluates all three, and writes `report.html`.
+
+A demo that was stopped continues: finished stages are kept, a training continues from its last checkpoint. The folder:
+
+    scenes/                     shards: train/, validation/, objects/
+    pyramid/ clip/ clip_same_time/    one run each (`training.pretrain`), the model in final/
+    stages.json                 what is done, seconds and CPU seconds of each stage, and the settings
+    evaluation/NAME.npz, .json  embeddings and scores of each run
+    report.html
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from training.shards import write_atomically
+
+PICTURE_SIZE, SHARD_SIZE, SEED = 96, 500, 0
+CLIP_WEIGHTS = {"global_caption": 1.0}
+TITLES = {"pyramid": "Pyramid", "clip": "CLIP, same samples", "clip_same_time": "CLIP, same time"}
+STAGE_TITLES = {
+    "scenes": "drawing the scenes",
+    "pyramid": "training the pyramid",
+    "clip": "training CLIP, same samples",
+    "clip_same_time": "training CLIP, same time",
+    "reload": "loading in a new process and comparing",
+    "evaluate": "evaluating the three models",
+}
+EXIT_WRONG_SETTING = 2
+
+
+@dataclass(kw_only=True)
+class DemoArguments:
+    """Settings of `python -m training.demo`."""
+
+    output_dir: str = field(default="runs/demo", metadata={"help": "folder of the demo"})
+    config: str = field(default="training/configs/demo.yaml", metadata={"help": "settings of the three trainings"})
+    train: int = field(default=12000, metadata={"help": "training scenes"})
+    validation: int = field(default=500, metadata={"help": "held-out scenes"})
+    per_object: int = field(default=12, metadata={"help": "pictures of each single object"})
+    processes: int | None = field(default=None, metadata={"help": "training processes; default: one a core, at most 2"})
+    stage: Literal["train", "reload"] | None = field(
+        default=None, metadata={"help": "one stage in this process; the demo starts such processes itself"}
+    )
+    training: str | None = field(default=None, metadata={"help": "which training the stage is about"})
+    max_steps: int | None = field(default=None, metadata={"help": "length of that training"})
+
+    def __post_init__(self):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.processes = self.processes or min(2, cores)
+        self.threads = max(1, cores // self.processes)
+        if not Path(self.config).is_file():
+            raise ValueError(f"--config: there is no {self.config}; run the demo in the checkout's folder")
+        for name in ("train", "validation", "per_object"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"--{name.replace('_', '-')}: expected at least 2, got {getattr(self, name)}")
+
+    @property
+    def folder(self) -> Path:
+        """`output_dir` as a path."""
+        return Path(self.output_dir)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that finished stages depend on."""
+        digest = hashlib.sha256(Path(self.config).read_bytes()).hexdigest()[:16]
+        return {name: getattr(self, name) for name in ("train", "validation", "per_object")} | {"config": digest}
+
+
+class Stages:
+    """`stages.json`: which stages are finished, the seconds of all attempts at each, and what they left for others."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]):
+        self.path = folder / "stages.json"
+        self.content = {"settings": identity, "seconds": {}, "cpu_seconds": {}, "results": {}}
+        if self.path.is_file():
+            self.content = json.loads(self.path.read_text(encoding="utf-8"))
+            if self.content["settings"] != identity:
+                raise ValueError(
+                    f"{folder} holds a demo of other settings ({self.content['settings']}, now {identity}): remove "
+                    "it, or choose another --output-dir"
+                )
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, (json.dumps(self.content, indent=1) + "\n").encode())
+
+    def done(self, name: str) -> bool:
+        """Whether the stage is finished."""
+        return name in self.content["results"]
+
+    def result(self, name: str) -> dict[str, Any]:
+        """What the finished stage left."""
+        return self.content["results"][name]
+
+    def seconds(self, name: str, kind: str = "seconds") -> float:
+        """Time of all attempts at the stage so far: "seconds" by the clock, or "cpu_seconds" of all its processes."""
+        return self.content[kind].get(name, 0.0)
+
+    @contextlib.contextmanager
+    def clock(self, name: str) -> Iterator[dict[str, Any]]:
+        """Times the block; the dictionary that it fills becomes the stage's result, unless it raises."""
+        print(f"demo: {STAGE_TITLES[name]}", flush=True)
+        started, used, result = time.monotonic(), _cpu_seconds(), {}
+        try:
+            yield result
+            self.content["results"][name] = result
+        finally:
+            self.content["seconds"][name] = self.seconds(name) + time.monotonic() - started
+            self.content["cpu_seconds"][name] = self.seconds(name, "cpu_seconds") + _cpu_seconds() - used
+            self._write()
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    return sum(os.times()[:4])
+
+
+##################################################################################################
+#  Stages in processes of their own                                                              #
+##################################################################################################
+
+
+def start(args: DemoArguments, stage: str, run: str, max_steps: int | None = None, processes: int = 1) -> None:
+    """Runs one stage of the demo in new processes and waits; RuntimeError where they fail.
+
+    `accelerate launch --cpu` starts a single process whatever number it is told, so PyTorch's own launcher does it;
+    Accelerate finds the processes the same way.
+    """
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    words = ["--output-dir", args.output_dir, "--config", args.config, "--processes", str(processes)]
+    words += ["--stage", stage, "--training", run]
+    if max_steps:
+        words += ["--max-steps", str(max_steps)]
+    threads = str(args.threads if processes > 1 else args.threads * args.processes)
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "ACCELERATE_USE_CPU": "true"}
+    code = subprocess.run([*launcher, "-m", "training.demo", *words], env=environment, check=False).returncode
+    if code:
+        raise RuntimeError(
+            f"the stage {stage!r} of {run} ended with code {code}; its messages are above. The same command continues"
+        )
+
+
+def training_settings(args: DemoArguments):
+    """`PretrainingArguments` of one of the three runs."""
+    from training.arguments import parse_arguments
+
+    words = ["--config", args.config, "--output-dir", str(args.folder / args.training), "--resume", "latest"]
+    words += ["--train-data", str(args.folder / "scenes/train")]
+    words += ["--validation-data", str(args.folder / "scenes/validation")]
+    if args.training != "pyramid":
+        words += ["--loss-weights", json.dumps(CLIP_WEIGHTS)]
+    if args.max_steps:
+        words += ["--max-steps", str(args.max_steps)]
+    return parse_arguments(words)
+
+
+def train_stage(args: DemoArguments) -> int:
+    """One training, in this process and its siblings; the pyramid's embeddings are kept before the model is loaded."""
+    from training import pretrain
+
+    result = pretrain.run(training_settings(args))
+    if not result.finished:
+        return pretrain.EXIT_STOPPED
+    if args.training == "pyramid" and int(os.environ.get("RANK", 0)) == 0:
+        embeds = compared_embeddings(result.model, result.processor, args.folder / "scenes/validation")
+        save_arrays(args.folder / "pyramid/before_saving.npz", process=os.getpid(), **embeds)
+    return 0
+
+
+def compared_embeddings(model, processor, data: Path) -> dict[str, np.ndarray]:
+    """Level -> float32 embeddings of the held-out scenes.
+
+    One thread computes them, since the last bits of a matrix product depend on how it is split.
+    """
+    from training.embedding import embed_levels
+    from training.evaluation_data import ShardSamples
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    levels = ["global", "roi", "summary", "caption", "tags"]
+    embedded = embed_levels(model, processor, ShardSamples(str(data)), levels, alone=True)
+    torch.set_num_threads(threads)
+    return {level: embeds.numpy() for level, embeds in embedded.embeds.items()}
+
+
+def reload_stage(args: DemoArguments) -> int:
+    """Loads the saved pyramid in this new process, embeds again, and writes how the embeddings compare."""
+    from training.evaluate import load_model
+
+    with np.load(args.folder / "pyramid/before_saving.npz") as kept:
+        before = {name: kept[name] for name in kept.files}
+    training_process = int(before.pop("process"))
+    after = compared_embeddings(*load_model(str(args.folder / "pyramid/final")), args.folder / "scenes/validation")
+    different = sum(int((before[level].view(np.uint32) != after[level].view(np.uint32)).sum()) for level in before)
+    comparison = {
+        "equal": different == 0 and before.keys() == after.keys(),
+        "numbers": sum(array.size for array in before.values()),
+        "different": different,
+        "largest": max(float(np.abs(before[level] - after[level]).max()) for level in before),
+        "pictures": len(before["global"]),
+        "texts": len(before["caption"]),
+        "training_process": training_process,
+        "loading_process": os.getpid(),
+        "folder": str(args.folder / "pyramid/final"),
+    }
+    write_atomically(args.folder / "reload.json", (json.dumps(comparison, indent=1) + "\n").encode())
+    return 0
+
+
+def save_arrays(path: Path, **arrays: Any) -> None:
+    """An .npz file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    write_atomically(path, file.getvalue())
+
+
+##################################################################################################
+#  Stages in this process                                                                        #
+##################################################################################################
+
+
+def draw_scenes(args: DemoArguments) -> None:
+    """The three splits in scenes/; shards that are there are kept."""
+    from training.prepare.emoji_scenes import Recipe, build
+
+    recipe = Recipe(SEED, args.train, args.validation, args.per_object, PICTURE_SIZE, SHARD_SIZE)
+    build(recipe, args.folder / "scenes", workers=args.processes * args.threads)
+
+
+def training_record(args: DemoArguments, name: str) -> dict[str, Any]:
+    """`training.json` of a finished run: settings, steps, samples seen, seconds."""
+    return json.loads((args.folder / name / "final/training.json").read_text(encoding="utf-8"))
+
+
+def steps_in_the_same_time(args: DemoArguments) -> int:
+    """Optimizer steps of CLIP that take as long as the pyramid's training took."""
+    pyramid, clip = training_record(args, "pyramid"), training_record(args, "clip")
+    return max(1, round(clip["steps"] * pyramid["seconds"] / clip["seconds"]))
+
+
+def evaluate_run(args: DemoArguments, name: str) -> dict[str, Any]:
+    """Retrieval and zero-shot scores of a finished run; the scores behind them go to evaluation/NAME.npz."""
+    from training.embedding import embed_levels
+    from training.evaluate import classification_metrics, load_model, zero_shot_scores
+    from training.evaluation_data import ShardSamples, labelled_shards
+    from training.retrieval import level_metrics
+
+    model, processor = load_model(str(args.folder / name / "final"))
+    samples = ShardSamples(str(args.folder / "scenes/validation"))
+    found = embed_levels(model, processor, samples, ["global", "caption", "summary"])
+    retrieval = level_metrics(found.embeds, ["global_caption", "global_summary"], found.present, found.owners)
+    objects = labelled_shards(str(args.folder / "scenes/objects"))
+    scores = zero_shot_scores(model, processor, objects, None, 64)
+    texts, pictures = (torch.nn.functional.normalize(found.embeds[level], dim=1) for level in ("caption", "global"))
+    save_arrays(
+        args.folder / f"evaluation/{name}.npz",
+        caption_scores=(texts @ pictures.T).numpy(),
+        object_scores=scores.numpy(),
+    )
+    return {
+        "retrieval": retrieval,
+        "zero_shot": classification_metrics(scores, torch.tensor(objects.labels)),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "scale": float(model.logit_scale.detach().exp()),
+        "loss_weights": model.config.loss_weights,
+        "label_smoothing": model.config.label_smoothing,
+    }
+
+
+##################################################################################################
+#  The report                                                                                    #
+##################################################################################################
+
+
+def reported_run(args: DemoArguments, name: str, scores: dict[str, Any]):
+    """What the report says about one run."""
+    from training.report import ReportedRun
+    from training.tracking import read_metrics
+
+    record = training_record(args, name)
+    with np.load(args.folder / f"evaluation/{name}.npz") as arrays:
+        caption_scores, object_scores = (torch.from_numpy(arrays[key]) for key in ("caption_scores", "object_scores"))
+    return ReportedRun(
+        name=name,
+        title=TITLES[name],
+        objective=", ".join(f"{term} {weight:.3g}" for term, weight in scores["loss_weights"].items()),
+        steps=record["steps"],
+        samples=record["samples_seen"],
+        seconds=record["seconds"],
+        log=read_metrics(args.folder / name / "metrics.jsonl"),
+        retrieval=scores["retrieval"],
+        zero_shot=scores["zero_shot"],
+        caption_scores=caption_scores,
+        object_scores=object_scores,
+    )
+
+
+def report(args: DemoArguments, stages: Stages) -> Path:
+    """Collects what the stages left and writes report.html."""
+    from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES
+    from training.evaluation_data import ShardSamples, labelled_shards
+    from training.prepare.emoji_pictures import ATTRIBUTION
+    from training.report import SCENES_SHOWN, ReportedDemo, write_report
+
+    scenes = args.folder / "scenes"
+    objects, results = labelled_shards(str(scenes / "objects")), stages.result("evaluate")
+    path = args.folder / "report.html"
+    demo = ReportedDemo(
+        runs=[reported_run(args, name, results[name]) for name in TITLES],
+        scenes=list(ShardSamples(str(scenes / "train"), SCENES_SHOWN)),
+        validation=list(ShardSamples(str(scenes / "validation"))),
+        objects=list(ShardSamples(str(scenes / "objects"))),
+        labels=objects.labels,
+        class_names=objects.class_names,
+        template_count=len(IMAGENET_TEMPLATES),
+        scale=results["pyramid"]["scale"],
+        smoothing=results["pyramid"]["label_smoothing"],
+        batch_size=training_record(args, "pyramid")["settings"]["global_batch_size"],
+        parameters=results["pyramid"]["parameters"],
+        training_scenes=args.train,
+        attribution=ATTRIBUTION,
+        reload=stages.result("reload"),
+        stages=[
+            (title, stages.seconds(name), stages.seconds(name, "cpu_seconds")) for name, title in STAGE_TITLES.items()
+        ],
+        setup=setup_text(args),
+        commands=commands_text(args),
+    )
+    write_report(demo, path)
+    return path
+
+
+def setup_text(args: DemoArguments) -> str:
+    """Machine, versions and settings in a sentence or two."""
+    import platform
+
+    import transformers
+
+    settings = training_record(args, "pyramid")["settings"]
+    return (
+        f"{args.processes} training processes with {args.threads} threads each, {platform.machine()}, Python "
+        f"{platform.python_version()}, PyTorch {torch.__version__}, Transformers {transformers.__version__}. Batches "
+        f"of {settings['global_batch_size']}, AdamW with a peak learning rate of {settings['learning_rate']:g}, "
+        f"{settings['precision']}. All settings: {args.config}."
+    )
+
+
+def commands_text(args: DemoArguments) -> str:
+    """How to repeat the parts by hand."""
+    scenes = f"--train-data {args.output_dir}/scenes/train --validation-data {args.output_dir}/scenes/validation"
+    launch = f"torchrun --standalone --nproc-per-node {args.processes} -m training.pretrain --config {args.config}"
+    model = f"--model {args.output_dir}/pyramid/final"
+    return "\n".join(
+        [
+            f"python -m training.prepare.emoji_scenes --output-dir {args.output_dir}/scenes --train {args.train} "
+            f"--validation {args.validation} --per-object {args.per_object}",
+            f"{launch} {scenes} --output-dir my_pyramid",
+            f"{launch} {scenes} --output-dir my_clip --loss-weights '{json.dumps(CLIP_WEIGHTS)}'",
+            f"python -m training.evaluate {model} --task retrieval --data {args.output_dir}/scenes/validation",
+            f"python -m training.evaluate {model} --task zero-shot --data {args.output_dir}/scenes/objects",
+        ]
+    )
+
+
+def run_demo(args: DemoArguments) -> Path:
+    """All stages that are not done yet, then the report."""
+    stages = Stages(args.folder, args.identity)
+    if not stages.done("scenes"):
+        with stages.clock("scenes"):
+            draw_scenes(args)
+    for name in TITLES:
+        if not stages.done(name):
+            with stages.clock(name) as result:
+                steps = steps_in_the_same_time(args) if name == "clip_same_time" else None
+                start(args, "train", name, steps, args.processes)
+                result["steps"] = training_record(args, name)["steps"]
+    if not stages.done("reload"):
+        with stages.clock("reload") as result:
+            start(args, "reload", "pyramid")
+            result |= json.loads((args.folder / "reload.json").read_text(encoding="utf-8"))
+    if not stages.done("evaluate"):
+        with stages.clock("evaluate") as result:
+            result |= {name: evaluate_run(args, name) for name in TITLES}
+    return report(args, stages)
+
+
+def summary(stages: Stages, path: Path) -> str:
+    """The numbers of the report's head, for the terminal."""
+    lines = [f"{'':22}{'R@1':>8}{'R@5':>8}{'zero-shot':>11}{'seconds':>9}"]
+    for name, title in TITLES.items():
+        scores = stages.result("evaluate")[name]
+        found = [scores["retrieval"]["global_caption"][f"text_to_image_R@{k}"] for k in (1, 5)]
+        shares = "".join(f"{100 * share:7.1f}%" for share in found) + f"{100 * scores['zero_shot']['top_1']:10.1f}%"
+        lines.append(f"{title:22}{shares}{stages.seconds(name):9.0f}")
+    reload = stages.result("reload")
+    equal = "bit-equal" if reload["equal"] else f"NOT equal: {reload['different']} numbers differ"
+    lines.append(f"loaded in a new process: {equal}, {reload['numbers']:,} numbers")
+    lines.append(f"report: {path}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line and runs the demo, or the one stage that it was started for."""
+    from transformers import HfArgumentParser
+
+    try:
+        (args,) = HfArgumentParser(DemoArguments, description=__doc__.split("\n")[0]).parse_args_into_dataclasses(argv)
+        if args.stage:
+            return {"train": train_stage, "reload": reload_stage}[args.stage](args)
+        path = run_demo(args)
+    except (ValueError, ImportError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_WRONG_SETTING
+    print(summary(Stages(args.folder, args.identity), path))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
