@@ -251,8 +251,10 @@ def _unknown(kind: str, name: str, where: str) -> ValueError:
     return ValueError(f"unknown {kind} {name!r} in {where}{hint}")
 
 
-def _yaml_flags(path: Path) -> list[str]:
-    """The settings of a YAML file as command line words, so that both sources go through one parser."""
+def _yaml_flags(path: Path) -> tuple[list[str], list[str]]:
+    """The settings of a YAML file as command line words, so that both sources go through one parser, and the names of
+    empty lists, which words cannot say.
+    """
     import yaml
 
     if not path.is_file():
@@ -263,7 +265,7 @@ def _yaml_flags(path: Path) -> list[str]:
         raise ValueError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected 'field: value' lines, got a {type(settings).__name__}")
-    words = []
+    words, empty = [], []
     for name, value in settings.items():
         if name not in _field_names():
             raise _unknown("key", str(name), str(path))
@@ -273,11 +275,13 @@ def _yaml_flags(path: Path) -> list[str]:
             if name not in MAPPING_FIELDS:
                 raise ValueError(f"{path}: {name} takes no mapping, got {value}")
             value = json.dumps(value)
-        if isinstance(value, list):
+        if value == []:
+            empty.append(name)
+        elif isinstance(value, list):
             words += [f"--{name}", *map(str, value)]
         else:
             words.append(f"--{name}={value}")
-    return words
+    return words, empty
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -307,12 +311,14 @@ def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
     config, flags = config_parser.parse_known_args(list(argv))
-    words = (_yaml_flags(Path(config.config)) if config.config else []) + flags
-    settings, left_over = argument_parser().parse_known_args(words)
+    words, empty = _yaml_flags(Path(config.config)) if config.config else ([], [])
+    parser = argument_parser()
+    settings, left_over = parser.parse_known_args(words + flags)
     if left_over:
         raise _unknown(
             "flag" if left_over[0].startswith("-") else "word", left_over[0].split("=")[0], "the command line"
         )
     settings = vars(settings)
     settings.pop("config")
+    settings |= {name: [] for name in empty if settings[name] == parser.get_default(name)}
     return PretrainingArguments(**settings)

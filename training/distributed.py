@@ -1,7 +1,7 @@
 """What the processes of a run tell each other: one gather with gradient, sums for the log, and agreement to stop.
 
 All of it works in a single process too, where nothing is sent. The gather is an autograd function of our own on the
-two public collectives (`all_gather_into_tensor`, `reduce_scatter_tensor`), which gloo and NCCL both have; the helpers
+two public collectives for whole tensors, which gloo and NCCL both have; the helpers
 of `torch.distributed.nn` that did this are deprecated.
 """
 
@@ -20,17 +20,22 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+# Renamed in torch 2.14, where the old names warn; 2.13 has only those.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows):
         gathered = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
-        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        _all_gather(gathered, rows.contiguous())
         return gathered
 
     @staticmethod
     def backward(ctx, gathered_grad):
         own = gathered_grad.new_empty((gathered_grad.shape[0] // world_size(), *gathered_grad.shape[1:]))
-        dist.reduce_scatter_tensor(own, gathered_grad.contiguous(), op=dist.ReduceOp.SUM)
+        _reduce_scatter(own, gathered_grad.contiguous(), op=dist.ReduceOp.SUM)
         return own
 
 
@@ -68,7 +73,7 @@ def check_equal_batches(size: int, device: torch.device) -> None:
     if world_size() == 1:
         return
     sizes = torch.zeros(world_size(), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(sizes, torch.tensor([size], device=device))
+    _all_gather(sizes, torch.tensor([size], device=device))
     sizes = sizes.tolist()
     if len(set(sizes)) > 1:
         others = {process: found for process, found in enumerate(sizes) if found != sizes[0]}

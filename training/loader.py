@@ -32,6 +32,24 @@ class WorkerDied(DataError):
     """A loader worker was killed, most often by the kernel for want of memory."""
 
 
+def is_worker_death(error):
+    """Whether a RuntimeError is torch's report of a dead worker, for which it has no type of its own.
+
+    It is raised wherever the process happens to be when the worker dies, not only where a batch is waited for.
+    """
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
+def worker_died(error, workers):
+    """The `WorkerDied` that explains torch's report."""
+    return WorkerDied(
+        f"a loader worker died ({(str(error) or type(error).__name__).splitlines()[0]}). The kernel kills "
+        f"processes when memory runs out: lower "
+        f"dataloader_workers (now {workers}) or the batch, or enlarge /dev/shm. Continue with --resume latest; no data "
+        "is skipped"
+    )
+
+
 def settings_for(processor, levels, pooling="max", max_length=77, roi_feature_size=2048, **changes):
     """`BatchSettings` that agree with a `PyramidCLIPProcessor`: view size, mean and std are its image processor's.
 
@@ -211,16 +229,12 @@ class TrainingReader:
     def _take(self):
         try:
             return next(self._pipeline)
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
             self.close()
-            # torch has no type of its own for this.
-            if not str(error).startswith("DataLoader worker (pid"):
-                raise
-            raise WorkerDied(
-                f"a loader worker died ({str(error).splitlines()[0]}). The kernel kills processes when memory is "
-                f"used up: lower dataloader_workers (now {self.workers}) or the batch, or enlarge /dev/shm. Continue "
-                "with --resume latest; no data is skipped"
-            ) from error
+            # A worker that dies while it hands over a batch breaks the connection before torch notices its death.
+            if is_worker_death(error) or (self.workers and not isinstance(error, RuntimeError)):
+                raise worker_died(error, self.workers) from error
+            raise
         except BaseException:
             self.close()
             raise

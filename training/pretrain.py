@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ from training.checkpoint import (
 from training.distributed import StopVote, check_equal_batches, rank, world_size
 from training.gradient_cache import GradientCache
 from training.initial_model import initial_model
+from training.loader import TrainingReader, is_worker_death, settings_for, worker_died
 from training.objective import ContrastiveObjective, StepLoss
 from training.optim import MovingAverage, build_optimizer, learning_rate_at, set_learning_rate
 from training.publish import publish, write_card
@@ -139,6 +141,8 @@ def start_processes(args: PretrainingArguments, folder: Path):
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=own_statistics, gradient_as_bucket_view=True)],
     )
+    # DDP says this of depth-wise convolutions, whose gradients may have either of two equal layouts.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     check_engine(accelerator.distributed_type)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _settle_deepspeed(args, accelerator)
@@ -235,8 +239,6 @@ def build(args: PretrainingArguments, folder: Path) -> Run:
 
 def open_reader(args: PretrainingArguments, processor, config, folder: Path):
     """The training data of this process; only the levels that the objective names are read."""
-    from training.loader import TrainingReader, settings_for
-
     settings = settings_for(
         processor,
         levels_of(config.loss_weights),
@@ -609,7 +611,13 @@ def run(args: PretrainingArguments) -> RunResult:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if args.dry_run else args.output_dir)
         parts = build(args, folder)
         resume(parts)
-        complete = train(parts, stop_requested)
+        stack.callback(parts.reader.close)
+        try:
+            complete = train(parts, stop_requested)
+        except RuntimeError as error:
+            if is_worker_death(error):
+                raise worker_died(error, args.dataloader_workers) from error
+            raise
         final, metrics = None, {}
         if args.dry_run:
             describe_dry_run(parts)

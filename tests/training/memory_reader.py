@@ -40,3 +40,6 @@ class MemoryReader:
 
     def report(self):
         return [f"served {self.served}"]
+
+    def close(self):
+        pass

@@ -46,7 +46,7 @@ def run_in_processes(function, world_size, *arguments, timeout=120):
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         children = [
-            context.Process(target=_child, args=(function, rank, world_size, store, arguments, queue), daemon=True)
+            context.Process(target=_child, args=(function, rank, world_size, store, arguments, queue))
             for rank in range(world_size)
         ]
         for child in children:

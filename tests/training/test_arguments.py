@@ -12,14 +12,12 @@ MINIMAL = ["--max-steps", "10"]
 # A new setting is a decision: it needs a line here, a help text, and a place in the documentation.
 FIELDS = """
     output_dir model model_config loss_weights label_smoothing freeze seed
-    train_data validation_data validation_samples shuffle_window_shards max_regions allow_mixed_regions global_crop_area local_crop_area
-    max_bad_fraction max_image_pixels dataloader_workers
-    global_batch_size per_device_chunk_size gradient_accumulation_steps
-    epochs max_steps learning_rate warmup_fraction final_learning_rate_fraction weight_decay adam_beta1 adam_beta2
-    adam_epsilon max_grad_norm ema_decay
-    precision gradient_checkpointing torch_compile sync_batch_norm
-    log_every_steps log_duplicate_rates trackers eval_every_steps save_every_steps keep_checkpoints resume push_to_hub
-    overfit_batches dry_run
+    train_data validation_data validation_samples shuffle_window_shards max_regions allow_mixed_regions
+    global_crop_area local_crop_area max_bad_fraction max_image_pixels dataloader_workers global_batch_size
+    per_device_chunk_size gradient_accumulation_steps epochs max_steps learning_rate warmup_fraction
+    final_learning_rate_fraction weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm ema_decay precision
+    gradient_checkpointing torch_compile sync_batch_norm log_every_steps log_duplicate_rates trackers eval_every_steps
+    save_every_steps keep_checkpoints resume push_to_hub overfit_batches dry_run
 """.split()
 
 
@@ -47,6 +45,10 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     )
     assert args.loss_weights == {"local_caption": 1.0} and args.sync_batch_norm
     assert PretrainingArguments(**args.to_dict()) == args and json.dumps(args.to_dict())
+    config.write_text("trackers: []\nmax_steps: 1")
+    assert parse_arguments(["--config", str(config)]).trackers == []
+    assert parse_arguments(["--config", str(config), "--trackers", "wandb"]).trackers == ["wandb"]
+    assert parse_arguments(["--max-steps", "1", "--trackers", "none"]).trackers == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,168 @@
+"""Whole runs on shards: exact continuation with augmentation and workers, faults in the data, the command itself."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.training.processes import run_in_processes
+from tests.training.scene_files import FEATURES, write_shards
+from tests.training.test_resume import assert_equal_runs, expect_killed, run_settings
+from tests.training.tiny import VIT
+from training import pretrain
+from training.arguments import PretrainingArguments
+from training.batches import DataError
+from training.checkpoint import list_checkpoints
+from training.loader import WorkerDied
+from training.shards import ShardReader, ShardWriter, index_path
+from training.tracking import read_metrics
+
+CHECKOUT = Path(pretrain.__file__).parent.parent
+TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pooling": "eos", "attention_dropout": 0.1}
+MODEL = {"text_config": TEXT, "vision_config": {**VIT, "roi_feature_size": FEATURES}, "projection_dim": 8}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("data") / "scenes", range(44))
+
+
+def settings(folder, data, **changes):
+    chosen = {
+        "output_dir": str(folder),
+        "train_data": [str(data)],
+        "model": "ViT-B-32",
+        "model_config": MODEL,
+        "global_batch_size": 8,
+        "max_steps": 9,
+        "learning_rate": 1e-3,
+        "precision": "fp32",
+        "log_every_steps": 3,
+        "save_every_steps": 2,
+        "ema_decay": 0.9,
+        "trackers": ["none"],
+        "dataloader_workers": 0,
+    }
+    return PretrainingArguments(**{**chosen, **changes})
+
+
+@pytest.mark.parametrize(("workers", "world_size"), [(0, 1), (2, 1), (2, 2)])
+def test_a_killed_run_continues_bit_for_bit_with_the_real_loader(tmp_path, shards, workers, world_size):
+    """An epoch has five steps; the run is killed at the seventh, two steps into the second epoch."""
+    undisturbed, disturbed = tmp_path / "a", tmp_path / "b"
+    run_in_processes(run_settings, world_size, settings(undisturbed, shards, dataloader_workers=workers))
+    expect_killed(settings(disturbed, shards, dataloader_workers=workers), world_size, 7, "step")
+    assert list_checkpoints(disturbed)[-1].name == "step-00000006"
+    # The number of workers is no part of the run either.
+    again = settings(disturbed, shards, dataloader_workers=2 - workers, resume="latest")
+    run_in_processes(run_settings, world_size, again)
+    assert_equal_runs(undisturbed, disturbed)
+
+
+def validate(rank, world_size, args):
+    return pretrain.run(args).metrics
+
+
+def test_validation_is_the_same_on_one_two_and_three_processes(tmp_path, shards):
+    """The same weights (nothing is learnt at rate 0), evaluated on a number of samples that no two processes share
+    evenly.
+    """
+    first = pretrain.run(settings(tmp_path / "model", shards, max_steps=1)).final
+    expected = None
+    for count in (1, 2, 3):
+        args = settings(
+            tmp_path / str(count), shards, max_steps=1, global_batch_size=6, learning_rate=0.0, freeze="vision"
+        )
+        args.model, args.model_config, args.ema_decay = str(first), None, 0.0
+        args.validation_data, args.validation_samples, args.save_every_steps = str(shards), 37, 0
+        results = run_in_processes(validate, count, args)
+        expected = expected or results[0]
+        assert all(result == expected for result in results), count
+    assert {name.split("/")[1] for name in expected} == {
+        "global_caption", "global_summary", "local_caption", "roi_summary", "global_tags", "roi_caption", "local_tags"
+    }  # fmt: skip
+    assert 0 < expected["validation/global_caption/image_to_text_R@10"] < 1
+    lines = [line for line in read_metrics(tmp_path / "3" / "metrics.jsonl") if "validation/roi_tags/x" not in line]
+    assert {name: value for name, value in lines[-1].items() if name != "step"} == expected
+
+
+def damaged(folder, shards):
+    """A copy of the shards with one picture cut and another shard that ends in the middle."""
+    shutil.copytree(shards, folder)
+    first, second = sorted(folder.glob("*.tar"))[:2]
+    reader = ShardReader(str(first))
+    rows = [(key, reader.read(i)) for i, key in enumerate(reader.keys)]
+    with ShardWriter(str(first)) as writer:
+        for number, (key, members) in enumerate(rows):
+            members = {suffix: bytes(data) for suffix, data in members.items()}
+            if number == 3:
+                members["jpg"] = members["jpg"][:100]
+            writer.write_members(key, members)
+    index_path(second).unlink()
+    with open(second, "r+b") as file:
+        file.truncate(os.path.getsize(second) * 3 // 4)
+    return folder
+
+
+def test_damaged_pictures_and_shards_are_replaced_counted_and_named(tmp_path, shards, capsys):
+    data = damaged(tmp_path / "damaged", shards)
+    result = pretrain.run(settings(tmp_path / "run", data, max_steps=10))
+    said = capsys.readouterr().out
+    assert result.finished and "bad and replaced" in said and "0003" in said
+    named = [json.loads(line) for path in (tmp_path / "run").glob("bad-samples-*") for line in path.open()]
+    assert "0003" in {entry["key"] for entry in named} and all(entry["reason"] for entry in named)
+    with pytest.raises(DataError, match="max_bad_fraction is 0.0%.*training.prepare.audit"):
+        pretrain.run(settings(tmp_path / "strict", data, max_steps=10, max_bad_fraction=0.0))
+
+
+def test_a_dead_worker_ends_the_run_and_nothing_is_lost(tmp_path, shards):
+    """The worker is killed as the kernel does it when memory runs out."""
+    import torch.multiprocessing as multiprocessing
+
+    def run(rank, world_size, args):
+        original = pretrain.advance
+
+        def advance(run):
+            original(run)
+            if run.progress.step == 5:
+                for child in multiprocessing.active_children():
+                    os.kill(child.pid, signal.SIGKILL)
+
+        pretrain.advance = advance
+        try:
+            pretrain.run(args)
+        except WorkerDied as error:
+            message = str(error)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would speak again while this process ends
+        return message
+
+    (message,) = run_in_processes(run, 1, settings(tmp_path, shards, dataloader_workers=1, max_steps=30))
+    assert "a loader worker died" in message and "(now 1)" in message and "--resume latest" in message
+    assert list_checkpoints(tmp_path)[-1].name == "step-00000004"
+
+
+def test_one_dataset_too_small_shows_the_arithmetic(tmp_path, shards):
+    with pytest.raises(ValueError, match="44 samples / 64 in a global batch = 0.69"):
+        pretrain.run(settings(tmp_path, shards, global_batch_size=64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["one_gpu", "two_processes"])
+def test_the_command_takes_two_steps_under_the_engines_that_a_cpu_can_run(tmp_path, shards, engine):
+    config = tmp_path / "run.yaml"
+    content = settings(tmp_path / "run", shards).to_dict()
+    config.write_text(json.dumps(content))  # JSON is YAML
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+    command += ["--config_file", str(CHECKOUT / "training" / "configs" / "accelerate" / f"{engine}.yaml")]
+    command += ["-m", "training.pretrain", "--config", str(config), "--dry-run"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=400, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    processes = 2 if engine == "two_processes" else 1
+    assert f"8 = {processes} processes x {8 // processes}" in done.stdout
+    assert done.stdout.count("dry run:") == 1 and not (tmp_path / "run").exists()
