@@ -30,6 +30,7 @@ from torch import nn
 
 from pyramidclip_hf.configuration_pyramidclip import levels_of
 from training.arguments import PretrainingArguments, parse_arguments
+from training.batches import DataError
 from training.checkpoint import (
     CheckpointError,
     Progress,
@@ -641,9 +642,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_WRONG_SETTING
     try:
         result = run(args)
-    except (ValueError, ImportError, CheckpointError, NonFiniteLoss) as error:
+    except (ValueError, ImportError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_WRONG_SETTING if isinstance(error, (ValueError, ImportError)) else 1
+        return EXIT_WRONG_SETTING
+    except (CheckpointError, NonFiniteLoss, DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0 if result.finished or args.dry_run else EXIT_STOPPED
 
 

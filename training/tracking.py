@@ -192,8 +192,15 @@ class MetricsLog:
         """Logs numbers under an optimizer step."""
         if not self.accelerator.is_main_process:
             return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: the run stops at step {step}; make room and use --resume latest",
+                str(self.path),
+            ) from error
         self.accelerator.log(dict(metrics), step=step)
 
 

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 
 import pytest
 import torch
@@ -230,6 +231,30 @@ def test_a_full_disk_is_said_and_the_older_checkpoint_stays(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
     assert not list(tmp_path.glob("checkpoints/.*"))
     run_in_processes(run_settings, 2, arguments(tmp_path, resume="latest"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 700 kB; two checkpoints of these runs fit, a third does not."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(folder)], capture_output=True
+    ).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk, tmp_path):
+    with pytest.raises(CheckpointError, match="checkpoint of step 6 .*No space left on device.*step-00000004"):
+        pretrain.run(arguments(small_disk / "run"))
+    assert [path.name for path in list_checkpoints(small_disk / "run")] == ["step-00000002", "step-00000004"]
+    assert not list(small_disk.glob("run/checkpoints/.*"))
+    shutil.copytree(small_disk / "run", tmp_path / "moved")
+    run_in_processes(run_settings, 1, arguments(tmp_path / "moved", resume="latest"))
+    run_in_processes(run_settings, 1, arguments(tmp_path / "undisturbed"))
+    assert_equal_runs(tmp_path / "undisturbed", tmp_path / "moved")
 
 
 def test_a_damaged_checkpoint_is_named(finished, tmp_path):
