@@ -128,7 +128,8 @@ def checkout_faults(tree, forbidden_folder):
             yield f"line {node.lineno}: import {top} in the function that uses it"
 
 
-def check(files, find_faults):
+def assert_no_faults(files, find_faults):
+    assert files
     faults = []
     for path in files:
         tree = ast.parse(path.read_text(encoding="utf8"))
@@ -137,14 +138,14 @@ def check(files, find_faults):
 
 
 def test_package_modules_keep_the_form_the_hub_copier_needs():
-    check(source_files("pyramidclip_hf"), lambda tree, path: package_faults(tree))
+    assert_no_faults(source_files("pyramidclip_hf"), lambda tree, path: package_faults(tree))
 
 
 def test_siblings_are_imported_downwards_only():
     modules = sorted((CHECKOUT / "pyramidclip_hf").glob("*.py"))
     unplaced = [path.name for path in modules if path.stem not in SIBLINGS.keys() | ASSEMBLERS]
     assert not unplaced, f"give {unplaced} a place in SIBLINGS"
-    check(modules, lambda tree, path: sibling_faults(tree, path.stem))
+    assert_no_faults(modules, lambda tree, path: sibling_faults(tree, path.stem))
 
 
 def test_the_loss_takes_only_torch_from_outside():
@@ -154,8 +155,8 @@ def test_the_loss_takes_only_torch_from_outside():
 
 
 def test_conversion_and_training_do_not_know_each_other():
-    check(source_files("conversion"), lambda tree, path: checkout_faults(tree, "training"))
-    check(source_files("training"), lambda tree, path: checkout_faults(tree, "conversion"))
+    assert_no_faults(source_files("conversion"), lambda tree, path: checkout_faults(tree, "training"))
+    assert_no_faults(source_files("training"), lambda tree, path: checkout_faults(tree, "conversion"))
 
 
 @pytest.mark.parametrize(
