@@ -157,8 +157,9 @@ def report(args: PretrainingArguments, num_gpus: int, teraflops: float, samples:
     pairs_per_second = teraflops * 1e12 / flops
     steps = args.max_steps or args.epochs * (samples // args.global_batch_size)
     hours = steps * args.global_batch_size / (pairs_per_second * num_gpus) / 3600
-    levels = len(ContrastiveObjective(_fake_model(config), config.loss_weights, 0.0).levels)
-    gathered = 4 * levels * config.projection_dim * args.global_batch_size
+    objective = ContrastiveObjective(_fake_model(config), config.loss_weights, 0.0)
+    gathered = 4 * len(objective.levels) * config.projection_dim * args.global_batch_size
+    masks = len(objective.masked_levels) * args.global_batch_size
     trained = memory.gradients
     return "\n".join(
         [
@@ -172,7 +173,7 @@ def report(args: PretrainingArguments, num_gpus: int, teraflops: float, samples:
             f"{pairs_per_second:.0f} pairs/s per GPU",
             f"reading             {pairs_per_second:6.0f} samples/s per GPU, {pairs_per_second * num_gpus:.0f} in all",
             f"gathers             1 all-gather of {gathered / 1e6:.0f} MB and 1 reduce-scatter of the same, 1 "
-            f"of {args.global_batch_size / 1e3:.0f} kB "
+            f"of {masks / 1e3:.0f} kB "
             f"for masks; gradients: all-reduce of {trained / 1e6:.0f} MB",
             f"length              {steps:,} steps, {hours:.0f} hours ({hours * num_gpus:.0f} GPU hours)",
         ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -100,3 +101,12 @@ def test_the_global_batch_is_divided_evenly_or_not_at_all():
         args.per_device_batch_size(5)
     with pytest.raises(ValueError, match=r"per_device_chunk_size 12 must divide .* 32 \(= global_batch_size 96 / 3"):
         args.per_device_batch_size(3)
+
+
+def test_the_documentation_has_every_setting_as_it_is():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    for entry in dataclasses.fields(PretrainingArguments):
+        default = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
+        shown = "" if default in (None, []) else f"`{default}`"
+        text = entry.metadata["help"].replace("%%", "%").replace("|", "\\|")
+        assert f"| `{entry.name}` | {shown} | {text} |" in page

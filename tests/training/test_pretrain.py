@@ -4,10 +4,12 @@ import json
 import math
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 
 from pyramidclip_hf import PyramidCLIPModel
 from pyramidclip_hf.loss_pyramidclip import DEFAULT_LOSS_WEIGHTS
@@ -18,7 +20,7 @@ from training import pretrain
 from training.arguments import PretrainingArguments
 from training.checkpoint import list_checkpoints
 from training.optim import learning_rate_at
-from training.tracking import NonFiniteLoss, read_metrics
+from training.tracking import MetricsLog, NonFiniteLoss, duplicate_rates, read_metrics
 
 NO_BATCH_NORM = {**MODEL_CONFIG, "vision_config": {**VIT, "num_leff_layers": 0}}
 
@@ -240,3 +242,36 @@ def test_a_model_continues_from_a_folder_and_freezes_a_tower(tmp_path):
     changed = {n for n, t in after.state_dict().items() if not torch.equal(t, before.state_dict()[n])}
     assert changed and not [name for name in changed if name.startswith(("vision_model.", "visual_projection."))]
     assert after.config.loss_weights == {"global_caption": 1.0} and after.config.label_smoothing == 0.0
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    class Main:
+        is_main_process = True
+
+    log = MetricsLog(tmp_path / "run", Main())
+    log.path.unlink()
+    log.path.mkdir()  # as unwritable as a full disk, for root too
+    with pytest.raises(OSError, match="the run stops at step 7; make room.*metrics.jsonl"):
+        log.write(7, {"loss/total": 1.0})
+
+
+def test_a_missing_package_names_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ImportError, match=r"pip install -e \"\.\[train\]\""):
+        pretrain.run(settings(tmp_path))
+
+
+def duplicates(rank, world_size):
+    PartialState(cpu=True)  # as a run does first
+    row = [5, 6, 7, 0]
+    batch = {
+        "input_ids": torch.tensor([row + [0] * rank, [rank + 1, 2, 3, 4] + [0] * rank]),
+        "tag_input_ids": torch.tensor([row, row]),
+        "has_tags": torch.tensor([True, rank == 0]),
+    }
+    return duplicate_rates(batch)
+
+
+def test_duplicates_are_counted_over_the_global_batch_whatever_the_padding():
+    expected = {"duplicates/caption": 1 / 4, "duplicates/tags": 2 / 3}
+    assert run_in_processes(duplicates, 2) == [pytest.approx(expected)] * 2
