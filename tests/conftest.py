@@ -40,6 +40,15 @@ def pytest_unconfigure(config):
     shutil.rmtree(config.hugging_face_home, ignore_errors=True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def forking_stays_possible():
+    """A first backward pass. After torch.compile or torch.export it would start threads, and then no test of this
+    process could fork training processes any more."""
+    import torch
+
+    torch.ones(1, requires_grad=True).sum().backward()
+
+
 def _shared_folder(*parts):
     folder = SHARED.joinpath(*parts)
     if not folder.is_dir():

@@ -6,6 +6,8 @@ import statistics
 import subprocess
 import sys
 
+import pytest
+
 OURS = "import pyramidclip_hf"
 THEIRS = "from transformers import CLIPModel"
 ROUNDS = 3
@@ -31,8 +33,8 @@ def median_difference(checkout):
     )
 
 
+@pytest.mark.timeout(1800)  # 18 imports at worst, on a machine that may be very busy
 def test_import_costs_at_most_0_3_seconds_more_than_clip(checkout):
-    processor_seconds(OURS, checkout), processor_seconds(THEIRS, checkout)  # byte code and file cache
     differences = []
     for _ in range(ATTEMPTS):
         differences.append(median_difference(checkout))
