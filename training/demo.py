@@ -44,7 +44,7 @@ STAGE_TITLES = {
     "reload": "loading in a new process and comparing",
     "evaluate": "evaluating the three models",
 }
-EXIT_WRONG_SETTING = 2
+EXIT_WRONG_SETTING, EXIT_INTERRUPTED = 2, 130
 
 
 @dataclass(kw_only=True)
@@ -433,6 +433,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, ImportError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_SETTING
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues", file=sys.stderr)
+        return EXIT_INTERRUPTED
     print(summary(Stages(args.folder, args.identity), path))
     return 0
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from training.records import Sample, tag_text
+from training.records import Region, Sample, phrase, tag_text
 from training.report_plots import COLOURS, class_bars, data_uri, loss_curves, loss_floor, recall_curves
 from training.retrieval import rank_counts
 from training.shards import write_atomically
@@ -106,6 +106,12 @@ def picture_uri(sample: Sample) -> str:
     return data_uri(sample.image, MEDIA_TYPES[sample.image_suffix])
 
 
+def _box(region: Region) -> dict:
+    """A region's frame in percent of the picture."""
+    x1, y1, x2, y2 = (round(100 * edge, 1) for edge in region.box)
+    return {"phrase": phrase(region), "left": x1, "top": y1, "width": round(x2 - x1, 1), "height": round(y2 - y1, 1)}
+
+
 def percent(share: float) -> str:
     """0.1234 -> "12.3 %"."""
     return f"{100 * share:.1f} %"
@@ -164,6 +170,7 @@ def _introduction(demo: ReportedDemo) -> dict:
             "caption": sample.caption,
             "summary": sample.summary,
             "tags": tag_text(sample.tags or []),
+            "boxes": [_box(region) for region in sample.regions or []],
         }
         for sample in demo.scenes[:SCENES_SHOWN]
     ]
@@ -297,9 +304,9 @@ def _zero_shot(demo: ReportedDemo) -> dict:
         if (labels == number).any()
     }
     guesses = []
-    shown = min(GUESSES_SHOWN, len(demo.objects))
-    for place in range(shown):
-        number = place * len(demo.objects) // shown
+    names_shown = min(GUESSES_SHOWN, len(accuracy))
+    shown = [demo.labels.index(place * len(demo.class_names) // names_shown) for place in range(names_shown)]
+    for number in shown:
         probabilities = torch.softmax(demo.scale * run.object_scores[number], dim=0)
         best = probabilities.topk(min(ANSWERS_SHOWN, len(demo.class_names))).indices.tolist()
         answers = [
@@ -315,8 +322,8 @@ def _zero_shot(demo: ReportedDemo) -> dict:
     text = (
         f"Pictures of one object, and {len(demo.class_names)} names to choose from. Each name is put into "
         f"{demo.template_count} prompts (“a photo of a fox.”, “a drawing of the fox.”), whose embeddings are "
-        f"averaged; the picture gets the nearest name. Nothing was trained for this. {shown} pictures at even "
-        "distances, with the pyramid's three most probable names:"
+        "averaged; the picture gets the nearest name. Nothing was trained for this. Here are the first pictures of "
+        f"{len(shown)} names at even distances in the list, with the pyramid's {ANSWERS_SHOWN} most probable answers:"
     )
     perfect = sum(value == 1 for value in accuracy.values())
     never = sum(value == 0 for value in accuracy.values())

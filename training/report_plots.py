@@ -31,7 +31,9 @@ def loss_curves(steps: Sequence[int], terms: Mapping[str, Sequence[float]], chan
         axes.plot(steps, values, color=colour, linewidth=1.7, label=name)
     for value, text in ((chance, f"guessing: ln N = {chance:.2f}"), (floor, f"least possible: {floor:.2f}")):
         axes.axhline(value, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
-        axes.annotate(text, (steps[0], value), xytext=(4, 4), textcoords="offset points", fontsize=9, color=SOFT)
+        axes.annotate(
+            text, (steps[-1], value), xytext=(0, 4), textcoords="offset points", ha="right", fontsize=9, color=SOFT
+        )
     low, high = min([floor, *map(min, terms.values())]), max([chance, *map(max, terms.values())])
     axes.set_ylim(low - 0.05 * (high - low), min(high, chance * 1.15) + 0.12 * (high - low))
     axes.set_xlabel("optimizer step")
