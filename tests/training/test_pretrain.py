@@ -1,5 +1,6 @@
 """A whole run in this process on made-up data: what it writes, what it refuses, and how it stops."""
 
+import functools
 import json
 import math
 import os
@@ -275,3 +276,16 @@ def duplicates(rank, world_size):
 def test_duplicates_are_counted_over_the_global_batch_whatever_the_padding():
     expected = {"duplicates/caption": 1 / 4, "duplicates/tags": 2 / 3}
     assert run_in_processes(duplicates, 2) == [pytest.approx(expected)] * 2
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_losses_of_a_plain_one(tmp_path, monkeypatch):
+    """Traced by dynamo, run by its eager backend: the code generator takes minutes on a CPU."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for name, switch in (("plain", False), ("compiled", True)):
+        pretrain.run(
+            settings(tmp_path / name, torch_compile=switch, max_steps=3, log_every_steps=1, save_every_steps=0)
+        )
+    assert logged(tmp_path / "compiled", "loss/total") == pytest.approx(
+        logged(tmp_path / "plain", "loss/total"), rel=1e-5
+    )
