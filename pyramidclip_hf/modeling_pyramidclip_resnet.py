@@ -38,6 +38,8 @@ class PyramidCLIPResNetStem(nn.Module):
 
 
 class PyramidCLIPResNetShortcut(nn.Module):
+    """The projection beside a bottleneck that changes the width or the size."""
+
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
         self.stride = stride
@@ -51,6 +53,8 @@ class PyramidCLIPResNetShortcut(nn.Module):
 
 
 class PyramidCLIPResNetBottleneck(GradientCheckpointingLayer):
+    """1x1, 3x3, 1x1 convolutions; (B, C, H, W) -> (B, 4 * width, H / stride, W / stride)."""
+
     expansion = 4
 
     def __init__(self, in_channels: int, width: int, stride: int):
@@ -77,6 +81,8 @@ class PyramidCLIPResNetBottleneck(GradientCheckpointingLayer):
 
 
 class PyramidCLIPResNetStage(nn.Module):
+    """Bottlenecks of one width; the first may halve the size."""
+
     def __init__(self, in_channels: int, width: int, depth: int, stride: int):
         super().__init__()
         out_channels = width * PyramidCLIPResNetBottleneck.expansion

@@ -54,6 +54,8 @@ class PyramidCLIPAttention(nn.Module):
 
 
 class PyramidCLIPMLP(nn.Module):
+    """The feed-forward part: (B, L, D) -> (B, L, D)."""
+
     def __init__(self, config):
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
@@ -110,6 +112,8 @@ class PyramidCLIPEncoder(nn.Module):
 
 
 class PyramidCLIPTextEmbeddings(nn.Module):
+    """Token plus learned positional embedding: (B, L) ids -> (B, L, D)."""
+
     def __init__(self, config):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)

@@ -30,7 +30,7 @@ def initial_model(args: PretrainingArguments) -> tuple[PyramidCLIPModel, Pyramid
     if args.label_smoothing is not None:
         model.config.label_smoothing = args.label_smoothing
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable()
     return model, processor
 
 

@@ -103,7 +103,7 @@ def traced(
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = PyramidCLIPModel(config)
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable()
         objective = ContrastiveObjective(
             model, config.loss_weights, config.label_smoothing, "none", AUTOCAST[precision]
         )
