@@ -25,9 +25,10 @@ REDUCED_MARGIN = 1.25
 # Before the bicubic filter, larger pictures are averaged by whole factors down to this many pixels for each pixel of
 # the result.
 _REDUCING_GAP = 2.0
-_ORIENTATION = 0x0112
+ORIENTATION = 0x0112
 _JPEGS = ("JPEG", "MPO")
-_DECODING_ERRORS = (
+# What Pillow's readers raise on broken data.
+DECODING_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -132,7 +133,7 @@ def open_picture(data, max_image_pixels=None):
 def upright_size(picture):
     """Width and height of an opened picture after its EXIF rotation, in pixels."""
     try:
-        turned = picture.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+        turned = picture.getexif().get(ORIENTATION) in (5, 6, 7, 8)
     except Exception:  # as the image processor: broken metadata says nothing about the pixels
         turned = False
     return picture.size[::-1] if turned else picture.size
@@ -147,7 +148,7 @@ def make_views(data, settings, seed, epoch, sample, levels=("global", "local")):
     picture = open_picture(data, settings.max_image_pixels)
     try:
         decoded, boxes, scale = _decode(picture, settings, seed, epoch, sample, levels)
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         raise BadPicture("bad-picture", f"{type(error).__name__}: {error}") from None
     pixels = torch.from_numpy(decoded).permute(2, 0, 1)[None]
     views = {}

@@ -53,6 +53,13 @@ def small_state_dict(**changes):
     return config, to_original(PyramidCLIPModel(config).state_dict(), config)
 
 
+def assert_holds_the_small_weights(folder):
+    """The folder's model, under the released names, is `small_state_dict` bit for bit."""
+    config, wanted = small_state_dict()
+    found = to_original(load_file(folder / "model.safetensors"), config)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
 @pytest.fixture
 def small_file(tmp_path):
     path = tmp_path / "small.pt"
@@ -119,11 +126,13 @@ def test_heads_can_be_given_because_no_shape_tells_them(small_file, tmp_path):
 def test_wrapper_prefixes_are_stripped(prefix, tmp_path):
     torch.save({"state_dict": {prefix + key: value for key, value in small_state_dict()[1].items()}}, tmp_path / "x.pt")
     convert(tmp_path / "x.pt", tmp_path / "model", check=True, say=lambda line: None)
+    assert_holds_the_small_weights(tmp_path / "model")
 
 
 def test_file_from_before_the_archive_format(tmp_path):
     torch.save({"state_dict": small_state_dict()[1]}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
     convert(tmp_path / "x.pt", tmp_path / "model", check=True, say=lambda line: None)
+    assert_holds_the_small_weights(tmp_path / "model")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -245,6 +254,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
 def test_numbers_of_numpy_beside_the_weights_are_read(tmp_path):
     torch.save({"state_dict": small_state_dict()[1], "best": np.float64(0.5)}, tmp_path / "x.pt")
     convert(tmp_path / "x.pt", tmp_path / "model", say=lambda line: None)
+    assert_holds_the_small_weights(tmp_path / "model")
 
 
 def test_folder_with_a_model_needs_overwrite(small_file, tmp_path):

@@ -1,6 +1,7 @@
 """How the preparation commands run: killed and continued, on several processes, in parts; and the page that shows the
 result."""
 
+import base64
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from tests.training.prepare_files import (
@@ -20,8 +22,8 @@ from tests.training.prepare_files import (
     write_pictures,
     write_tar,
 )
-from tests.training.prepare_models import make_language_model
-from training.prepare import pack, summarize, view
+from tests.training.prepare_models import make_language_model, make_vinvl
+from training.prepare import detect, import_features, pack, summarize, view
 from training.prepare.work import Stage, Tally, Worker
 from training.records import Region, Sample
 from training.shards import ShardWriter
@@ -107,6 +109,59 @@ def test_killed_summarising_continues_to_the_same_bytes(tmp_path, checkout):
     summarize.main([*flags, "--input_dir", str(tmp_path / "whole"), "--cache", str(tmp_path / "b.sqlite")])
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
     assert counts(tmp_path / "whole", "summary")["summaries"] == 24
+
+
+def write_shards(folder, shards, per_shard, size):
+    """Shards of pictures without regions; keys k0, k1, ..."""
+    for shard in range(shards):
+        numbers = range(shard * per_shard, (shard + 1) * per_shard)
+        rows = [(f"k{i}", {"jpg": picture(i, size), "txt": b"a caption"}) for i in numbers]
+        write_tar(folder / f"{shard:05d}.tar", rows)
+
+
+def killed_and_whole(module, main, flags, tmp_path, checkout, into):
+    """Runs one command in place on cut/, killed once and continued, and undisturbed on whole/, then compares."""
+    reports = tmp_path / "cut" / "reports" / "regions"
+    run_killed(module, [*flags, into, tmp_path / "cut"], reports, 5, checkout)
+    assert not (tmp_path / "cut" / "reports" / "regions.json").exists()
+    for folder in ("cut", "whole"):
+        main([*map(str, flags), into, str(tmp_path / folder)])
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
+
+
+def test_killed_detection_continues_to_the_same_bytes(tmp_path, checkout):
+    for folder in ("cut", "whole"):
+        write_shards(tmp_path / folder, 40, 2, (64, 48))
+    flags = ["--detector", make_vinvl(tmp_path / "vinvl"), "--batch_size", "2", "--cpu"]
+    killed_and_whole("detect", detect.main, flags, tmp_path, checkout, "--input_dir")
+    assert counts(tmp_path / "whole", "regions")["in"] == 80
+
+
+def test_killed_import_continues_to_the_same_bytes(tmp_path, checkout):
+    for folder in ("cut", "whole"):
+        write_shards(tmp_path / folder, 80, 3, (100, 50))
+    table = tmp_path / "lxmert.tsv"
+    table.write_text("".join(f"{lxmert_row(f'k{i}', count=10, width=512, seed=i)}\n" for i in range(240)))
+    for name, words in (("objects", "cat dog tree"), ("attributes", "red big")):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{word}\n" for word in words.split()))
+    flags = ["--input", table, "--made_by", "a detector", "--cpu"]
+    flags += ["--objects", tmp_path / "objects.txt", "--attributes", tmp_path / "attributes.txt"]
+    killed_and_whole("import_features", import_features.main, flags, tmp_path, checkout, "--merge_into")
+    assert counts(tmp_path / "whole", "regions")["rows"] == 240
+
+
+def lxmert_row(key, count, width, seed):
+    """One row of LXMERT's table for a 100 x 50 picture, with `count` regions of `width` numbers."""
+    rng = np.random.default_rng(seed)
+
+    def text(values, dtype):
+        return base64.b64encode(np.asarray(values, dtype).tobytes()).decode()
+
+    ids, scores = rng.integers(0, 3, count), rng.random(count)
+    boxes = np.tile([0, 0, 50, 25], (count, 1))
+    columns = [key, 50, 100, text(ids, "<i8"), text(scores, "<f4"), text(ids % 2, "<i8"), text(scores, "<f4"), count]
+    columns += [text(boxes, "<f4"), text(rng.random((count, width)), "<f4")]
+    return "\t".join(map(str, columns))
 
 
 def test_parts_that_never_meet_give_what_one_process_gives(tmp_path, table):

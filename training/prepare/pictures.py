@@ -1,27 +1,10 @@
 """Encoded pictures as the preparation steps meet them: what they are, how large, and their pixels."""
 
-import struct
-
-from PIL import Image
-
 from pyramidclip_hf.image_processing_pyramidclip import upright_rgb
 from training.records import BadSample
-from training.views import BadPicture, open_picture
+from training.views import DECODING_ERRORS, ORIENTATION, BadPicture, open_picture
 
 _SUFFIX_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-_ORIENTATION = 0x0112
-# What Pillow's readers raise on broken data.
-_DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    IndexError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    Image.DecompressionBombError,
-)
 
 
 def picture_suffix(data, max_pixels, decode=True):
@@ -42,7 +25,7 @@ def picture_suffix(data, max_pixels, decode=True):
             return suffix
     except BadPicture as bad:
         raise BadSample(None, None, bad.reason, str(bad)) from None
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         raise BadSample(None, None, "bad-picture", f"{type(error).__name__}: {error}") from None
 
 
@@ -52,7 +35,7 @@ def decoded(data, max_pixels):
     try:
         picture.load()
         return upright_rgb(picture)
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         raise BadPicture("bad-picture", f"{type(error).__name__}: {error}") from None
 
 
@@ -64,7 +47,7 @@ def picture_size(data):
     except BadPicture:
         return None
     try:
-        turned = picture.getexif().get(_ORIENTATION, 1) != 1
+        turned = picture.getexif().get(ORIENTATION, 1) != 1
     except Exception:  # as the image processor: broken metadata says nothing about the pixels
         turned = False
     return None if turned else picture.size
