@@ -21,10 +21,7 @@ def initial_model(args: PretrainingArguments) -> tuple[PyramidCLIPModel, Pyramid
     Raises ValueError where it is none of these, naming near architectures, or where `model_config` meets trained
     weights.
     """
-    if args.model in ARCHITECTURES:
-        model, processor = _new_model(args)
-    else:
-        model, processor = _trained_model(args)
+    model, processor = named_model(args.model, args.model_config, args.seed)
     if args.loss_weights is not None:
         model.config.loss_weights = dict(args.loss_weights)
     if args.label_smoothing is not None:
@@ -34,26 +31,33 @@ def initial_model(args: PretrainingArguments) -> tuple[PyramidCLIPModel, Pyramid
     return model, processor
 
 
-def _new_model(args):
-    config = PyramidCLIPConfig.from_architecture(args.model, **(args.model_config or {}))
-    torch.manual_seed(args.seed)
+def named_model(name: str, changes: dict | None, seed: int) -> tuple[PyramidCLIPModel, PyramidCLIPProcessor]:
+    """The dual encoder in fp32 and its processor that a name means; `changes` to an architecture's config, `seed` of
+    new weights. Raises as `initial_model`.
+    """
+    return _new_model(name, changes, seed) if name in ARCHITECTURES else _trained_model(name, changes)
+
+
+def _new_model(name, changes, seed):
+    config = PyramidCLIPConfig.from_architecture(name, **(changes or {}))
+    torch.manual_seed(seed)
     model = PyramidCLIPModel(config)
     side = config.vision_config.image_size
     images = PyramidCLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     return model, PyramidCLIPProcessor(images, roi_feature_size=config.vision_config.roi_feature_size)
 
 
-def _trained_model(args):
-    if not Path(args.model).is_dir() and "/" not in args.model:
-        near = difflib.get_close_matches(args.model, ARCHITECTURES, n=3) or list(ARCHITECTURES)
+def _trained_model(name, changes):
+    if not Path(name).is_dir() and "/" not in name:
+        near = difflib.get_close_matches(name, ARCHITECTURES, n=3) or list(ARCHITECTURES)
         raise ValueError(
-            f"model: expected an architecture, a folder or a Hub id (owner/name), got {args.model!r}; "
+            f"model: expected an architecture, a folder or a Hub id (owner/name), got {name!r}; "
             f"architectures: {', '.join(near)}"
         )
-    if args.model_config:
+    if changes:
         raise ValueError(
-            f"model_config changes an architecture's sizes, but model {args.model} has trained weights of a "
+            f"model_config changes an architecture's sizes, but model {name} has trained weights of a "
             f"fixed size; leave it out"
         )
-    model = PyramidCLIPModel.from_pretrained(args.model, dtype=torch.float32)
-    return model, PyramidCLIPProcessor.from_pretrained(args.model)
+    model = PyramidCLIPModel.from_pretrained(name, dtype=torch.float32)
+    return model, PyramidCLIPProcessor.from_pretrained(name)

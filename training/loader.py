@@ -106,82 +106,52 @@ def fingerprint_of(data_sets):
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 
-class TrainingReader:
-    """Batches of one process.
+class BatchReader:
+    """Batches of one process, from anything that makes them.
 
     Args:
-        data: list of data sets, each a string as `training.data_sources` explains.
-        settings: `BatchSettings`, see `settings_for`.
-        tokenizer: `PyramidCLIPTokenizer`.
+        maker: map-style data set; `maker[(epoch, positions)]` is a batch with `sample_keys` and `report`, as
+            `BatchMaker` makes it.
+        order: the `SampleOrder` that the maker follows.
         global_batch_size: samples in a batch of all processes together.
         process_index, num_processes: which share of each global batch is made here (position modulo number).
-        seed, window_shards: see `training.order`.
         workers: processes that make batches ahead; 0 makes them here.
         prefetch: batches that each worker keeps ready.
         max_bad_fraction: share of bad samples beyond which `DataError` is raised (counted as if at least a thousand
             samples had been read).
         overfit_batches: only the first so many global batches of epoch 0, over and over; 0: off.
-        cache: `ShardCache` for remote shards.
         bad_log: file that names each bad sample, one JSON object a line, appended.
         pin_memory: for GPUs.
         start_method: how workers start ("fork", "spawn", "forkserver"; None: the platform's).
 
-    Attributes: `samples` in the data, `fingerprint`, `description` (for a model card).
-
-    Raises `ValueError` where the data is smaller than one global batch (with the arithmetic), the batch cannot be
-    shared equally, or regions of two detectors are mixed; `FileNotFoundError` where there is no data.
+    Raises `ValueError` where the data is smaller than one global batch (with the arithmetic) or the batch cannot be
+    shared equally.
     """
 
     def __init__(
         self,
-        data,
-        settings,
-        tokenizer,
+        maker,
+        order,
         global_batch_size,
         process_index=0,
         num_processes=1,
-        seed=0,
-        window_shards=8,
         workers=0,
         prefetch=2,
         max_bad_fraction=0.01,
         overfit_batches=0,
-        cache=None,
         bad_log=None,
         pin_memory=False,
         start_method=None,
     ):
-        if not data:
-            raise ValueError("no training data named: expected at least one folder, shard list or manifest")
-        cache = cache or ShardCache()
-        self.data_sets = [open_data_set(name, cache) for name in data]
-        check_regions(self.data_sets, settings)
-        sizes = [[unit.samples for unit in one.units] for one in self.data_sets]
-        self.order = SampleOrder(sizes, seed, window_shards)
-        self.batches_per_epoch = self.order.batches_per_epoch(global_batch_size)
+        self.maker, self.order, self.samples = maker, order, order.total
+        self.batches_per_epoch = order.batches_per_epoch(global_batch_size)
         batch_positions(0, global_batch_size, process_index, num_processes)
-        self.maker = BatchMaker(self.data_sets, self.order, settings, tokenizer, cache)
-        self.samples, self.fingerprint = self.order.total, fingerprint_of(self.data_sets)
         self.global_batch_size, self.process_index, self.num_processes = global_batch_size, process_index, num_processes
         self.workers, self.prefetch, self.pin_memory, self.start_method = workers, prefetch, pin_memory, start_method
         self.max_bad_fraction, self.overfit_batches, self.bad_log = max_bad_fraction, overfit_batches, bad_log
         self._counts = collections.Counter()
         self._named = []
         self._pipeline, self._next = None, None
-
-    @property
-    def description(self):
-        """What the data is: per data set its name, numbers and what its `dataset.json` says of makers and licences."""
-        told = ("made_by", "attribution", "license")
-        return [
-            {
-                "name": data.name,
-                "samples": data.samples,
-                "shards": len(data.units),
-                **{key: described[key] for described in data.described for key in told if key in described},
-            }
-            for data in self.data_sets
-        ]
 
     def batches(self, epoch, position=0):
         """Yields the batches of this process from global `position` to the end of the epoch; see `BatchMaker.batch`
@@ -316,6 +286,62 @@ class TrainingReader:
         for one, _ in gathered:
             counts.update(one)
         return counts, [entry for _, names in gathered for entry in names]
+
+
+class TrainingReader(BatchReader):
+    """Batches of one process for pre-training.
+
+    Args:
+        data: list of data sets, each a string as `training.data_sources` explains.
+        settings: `BatchSettings`, see `settings_for`.
+        tokenizer: `PyramidCLIPTokenizer`.
+        seed, window_shards: see `training.order`.
+        cache: `ShardCache` for remote shards.
+        global_batch_size, process_index, num_processes, options: see `BatchReader`.
+
+    Attributes: `samples` in the data, `fingerprint`, `description` (for a model card).
+
+    Raises `ValueError` where the data is smaller than one global batch (with the arithmetic), the batch cannot be
+    shared equally, or regions of two detectors are mixed; `FileNotFoundError` where there is no data.
+    """
+
+    def __init__(
+        self,
+        data,
+        settings,
+        tokenizer,
+        global_batch_size,
+        process_index=0,
+        num_processes=1,
+        seed=0,
+        window_shards=8,
+        cache=None,
+        **options,
+    ):
+        if not data:
+            raise ValueError("no training data named: expected at least one folder, shard list or manifest")
+        cache = cache or ShardCache()
+        self.data_sets = [open_data_set(name, cache) for name in data]
+        check_regions(self.data_sets, settings)
+        sizes = [[unit.samples for unit in one.units] for one in self.data_sets]
+        order = SampleOrder(sizes, seed, window_shards)
+        maker = BatchMaker(self.data_sets, order, settings, tokenizer, cache)
+        super().__init__(maker, order, global_batch_size, process_index, num_processes, **options)
+        self.fingerprint = fingerprint_of(self.data_sets)
+
+    @property
+    def description(self):
+        """What the data is: per data set its name, numbers and what its `dataset.json` says of makers and licences."""
+        told = ("made_by", "attribution", "license")
+        return [
+            {
+                "name": data.name,
+                "samples": data.samples,
+                "shards": len(data.units),
+                **{key: described[key] for described in data.described for key in told if key in described},
+            }
+            for data in self.data_sets
+        ]
 
 
 def _reasons(counts):

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,10 +92,56 @@ class Run:
     window: StepWindow | None = None
     progress: Progress = field(default_factory=Progress)
 
+    name = "pretrain"  # of the progress bar
+
     @property
     def model(self) -> nn.Module:
         """The bare `PyramidCLIPModel`."""
         return self.objective.model
+
+    # What follows is what another kind of run does in its own way; `training.finetune` is one.
+
+    @property
+    def logit_scale(self) -> torch.Tensor | None:
+        """The parameter that the log shows, where the objective has it."""
+        return self.model.logit_scale
+
+    @property
+    def eval_every_steps(self) -> int:
+        """Optimizer steps from one evaluation to the next; 0: only at the end."""
+        return self.args.eval_every_steps
+
+    def identity(self) -> dict[str, Any]:
+        """See `identity_of`."""
+        return identity_of(self)
+
+    def take_step(self, batch: dict[str, torch.Tensor], learning_rate: float) -> tuple[StepLoss, torch.Tensor]:
+        """See `optimizer_step`."""
+        return optimizer_step(self, batch, learning_rate)
+
+    def batch_metrics(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+        """What the log says of the newest batch; all processes call it together."""
+        return duplicate_rates(batch) if self.args.log_duplicate_rates else {}
+
+    def evaluate(self) -> dict[str, float]:
+        """See `evaluate`."""
+        return evaluate(self)
+
+    def final_metrics(self) -> dict[str, float]:
+        """What is measured of the finished model, beside the last evaluation."""
+        return {}
+
+    def record(self, metrics: dict[str, float]) -> dict[str, Any]:
+        """See `training_record`."""
+        return training_record(self, metrics)
+
+    def write_card(self, folder: Path, record: dict[str, Any]) -> None:
+        """Writes README.md beside the saved model."""
+        write_card(folder, record)
+
+    def describe_objective(self) -> str:
+        """A line for the dry run."""
+        return ", ".join(f"{name} {weight:.3g}" for name, weight in self.objective.loss_weights.items())
 
 
 @dataclass(frozen=True)
@@ -315,7 +361,7 @@ def training_state(run: Run) -> TrainingState:
     return TrainingState(
         model=run.model,
         optimizer=None if deepspeed else run.optimizer.optimizer,
-        identity=identity_of(run),
+        identity=run.identity(),
         scaler=run.accelerator.scaler,
         average=run.average,
         engine=run.wrapped if deepspeed else None,
@@ -418,20 +464,14 @@ def train(run: Run, stop_requested: threading.Event) -> bool:
                 started = time.perf_counter()
                 keys = batch.pop("sample_keys")
                 tensors = {name: value.to(run.accelerator.device, non_blocking=True) for name, value in batch.items()}
-                learning_rate = learning_rate_at(
-                    progress.step,
-                    plan.total_steps,
-                    args.learning_rate,
-                    args.warmup_fraction,
-                    args.final_learning_rate_fraction,
-                )
-                losses, norm = optimizer_step(run, tensors, learning_rate)
+                learning_rate = scheduled_rate(run)
+                losses, norm = run.take_step(tensors, learning_rate)
                 advance(run)
                 run.window.add(
                     progress.step,
                     losses,
                     norm,
-                    run.model.logit_scale,
+                    run.logit_scale,
                     learning_rate,
                     keys,
                     args.global_batch_size,
@@ -462,12 +502,11 @@ def report(run: Run, bar, batch: dict[str, torch.Tensor]) -> None:
     bar.update()
     if step % args.log_every_steps == 0 or step == total or (args.dry_run and step == DRY_RUN_STEPS):
         metrics = run.window.metrics() | {"epoch": step / run.plan.steps_per_epoch, "seconds": run.progress.seconds}
-        if args.log_duplicate_rates:
-            metrics |= duplicate_rates(batch)
-        run.log.write(step, metrics | run.reader.metrics())
-        bar.set_postfix(loss=f"{metrics['loss/total']:.3f}", pairs_per_s=f"{metrics.get('samples_per_second', 0):.0f}")
-    if args.eval_every_steps and step % args.eval_every_steps == 0 and step < total:
-        evaluate(run)
+        run.log.write(step, metrics | run.batch_metrics(batch) | run.reader.metrics())
+        speed = f"{metrics.get('samples_per_second', 0):.0f}"
+        bar.set_postfix(loss=f"{metrics['loss/total']:.3f}", samples_per_s=speed)
+    if run.eval_every_steps and step % run.eval_every_steps == 0 and step < total:
+        run.evaluate()
     if args.save_every_steps and step % args.save_every_steps == 0 and step < total:
         save(run)
 
@@ -489,7 +528,7 @@ def progress_bar(run: Run, last: int):
     return tqdm(
         total=last,
         initial=run.progress.step,
-        desc="pretrain",
+        desc=run.name,
         unit="step",
         dynamic_ncols=True,
         disable=not run.accelerator.is_main_process,
@@ -507,7 +546,7 @@ def finish(run: Run) -> tuple[Path, dict[str, float]]:
     """
     if not checkpoint_path(run.folder, run.progress.step).is_dir():
         save(run)
-    metrics = evaluate(run)
+    metrics = run.evaluate() | run.final_metrics()
     final = run.folder / "final"
     export(run, final, metrics)
     if run.average is not None:
@@ -516,7 +555,7 @@ def finish(run: Run) -> tuple[Path, dict[str, float]]:
             export(run, run.folder / "final-average", average_metrics)
     for line in run.reader.report():
         run.accelerator.print(line)
-    if run.args.push_to_hub and run.accelerator.is_main_process:
+    if getattr(run.args, "push_to_hub", None) and run.accelerator.is_main_process:
         run.accelerator.print(f"published: {publish(run.folder, run.args.push_to_hub)}")
     return final, metrics
 
@@ -543,9 +582,9 @@ def export(run: Run, folder: Path, metrics: dict[str, float]) -> None:
     with quiet_transformers():
         run.model.save_pretrained(aside)
     run.processor.save_pretrained(aside)
-    record = training_record(run, metrics)
+    record = run.record(metrics)
     (aside / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    write_card(aside, record)
+    run.write_card(aside, record)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
@@ -571,7 +610,7 @@ def describe_dry_run(run: Run) -> None:
         f"dry run: {DRY_RUN_STEPS} steps done, nothing saved. The run would be",
         f"  model       {args.model}, {sum(p.numel() for p in run.model.parameters()):,} parameters, "
         f"{trainable:,} trained",
-        f"  objective   {', '.join(f'{name} {weight:.3g}' for name, weight in run.objective.loss_weights.items())}",
+        f"  objective   {run.describe_objective()}",
         f"  data        {plan.samples:,} samples, {plan.steps_per_epoch:,} steps an epoch",
         f"  batch       {args.global_batch_size:,} = {run.accelerator.num_processes} processes x "
         f"{plan.per_device_batch_size:,}",
@@ -607,6 +646,11 @@ def run(args: PretrainingArguments) -> RunResult:
     Raises ValueError for settings and data that do not fit, CheckpointError, NonFiniteLoss, and what reading data
     raises.
     """
+    return complete_run(args, build)
+
+
+def complete_run(args: Any, build: Callable[[Any, Path], Run]) -> RunResult:
+    """`run` for any settings and the function that makes a `Run` of them."""
     with contextlib.ExitStack() as stack:
         stop_requested = stack.enter_context(termination_noticed())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if args.dry_run else args.output_dir)
@@ -635,8 +679,13 @@ def run(args: PretrainingArguments) -> RunResult:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line, runs, and returns the exit code."""
+    return run_command(parse_arguments, run, argv)
+
+
+def run_command(parse: Callable[[Sequence[str]], Any], run: Callable[[Any], RunResult], argv: Sequence[str] | None):
+    """The exit code of a command that trains, see the module's docstring; errors go to stderr as one line."""
     try:
-        args = parse_arguments(sys.argv[1:] if argv is None else argv)
+        args = parse(sys.argv[1:] if argv is None else argv)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_SETTING

@@ -62,16 +62,17 @@ class StepWindow:
         step: int,
         losses: StepLoss,
         grad_norm: torch.Tensor,
-        logit_scale: torch.Tensor,
+        logit_scale: torch.Tensor | None,
         learning_rate: float,
         sample_keys: Sequence[str],
         samples: int,
         waited: float,
     ) -> None:
-        """Remembers a step. logit_scale: the parameter (a logarithm) after the step. samples: of all processes.
-        waited: seconds spent waiting for data.
+        """Remembers a step. logit_scale: the parameter (a logarithm) after the step, None where the objective has none.
+        samples: of all processes. waited: seconds spent waiting for data.
         """
-        values = torch.stack([grad_norm.detach().float(), logit_scale.detach().float().exp()])
+        scale = [] if logit_scale is None else [logit_scale.detach().float().exp()]
+        values = torch.stack([grad_norm.detach().float(), *scale])
         self._pending.append((step, losses.shares.float(), losses.counts, values, learning_rate, list(sample_keys)))
         self._waited += waited
         self._samples += samples
@@ -99,9 +100,8 @@ class StepWindow:
             "terms": dict(zip(self.terms, shares[1:])),
             "counts": dict(zip(self.terms, counts)),
             "grad_norm": values[0],
-            "logit_scale": values[1],
             "learning_rate": learning_rate,
-        }
+        } | ({"logit_scale": values[1]} if len(values) > 1 else {})
 
     def _check(self, row: dict, sample_keys: list[str]):
         values = [row["loss"], *row["terms"].values()] + ([row["grad_norm"]] if self.check_gradients else [])
@@ -113,9 +113,10 @@ class StepWindow:
         path.write_text(json.dumps(row | {"sample_keys": sample_keys}, indent=1) + "\n", encoding="utf-8")
         any_process(True)  # every process has written its keys before one of them ends the run
         terms = ", ".join(f"{name} {value:.4g}" for name, value in row["terms"].items())
+        scale = f"softmax scale {row['logit_scale']:.4g}, " if "logit_scale" in row else ""
         raise NonFiniteLoss(
-            f"step {row['step']}: loss {row['loss']:.4g} ({terms}), gradient norm {row['grad_norm']:.4g}, "
-            f"softmax scale {row['logit_scale']:.4g}, "
+            f"step {row['step']}: loss {row['loss']:.4g}{f' ({terms})' if terms else ''}, "
+            f"gradient norm {row['grad_norm']:.4g}, {scale}"
             f"learning rate {row['learning_rate']:.3g}. The keys of this step's samples are in {folder}. The "
             f"last checkpoint is from before this "
             "window and intact. Usual causes: learning rate too high or warm-up too short, fp16 (use bf16), "
@@ -134,8 +135,9 @@ class StepWindow:
             metrics[f"chance/{name}"] = sum(math.log(row["counts"][name]) for row in full) / len(full) if full else 0.0
             if len(full) < len(rows):
                 metrics[f"empty_steps/{name}"] = len(rows) - len(full)
-        metrics |= {name: last[name] for name in ("learning_rate", "logit_scale", "grad_norm")}
-        metrics["temperature"] = 1 / last["logit_scale"]
+        metrics |= {name: last[name] for name in ("learning_rate", "logit_scale", "grad_norm") if name in last}
+        if "logit_scale" in last:
+            metrics["temperature"] = 1 / last["logit_scale"]
         seconds = time.perf_counter() - self._started
         if self._samples:
             metrics["samples_per_second"] = self._samples / seconds

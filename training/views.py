@@ -152,14 +152,20 @@ def make_views(data, settings, seed, epoch, sample, levels=("global", "local")):
         raise BadPicture("bad-picture", f"{type(error).__name__}: {error}") from None
     pixels = torch.from_numpy(decoded).permute(2, 0, 1)[None]
     views = {}
-    for level, (x1, y1, x2, y2) in boxes.items():
-        left, right = _whole(x1 / scale, x2 / scale, pixels.shape[3])
-        top, bottom = _whole(y1 / scale, y2 / scale, pixels.shape[2])
-        crop = pixels[:, :, top:bottom, left:right]
-        # torch's filter for bytes equals PIL's to rounding and takes a third of its time.
-        size = (settings.height, settings.width)
-        views[level] = torch.nn.functional.interpolate(crop, size, mode="bicubic", antialias=True)[0]
+    for level, box in boxes.items():
+        views[level] = cut_view(pixels, [side / scale for side in box], settings.height, settings.width)
     return views
+
+
+def cut_view(pixels, box, height, width):
+    """The box (x1, y1, x2, y2; floats in pixels, rounded) of `pixels`, uint8 (1, 3, H, W), resized to uint8 (3,
+    `height`, `width`)."""
+    x1, y1, x2, y2 = box
+    left, right = _whole(x1, x2, pixels.shape[3])
+    top, bottom = _whole(y1, y2, pixels.shape[2])
+    crop = pixels[:, :, top:bottom, left:right]
+    # torch's filter for bytes equals PIL's to rounding and takes a third of its time.
+    return torch.nn.functional.interpolate(crop, (height, width), mode="bicubic", antialias=True)[0]
 
 
 def _decode(picture, settings, seed, epoch, sample, levels):
