@@ -241,12 +241,11 @@ def save_arrays(path: Path, **arrays: Any) -> None:
 ##################################################################################################
 
 
-def draw_scenes(args: DemoArguments) -> None:
-    """The three splits in scenes/; shards that are there are kept."""
+def draw_scenes(folder: Path, train: int, validation: int, per_object: int, workers: int) -> None:
+    """The three splits in `folder`; shards that are there are kept. workers: processes that draw."""
     from training.prepare.emoji_scenes import Recipe, build
 
-    recipe = Recipe(SEED, args.train, args.validation, args.per_object, PICTURE_SIZE, SHARD_SIZE)
-    build(recipe, args.folder / "scenes", workers=args.processes * args.threads)
+    build(Recipe(SEED, train, validation, per_object, PICTURE_SIZE, SHARD_SIZE), folder, workers=workers)
 
 
 def training_record(args: DemoArguments, name: str) -> dict[str, Any]:
@@ -260,25 +259,23 @@ def steps_in_the_same_time(args: DemoArguments) -> int:
     return max(1, round(clip["steps"] * pyramid["seconds"] / clip["seconds"]))
 
 
-def evaluate_run(args: DemoArguments, name: str) -> dict[str, Any]:
-    """Retrieval and zero-shot scores of a finished run; the scores behind them go to evaluation/NAME.npz."""
+def score_model(folder: Path, scenes: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Retrieval on the held-out scenes and zero-shot classification of the single objects by the model in `folder`.
+
+    Returns the scores, and the (Q, I) cosines of captions and pictures and (N, C) of pictures and classes behind them.
+    """
     from training.embedding import embed_levels
     from training.evaluate import classification_metrics, load_model, zero_shot_scores
     from training.evaluation_data import ShardSamples, labelled_shards
     from training.retrieval import level_metrics
 
-    model, processor = load_model(str(args.folder / name / "final"))
-    samples = ShardSamples(str(args.folder / "scenes/validation"))
+    model, processor = load_model(str(folder))
+    samples = ShardSamples(str(scenes / "validation"))
     found = embed_levels(model, processor, samples, ["global", "caption", "summary"])
     retrieval = level_metrics(found.embeds, ["global_caption", "global_summary"], found.present, found.owners)
-    objects = labelled_shards(str(args.folder / "scenes/objects"))
+    objects = labelled_shards(str(scenes / "objects"))
     scores = zero_shot_scores(model, processor, objects, None, 64)
     texts, pictures = (torch.nn.functional.normalize(found.embeds[level], dim=1) for level in ("caption", "global"))
-    save_arrays(
-        args.folder / f"evaluation/{name}.npz",
-        caption_scores=(texts @ pictures.T).numpy(),
-        object_scores=scores.numpy(),
-    )
     return {
         "retrieval": retrieval,
         "zero_shot": classification_metrics(scores, torch.tensor(objects.labels)),
@@ -286,7 +283,14 @@ def evaluate_run(args: DemoArguments, name: str) -> dict[str, Any]:
         "scale": float(model.logit_scale.detach().exp()),
         "loss_weights": model.config.loss_weights,
         "label_smoothing": model.config.label_smoothing,
-    }
+    }, {"caption_scores": (texts @ pictures.T).numpy(), "object_scores": scores.numpy()}
+
+
+def evaluate_run(args: DemoArguments, name: str) -> dict[str, Any]:
+    """The scores of a finished run; what is behind them goes to evaluation/NAME.npz."""
+    scores, arrays = score_model(args.folder / name / "final", args.folder / "scenes")
+    save_arrays(args.folder / f"evaluation/{name}.npz", **arrays)
+    return scores
 
 
 ##################################################################################################
@@ -389,7 +393,8 @@ def run_demo(args: DemoArguments) -> Path:
     stages = Stages(args.folder, args.identity)
     if not stages.done("scenes"):
         with stages.clock("scenes"):
-            draw_scenes(args)
+            workers = args.processes * args.threads
+            draw_scenes(args.folder / "scenes", args.train, args.validation, args.per_object, workers)
     for name in TITLES:
         if not stages.done(name):
             with stages.clock(name) as result:

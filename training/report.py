@@ -75,15 +75,19 @@ class ReportedDemo:
     commands: str
 
 
-def write_report(demo: ReportedDemo, path: str | Path) -> None:
-    """Renders the page and writes it to `path`, whole or not at all."""
+def render(template: Path, content: dict) -> str:
+    """The page that a Jinja template and its values make; every value that the template names must be there."""
     try:
         import jinja2
     except ImportError as error:
         raise ImportError('the report needs jinja2, which torch brings: pip install -e ".[train]"') from error
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(**page_content(demo))
-    write_atomically(path, page.encode())
+    return environment.from_string(template.read_text(encoding="utf-8")).render(**content)
+
+
+def write_report(demo: ReportedDemo, path: str | Path) -> None:
+    """Renders the page and writes it to `path`, whole or not at all."""
+    write_atomically(path, render(TEMPLATE, page_content(demo)).encode())
 
 
 def page_content(demo: ReportedDemo) -> dict:

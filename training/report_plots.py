@@ -1,4 +1,4 @@
-"""The plots of the demo's report, each as a data URI of an SVG picture. Pure functions of plain numbers."""
+"""The plots of the reports, each as a data URI of an SVG picture. Pure functions of plain numbers."""
 
 import base64
 import io
@@ -79,19 +79,42 @@ def class_bars(accuracy: Mapping[str, float], chance: float) -> str:
     return _svg(figure)
 
 
-def _figure(width: float, height: float):
+def row_panels(rows: Sequence[str], panels: Mapping[str, tuple[Sequence[Sequence[float]], Sequence[float]]]) -> str:
+    """Side by side for each panel: our values over the rows of a table, and, dashed on an axis of its own, the paper's.
+
+    panels: title -> (values of each row, one a seed and possibly none; the paper's value of each row), in percent.
+    """
+    figure, all_axes = _figure(4.0 * len(panels), 3.6, len(panels))
+    places = range(len(rows))
+    for axes, (title, (ours, paper)) in zip(all_axes, panels.items()):
+        told = axes.twinx()
+        told.plot(places, paper, color=SOFT, linestyle=(0, (4, 3)), marker="s", markersize=3.5, linewidth=1.2)
+        told.tick_params(colors=SOFT, labelsize=8.5)
+        told.spines[["top", "left", "right", "bottom"]].set_visible(False)
+        dots = [(place, value) for place, values in zip(places, ours) for value in values]
+        axes.scatter(*zip(*dots), color=COLOURS["clip"], s=16, zorder=3)
+        means = [(place, sum(values) / len(values)) for place, values in zip(places, ours) if values]
+        axes.plot(*zip(*means), color=COLOURS["pyramid"], linewidth=1.8)
+        axes.set_xticks(places, rows, rotation=28, ha="right", fontsize=8)
+        axes.set_title(title, fontsize=10, color=INK)
+    return _svg(figure)
+
+
+def _figure(width: float, height: float, columns: int = 1):
+    """A figure with its axes, or its list of axes where there are several columns."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('the report needs matplotlib: pip install -e ".[eval]"') from error
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#c9cfda")
-    axes.tick_params(color="#c9cfda", labelcolor=INK, labelsize=9.5)
-    axes.grid(axis="y", color="#eceff4", linewidth=1)
-    axes.set_axisbelow(True)
-    return figure, axes
+    every = figure.subplots(1, columns, squeeze=False)[0]
+    for axes in every:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#c9cfda")
+        axes.tick_params(color="#c9cfda", labelcolor=INK, labelsize=9.5)
+        axes.grid(axis="y", color="#eceff4", linewidth=1)
+        axes.set_axisbelow(True)
+    return figure, (every[0] if columns == 1 else list(every))
 
 
 def _svg(figure) -> str:

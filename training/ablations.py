@@ -1,0 +1,463 @@
+"""Does the method work? Every row of the paper's ablations (Tables 5, 14 and 15) on emoji scenes.
+
+    python -m training.ablations [--output-dir runs/ablations] [--only components] [--families resnet] [--seeds 0]
+
+Trains each distinct row of `training/configs/ablations.yaml` with equal steps, for the ResNet and the ViT family of
+`training/configs/ablations_runs.yaml`, evaluates all of them in the same way, and writes the page that sets them beside
+the paper's numbers. Rows that are the same training (Table 14's `peer` and Table 5's first row) are trained once.
+
+It can be stopped (Ctrl-C, SIGTERM, kill -9) and started again at any time: finished runs are kept, a training continues
+from its last checkpoint. Seed 0 of everything comes first, so a stopped command has every row once. A run that fails is
+reported and does not stop the others. Exit codes: 0 all runs are there; 1 some failed; 2 a setting is wrong; 130
+stopped. The folder:
+
+    plan.json                  the settings of every run, as they were when the folder was started
+    scenes/                    the data: train/, validation/, objects/
+    runs/FAMILY-ROW-seedN/     log.txt, metrics.jsonl, the model in final/
+    results/FAMILY-ROW-seedN.json
+    report.html, report.md     the page, and its tables as Markdown; written again after every run
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from training.demo import EXIT_INTERRUPTED, EXIT_WRONG_SETTING, DemoArguments, draw_scenes, score_model
+from training.shards import read_dataset_json, write_atomically
+
+EXIT_FAILED = 1
+SPLITS = ("train", "validation", "objects")
+SECONDS_TO_STOP = 120
+# What has to do with where a run is and how it is watched, not with its result.
+WATCHING = {"validation_data": None, "trackers": [], "eval_every_steps": 0, "push_to_hub": None}
+
+
+@dataclass(kw_only=True)
+class AblationArguments:
+    """Settings of `python -m training.ablations`."""
+
+    output_dir: str = field(default="runs/ablations", metadata={"help": "folder of the ablations"})
+    config: str = field(
+        default="training/configs/ablations_runs.yaml", metadata={"help": "families, seeds and steps of the runs"}
+    )
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "emoji scenes: train/, validation/, objects/; drawn where absent; default: OUTPUT_DIR/scenes"
+        },
+    )
+    train: int = field(default=DemoArguments.train, metadata={"help": "training scenes, where they are drawn"})
+    validation: int = field(default=DemoArguments.validation, metadata={"help": "held-out scenes"})
+    per_object: int = field(default=DemoArguments.per_object, metadata={"help": "pictures of each single object"})
+    steps: int | None = field(
+        default=None, metadata={"help": "optimizer steps, the same for every row; default: the config's"}
+    )
+    only: list[str] | None = field(
+        default=None, metadata={"help": "tables: components, peer_level, mismatched; default: all"}
+    )
+    families: list[str] | None = field(default=None, metadata={"help": "resnet, vit; default: all"})
+    seeds: list[int] | None = field(
+        default=None, metadata={"help": "seeds of every table; default: the config's (three for components, else one)"}
+    )
+    parallel: int | None = field(
+        default=None, metadata={"help": "trainings at a time, one thread each; default: one a core, at most 2"}
+    )
+    keep_settings: bool = field(
+        default=False,
+        metadata={"help": "continue with the settings in plan.json, whatever the YAML files say by now"},
+    )
+    run: str | None = field(
+        default=None, metadata={"help": "one run in this process; the command starts such processes itself"}
+    )
+
+    def __post_init__(self):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.parallel = min(2, cores) if self.parallel is None else self.parallel
+        for name, least in (("parallel", 1), ("steps", 1), ("train", 2), ("validation", 2), ("per_object", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+        if self.seeds and min(self.seeds) < 0:
+            raise ValueError(f"--seeds: expected numbers from 0, got {self.seeds}")
+
+    @property
+    def folder(self) -> Path:
+        """`output_dir` as a path."""
+        return Path(self.output_dir)
+
+    @property
+    def scenes(self) -> Path:
+        """Where the data are."""
+        return Path(self.data) if self.data else self.folder / "scenes"
+
+
+##################################################################################################
+#  From the tables to runs                                                                       #
+##################################################################################################
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; ValueError where there is none."""
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"there is no {path}; run the command in the checkout's folder")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a mapping, got {type(content).__name__}")
+    return content
+
+
+def family_settings(base: Mapping[str, Any], family: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that all rows of a family share. The family's towers replace those of the base whole."""
+    settings = {**base, **family, **WATCHING}
+    settings["model_config"] = {**base.get("model_config", {}), **family.get("model_config", {})}
+    return settings
+
+
+def row_settings(shared: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a row. Where the row has LeFF, or does not say, a ViT has as many LeFF blocks as its family."""
+    changes = {name: value for name, value in row.items() if name != "vit"}
+    settings = {**shared, **changes}
+    if str(shared["model"]).startswith("ViT"):
+        vision = dict(shared["model_config"]["vision_config"])
+        if "num_leff_layers" not in vision:
+            raise ValueError(f"a ViT family must state num_leff_layers, its vision_config has {sorted(vision)}")
+        asked = row.get("vit", {}).get("model_config", {}).get("vision_config", {}).get("num_leff_layers")
+        if asked == 0:
+            vision["num_leff_layers"] = 0
+        settings["model_config"] = {**shared["model_config"], "vision_config": vision}
+    return settings
+
+
+def expand(tables: Mapping[str, Mapping[str, Any]], shared: Mapping[str, Any]) -> tuple[dict, dict]:
+    """Distinct runs of a family, and which run each row is.
+
+    Returns ({run: settings}, {table: {row: run}}); rows with equal settings are one run, named by the first of them.
+    """
+    runs: dict[str, dict] = {}
+    rows: dict[str, dict[str, str]] = {}
+    for table, entries in tables.items():
+        rows[table] = {}
+        for row, changes in entries.items():
+            settings = row_settings(shared, changes)
+            same = next((name for name, known in runs.items() if known == settings), None)
+            if same is None:
+                same = f"{table}_{row}" if row in runs else row
+                runs[same] = settings
+            rows[table][row] = same
+    return runs, rows
+
+
+def make_plan(args: AblationArguments) -> dict[str, Any]:
+    """What the YAML files and the command line ask for; plain values, see plan.json."""
+    path = Path(args.config)
+    config = read_yaml(path)
+    base, tables = read_yaml(path.parent / config["base"]), read_yaml(path.parent / config["rows"])
+    steps = args.steps or config["steps"]
+    families = {}
+    for name, family in config["families"].items():
+        shared = family_settings(base, {**family["settings"], "max_steps": steps, "epochs": None})
+        for place in ("output_dir", "train_data", "seed"):
+            shared.pop(place, None)
+        runs, rows = expand(tables, shared)
+        families[name] = {"title": family["title"], "runs": runs, "rows": rows}
+    scenes = {"train": args.train, "validation": args.validation, "per_object": args.per_object}
+    plan = {"steps": steps, "scenes": scenes, "families": families, "seeds": config["seeds"]}
+    return json.loads(json.dumps(plan))
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Where two plans differ, as "path: old, now new"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [*old, *(name for name in new if name not in old)]
+        inner = ((name, old.get(name), new.get(name)) for name in names)
+        return [text for name, a, b in inner for text in differences(a, b, f"{where}.{name}" if where else name)]
+    return [] if old == new else [f"{where}: {old!r}, now {new!r}"]
+
+
+def claim(args: AblationArguments) -> dict[str, Any]:
+    """The plan of the folder, written at the first start; ValueError where it is another than is asked for now."""
+    path, asked = args.folder / "plan.json", make_plan(args)
+    if not path.is_file():
+        args.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(asked, indent=1) + "\n").encode())
+        return asked
+    found = json.loads(path.read_text(encoding="utf-8"))
+    # Which seeds are run is a choice of every start.
+    differ = differences({**found, "seeds": None}, {**asked, "seeds": None})
+    if args.keep_settings:
+        if args.steps and args.steps != found["steps"]:
+            raise ValueError(
+                f"--keep-settings: {args.folder} has {found['steps']} steps, --steps asks for {args.steps}"
+            )
+        return {**found, "seeds": asked["seeds"]}
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise ValueError(
+            f"{args.folder} holds runs of other settings ({'; '.join(differ[:3])}{more}): --keep-settings continues "
+            "with its own, or choose another --output-dir, or remove it"
+        )
+    return asked
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training with its evaluation. run: a name in the family's runs."""
+
+    family: str
+    run: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder and its files."""
+        return f"{self.family}-{self.run}-seed{self.seed}"
+
+
+def chosen(kind: str, wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    """`known`, or those of it that are wanted; ValueError for one that is unknown."""
+    unknown = [name for name in wanted or [] if name not in known]
+    if unknown:
+        raise ValueError(f"--{kind}: there is no {', '.join(unknown)}; known: {', '.join(known)}")
+    return [name for name in known if not wanted or name in wanted]
+
+
+def jobs_of(plan: Mapping[str, Any], args: AblationArguments) -> list[Job]:
+    """The distinct runs in the order in which they are started: by seed, then by table."""
+    families = chosen("families", args.families, list(plan["families"]))
+    tables = chosen("only", args.only, list(plan["families"][families[0]]["rows"]))
+    seeds = {table: args.seeds or plan["seeds"][table] for table in tables}
+    wanted = [
+        (seed, place, number, Job(family, run, seed))
+        for place, table in enumerate(tables)
+        for family in families
+        for number, run in enumerate(plan["families"][family]["rows"][table].values())
+        for seed in seeds[table]
+    ]
+    return list(dict.fromkeys(job for *_, job in sorted(wanted, key=lambda entry: entry[:3])))
+
+
+##################################################################################################
+#  One run, in a process of its own                                                              #
+##################################################################################################
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """Holds the file's lock, which the system lets go when the process ends, however it ends.
+
+    Raises BlockingIOError where another process holds it and `wait` is False.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+def end_with_parent() -> None:
+    """SIGTERM to this process once its parent is gone: a training saves and stops when the command was killed."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_here(args: AblationArguments, name: str) -> int:
+    """Trains and evaluates the run `name` in this process; its result is written last."""
+    from training import pretrain
+    from training.arguments import PretrainingArguments
+
+    end_with_parent()
+    plan = json.loads((args.folder / "plan.json").read_text(encoding="utf-8"))
+    family, run, seed = name.split("-")
+    folder = args.folder / "runs" / name
+    with locked(folder / "lock", wait=True):  # the process of a killed command may still be saving
+        settings = plan["families"][family]["runs"][run]
+        place = {"output_dir": str(folder), "train_data": [str(args.scenes / "train")], "resume": "latest"}
+        result = pretrain.run(PretrainingArguments(**settings, **place, seed=int(seed.removeprefix("seed"))))
+        if not result.finished:
+            return pretrain.EXIT_STOPPED
+        scores, _ = score_model(folder / "final", args.scenes)
+        record = json.loads((folder / "final/training.json").read_text(encoding="utf-8"))
+        measured = {key: record[key] for key in ("steps", "samples_seen", "seconds")}
+        content = {"family": family, "run": run, "seed": record["settings"]["seed"], **measured, **scores}
+        write_result(args.folder, name, content)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return 0
+
+
+def result_path(folder: Path, name: str) -> Path:
+    """Where the result of a run is, once it is finished."""
+    return folder / "results" / f"{name}.json"
+
+
+def write_result(folder: Path, name: str, content: Mapping[str, Any]) -> None:
+    """The result, there whole or not at all."""
+    path = result_path(folder, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """All results that are there, by name."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "results").glob("*.json"))]
+
+
+##################################################################################################
+#  All runs                                                                                      #
+##################################################################################################
+
+
+def prepare_scenes(args: AblationArguments) -> None:
+    """Draws the data where they are not there; shards that are there are kept."""
+    missing = [name for name in SPLITS if read_dataset_json(args.scenes / name) is None]
+    if not missing:
+        return
+    if args.data and len(missing) < len(SPLITS) and not (args.scenes / "recipe.json").is_file():
+        raise ValueError(f"--data {args.data}: expected the folders {', '.join(SPLITS)}; {', '.join(missing)} missing")
+    print("ablations: drawing the scenes", flush=True)
+    draw_scenes(args.scenes, args.train, args.validation, args.per_object, args.parallel)
+
+
+def start_run(args: AblationArguments, job: Job) -> subprocess.Popen:
+    """A process with one thread that trains and evaluates the run; its messages go to log.txt."""
+    folder = args.folder / "runs" / job.name
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["--output-dir", args.output_dir, "--config", args.config, "--run", job.name]
+    words += ["--data", str(args.scenes)]
+    limits = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
+    environment = os.environ | limits | {"ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
+    with open(folder / "log.txt", "ab") as log:
+        # A session of its own: Ctrl-C reaches this process only, which then asks the trainings to save.
+        return subprocess.Popen(
+            [sys.executable, "-m", "training.ablations", *words],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def stop_all(running: Mapping[Job, subprocess.Popen]) -> None:
+    """Asks the trainings to save and end, and waits for them."""
+    for process in running.values():
+        process.terminate()
+    end = time.monotonic() + SECONDS_TO_STOP
+    for process in running.values():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, end - time.monotonic()))
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def last_words(args: AblationArguments, job: Job) -> str:
+    """The end of the log of a run that failed."""
+    path = args.folder / "runs" / job.name / "log.txt"
+    lines = path.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
+    return "\n".join(f"    {line}" for line in [line for line in lines if line.strip()][-3:]) + f"\n    ({path})"
+
+
+def run_jobs(args: AblationArguments, jobs: Sequence[Job], after_each) -> list[Job]:
+    """Runs what has no result yet, `args.parallel` at a time; returns those that failed.
+
+    after_each: called after every finished run. KeyboardInterrupt passes through after the trainings have saved.
+    """
+    from tqdm.auto import tqdm
+
+    waiting = deque(job for job in jobs if not result_path(args.folder, job.name).is_file())
+    running: dict[Job, subprocess.Popen] = {}
+    failed: list[Job] = []
+    with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="run", desc="ablations", smoothing=0) as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < args.parallel:
+                    job = waiting.popleft()
+                    running[job] = start_run(args, job)
+                    bar.set_postfix_str(", ".join(job.name for job in running))
+                time.sleep(0.2)
+                for job in [job for job, process in running.items() if process.poll() is not None]:
+                    code = running.pop(job).returncode
+                    bar.update()
+                    if code or not result_path(args.folder, job.name).is_file():
+                        failed.append(job)
+                        tqdm.write(f"{job.name} ended with code {code}:\n{last_words(args, job)}", file=sys.stderr)
+                    else:
+                        after_each()
+        finally:
+            stop_all(running)
+    return failed
+
+
+@contextlib.contextmanager
+def termination_as_interrupt() -> Iterator[None]:
+    """Within the block SIGTERM is Ctrl-C."""
+
+    def interrupt(signum, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_ablations(args: AblationArguments) -> tuple[Path, list[Job]]:
+    """All runs that are asked for and not there yet, and the page; returns the page and the runs that failed."""
+    from training.ablations_page import write_page
+
+    plan = claim(args)
+    jobs = jobs_of(plan, args)
+    try:
+        with locked(args.folder / "lock", wait=False):
+            prepare_scenes(args)
+            failed = run_jobs(args, jobs, lambda: write_page(plan, read_results(args.folder), args.folder))
+            return write_page(plan, read_results(args.folder), args.folder), failed
+    except BlockingIOError as error:
+        raise ValueError(f"{args.folder}: another process of this command is at work there") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line and runs the ablations, or the one run that it was started for."""
+    from transformers import HfArgumentParser
+
+    try:
+        parser = HfArgumentParser(AblationArguments, description=__doc__.split("\n")[0])
+        (args,) = parser.parse_args_into_dataclasses(argv)
+        if args.run:
+            return run_here(args, args.run)
+        with termination_as_interrupt():
+            page, failed = run_ablations(args)
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_WRONG_SETTING
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print(f"report: {page}")
+    if failed:
+        print(f"failed: {', '.join(job.name for job in failed)}; the same command tries them again", file=sys.stderr)
+    return EXIT_FAILED if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
