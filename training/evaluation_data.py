@@ -7,12 +7,13 @@ error, because a score over fewer samples than the data set has is another score
 import bisect
 import io
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
+from training.data_sources import Manifest, ManifestReader, Unit
 from training.records import BadSample, Sample, sample_from_members
 from training.shards import ShardReader, is_url, read_dataset_json
 
@@ -47,13 +48,13 @@ def shard_paths(data: str) -> list[str]:
 class ShardSamples(Sequence):
     """The samples of shards as a sequence: `len`, and item i as a `records.Sample`, read when asked for.
 
-    data: see `shard_paths`. max_samples: only the first so many. Reading raises ValueError where a sample has no
-    picture or is damaged, naming it.
+    data: see `shard_paths`, or a `.jsonl` manifest of loose pictures (`data_sources`). max_samples: only the first so
+    many. Reading raises ValueError where a sample has no picture or is damaged, naming it.
     """
 
     def __init__(self, data: str, max_samples: int | None = None):
         self.name = data
-        self._readers = [ShardReader(path) for path in shard_paths(data)]
+        self._readers = [_manifest(data)] if data.endswith(".jsonl") else list(map(ShardReader, shard_paths(data)))
         self._ends = list(itertools.accumulate(map(len, self._readers)))
         self._length = min(self._ends[-1], max_samples or self._ends[-1])
         if not self._length:
@@ -69,14 +70,20 @@ class ShardSamples(Sequence):
         reader = self._readers[shard]
         row = index - (self._ends[shard] - len(reader))
         try:
-            return sample_from_members(reader.read(row), reader.keys[row], reader.name)
+            key = reader.key(row) if isinstance(reader, ManifestReader) else reader.keys[row]
+            return sample_from_members(reader.read(row), key, reader.name)
         except BadSample as error:
             hint = "; a caption without a picture cannot be evaluated" if error.reason == "no-image" else ""
-            advice = "Evaluation skips nothing: repair the shard or take the sample out"
+            advice = "Evaluation skips nothing: repair the data or take the sample out"
             raise ValueError(f"{error}{hint}. {advice}") from error
 
     def __iter__(self) -> Iterator[Sample]:
         return map(self.__getitem__, range(len(self)))
+
+
+def _manifest(path: str) -> ManifestReader:
+    manifest = Manifest(path)
+    return ManifestReader(manifest, Unit(path, len(manifest.offsets) - 1, manifest.identity))
 
 
 def open_picture(data: bytes, name: str) -> Image.Image:
@@ -93,14 +100,17 @@ def open_picture(data: bytes, name: str) -> Image.Image:
 class LabelledPictures:
     """Pictures for classification.
 
-    name: the data set. class_names: the C names that prompts are made of. labels: one class number a picture. read:
-    picture number -> PIL picture.
+    name: the data set, as results call it. class_names: the C names that prompts are made of. labels: one class number
+    a picture. read: picture number -> PIL picture. described: fields of `EvalResult` that say which data this is.
+    main_metric: the metric that this data set is reported by, and a word on it; None where there is no such custom.
     """
 
     name: str
     class_names: list[str]
     labels: list[int]
     read: Callable[[int], Image.Image]
+    described: Mapping[str, str | None] = field(default_factory=dict)
+    main_metric: tuple[str, str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -122,8 +132,10 @@ def check_class_names(names: Sequence[str], source: str) -> list[str]:
     return names
 
 
-def _check_every_class_has_pictures(data: LabelledPictures) -> LabelledPictures:
-    missing = [name for number, name in enumerate(data.class_names) if number not in set(data.labels)]
+def check_every_class_has_pictures(data: LabelledPictures) -> LabelledPictures:
+    """The data as given; ValueError where a class has no picture."""
+    met = set(data.labels)
+    missing = [name for number, name in enumerate(data.class_names) if number not in met]
     if missing:
         raise ValueError(
             f"{data.name}: {len(missing)} of {len(data.class_names)} class names have no picture: "
@@ -131,6 +143,12 @@ def _check_every_class_has_pictures(data: LabelledPictures) -> LabelledPictures:
             "out or add their pictures"
         )
     return data
+
+
+def spread_evenly(items: int, wanted: int) -> list[int]:
+    """The numbers of `wanted` of the items, at even distances; all where there are no more."""
+    wanted = min(items, wanted)
+    return [number * items // wanted for number in range(wanted)]
 
 
 def labelled_folder(folder: str, classes_file: str | None = None, max_samples: int | None = None) -> LabelledPictures:
@@ -145,6 +163,10 @@ def labelled_folder(folder: str, classes_file: str | None = None, max_samples: i
     folders = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     if not folders:
         raise FileNotFoundError(f"{folder}: expected one sub-folder of pictures for each class, found none")
+    if set(folders) <= {"train", "training", "val", "valid", "validation", "test"}:
+        raise ValueError(
+            f"{folder}: its folders {folders} are splits, not classes; name one, e.g. {root / folders[-1]}"
+        )
     files = [
         (path, label)
         for label, name in enumerate(folders)
@@ -153,10 +175,10 @@ def labelled_folder(folder: str, classes_file: str | None = None, max_samples: i
     ]
     names = [name.replace("_", " ") for name in folders]
     if classes_file:
-        names = _names_from_file(classes_file, folders)
-    if max_samples and max_samples < len(files):
-        files = [files[number * len(files) // max_samples] for number in range(max_samples)]
-    return _check_every_class_has_pictures(
+        names = names_from_file(classes_file, folders)
+    if max_samples:
+        files = [files[number] for number in spread_evenly(len(files), max_samples)]
+    return check_every_class_has_pictures(
         LabelledPictures(
             name=root.name,
             class_names=check_class_names(names, classes_file or folder),
@@ -166,7 +188,11 @@ def labelled_folder(folder: str, classes_file: str | None = None, max_samples: i
     )
 
 
-def _names_from_file(classes_file: str, folders: list[str]) -> list[str]:
+def names_from_file(classes_file: str, folders: list[str]) -> list[str]:
+    """The class names of a file, in the order of `folders`: lines `folder<TAB>name`, or one name for each in order.
+
+    Raises FileNotFoundError, and ValueError where the lines do not fit the folders.
+    """
     if not Path(classes_file).is_file():
         raise FileNotFoundError(f"there is no class file {classes_file}; expected one name a line, or folder<TAB>name")
     lines = Path(classes_file).read_text(encoding="utf-8").splitlines()
@@ -198,7 +224,7 @@ def labelled_shards(data: str, classes_file: str | None = None, max_samples: int
     if None in found:
         key = samples[found.index(None)].key
         raise ValueError(f"{data}: sample {key!r} has no class_name in its .json; zero-shot classification needs one")
-    listed = None if data.endswith(".tar") else (read_dataset_json(data) or {}).get("classes")
+    listed = None if data.endswith((".tar", ".jsonl")) else (read_dataset_json(data) or {}).get("classes")
     names = listed or sorted(set(found))
     if classes_file:
         names = Path(classes_file).read_text(encoding="utf-8").splitlines()
@@ -207,7 +233,7 @@ def labelled_shards(data: str, classes_file: str | None = None, max_samples: int
     if unknown:
         raise ValueError(f"{data}: pictures of classes that are not among the {len(names)} names: {unknown[:5]}")
     numbers = {name: number for number, name in enumerate(names)}
-    return _check_every_class_has_pictures(
+    return check_every_class_has_pictures(
         LabelledPictures(
             name=Path(data).stem,
             class_names=names,

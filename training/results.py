@@ -16,11 +16,11 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 
 from training.shards import write_atomically
 
-COLUMNS = ("task", "dataset", "config", "split", "metric", "value")
+COLUMNS = ("task", "dataset", "config", "split", "metric", "note", "value")
 
 
 def result_rows(results: Iterable[EvalResult]) -> list[dict[str, Any]]:
-    """One dict a result with the keys of `COLUMNS`, fit for a table."""
+    """One dict a result with the keys of `COLUMNS`, fit for a table; `note` marks the metric a data set is known by."""
     return [
         {
             "task": result.task_type,
@@ -28,6 +28,7 @@ def result_rows(results: Iterable[EvalResult]) -> list[dict[str, Any]]:
             "config": result.dataset_config or "",
             "split": result.dataset_split or "",
             "metric": result.metric_type,
+            "note": result.metric_name or "",
             "value": result.metric_value,
         }
         for result in results

@@ -1,6 +1,7 @@
 """The evaluation command on a tiny model and shards: against one sample at a time, and on several processes."""
 
 import io
+import json
 import os
 
 import numpy as np
@@ -8,43 +9,24 @@ import pytest
 import torch
 from PIL import Image
 
-from pyramidclip_hf.configuration_pyramidclip import TERMS, PyramidCLIPConfig
-from pyramidclip_hf.image_processing_pyramidclip import PyramidCLIPImageProcessor
-from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
-from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
+from pyramidclip_hf.configuration_pyramidclip import TERMS
+from tests.training.evaluation_models import FEATURES, save_tiny_model
 from tests.training.processes import run_in_processes
 from training.embedding import embed_levels, local_view
-from training.evaluate import classification_metrics, load_model, main, read_templates
+from training.evaluate import classification_metrics, load_model, main, read_templates, zero_shot_scores
 from training.evaluation_data import ShardSamples
+from training.evaluation_sets import open_set
 from training.records import Region, Sample, tag_text
 from training.results import read_json
 from training.retrieval import retrieval_metrics
 from training.shards import ShardWriter, write_dataset_json
 
 WORDS = "red green blue big small dog cat bird house tree car boat sun moon star".split()
-FEATURES = 8
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = PyramidCLIPConfig(
-        text_config={**tower, "pooling": "eos"},
-        vision_config={
-            **tower,
-            "image_size": 32,
-            "patch_size": 16,
-            "num_leff_layers": 1,
-            "roi_feature_size": FEATURES,
-        },
-        projection_dim=16,
-    )
-    folder = tmp_path_factory.mktemp("model")
-    PyramidCLIPModel(config).save_pretrained(folder)
-    images = PyramidCLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    PyramidCLIPProcessor(images, roi_feature_size=FEATURES).save_pretrained(folder)
-    return str(folder)
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def make_sample(number, rng):
@@ -147,6 +129,71 @@ def test_retrieval_command(model_folder, data, tmp_path, capsys):
     assert "roi_tags" in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def sets_root(tmp_path_factory, data):
+    """Two of Table 7's data sets and Flickr30K, of the pictures of the shards."""
+    root = tmp_path_factory.mktemp("root")
+    images = []
+    for number, one in enumerate(ShardSamples(data)):
+        wnid = ("n01440764", "n01443537", "n03773504", "n04008634")[number % 4]
+        texts = [{"raw": text} for text in one.captions or [one.caption]]
+        images.append({"filename": f"{one.key}.png", "split": "test", "sentences": texts})
+        for path in (f"imagenet/val/{wnid}", f"SUN397/a/{'abbey' if number < 5 else 'alley'}", "flickr30k"):
+            name = f"sun_{one.key}.jpg" if path.startswith("SUN") else f"{one.key}.png"
+            (root / path).mkdir(parents=True, exist_ok=True)
+            (root / path / name).write_bytes(one.image)
+    (root / "SUN397/ClassName.txt").write_text("/a/abbey\n/a/alley\n")
+    (root / "flickr30k/dataset_flickr30k.json").write_text(json.dumps({"images": images}))
+    return str(root)
+
+
+def test_named_data_sets(model_folder, sets_root, tmp_path, capsys):
+    arguments = ["--model", model_folder, "--data", sets_root, "--task", "zero-shot", "--batch-size", "4", "--cpu"]
+    outputs = ["--output", str(tmp_path / "z.json"), "--csv", str(tmp_path / "z.csv")]
+    templates = tmp_path / "templates"
+    templates.write_text("my {}\n")
+    assert main([*arguments, "--dataset", "imagenet", "sun397", "--templates", str(templates), *outputs]) == 0
+    results = read_json(tmp_path / "z.json")[1]
+    assert len({one.dataset_name for one in results}) == 2 and {one.dataset_type for one in results} == {
+        *("imagenet", "sun397")
+    }
+    assert all("not the paper's split: found 13 of" in one.dataset_name for one in results)
+    marked = [(one.dataset_type, one.metric_type, one.metric_name) for one in results if one.metric_name]
+    assert marked == [("imagenet", "top_1", "main metric"), ("sun397", "top_1", "main metric")]
+    assert "main metric" in capsys.readouterr().out and "main metric" in (tmp_path / "z.csv").read_text()
+    # CLIP's list calls two of these classes "missile": they share their place in every order, whichever is right.
+    model, processor = load_model(model_folder)
+    pictures = open_set("imagenet", sets_root)
+    scores = zero_shot_scores(model, processor, pictures, ["my {}"], 4)
+    assert torch.equal(scores[:, 2], scores[:, 3]) and not torch.equal(scores[:, 0], scores[:, 1])
+    values = {one.metric_type: one.metric_value for one in results if one.dataset_type == "imagenet"}
+    assert values["top_1"] == pytest.approx(classification_metrics(scores, torch.tensor(pictures.labels))["top_1"])
+
+
+def test_captions_of_other_formats_equal_the_shards(model_folder, data, sets_root, tmp_path):
+    arguments = ["--model", model_folder, "--batch-size", "4", "--cpu", "--levels", "global_caption"]
+    flickr = f"{sets_root}/flickr30k"
+    manifest = tmp_path / "pairs.jsonl"
+    lines = [
+        {"image": f"{flickr}/{one.key}.png", "captions": one.captions or [one.caption]} for one in ShardSamples(data)
+    ]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sources = {
+        "shards": ["--data", data],
+        "named": ["--data", sets_root, "--dataset", "flickr30k"],
+        "file": ["--data", flickr, "--captions", f"{flickr}/dataset_flickr30k.json"],
+        "manifest": ["--data", str(manifest)],
+    }
+    values = {}
+    for name, source in sources.items():
+        assert main([*arguments, *source, "--output", str(tmp_path / name)]) == 0
+        values[name] = {one.metric_type: one.metric_value for one in read_json(tmp_path / name)[1]}
+    assert values["shards"] == values["named"] == values["file"] == values["manifest"]
+    assert values["shards"]["texts"] == 15
+    name = read_json(tmp_path / "named")[1][0].dataset_name
+    assert name == "Flickr30K (not the test split of 1,000 pictures: found 13)"
+
+
 def run_command(rank, world_size, model_folder, data, folder):
     codes = []
     for task in ("retrieval", "zero-shot"):
@@ -200,7 +247,7 @@ def test_classification_metrics_with_unequal_classes_and_ties():
     assert metrics["mean_per_class"] == pytest.approx((1 + 1.5 / 2 + 0) / 3)
 
 
-def test_what_is_wrong_ends_with_code_2(model_folder, data, tmp_path, capsys):
+def test_what_is_wrong_ends_with_code_2(model_folder, data, sets_root, tmp_path, capsys):
     def error_of(*arguments):
         assert main([*arguments, "--cpu"]) == 2
         return capsys.readouterr().err
@@ -215,7 +262,15 @@ def test_what_is_wrong_ends_with_code_2(model_folder, data, tmp_path, capsys):
         os.link(f"{model_folder}/{name}", bare / name)
     assert "has no tokenizer" in error_of("--model", str(bare), "--data", data)
     (tmp_path / "names").write_text("cat\ncat\n")
+    assert "pictures and captions only, so --levels roi_tags" in error_of(
+        *("--model", model_folder, "--data", sets_root, "--dataset", "flickr30k", "--levels", "roi_tags")
+    )
+    assert "it is for --task zero-shot" in error_of("--model", model_folder, "--data", data, "--dataset", "pets")
+    assert "lacks MS-COCO" in error_of("--model", model_folder, "--data", sets_root, "--dataset", "mscoco")
     zero_shot = ("--model", model_folder, "--data", data, "--task", "zero-shot")
+    assert "--classes is for one data set" in error_of(*zero_shot, "--dataset", "pets", "dtd", "--classes", "x")
+    assert "--split-file goes with" in error_of(*zero_shot, "--split-file", "x")
+    assert "lacks Food-101" in error_of(*zero_shot, "--dataset", "food101")
     assert "class names repeat: 'cat'" in error_of(*zero_shot, "--classes", str(tmp_path / "names"))
 
 

@@ -105,6 +105,28 @@ def test_folder_and_names_that_do_not_fit(image_folder, tmp_path):
         labelled_folder(str(image_folder)).read(0)
 
 
+def test_splits_are_not_taken_for_classes(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        (tmp_path / split / "cat" / "1.png").write_bytes(picture("red"))
+    with pytest.raises(ValueError, match="are splits, not classes; name one"):
+        labelled_folder(str(tmp_path))
+    assert labelled_folder(str(tmp_path / "test")).class_names == ["cat"]
+
+
+def test_manifest_with_classes(tmp_path):
+    for name in ("1.png", "2.png"):
+        (tmp_path / name).write_bytes(picture("red" if name[0] == "1" else "blue"))
+    manifest = tmp_path / "pairs.jsonl"
+    manifest.write_text('{"image": "2.png", "class_name": "b"}\n{"image": "1.png", "class_name": "a"}\n')
+    found = labelled_shards(str(manifest))
+    assert (found.name, found.class_names, found.labels) == ("pairs", ["a", "b"], [1, 0])
+    assert found.read(1).getpixel((0, 0)) == (255, 0, 0)
+    manifest.write_text('{"image": "3.png", "caption": "a text"}\n')
+    with pytest.raises(ValueError, match="'3.png': no-image.*caption without a picture"):
+        ShardSamples(str(manifest))[0]
+
+
 def test_shards_with_classes(tmp_path):
     samples = [sample(f"k{i}", extra={"class_name": name}) for i, name in enumerate(["b", "a", "b", "a"])]
     data = write_shards(tmp_path / "objects", samples, classes=["b", "a"])
