@@ -58,9 +58,11 @@ class AblationArguments:
             "help": "emoji scenes: train/, validation/, objects/; drawn where absent; default: OUTPUT_DIR/scenes"
         },
     )
-    train: int = field(default=DemoArguments.train, metadata={"help": "training scenes, where they are drawn"})
-    validation: int = field(default=DemoArguments.validation, metadata={"help": "held-out scenes"})
-    per_object: int = field(default=DemoArguments.per_object, metadata={"help": "pictures of each single object"})
+    train: int | None = field(
+        default=None, metadata={"help": "training scenes; default: as many as there are, or as the demo draws"}
+    )
+    validation: int | None = field(default=None, metadata={"help": "held-out scenes, likewise"})
+    per_object: int | None = field(default=None, metadata={"help": "pictures of each single object, likewise"})
     steps: int | None = field(
         default=None, metadata={"help": "optimizer steps, the same for every row; default: the config's"}
     )
@@ -161,6 +163,22 @@ def expand(tables: Mapping[str, Mapping[str, Any]], shared: Mapping[str, Any]) -
     return runs, rows
 
 
+def scene_counts(args: AblationArguments) -> dict[str, int]:
+    """How many scenes there are: of the data where they are drawn, else as asked for, else as the demo draws.
+
+    Raises ValueError where data that are there have other numbers than are asked for.
+    """
+    path = args.scenes / "recipe.json"
+    drawn = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    counts = {}
+    for name in ("train", "validation", "per_object"):
+        asked, there = getattr(args, name), drawn.get(name)
+        if asked and there and asked != there:
+            raise ValueError(f"--{name.replace('_', '-')} {asked}: {args.scenes} was drawn with {there}")
+        counts[name] = there or asked or getattr(DemoArguments, name)
+    return counts
+
+
 def make_plan(args: AblationArguments) -> dict[str, Any]:
     """What the YAML files and the command line ask for; plain values, see plan.json."""
     path = Path(args.config)
@@ -174,7 +192,7 @@ def make_plan(args: AblationArguments) -> dict[str, Any]:
             shared.pop(place, None)
         runs, rows = expand(tables, shared)
         families[name] = {"title": family["title"], "runs": runs, "rows": rows}
-    scenes = {"train": args.train, "validation": args.validation, "per_object": args.per_object}
+    scenes = scene_counts(args)
     plan = {"steps": steps, "scenes": scenes, "families": families, "seeds": config["seeds"]}
     return json.loads(json.dumps(plan))
 
@@ -325,15 +343,15 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 ##################################################################################################
 
 
-def prepare_scenes(args: AblationArguments) -> None:
-    """Draws the data where they are not there; shards that are there are kept."""
+def prepare_scenes(args: AblationArguments, scenes: Mapping[str, int]) -> None:
+    """Draws the data where they are not there; shards that are there are kept. scenes: the plan's `scenes`."""
     missing = [name for name in SPLITS if read_dataset_json(args.scenes / name) is None]
     if not missing:
         return
     if args.data and len(missing) < len(SPLITS) and not (args.scenes / "recipe.json").is_file():
         raise ValueError(f"--data {args.data}: expected the folders {', '.join(SPLITS)}; {', '.join(missing)} missing")
     print("ablations: drawing the scenes", flush=True)
-    draw_scenes(args.scenes, args.train, args.validation, args.per_object, args.parallel)
+    draw_scenes(args.scenes, **scenes, workers=args.parallel)
 
 
 def start_run(args: AblationArguments, job: Job) -> subprocess.Popen:
@@ -429,7 +447,7 @@ def run_ablations(args: AblationArguments) -> tuple[Path, list[Job]]:
     jobs = jobs_of(plan, args)
     try:
         with locked(args.folder / "lock", wait=False):
-            prepare_scenes(args)
+            prepare_scenes(args, plan["scenes"])
             failed = run_jobs(args, jobs, lambda: write_page(plan, read_results(args.folder), args.folder))
             return write_page(plan, read_results(args.folder), args.folder), failed
     except BlockingIOError as error:
