@@ -8,6 +8,10 @@ a / (N - 1) on each of the other N - 1 entries. The cross-entropy of that row is
 
 so neither the targets nor z need to be held: the log-sum-exp runs over blocks of rows and is recomputed in the backward
 pass. Memory is O(N D + block N). A level pair's loss is the mean over rows and columns (image to text, text to image).
+
+Where texts repeat (tags do, often), the m pairs with the same text can share the positives' mass (`groups`; not the
+paper's): (1 - a) / m on each of them and a / (N - m) elsewhere. The closed form holds with the mean of the m partners in
+place of the partner.
 """
 
 from collections.abc import Mapping
@@ -80,14 +84,30 @@ class _RowLogSumExp(torch.autograd.Function):
         return grad_rows, grad_columns, None
 
 
-def _direction(rows, columns, own, scale, smoothing, row_present, column_present, count):
+def _direction(rows, columns, own, scale, smoothing, row_present, column_present, count, groups):
     """Sum of the softened cross-entropies of `rows` (n, D) against `columns` (N, D); `own` (n, D) are the partners."""
     rows = rows * scale
+    partners = 1
+    if groups is not None:
+        own, partners = _group_means(columns, column_present, *groups)
+        smoothing = smoothing * (partners < count).to(rows.dtype)  # nobody else is there to take the negatives' mass
     positive = (rows * own).sum(dim=1)
     total = columns.sum(0) if column_present is None else (columns * column_present[:, None]).sum(0)
-    negative = (rows @ total - positive) / (count - 1).clamp(min=1)
+    negative = (rows @ total - partners * positive) / (count - partners).clamp(min=1)
     loss = _RowLogSumExp.apply(rows, columns, column_present) - (1 - smoothing) * positive - smoothing * negative
     return (loss if row_present is None else loss.where(row_present, 0)).sum()
+
+
+def _group_means(columns, column_present, row_keys, column_keys):
+    """For each row, the mean (n, D) of the present columns with its key, and how many they are (n,), at least 1."""
+    ordered, order = column_keys.sort()
+    starts = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).long()]).cumsum(0)
+    weights = columns.new_ones(len(columns)) if column_present is None else column_present.to(columns.dtype)
+    group = torch.empty_like(order).scatter_(0, order, starts)
+    sums = torch.zeros_like(columns).index_add(0, group, columns * weights[:, None])
+    sizes = weights.new_zeros(len(columns)).index_add(0, group, weights).clamp(min=1)
+    of_row = starts[torch.searchsorted(ordered, row_keys)]
+    return sums[of_row] / sizes[of_row, None], sizes[of_row]
 
 
 def softened_info_nce(
@@ -100,6 +120,7 @@ def softened_info_nce(
     image_columns: torch.Tensor | None = None,
     text_columns: torch.Tensor | None = None,
     columns_present: torch.Tensor | None = None,
+    groups: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softened InfoNCE of one level pair, both directions.
 
@@ -110,6 +131,8 @@ def softened_info_nce(
         present: (n,) bool, the pairs that take part; `None` means all.
         image_columns, text_columns: (N, D) unit vectors of the global batch; `None` means this process is alone.
         columns_present: (N,) bool for the global batch.
+        groups: keys (n,) of this process's pairs and (N,) of the global batch, int64; pairs with equal keys are each
+            other's positives. `None`: a pair has itself alone.
 
     Returns:
         This process's share of the loss (its rows, divided by the global number of present pairs N_t; summed over
@@ -126,7 +149,7 @@ def softened_info_nce(
         # With fewer than two pairs there is nothing to contrast. All columns then stand in, so that no empty
         # log-sum-exp makes a NaN, and the result is multiplied by 0: no look at the count leaves the device.
         columns_present = columns_present | (count < 2)
-    rest = (label_smoothing, present, columns_present, count)
+    rest = (label_smoothing, present, columns_present, count, groups)
     share = _direction(image_embeds, text_columns, text_embeds, logit_scale, *rest)
     share = share + _direction(text_embeds, image_columns, image_embeds, logit_scale, *rest)
     return share * (count >= 2) / (2 * count.clamp(min=1)), count
@@ -146,6 +169,7 @@ def pyramid_loss(
     present: Mapping[str, torch.Tensor | None] | None = None,
     columns: Mapping[str, torch.Tensor] | None = None,
     columns_present: Mapping[str, torch.Tensor | None] | None = None,
+    groups: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> PyramidLoss:
     """The weighted sum over level pairs.
 
@@ -157,6 +181,8 @@ def pyramid_loss(
         present: level name -> (n,) bool, samples that have the level; a missing or `None` entry means all.
         columns, columns_present: the same for the global batch of N = processes x n samples, gathered with gradient;
             `None` when this process is alone.
+        groups: text level name -> keys of this process's texts (n,) and of the global batch's (N,), int64, where pairs
+            with equal texts are to be each other's positives; `None` (the paper) means no two pairs are.
 
     Returns:
         [`PyramidLoss`]. Computed in fp32, or in fp64 where the embeddings are fp64; never under autocast.
@@ -189,6 +215,7 @@ def pyramid_loss(
                 image_columns=None if columns is None else _wide(columns[image]),
                 text_columns=None if columns is None else _wide(columns[text]),
                 columns_present=None if columns is None else _pair_presence(columns_present, image, text),
+                groups=(groups or {}).get(text),
             )
         loss = sum(weight * terms[name] for name, weight in weights.items())
     return PyramidLoss(loss, terms, counts)

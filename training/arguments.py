@@ -59,6 +59,9 @@ class PretrainingArguments:
     label_smoothing: float | None = setting(
         None, "share a of the targets spread over the negatives; default: the model config's"
     )
+    multi_positive: bool = setting(
+        False, "pairs of a batch with the same text are each other's positives (the paper: no); tags repeat often"
+    )
     freeze: Literal["none", "vision", "text"] = setting(
         "none", "tower kept as it is, its projection and running statistics too"
     )

@@ -70,7 +70,7 @@ class GradientCache:
         """
         chunks = self._split(batch)
         states, embeddings = self._embed(chunks)
-        losses, embedding_gradients, scale_gradient = self._differentiate(embeddings, self.objective.present(batch))
+        losses, embedding_gradients, scale_gradient = self._differentiate(embeddings, batch)
         self._encode_again(chunks, states, embedding_gradients, scale_gradient)
         return losses
 
@@ -89,10 +89,10 @@ class GradientCache:
                 embeddings.append(self.objective.embed(chunk))
         return states, torch.cat(embeddings)
 
-    def _differentiate(self, embeddings, present):
+    def _differentiate(self, embeddings, batch):
         embeddings = embeddings.requires_grad_()
         scale = self.objective.model.logit_scale
-        losses = self.objective.loss(embeddings, present)
+        losses = self.objective.loss(embeddings, self.objective.present(batch), self.objective.text_keys(batch))
         at = [embeddings, scale] if scale.requires_grad else [embeddings]
         gradients = torch.autograd.grad(losses.loss, at)
         scale_gradient = gradients[1] if scale.requires_grad else None

@@ -16,6 +16,8 @@ from torch import nn
 from pyramidclip_hf.loss_pyramidclip import LEVEL_INPUTS, LEVEL_MASKS, check_loss_weights, levels_of, pyramid_loss
 from training.distributed import gather_rows, world_size
 
+TEXT_LEVELS = ("summary", "caption", "tags")
+
 
 class StepLoss(NamedTuple):
     """Losses of one step.
@@ -36,7 +38,8 @@ class ContrastiveObjective(nn.Module):
     model: the dual encoder; becomes the submodule `model`. loss_weights: mapping of section 5, zero weights dropped.
     label_smoothing: share a of the targets that is spread over the negatives. freeze: "none", "vision" or "text"; the
     tower and its projection are held, its BatchNorm in evaluation mode. autocast_dtype: bfloat16 or float16 for the
-    encoders, None for fp32; everything behind them is fp32 or wider.
+    encoders, None for fp32; everything behind them is fp32 or wider. multi_positive: pairs of the global batch with the
+    same text are each other's positives (not the paper's); costs one gather of a number a text.
 
     Parameters that no named level reaches, and frozen ones, lose `requires_grad` here, before anything wraps the
     module: DDP then never meets a parameter without a gradient, whatever the mapping.
@@ -49,6 +52,7 @@ class ContrastiveObjective(nn.Module):
         label_smoothing: float,
         freeze: str = "none",
         autocast_dtype: torch.dtype | None = None,
+        multi_positive: bool = False,
     ):
         super().__init__()
         self.model = model
@@ -57,6 +61,7 @@ class ContrastiveObjective(nn.Module):
         self.levels = tuple(levels_of(self.loss_weights))
         # A caption and both views are always there; a sample without them is a bad one and never reaches a batch.
         self.masked_levels = tuple(level for level in self.levels if level in LEVEL_MASKS)
+        self.grouped_levels = tuple(level for level in self.levels if multi_positive and level in TEXT_LEVELS)
         self.terms = tuple(self.loss_weights)
         self.freeze = freeze
         self.autocast_dtype = autocast_dtype
@@ -103,7 +108,7 @@ class ContrastiveObjective(nn.Module):
         """
         embeddings = self.embed(batch)
         if embedding_gradients is None:
-            return self.loss(embeddings, self.present(batch))
+            return self.loss(embeddings, self.present(batch), self.text_keys(batch))
         surrogate = (embeddings * embedding_gradients).sum()
         if scale_gradient is not None and self.model.logit_scale.requires_grad:
             surrogate = surrogate + self.model.logit_scale * scale_gradient
@@ -132,16 +137,34 @@ class ContrastiveObjective(nn.Module):
             columns.append((mask.any(dim=1) if mask.dim() == 2 else mask)[:, None])
         return torch.cat(columns, dim=1)
 
-    def loss(self, embeddings: torch.Tensor, present: torch.Tensor) -> StepLoss:
+    def text_keys(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """(n, grouped levels) int64, equal where two texts have the same tokens up to the end token, whatever the
+        padding. Different texts meet in one key with a probability of about 2^-63 a pair.
+        """
+        rows = batch[LEVEL_INPUTS[self.levels[0]]]
+        keys = [torch.empty(rows.shape[0], 0, dtype=torch.int64, device=rows.device)]
+        for level in self.grouped_levels:
+            ids = batch[LEVEL_INPUTS[level]]
+            ended = ids == self.model.config.text_config.eos_token_id
+            words = ids.masked_fill(ended.cumsum(1) - ended.long() > 0, 0)
+            # The same factors on every process; the products wrap around at 2^64, as a hash may.
+            generator = torch.Generator().manual_seed(0)
+            factors = torch.randint(-(2**62), 2**62, (words.shape[1],), generator=generator).to(words.device)
+            keys.append((words * factors).sum(1, keepdim=True))
+        return torch.cat(keys, dim=1)
+
+    def loss(self, embeddings: torch.Tensor, present: torch.Tensor, text_keys: torch.Tensor | None = None) -> StepLoss:
         """The losses at given embeddings.
 
-        embeddings: (n, levels, D) unit vectors of this process, fp32 or wider. present: (n, masked levels) bool. All
-        processes must call it together, with the same n.
+        embeddings: (n, levels, D) unit vectors of this process, fp32 or wider. present: (n, masked levels) bool.
+        text_keys: (n, grouped levels) int64, needed under `multi_positive` only. All processes must call it together,
+        with the same n.
         """
         with torch.autocast(embeddings.device.type, enabled=False):
             scale = self.model.logit_scale.to(embeddings.dtype).exp()
             everyone = gather_rows(embeddings)
             everyone_present = gather_rows(present)
+            everyone_keys = gather_rows(text_keys) if self.grouped_levels else None
             result = pyramid_loss(
                 {level: embeddings[:, i] for i, level in enumerate(self.levels)},
                 scale,
@@ -150,6 +173,10 @@ class ContrastiveObjective(nn.Module):
                 present={level: present[:, i] for i, level in enumerate(self.masked_levels)},
                 columns={level: everyone[:, i] for i, level in enumerate(self.levels)},
                 columns_present={level: everyone_present[:, i] for i, level in enumerate(self.masked_levels)},
+                groups={
+                    level: (text_keys[:, i].contiguous(), everyone_keys[:, i].contiguous())
+                    for i, level in enumerate(self.grouped_levels)
+                },
             )
         shares = torch.stack([result.loss, *(result.terms[name] for name in self.terms)]).detach()
         counts = torch.stack([torch.as_tensor(result.counts[name], device=shares.device) for name in self.terms])

@@ -254,7 +254,12 @@ def build(args: PretrainingArguments, folder: Path) -> Run:
     if _synchronised_batch_norm(args):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     objective = ContrastiveObjective(
-        model, model.config.loss_weights, model.config.label_smoothing, args.freeze, AUTOCAST[args.precision]
+        model,
+        model.config.loss_weights,
+        model.config.label_smoothing,
+        args.freeze,
+        AUTOCAST[args.precision],
+        args.multi_positive,
     )
     if args.torch_compile:
         objective.encode = torch.compile(objective.encode)
@@ -346,6 +351,7 @@ def identity_of(run: Run) -> dict[str, Any]:
         "objective": {
             "loss_weights": dict(run.objective.loss_weights),
             "label_smoothing": run.objective.label_smoothing,
+            "multi_positive": args.multi_positive,
             "freeze": args.freeze,
         },
         "schedule": {"total_steps": run.plan.total_steps, **chosen(schedule)},

@@ -73,6 +73,32 @@ def test_equals_the_dense_form(weights, smoothing, present):
             torch.testing.assert_close(ours_part, wanted_part, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("present", [everywhere(), unevenly()], ids=["complete", "missing levels"])
+@pytest.mark.parametrize("keys", [[4, 7, 7, 4, 2, 9, 7, 1, 0, 9, -5], [3] * 11, list(range(11))], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_pairs_with_the_same_text_share_the_positives_mass(smoothing, keys, present):
+    raw, log_scale = make_batch(dtype=torch.float64)
+    embeds, keys = {level: normalize_embeds(value) for level, value in raw.items()}, torch.tensor(keys)
+    groups = {"tags": (keys, keys)}
+    weights = {"roi_tags": 1.0, "global_caption": 0.5}
+    ours = pyramid_loss(embeds, log_scale.exp(), weights, smoothing, present=present, groups=groups).loss
+    both = present["roi"] & present["tags"]
+    same = (keys[both, None] == keys[both]).double()
+    others = (1 - same).sum(1, keepdim=True)
+    # The negatives' mass has nowhere to go where all texts are equal; the positives then keep their own share only.
+    target = same * (1 - smoothing * (others > 0).double()) / same.sum(1) + (1 - same) * smoothing / others.clamp(min=1)
+    torch.testing.assert_close(target.sum(1), torch.ones(len(target), dtype=torch.float64))
+    logits = log_scale.exp() * embeds["roi"][both] @ embeds["tags"][both].T
+    wanted = sum(-(target * F.log_softmax(z, dim=1)).sum(1).mean() / 2 for z in (logits, logits.T))
+    wanted = wanted + dense_loss(embeds, log_scale.exp(), {"global_caption": 0.5}, smoothing, present)
+    torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+    leaves = [raw["roi"], raw["tags"], log_scale]
+    for found, expected in zip(
+        torch.autograd.grad(ours, leaves, retain_graph=True), torch.autograd.grad(wanted, leaves)
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_equals_torch_label_smoothing_with_its_own_share():
     # torch spreads its mass over all N classes, the pair included: a N / (N - 1) of it leaves a on the negatives.
     raw, log_scale = make_batch(dtype=torch.float64)

@@ -12,7 +12,7 @@ MINIMAL = ["--max-steps", "10"]
 
 # A new setting is a decision: it needs a line here, a help text, and a place in the documentation.
 FIELDS = """
-    output_dir model model_config loss_weights label_smoothing freeze seed
+    output_dir model model_config loss_weights label_smoothing multi_positive freeze seed
     train_data validation_data validation_samples shuffle_window_shards max_regions allow_mixed_regions
     global_crop_area local_crop_area max_bad_fraction max_image_pixels dataloader_workers global_batch_size
     per_device_chunk_size gradient_accumulation_steps epochs max_steps learning_rate warmup_fraction

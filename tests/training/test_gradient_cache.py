@@ -67,6 +67,22 @@ def test_gradients_equal_the_whole_batch(world_size):
             assert gradients["logit_scale"] != 0
 
 
+def test_pairs_that_share_a_text_are_the_same_with_and_without_caching():
+    batch = tiny_batch()
+    batch["input_ids"][7] = batch["input_ids"][1]
+    objectives = [
+        ContrastiveObjective(tiny_model(NO_BATCH_NORM), {"global_caption": 1.0}, 0.2, multi_positive=shared)
+        for shared in (True, True, False)
+    ]
+    whole = objectives[0](batch)
+    whole.loss.backward()
+    caching = GradientCache(Accelerator(cpu=True, mixed_precision="no"), objectives[1], 3)
+    np.testing.assert_allclose(caching.forward_backward(batch).shares, whole.shares, rtol=1e-12)
+    scale, cached_scale = (objective.model.logit_scale.grad for objective in objectives[:2])
+    torch.testing.assert_close(cached_scale, scale, rtol=1e-10, atol=0)
+    assert (objectives[2](batch).loss - whole.loss).abs() > 1e-4
+
+
 def test_random_numbers_are_replayed():
     """With dropout, the loss that is reported belongs to the graph that is differentiated."""
 

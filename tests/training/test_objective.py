@@ -110,6 +110,44 @@ def test_a_level_that_nobody_has_gives_zero_and_keeps_every_gradient():
         assert count == sum(p.requires_grad for p in trainable)
 
 
+def repeated_texts():
+    """A batch in which some tags are the same on different processes, one of them with other numbers behind its end
+    token, which the model does not read either."""
+    batch = tiny_batch()
+    batch["tag_input_ids"][8] = batch["tag_input_ids"][3]
+    batch["tag_input_ids"][11] = batch["tag_input_ids"][3]
+    batch["tag_input_ids"][[5, 9], 4] = 39
+    batch["tag_input_ids"][9, :4] = batch["tag_input_ids"][5, :4]
+    return batch
+
+
+def multi_positive_step(rank, world_size):
+    objective = ContrastiveObjective(tiny_model(), {"local_tags": 1.0}, SMOOTHING, multi_positive=True).eval()
+    wrapped = DistributedDataParallel(objective, broadcast_buffers=False) if world_size > 1 else objective
+    losses = wrapped(rows_of(repeated_texts(), rank, world_size))
+    losses.loss.backward()
+    return sum_over_processes(losses.shares).numpy(), gradients(objective.model)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_equal_texts_of_different_processes_are_positives(world_size):
+    batch, model = repeated_texts(), tiny_model().eval()
+    keep = batch["has_tags"]
+    texts = [tuple(row[: row.index(39)]) for row in batch["tag_input_ids"].tolist()]
+    same = torch.tensor([[a == b for b in texts] for a in texts])[keep][:, keep]
+    assert same.sum() > len(same)
+    target = same * (1 - SMOOTHING) / same.sum(1) + ~same * SMOOTHING / (~same).sum(1, keepdim=True)
+    embeds = model.encode_levels(("local", "tags"), **batch)
+    images, texts = (F.normalize(embeds[level][keep], dim=1) for level in ("local", "tags"))
+    logits = model.logit_scale.exp() * images @ texts.T
+    loss = sum(-(target * z.log_softmax(1)).sum(1).mean() / 2 for z in (logits, logits.T))
+    loss.backward()
+    results = [multi_positive_step(0, 1)] if world_size == 1 else run_in_processes(multi_positive_step, world_size)
+    for shares, found in results:
+        np.testing.assert_allclose(shares, loss.item(), rtol=1e-6)
+        assert_same_gradients(found, gradients(model), 1e-6)
+
+
 @pytest.mark.parametrize("freeze", ["vision", "text"])
 def test_a_frozen_tower_keeps_its_weights_and_running_statistics(freeze):
     model = tiny_model(dtype=torch.float32)
