@@ -11,7 +11,7 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -214,8 +214,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def tree(self, body, name):
         if repository := self.repository(name):
-            files = repository.files.items()
-            self.answer(200, [{"type": "file", "path": path, "size": len(data), "oid": "0"} for path, data in files])
+            self.answer(200, [as_listed(path, data) for path, data in repository.files.items()])
+
+    def paths(self, body, name):
+        asked = {values[0] for key, values in parse_qs(body.decode()).items() if key == "paths"}
+        if body.startswith(b"{"):
+            asked = set(json.loads(body)["paths"])
+        if repository := self.repository(name):
+            self.answer(200, [as_listed(path, data) for path, data in repository.files.items() if path in asked])
 
     def resolve(self, body, name, revision, path):
         repository = self.repository(name)
@@ -234,15 +240,22 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(200, headers=headers, raw=content)
 
 
+def as_listed(path, data):
+    """One file as the Hub's listings describe it."""
+    return {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+
+
 NAME = r"([\w.-]+/[\w.-]+)"
+KIND = "(?:models|datasets)"
 ROUTES = (
     ("/api/validate-yaml", "validate_card"),
     ("/api/repos/create", "create"),
-    (rf"/api/models/{NAME}(?:/revision/(.+))?", "information"),
+    (rf"/api/{KIND}/{NAME}(?:/revision/(.+))?", "information"),
     (rf"/api/models/{NAME}/preupload/.+", "preupload"),
     (rf"/{NAME}\.git/info/lfs/objects/batch", "lfs_batch"),
     (r"/upload/(\w+)", "upload"),
     (rf"/api/models/{NAME}/commit/.+", "commit"),
-    (rf"/api/models/{NAME}/tree/.+", "tree"),
-    (rf"/{NAME}/resolve/([^/]+)/(.+)", "resolve"),
+    (rf"/api/{KIND}/{NAME}/tree/.+", "tree"),
+    (rf"/api/{KIND}/{NAME}/paths-info/.+", "paths"),
+    (rf"/(?:datasets/)?{NAME}/resolve/([^/]+)/(.+)", "resolve"),
 )

@@ -149,9 +149,11 @@ def read_small(url):
     try:
         with system.open(name, "rb", cache_type="none", block_size=0) as file:
             data = file.read(SMALL_FILE_BYTES + 1)
-    except FileNotFoundError:
-        return None
     except Exception as error:  # every file system of fsspec has its own network errors
+        # The Hub's file system says "not found" with an error of its own when a file is read as a stream.
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, FileNotFoundError) or status == 404:
+            return None
         raise DownloadError(f"{url}: {type(error).__name__}: {error}") from error
     if len(data) > SMALL_FILE_BYTES:
         raise DownloadError(f"{url}: more than {SMALL_FILE_BYTES} bytes, which is no index and no dataset.json")

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
 import sys
 
 import fsspec  # noqa: F401  its registry is looked into
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from pyramidclip_hf import PyramidCLIPImageProcessor, PyramidCLIPProcessor, PyramidCLIPTokenizer
+from tests.hub_server import Repository, client_environment, running_hub
 from tests.training.scene_files import FEATURES, Served, jpeg, make_sample, write_shards
 from training.batches import BatchReport, DataError
 from training.data_sources import open_data_set, shard_names
@@ -491,3 +493,38 @@ def test_report_of_nothing_bad(shards, reader):
     assert data.report() == ["data: 40 samples, none bad"]
     assert data.metrics()["data/truncated_caption"] == 0
     assert isinstance(data.maker.batch(0, [0])["report"], BatchReport)
+
+
+READ_ALL = """
+import hashlib, sys
+from pyramidclip_hf import PyramidCLIPImageProcessor, PyramidCLIPProcessor, PyramidCLIPTokenizer
+from tests.training.scene_files import FEATURES
+from training.loader import TrainingReader, settings_for
+processor = PyramidCLIPProcessor(PyramidCLIPImageProcessor(size=32), PyramidCLIPTokenizer(), roi_feature_size=FEATURES)
+settings = settings_for(processor, ("global", "roi", "caption"), roi_feature_size=FEATURES)
+reader = TrainingReader([sys.argv[1]], settings, processor.tokenizer, 8)
+for batch in reader.batches(0):
+    print(" ".join(batch["sample_keys"]), hashlib.sha256(batch["pixel_values"].numpy().tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.loopback
+def test_shards_of_a_data_set_on_the_hub(shards, tmp_path, checkout):
+    def read(data, **environment):
+        environment = os.environ | {"PYTHONPATH": str(checkout), "PYRAMIDCLIP_CACHE": str(tmp_path / "x")} | environment
+        ran = subprocess.run([sys.executable, "-c", READ_ALL, data], capture_output=True, text=True, env=environment)
+        return ran.stdout.splitlines(), ran.stderr
+
+    with running_hub() as hub:
+        hub.repositories["tester/scenes"] = Repository()
+        files = {path.name: path.read_bytes() for path in shards.iterdir() if path.is_file()}
+        del files["part-001.tar.index.json"]  # as other tools leave their tars: the reader makes the index
+        hub.repositories["tester/scenes"].commit(files)
+        environment = client_environment(hub, tmp_path / "home")
+        lines, errors = read("hf://datasets/tester/scenes", **environment)
+        assert len(lines) == 44 // 8, errors
+        one, errors = read("hf://datasets/tester/scenes/part-{000..001}.tar", **environment)
+        assert len(one) == 2, errors
+        nothing, errors = read("hf://datasets/tester/scenes/part-{008..009}.tar", **environment)
+        assert nothing == [] and "hf://datasets/tester/scenes/part-008.tar: not found" in errors
+    assert lines == read(str(shards))[0]
