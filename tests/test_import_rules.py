@@ -31,6 +31,8 @@ SIBLINGS = {
     "tokenization_pyramidclip": {"configuration_pyramidclip"},
     "processing_pyramidclip": PREPROCESSING,
     "zero_shot": PREPROCESSING | {"processing_pyramidclip"},
+    "embedding_files": set(),
+    "picture_files": {"image_processing_pyramidclip", "embedding_files"},
 }
 # These put the parts together and may import any sibling.
 ASSEMBLERS = {"__init__", "hub", "cli"}

@@ -1,0 +1,356 @@
+# Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Files of embeddings: written part by part, so that the job may be killed at any moment, and read back.
+
+A file has one row a picture or text: `path` or `text`, and `embedding`, float32 of unit length; and as metadata a JSON
+mapping with `model`, the name that the model was loaded by, and `model_sha256`, which identifies its weights. In
+Parquet the metadata is the schema's key `pyramidclip`; in npz it is the array `metadata`. Nothing in them is pickled.
+
+While a job runs, `OUTPUT.parts/` holds its settings, the list of what is embedded, and the finished parts. A part is
+written aside and renamed, so it is there or not; the file itself is put together from the parts at the end, in the
+order of the list, and is the same byte for byte whether the job was killed in between or not.
+"""
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+SUFFIXES = (".parquet", ".npz")
+KINDS = ("path", "text")
+_METADATA_KEY = "pyramidclip"
+# Rows of a Parquet row group, at least: many small groups are slow to read.
+_ROW_GROUP = 1 << 15
+# How far from 1 the length of a row may be.
+_LENGTH_TOLERANCE = 1e-3
+
+
+class StoredEmbeddings(NamedTuple):
+    """`names`: N paths or texts; `embeddings`: (N, D) float32, unit rows; `metadata`: see the module."""
+
+    names: list[str]
+    embeddings: np.ndarray
+    metadata: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """What `names` are: "path" or "text"."""
+        return self.metadata["kind"]
+
+
+def check_output(path: str | os.PathLike) -> Path:
+    """The path of an embeddings file to be written.
+
+    Raises:
+        ValueError: another suffix than .parquet and .npz, or no such folder.
+        ImportError: Parquet without pyarrow.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"--output {path}: expected a name ending in {' or '.join(SUFFIXES)}.")
+    if not path.parent.is_dir():
+        raise ValueError(f"--output {path}: there is no folder {path.parent}.")
+    if path.suffix == ".parquet":
+        _pyarrow()
+    return path
+
+
+class EmbeddingJob:
+    """What is to be embedded into one file, and which parts of it are done.
+
+    Args:
+        output: the file, see `check_output`.
+        model_name: what the model was loaded by; on continuing, the name that the job began with stays.
+        settings: what decides the embeddings, as JSON types, with `model_sha256` and `kind` ("path" or "text"); a job
+            begun with others is not continued.
+        items: paths or texts, in the order of the file's rows. On continuing, the list that the job began with stays.
+        part_size: items of a part.
+        overwrite: forget a job or file that is there.
+
+    Raises:
+        ValueError: a job begun, or a file made, with other settings.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        model_name: str,
+        settings: Mapping[str, Any],
+        items: Sequence[str],
+        part_size: int = 1024,
+        overwrite: bool = False,
+    ):
+        self.output, self.folder = output, output.with_name(f"{output.name}.parts")
+        settings = json.loads(json.dumps({**settings, "part_size": part_size}))
+        if overwrite:
+            output.unlink(missing_ok=True)
+            self._remove_folder()
+        began = self._began()
+        self.continues, self.complete = began is not None, False
+        if began is None and output.exists():
+            self.complete = True
+            began = {**read_metadata(output), "items": list(items)}
+        if began is None:
+            began = {"model": model_name, "settings": settings, "items": list(items)}
+            self._begin(began)
+        elif began["settings"] != settings:
+            raise ValueError(self._refusal(began, settings, model_name))
+        self.model_name, self.settings, self.items = began["model"], began["settings"], began["items"]
+        self.part_size = part_size
+
+    def _began(self) -> dict[str, Any] | None:
+        try:
+            return json.loads((self.folder / "job.json").read_text(encoding="utf8"))
+        except FileNotFoundError:
+            # Killed before it had begun, or while its folder was being removed.
+            return None
+
+    def _begin(self, job: dict[str, Any]) -> None:
+        self._remove_folder()
+        self.folder.mkdir()
+        with written_aside(self.folder / "job.json") as file:
+            file.write(json.dumps(job).encode())
+
+    def _refusal(self, began: dict[str, Any], settings: dict[str, Any], model_name: str) -> str:
+        before, changed = began["settings"], []
+        for name in sorted(before.keys() | settings.keys()):
+            then, now = before.get(name), settings.get(name)
+            if then != now and name == "model_sha256":
+                changed.append(f"model then {began['model']} (sha256 {then[:12]}), now {model_name} ({now[:12]})")
+            elif then != now:
+                changed.append(f"{name} then {_short(then)}, now {_short(now)}")
+        what = "was made" if self.complete else "is being made by a job that began"
+        return (
+            f"{self.output} {what} with other settings: {'; '.join(changed)}. Use the same settings to continue, "
+            "another --output, or --overwrite to begin again."
+        )
+
+    def _remove_folder(self) -> None:
+        # Settings first: without them the rest counts as nothing.
+        (self.folder / "job.json").unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _part_file(self, number: int) -> Path:
+        return self.folder / f"part-{number:06d}.npz"
+
+    @property
+    def parts(self) -> range:
+        """The numbers of all parts."""
+        return range(-(-len(self.items) // self.part_size))
+
+    def missing(self) -> list[int]:
+        """The numbers of the parts that are not done."""
+        return [] if self.complete else [number for number in self.parts if not self._part_file(number).exists()]
+
+    def items_of(self, number: int) -> list[str]:
+        """The items of a part."""
+        return self.items[number * self.part_size : (number + 1) * self.part_size]
+
+    def save(self, number: int, names: Sequence[str], embeddings: np.ndarray, skipped: Sequence[tuple[str, str]]):
+        """Marks a part as done.
+
+        Args:
+            names: of its rows; embeddings: (n, D) float32. skipped: (item, reason) of those without a row.
+        """
+        if len(names) != len(embeddings) or len(names) + len(skipped) != len(self.items_of(number)):
+            raise RuntimeError(f"part {number}: {len(names)} names, {len(embeddings)} rows, {len(skipped)} skipped")
+        with written_aside(self._part_file(number)) as file:
+            listing = json.dumps({"names": list(names), "skipped": [list(one) for one in skipped]})
+            np.savez(file, embedding=np.asarray(embeddings, np.float32), listing=np.array(listing))
+
+    def _load(self, number: int, array: str) -> np.ndarray:
+        path = self._part_file(number)
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return arrays[array]
+        except (zipfile.BadZipFile, KeyError, EOFError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it, and the same command makes it again.") from error
+
+    def names_and_skipped(self, number: int) -> tuple[list[str], list[tuple[str, str]]]:
+        """What `save` took for a finished part.
+
+        Raises:
+            ValueError: a damaged part; it is to be deleted.
+        """
+        listing = json.loads(str(self._load(number, "listing")))
+        return listing["names"], [tuple(one) for one in listing["skipped"]]
+
+    def skipped(self) -> list[tuple[str, str]]:
+        """(item, reason) of all that has no row, as far as the job is done."""
+        if self.complete:
+            return [tuple(one) for one in read_metadata(self.output)["skipped"]]
+        missing = set(self.missing())
+        done = [number for number in self.parts if number not in missing]
+        return [one for number in done for one in self.names_and_skipped(number)[1]]
+
+    def finish(self) -> tuple[int, list[tuple[str, str]]]:
+        """Writes the file, removes the parts, and returns the number of rows and all that was skipped.
+
+        Raises:
+            ValueError: not one item has an embedding.
+        """
+        if self.complete:
+            return read_metadata(self.output)["rows"], self.skipped()
+        names, skipped = [], []
+        for number in self.parts:
+            of_part = self.names_and_skipped(number)
+            names += of_part[0]
+            skipped += of_part[1]
+        if not names:
+            raise ValueError(f"None of {len(self.items)} could be embedded, so {self.output} was not written.")
+        metadata = {"model": self.model_name, "settings": self.settings, "rows": len(names), "skipped": skipped}
+        metadata |= {name: self.settings[name] for name in ("kind", "model_sha256")}
+        write = _write_parquet if self.output.suffix == ".parquet" else _write_npz
+        blocks = (rows for rows in (self._load(number, "embedding") for number in self.parts) if len(rows))
+        with written_aside(self.output) as file:
+            write(file, names, blocks, metadata)
+        self._remove_folder()
+        return len(names), skipped
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` once the block ends well; what killed writers left is removed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    for leftover in path.parent.glob(f".{path.name}.*.partial"):
+        leftover.unlink(missing_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_embeddings(path: str | os.PathLike) -> StoredEmbeddings:
+    """Reads a whole file of embeddings; it has to fit into memory. Nothing is unpickled.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a file that `pyramidclip embed` wrote, or rows that are not finite and of unit length.
+        ImportError: Parquet without pyarrow.
+    """
+    path = Path(path)
+    metadata = read_metadata(path)
+    kind = metadata["kind"]
+    try:
+        if path.suffix == ".parquet":
+            _, parquet = _pyarrow()
+            table = parquet.read_table(path, columns=[kind, "embedding"])
+            names = table.column(kind).to_pylist()
+            rows = table.column("embedding").combine_chunks()
+            embeddings = rows.flatten().to_numpy(zero_copy_only=False).reshape(len(names), -1)
+        else:
+            with np.load(path, allow_pickle=False) as arrays:
+                names, embeddings = arrays[kind].tolist(), arrays["embedding"]
+    except (zipfile.BadZipFile, KeyError, EOFError, OSError) as error:
+        raise _not_ours(path, error) from error
+    if embeddings.ndim != 2 or len(embeddings) != len(names) or embeddings.dtype != np.float32:
+        raise ValueError(
+            f"{path}: expected embeddings (N, D) float32 for N rows, got {embeddings.shape} {embeddings.dtype} for "
+            f"{len(names)}."
+        )
+    lengths = np.linalg.norm(embeddings, axis=1)
+    wrong = np.flatnonzero(~(np.abs(lengths - 1) <= _LENGTH_TOLERANCE))
+    if len(wrong):
+        raise ValueError(
+            f"{path}: {len(wrong)} rows are not of unit length, the first is row {wrong[0]} ({names[wrong[0]]!r}) with "
+            f"length {lengths[wrong[0]]:.4g}. Make the file again."
+        )
+    return StoredEmbeddings(names, embeddings, metadata)
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """The metadata of a file of embeddings; see `read_embeddings` for the errors."""
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: expected a file of embeddings, whose name ends in {' or '.join(SUFFIXES)}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}; `pyramidclip embed` writes it.")
+    try:
+        if path.suffix == ".parquet":
+            _, parquet = _pyarrow()
+            text = (parquet.read_schema(path).metadata or {})[_METADATA_KEY.encode()]
+        else:
+            with np.load(path, allow_pickle=False) as arrays:
+                text = str(arrays["metadata"])
+        metadata = json.loads(text)
+        known = {"model": str, "model_sha256": str, "kind": str, "settings": dict, "rows": int, "skipped": list}
+        wrong = [name for name, kind in known.items() if not isinstance(metadata[name], kind)]
+        if wrong or metadata["kind"] not in KINDS:
+            raise ValueError(f"metadata {wrong or metadata['kind']}")
+        return metadata
+    except (zipfile.BadZipFile, KeyError, EOFError, OSError, TypeError, ValueError) as error:
+        raise _not_ours(path, error) from error
+
+
+def _not_ours(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} is no file of embeddings that `pyramidclip embed` wrote, or it is damaged "
+        f"({type(error).__name__}: {error})."
+    )
+
+
+def _write_npz(file: BinaryIO, names: list[str], blocks: Iterator[np.ndarray], metadata: dict[str, Any]) -> None:
+    """As `np.savez`, but with one block of rows in memory at a time, and without the time of day in it."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+
+        def member(name: str):
+            return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
+
+        for name, value in ((metadata["kind"], names), ("metadata", json.dumps(metadata))):
+            with member(name) as part:
+                np.lib.format.write_array(part, np.array(value), allow_pickle=False)
+        with member("embedding") as part:
+            header = None
+            for block in blocks:
+                if header is None:
+                    header = {"descr": "<f4", "fortran_order": False, "shape": (len(names), block.shape[1])}
+                    np.lib.format.write_array_header_1_0(part, header)
+                part.write(np.ascontiguousarray(block, "<f4").tobytes())
+
+
+def _write_parquet(file: BinaryIO, names: list[str], blocks: Iterator[np.ndarray], metadata: dict[str, Any]) -> None:
+    pyarrow, parquet = _pyarrow()
+    writer, done, waiting = None, 0, []
+
+    def write_group():
+        nonlocal writer, done, waiting
+        rows = np.concatenate(waiting)
+        vectors = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(rows.reshape(-1)), rows.shape[1])
+        if writer is None:
+            fields = [(metadata["kind"], pyarrow.string()), ("embedding", vectors.type)]
+            schema = pyarrow.schema(fields, metadata={_METADATA_KEY: json.dumps(metadata)})
+            writer = parquet.ParquetWriter(file, schema, use_dictionary=False)
+        columns = [pyarrow.array(names[done : done + len(rows)], pyarrow.string()), vectors]
+        writer.write_table(pyarrow.Table.from_arrays(columns, schema=writer.schema))
+        done, waiting = done + len(rows), []
+
+    for block in blocks:
+        waiting.append(block)
+        if sum(map(len, waiting)) >= _ROW_GROUP:
+            write_group()
+    if waiting:
+        write_group()
+    writer.close()
+
+
+def _pyarrow():
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError('Parquet needs pyarrow: pip install "pyramidclip-hf[train]", or choose .npz') from error
+    return pyarrow, pyarrow.parquet
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,235 @@
+# Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Files of pictures for the command line: which ones, their pixels read ahead by threads, contact sheets of them."""
+
+import glob
+import os
+import textwrap
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from .embedding_files import written_aside
+from .image_processing_pyramidclip import check_image_pixels, upright_rgb
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# Those that Pillow reads by itself: EPS, for one, would start another program.
+_PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+_CELL, _GAP, _MARGIN, _COLUMNS = 208, 16, 28, 5
+_CAPTION = 46
+_INK, _GREY, _PALE, _ACCENT = (28, 28, 30), (120, 122, 128), (240, 241, 243), (24, 96, 180)
+_MAX_SHEET_CELLS = 2000
+
+
+class UnreadablePicture(Exception):
+    """A picture that is skipped; the message is the reason."""
+
+
+def find_pictures(arguments: Sequence[str], stdin: Iterable[str] = ()) -> list[str]:
+    """The pictures that files, folders (searched to any depth), globs and "-" (paths in `stdin`) name, each once.
+
+    In folders and globs, only files with a picture's suffix count, and nothing that begins with a dot; what is named
+    outright counts whatever its name. A folder's pictures come sorted, everything else as it was given.
+
+    Raises:
+        ValueError: an argument that is not there, or no picture at all.
+    """
+    found: dict[str, None] = {}
+    for argument in arguments:
+        if argument == "-":
+            found.update((line.rstrip("\r\n"), None) for line in stdin if line.strip())
+        elif os.path.isdir(argument):
+            found.update(dict.fromkeys(_pictures_below(argument)))
+        elif os.path.isfile(argument):
+            found[argument] = None
+        elif glob.has_magic(argument):
+            for match in sorted(glob.glob(argument, recursive=True)):
+                if os.path.isdir(match):
+                    found.update(dict.fromkeys(_pictures_below(match)))
+                elif match.lower().endswith(PICTURE_SUFFIXES):
+                    found[match] = None
+        else:
+            raise ValueError(f"There is no file or folder {argument!r}.")
+    if not found:
+        raise ValueError(
+            f"No pictures found in {', '.join(arguments)}: expected files ending in {' '.join(PICTURE_SUFFIXES)}."
+        )
+    return list(found)
+
+
+def _pictures_below(folder: str) -> Iterator[str]:
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith("."):
+                yield os.path.join(place, name)
+
+
+def read_picture(path: str, max_image_pixels: int | None) -> Image.Image:
+    """The upright RGB PIL picture of a file.
+
+    Raises:
+        UnreadablePicture: no such file, no picture, too many pixels, damaged, or a name that is not UTF-8.
+    """
+    try:
+        path.encode()
+        with Image.open(path, formats=_PICTURE_FORMATS) as picture:
+            check_image_pixels(picture, max_image_pixels)
+            picture.load()
+            return upright_rgb(picture)
+    except UnicodeEncodeError as error:
+        raise UnreadablePicture("the name is not UTF-8, so it could not be written down") from error
+    except Exception as error:  # on damaged data, Pillow's readers raise almost anything
+        raise UnreadablePicture(str(error) or type(error).__name__) from error
+
+
+def read_ahead(items: Iterable[str], read: Callable[[str], Any], workers: int, ahead: int) -> Iterator[tuple[str, Any]]:
+    """Yields (item, `read(item)` or the `UnreadablePicture` that it raised) in order.
+
+    `workers` threads are up to `ahead` items in front of what was yielded. Pillow decodes and resizes without holding
+    Python's lock, so threads are enough. Closing the iterator drops what is not begun.
+    """
+
+    def attempt(item: str) -> Any:
+        try:
+            return read(item)
+        except UnreadablePicture as error:
+            return error
+
+    waiting: deque = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(attempt, item)))
+                if len(waiting) > ahead:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def check_picture_output(path: str) -> None:
+    """ValueError unless `path` names a kind of picture, in a folder that exists."""
+    if Path(path).suffix.lower() not in SHEET_SUFFIXES or not Path(path).parent.is_dir():
+        raise ValueError(f"--output {path}: expected a picture ({' '.join(SHEET_SUFFIXES)}) in a folder that exists.")
+
+
+def save_picture(picture: Image.Image, path: str) -> None:
+    """Writes a picture as what its suffix says; the file is there as a whole or not at all."""
+    kind = Path(path).suffix.lower().removeprefix(".")
+    with written_aside(Path(path)) as file:
+        picture.save(file, "JPEG" if kind == "jpg" else kind.upper())
+
+
+class Hit(NamedTuple):
+    """One result: its place from 1 on, the cosine, and the path or text."""
+
+    rank: int
+    score: float
+    name: str
+
+
+def contact_sheet(
+    queries: Sequence[tuple[str, str | None]],
+    found: Sequence[Sequence[Hit]],
+    below: str,
+    max_image_pixels: int | None = None,
+    font_file: str | None = None,
+) -> tuple[Image.Image, int]:
+    """An RGB picture with the hits of each query as a grid of thumbnails with rank, score and file name.
+
+    Args:
+        queries: (title, path of the query's picture or None). found: the hits of each.
+        below: what follows "best K" under a title.
+        font_file: TrueType; None: Pillow's own, which has Latin letters only.
+
+    Returns:
+        The picture, and how many thumbnails could not be read; they are drawn as placeholders.
+
+    Raises:
+        ValueError: more cells than a picture should hold, or no such font.
+    """
+    cells = sum(map(len, found))
+    if cells > _MAX_SHEET_CELLS:
+        raise ValueError(f"A sheet holds at most {_MAX_SHEET_CELLS} pictures, these would be {cells}: lower --top-k.")
+    title_font, font, small = (_font(font_file, size) for size in (26, 16, 13))
+    columns = min(_COLUMNS, max(map(len, found)))
+    width = max(2 * _MARGIN + columns * (_CELL + _GAP) - _GAP, 560)
+    heads = [_wrapped(title, title_font, width - 2 * _MARGIN - (96 if path else 0)) for title, path in queries]
+    head_heights = [max(34 * len(lines) + 34, 92 if path else 0) for lines, (_, path) in zip(heads, queries)]
+    grid_heights = [-(-len(hits) // columns) * (_CELL + _CAPTION + _GAP) for hits in found]
+    height = sum(head_heights) + sum(grid_heights) + _GAP * (len(queries) - 1) + 2 * _MARGIN
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, top, absent = ImageDraw.Draw(sheet), _MARGIN, 0
+    for (_, path), lines, head, grid, hits in zip(queries, heads, head_heights, grid_heights, found):
+        left = _MARGIN
+        if path:
+            _paste_thumbnail(sheet, draw, path, (left, top, 80), max_image_pixels, small)
+            left += 96
+        for number, line in enumerate(lines):
+            draw.text((left, top + 34 * number), line, font=title_font, fill=_INK)
+        draw.text((left, top + 34 * len(lines) + 2), f"best {len(hits)} {below}", font=small, fill=_GREY)
+        top += head
+        for place, hit in enumerate(hits):
+            x = _MARGIN + place % columns * (_CELL + _GAP)
+            y = top + place // columns * (_CELL + _CAPTION + _GAP)
+            absent += not _paste_thumbnail(sheet, draw, hit.name, (x, y, _CELL), max_image_pixels, small)
+            draw.text((x, y + _CELL + 5), str(hit.rank), font=font, fill=_ACCENT)
+            draw.text((x + _CELL, y + _CELL + 5), f"{hit.score:.3f}", font=font, fill=_INK, anchor="ra")
+            name = _shortened(os.path.basename(hit.name), small, _CELL)
+            draw.text((x, y + _CELL + 26), name, font=small, fill=_GREY)
+        top += grid + _GAP
+    return sheet, absent
+
+
+def _paste_thumbnail(sheet, draw, path: str, square: tuple[int, int, int], max_image_pixels, font) -> bool:
+    """Draws the picture, fitted into `square` (left, top, side), or a placeholder; returns whether it was there."""
+    left, top, side = square
+    box = (left, top, left + side - 1, top + side - 1)
+    try:
+        picture = ImageOps.contain(read_picture(path, max_image_pixels), (side, side))
+    except UnreadablePicture:
+        draw.rectangle(box, fill=_PALE, outline=(200, 202, 206))
+        words = "cannot be read" if os.path.exists(path) else "not found"
+        draw.text((left + side // 2, top + side // 2), words, font=font, fill=_GREY, anchor="mm")
+        return False
+    draw.rectangle(box, fill=_PALE)
+    sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
+    return True
+
+
+def _font(file: str | None, size: int) -> Any:
+    if file is None:
+        return ImageFont.load_default(size)
+    try:
+        return ImageFont.truetype(file, size)
+    except OSError as error:
+        raise ValueError(f"--font {file}: expected a TrueType or OpenType file ({error}).") from error
+
+
+def _wrapped(text: str, font: Any, width: int) -> list[str]:
+    """At most three lines that fit into `width` pixels."""
+    text = " ".join(text.split())
+    letters = max(8, int(width / max(1.0, font.getlength(text) / max(1, len(text))) * 0.95))
+    return textwrap.wrap(text, letters, max_lines=3, placeholder=" ...") or [" "]
+
+
+def _shortened(text: str, font: Any, width: int) -> str:
+    """The text, or its beginning and end with dots between, where it is wider than `width` pixels."""
+    kept = len(text)
+    while kept > 2 and font.getlength(shown := _middle_out(text, kept)) > width:
+        kept -= 1
+    return shown if kept > 2 else text[:2]
+
+
+def _middle_out(text: str, kept: int) -> str:
+    return text if kept >= len(text) else f"{text[: (kept + 1) // 2]}...{text[-(kept // 2) :]}"
