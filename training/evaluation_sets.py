@@ -137,8 +137,9 @@ def _picture(picture: Path | np.ndarray) -> Image.Image:
 def _reported_name(spec: NamedSet, split: str, sizes: tuple[int, int], split_file: str | None, as_paper: bool) -> str:
     notes = [f"split file {Path(split_file).name}"] if split_file else []
     if not as_paper:
-        found, expected = (f"{pictures:,} of {classes} classes" for classes, pictures in (sizes, spec.counted(split)))
-        notes.append(f"not the paper's split: found {found}, Table 7 has {expected}")
+        (classes, pictures), (all_classes, all_pictures) = sizes, spec.counted(split)
+        found = f"found {pictures:,} in {classes} classes, Table 7 has {all_pictures:,} in {all_classes}"
+        notes.append(f"not the paper's split: {found}")
     elif split == "train":
         notes.append("training part")
     return spec.title + (f" ({'; '.join(notes)})" if notes else "")

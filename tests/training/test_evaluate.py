@@ -157,7 +157,7 @@ def test_named_data_sets(model_folder, sets_root, tmp_path, capsys):
     assert len({one.dataset_name for one in results}) == 2 and {one.dataset_type for one in results} == {
         *("imagenet", "sun397")
     }
-    assert all("not the paper's split: found 13 of" in one.dataset_name for one in results)
+    assert all("not the paper's split: found 13 in" in one.dataset_name for one in results)
     marked = [(one.dataset_type, one.metric_type, one.metric_name) for one in results if one.metric_name]
     assert marked == [("imagenet", "top_1", "main metric"), ("sun397", "top_1", "main metric")]
     assert "main metric" in capsys.readouterr().out and "main metric" in (tmp_path / "z.csv").read_text()
@@ -194,20 +194,25 @@ def test_captions_of_other_formats_equal_the_shards(model_folder, data, sets_roo
     assert name == "Flickr30K (not the test split of 1,000 pictures: found 13)"
 
 
-def run_command(rank, world_size, model_folder, data, folder):
+def run_command(rank, world_size, model_folder, data, sets_root, folder):
     codes = []
-    for task in ("retrieval", "zero-shot"):
-        arguments = ["--model", model_folder, "--data", data, "--task", task, "--batch-size", "3", "--cpu"]
-        pairs = ["--levels", "global_caption", "roi_tags"] if task == "retrieval" else []
-        codes.append(main([*arguments, *pairs, "--output", f"{folder}/{task}-{world_size}.json"]))
+    for name, source in (
+        ("retrieval", ["--data", data, "--levels", "global_caption", "roi_tags"]),
+        ("zero-shot", ["--data", data, "--task", "zero-shot"]),
+        ("named", ["--data", sets_root, "--task", "zero-shot", "--dataset", "imagenet", "sun397"]),
+    ):
+        arguments = ["--model", model_folder, "--batch-size", "3", "--cpu"]
+        codes.append(main([*arguments, *source, "--output", f"{folder}/{name}-{world_size}.json"]))
     return codes
 
 
-def test_equal_on_one_two_and_three_processes(model_folder, data, tmp_path):
+def test_equal_on_one_two_and_three_processes(model_folder, data, sets_root, tmp_path):
     """13 samples in batches of 3: two and three processes get unequal shares, and none is filled up."""
     for world_size in (1, 2, 3):
-        assert run_in_processes(run_command, world_size, model_folder, data, tmp_path) == [[0, 0]] * world_size
-    for task, count in (("retrieval", "images"), ("zero-shot", "pictures")):
+        assert (
+            run_in_processes(run_command, world_size, model_folder, data, sets_root, tmp_path) == [[0] * 3] * world_size
+        )
+    for task, count in (("retrieval", "images"), ("zero-shot", "pictures"), ("named", "pictures")):
         results = [read_json(tmp_path / f"{task}-{size}.json") for size in (1, 2, 3)]
         assert results[0][1] == results[1][1] == results[2][1]
         assert [details["processes"] for _, _, details in results] == [1, 2, 3]

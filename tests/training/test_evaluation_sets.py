@@ -162,7 +162,7 @@ def test_pictures_and_labels_of_every_set(layout, tmp_path, monkeypatch):
     if names is not None:
         assert data.class_names == names
     spec = TABLE_7[layout.__name__]
-    assert data.name.startswith(f"{spec.title} (") and f"found {len(labels):,} of" in data.name
+    assert data.name.startswith(f"{spec.title} (") and f"found {len(labels):,} in" in data.name
     assert "not the paper's split" in data.name and f"Table 7 has {spec.numbers[2]:,}" in data.name
     assert data.main_metric[0] == spec.metric and data.main_metric[1] != PAPER_METRIC
     assert data.described["dataset_type"] == layout.__name__
@@ -214,7 +214,7 @@ def test_only_the_papers_numbers_count_as_the_papers(tmp_path, monkeypatch):
     training = open_set("dtd", str(tmp_path), "train", max_samples=1)
     assert training.labels == [0] and "not the paper's split" in training.name  # one class of two was found
     fewer = open_set("dtd", str(tmp_path), max_samples=2)
-    assert fewer.labels == [1, 0] and "found 2 of 2 classes, Table 7 has 3 of 2 classes" in fewer.name
+    assert fewer.labels == [1, 0] and "found 2 in 2 classes, Table 7 has 3 in 2" in fewer.name
 
 
 def test_split_files(tmp_path, monkeypatch):
@@ -225,7 +225,7 @@ def test_split_files(tmp_path, monkeypatch):
     split.write_text("\n".join(["Faces/image_0002.jpg", *lines[:1], *lines[2:-1], f"{lines[-1]}\tk96"]))
     data = open_set("caltech101", str(tmp_path), split_file=str(split))
     assert colours(data) == data.labels == [1, 0, *range(2, 102)]
-    assert "split file test.txt; not the paper's split: found 102 of 102 classes" in data.name
+    assert "split file test.txt; not the paper's split: found 102 in 102 classes" in data.name
     spec = TABLE_7["caltech101"]
     monkeypatch.setitem(TABLE_7, "caltech101", type(spec)(**vars(spec) | {"numbers": (102, 1, 102)}))
     assert open_set("caltech101", str(tmp_path), split_file=str(split)).name == "Caltech-101 (split file test.txt)"
