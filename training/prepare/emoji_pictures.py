@@ -221,10 +221,7 @@ BACKGROUNDS = {
 @functools.lru_cache(maxsize=1)
 def _projection():
     rng = np.random.default_rng(20221115)
-    matrix = rng.normal(size=(_STATISTICS, DESCRIPTOR_SIZE)).astype(np.float32)
-    return matrix / np.sqrt(np.float32(_STATISTICS)), rng.normal(size=DESCRIPTOR_SIZE).astype(np.float32) * np.float32(
-        0.1
-    )
+    return rng.normal(size=(_STATISTICS, DESCRIPTOR_SIZE)) / np.sqrt(_STATISTICS), rng.normal(size=DESCRIPTOR_SIZE) / 10
 
 
 _STATISTICS = 8 * 8 * 3 + 4 * 4 * 8 + 4 * 4 * 4
@@ -258,7 +255,8 @@ def describe_regions(picture, boxes):
     groups = (thumbnail, np.sqrt(edges.reshape(count, -1)), np.sqrt(colours.reshape(count, -1)))
     standard = [(g - g.mean(1, keepdims=True)) / (g.std(1, keepdims=True) + 1e-3) for g in groups]
     matrix, bias = _projection()
-    return np.maximum(np.concatenate(standard, 1).astype(np.float32) @ matrix + bias, 0).astype(np.float16)
+    # In double precision: the last bits of a product depend on the number of threads, those of float16 then do not.
+    return np.maximum(np.concatenate(standard, 1).astype(np.float64) @ matrix + bias, 0).astype(np.float16)
 
 
 def contact_sheet(samples, columns=3, scale=2):

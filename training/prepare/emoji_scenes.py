@@ -39,7 +39,7 @@ from training.prepare import emoji_words as words
 from training.records import Region, Sample
 from training.shards import ShardWriter, index_path, read_dataset_json, write_atomically, write_dataset_json
 
-SCENES_VERSION = 2
+SCENES_VERSION = 3
 SPLITS = ("train", "validation", "objects")
 
 

@@ -87,7 +87,7 @@ RESERVED_PAIRS = tuple(pair for pair in itertools.combinations(OBJECTS, 2) if is
 
 def training_things(rng):
     """One to five objects, no reserved pair among them."""
-    count = rng.choices((1, 2, 3, 4, 5), (15, 25, 25, 20, 15))[0]
+    count = rng.choices((1, 2, 3, 4, 5), (35, 25, 18, 13, 9))[0]
     while True:
         names = rng.sample(OBJECTS, count)
         if not any(is_reserved(*pair) for pair in itertools.combinations(names, 2)):
