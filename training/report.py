@@ -220,7 +220,8 @@ def _comparison(demo: ReportedDemo) -> dict:
         "R@k: the share of queries whose right answer is among the first k. The held-out scenes show pairs of objects "
         "that no training scene shows together, and their captions are careful sentences, other than all training "
         "texts. Bold: best of the row. One run each, one seed. Of the learning rates 2e-3, 1e-3, 5e-4 and 2.5e-4, "
-        "the pyramid does best with 1e-3, which all runs here use, and CLIP a little better with 5e-4 (docs/ablations.md)."
+        "the pyramid does best with 1e-3, which all runs here use, and CLIP a little better with 5e-4 "
+        "(docs/ablations.md)."
     )
     return {
         "runs": runs,
