@@ -32,6 +32,8 @@ from torch import nn
 from training.distributed import any_process, rank, world_size
 
 FORMAT = 1
+# Of a model's config: what says nothing about the model.
+IDENTITY_WITHOUT = ("transformers_version", "_name_or_path", "dtype", "architectures")
 _NAME = re.compile(r"step-(\d{8,})")
 
 

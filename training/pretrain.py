@@ -32,6 +32,7 @@ from pyramidclip_hf.configuration_pyramidclip import levels_of
 from training.arguments import PretrainingArguments, parse_arguments
 from training.batches import DataError
 from training.checkpoint import (
+    IDENTITY_WITHOUT,
     CheckpointError,
     Progress,
     TrainingState,
@@ -179,7 +180,7 @@ def start_processes(args: PretrainingArguments, folder: Path):
         raise ValueError("precision fp16 needs a GPU; on CPU use bf16 or fp32")
     # Without SyncBatchNorm the first process's running statistics are everyone's, so that what is evaluated and saved
     # does not depend on who does it; with it they are equal by themselves.
-    own_statistics = not _synchronised_batch_norm(args)
+    own_statistics = not synchronised_batch_norm(args)
     accelerator = Accelerator(
         cpu=cpu,
         # bf16 is the objective's own autocast; only fp16 needs Accelerate's gradient scaler.
@@ -218,7 +219,8 @@ def _settle_deepspeed(args, accelerator):
     config["gradient_clipping"] = args.max_grad_norm or 0.0
 
 
-def _synchronised_batch_norm(args: PretrainingArguments) -> bool:
+def synchronised_batch_norm(args: PretrainingArguments) -> bool:
+    """Whether BatchNorm takes its statistics over all processes."""
     from accelerate import PartialState
 
     processes = PartialState()  # SyncBatchNorm refuses CPU tensors
@@ -251,7 +253,7 @@ def build(args: PretrainingArguments, folder: Path) -> Run:
     args.per_device_batch_size(accelerator.num_processes)  # refused before any data is opened
     reader = open_reader(args, processor, model.config, folder)
     plan = plan_steps(args, reader.samples, accelerator.num_processes)
-    if _synchronised_batch_norm(args):
+    if synchronised_batch_norm(args):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     objective = ContrastiveObjective(
         model,
@@ -328,7 +330,7 @@ def open_reader(args: PretrainingArguments, processor, config, folder: Path):
 def identity_of(run: Run) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued; under "how", what may change."""
     args, model_config = run.args, run.model.config.to_dict()
-    for name in ("transformers_version", "_name_or_path", "dtype", "architectures", "loss_weights", "label_smoothing"):
+    for name in (*IDENTITY_WITHOUT, "loss_weights", "label_smoothing"):
         model_config.pop(name, None)
     schedule = ("global_batch_size", "learning_rate", "warmup_fraction", "final_learning_rate_fraction")
     optimizer = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "ema_decay")

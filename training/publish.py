@@ -102,8 +102,12 @@ def publish(path: Path, repo_id: str, private: bool | None = None, result_files:
     folder = model_folder(Path(path))
     results = [result for file in result_files for result in read_json(file)[1]]
     record, card = folder / "training.json", None
-    if record.is_file():
-        card = run_card(folder, json.loads(record.read_text(encoding="utf-8")), repo_id, results, remote_code=True)
+    described = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    if described and described.get("task") == "image-classification":
+        if results:
+            raise ValueError(f"{folder} is a classifier, whose card holds its own results: leave --results out")
+    elif described:
+        card = run_card(folder, described, repo_id, results, remote_code=True)
     elif results:
         raise ValueError(f"{folder} has no training.json, so there is no card that the results could go into")
     return publish_folder(folder, repo_id, card=card, remote_code=True, private=private)

@@ -1,0 +1,87 @@
+"""Parts of labelled data: one set of classes, held-out shares, and what identifies them."""
+
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tests.training.labelled_files import write_pictures
+from training.classification_data import (
+    content_digest,
+    fingerprint,
+    held_out,
+    open_parts,
+    open_pictures,
+    with_classes_of,
+)
+
+COUNTS = {"blue": 8, "green": 5, "dark_red": 3}
+
+
+def parts_of(train, **changes):
+    chosen = {"train_data": train, "classes": None, "seed": 0}
+    for name in ("validation", "test"):
+        chosen |= {f"{name}_data": None, f"{name}_fraction": 0.0}
+    return open_parts(SimpleNamespace(**chosen | changes))
+
+
+def test_a_held_out_share_has_every_class_and_depends_on_the_seed_alone():
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [40, 20, 2]))
+    kept, out = held_out(labels, 0.25, seed=3)
+    assert sorted([*kept, *out]) == list(range(62))
+    assert np.bincount(labels[out]).tolist() == [10, 5, 1]
+    again, other = held_out(labels, 0.25, seed=3)[1], held_out(labels, 0.25, seed=4)[1]
+    assert np.array_equal(out, again) and not np.array_equal(out, other)
+    assert np.bincount(labels[held_out(labels, 0.99, seed=0)[0]]).tolist() == [1, 1, 1]  # something is left to learn
+    with pytest.raises(ValueError, match="class number 1 has a single picture.*--validation-data"):
+        held_out([0, 0, 1], 0.5, seed=0)
+
+
+def test_held_out_parts_share_no_picture(tmp_path):
+    parts = parts_of(write_pictures(tmp_path / "a", COUNTS), validation_fraction=0.25, test_fraction=0.25)
+    assert sorted(np.concatenate([part.numbers for part in parts.values()])) == list(range(16))
+    for part in parts.values():
+        assert part.pictures.labels == part.labels.tolist()
+        for place, number in enumerate(part.numbers):
+            assert np.array_equal(np.asarray(part.pictures.read(place)), np.asarray(part.data.read(int(number))))
+
+
+def test_class_numbers_are_those_of_the_training_data(tmp_path):
+    train = write_pictures(tmp_path / "a", COUNTS)
+    test = write_pictures(tmp_path / "b", {"blue": 1, "green": 2, "dark_red": 3})
+    (tmp_path / "b" / "dark_red").rename(tmp_path / "b" / "a_dark_red")  # sorts first
+    names = tmp_path / "names"
+    names.write_text("a_dark_red\tred\nblue\tblue\ngreen\tgreen\n")
+    (tmp_path / "names_a").write_text("dark_red\tred\nblue\tblue\ngreen\tgreen\n")
+    reference = open_pictures(train, str(tmp_path / "names_a"))
+    aligned = with_classes_of(open_pictures(test, str(names)), reference)
+    assert aligned.class_names == reference.class_names == ["blue", "red", "green"]
+    assert [aligned.class_names[label] for label in aligned.labels] == ["red"] * 3 + ["blue"] + ["green"] * 2
+
+
+def test_other_classes_are_refused_by_name(tmp_path):
+    train = write_pictures(tmp_path / "a", COUNTS)
+    test = write_pictures(tmp_path / "b", {"blue": 1, "green": 2})
+    with pytest.raises(ValueError, match=r"same classes.*b has 2, a 3; only in b: \[\]; not in it: \['dark red'\]"):
+        parts_of(train, test_data=test)
+    with pytest.raises(ValueError, match="test_data or test_fraction, not both"):
+        parts_of(train, test_data=train, test_fraction=0.1)
+
+
+def test_what_identifies_pictures(tmp_path):
+    """The digest sees each byte, whatever the file's size and time say; the fingerprint sees names and sizes."""
+    folder = write_pictures(tmp_path / "a", COUNTS)
+    part = parts_of(folder)["train"]
+    before = content_digest(part), fingerprint(part)
+    assert (content_digest(parts_of(folder)["train"]), fingerprint(parts_of(folder)["train"])) == before
+    path = tmp_path / "a" / "green" / "02.png"
+    data, times = path.read_bytes(), path.stat()
+    path.write_bytes(data[:-20] + bytes([data[-20] ^ 1]) + data[-19:])
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert content_digest(part) != before[0] and fingerprint(part) == before[1]
+    path.write_bytes(data)
+    assert content_digest(part) == before[0]
+    path.rename(path.with_name("zz.png"))  # pictures would come in another order
+    assert content_digest(part) != before[0] and fingerprint(parts_of(folder)["train"]) != before[1]
+    assert fingerprint(parts_of(folder, test_fraction=0.3)["train"]) != fingerprint(parts_of(folder)["train"])

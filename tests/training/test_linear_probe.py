@@ -1,0 +1,211 @@
+"""The linear probe against a plain solver, one picture at a time, and one process against two."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.training.labelled_files import write_pictures
+from tests.training.memory_reader import MODEL_CONFIG
+from tests.training.processes import run_in_processes
+from training import linear_probe
+from training.classification_data import open_parts
+from training.evaluate import load_model
+from training.initial_model import named_model
+from training.linear_probe import LinearProbeArguments, c_of, cached_features, fit, main, picture_features, probe, sweep
+
+COUNTS = {"blue": 8, "green": 8, "dark_red": 8}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("model"))
+    for part in named_model("ViT-B-32", MODEL_CONFIG, 0):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def args(tmp_path, model_folder):
+    train, test = (write_pictures(tmp_path / name, COUNTS, seed) for seed, name in enumerate(("train", "test")))
+    return LinearProbeArguments(
+        model=model_folder, train_data=train, test_data=test, cache_dir=str(tmp_path / "cache"), cpu=True, batch_size=5,
+        output=str(tmp_path / "probe.json"), validation_fraction=0.25,
+    )  # fmt: skip
+
+
+def value_of(results, metric):
+    return next(result.metric_value for result in results if result.metric_type == metric)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_fit_minimises_the_penalised_loss(classes):
+    """Against the objective written out here and minimised in fp64 by torch."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % classes
+    features = (rng.normal(size=(60, 5)) + labels[:, None] * 0.5).astype(np.float32)
+    c, rows = 0.7, torch.from_numpy(features).double()
+    width = 1 if classes == 2 else classes  # two classes: one weight vector, as scikit-learn has it
+    weight = torch.zeros(5, width, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(width, dtype=torch.float64, requires_grad=True)
+    solver = torch.optim.LBFGS([weight, bias], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def logits():
+        found = rows @ weight + bias
+        return torch.cat([torch.zeros_like(found), found], dim=1) if classes == 2 else found
+
+    def loss():
+        solver.zero_grad()
+        data = torch.nn.functional.cross_entropy(logits(), torch.from_numpy(labels), reduction="sum")
+        total = c * data + weight.square().sum() / 2
+        total.backward()
+        return total
+
+    solver.step(loss)
+    fitted = fit(features, labels, c)
+    scores = torch.from_numpy(fitted.scores(features)).double()
+    if classes == 2:  # (-d, d) for a log-odds of d
+        scores = scores / 2
+    assert (scores.softmax(1) - logits().detach().softmax(1)).abs().max() < 5e-3
+    assert fitted.converged and 1 < fitted.iterations < 1000
+
+
+def test_the_sweep_finds_the_peak_of_the_whole_grid():
+    for peak in (0, 5, 31, 48, 63, 96):
+        best, tried = sweep(lambda step, peak=peak: -abs(step - peak))
+        assert best == peak and len(tried) <= 15
+    assert sweep(lambda step: 0.5)[0] == 0  # among equals the strongest penalty
+    assert [c_of(step) for step in (0, 48, 56, 96)] == pytest.approx([1e-6, 1, 10, 1e6])
+
+
+def test_features_are_those_of_the_tower_and_of_the_embedding(args):
+    model, processor = load_model(args.model)
+    data = open_parts(args)["test"].data
+    for kind, width in (("backbone", 16), ("projected", 8)):
+        found = picture_features(model.train(), processor, data, kind, batch_size=5)
+        assert found.shape == (24, width) and found.dtype == torch.float32
+        for number in (0, 7, 23):
+            pixels = processor(images=data.read(number), return_tensors="pt")["pixel_values"]
+            with torch.no_grad():
+                pooled = model.eval().vision_model(pixel_values=pixels).pooler_output[0]
+                expected = pooled if kind == "backbone" else model.visual_projection(pooled)
+            torch.testing.assert_close(found[number], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_colours_are_told_apart_and_the_results_are_written(args, tmp_path, capsys):
+    args.csv = str(tmp_path / "probe.csv")
+    results = probe(args)
+    assert value_of(results, "top_1") == value_of(results, "mean_per_class") == 1.0
+    assert "100.00 %" in capsys.readouterr().out and "top_1" in (tmp_path / "probe.csv").read_text()
+    details = json.loads((tmp_path / "probe.json").read_text())["details"]
+    assert details["pictures"] == {"train": 18, "validation": 6, "test": 24} and details["feature_size"] == 16
+    scores = {row["c"]: row["top_1"] for row in details["sweep"]}
+    assert details["c"] == min(c for c, score in scores.items() if score == max(scores.values()))
+    args.c, args.validation_fraction, args.features = 2.0, 0.0, "projected"
+    assert value_of(probe(args), "top_1") == 1.0
+    assert json.loads((tmp_path / "probe.json").read_text())["details"]["sweep"] == []
+
+
+def test_two_processes_give_what_one_gives(args, tmp_path):
+    def probed(rank, world_size, args):
+        results = probe(args)
+        return None if results is None else [(result.metric_type, result.metric_value) for result in results]
+
+    args.train_data = write_pictures(tmp_path / "train", COUNTS, seed=5, size=(9, 30))
+    args.max_iterations = 40
+    outcomes = []
+    for world_size in (1, 2):
+        args.cache_dir = str(tmp_path / f"cache-{world_size}")
+        outcomes.append(run_in_processes(probed, world_size, args))
+        outcomes[-1].append(json.loads((tmp_path / "probe.json").read_text())["details"]["sweep"])
+    (alone, swept), (first, second, swept_by_two) = outcomes
+    assert alone == first and second is None and swept == swept_by_two
+    kept = [sorted((tmp_path / f"cache-{n}").iterdir()) for n in (1, 2)]
+    assert [path.name for path in kept[0]] == [path.name for path in kept[1]] and len(kept[0]) == 2
+    assert all(one.read_bytes() == two.read_bytes() for one, two in zip(*kept))
+
+
+def test_kept_features_are_used_again_and_never_for_anything_else(args, tmp_path, monkeypatch):
+    model, processor = load_model(args.model)
+    computed = []
+    original = linear_probe.picture_features
+    monkeypatch.setattr(linear_probe, "picture_features", lambda *arguments: computed.append(1) or original(*arguments))
+
+    def features():
+        before = len(computed)
+        found = cached_features(model, processor, open_parts(args)["test"], args)
+        return found, len(computed) - before
+
+    first, fresh = features()
+    assert fresh == 1
+    again, fresh = features()
+    assert fresh == 0 and np.array_equal(first, again)
+    path = tmp_path / "test" / "green" / "03.png"
+    Image.fromarray(255 - np.asarray(Image.open(path))).save(path)  # another picture
+    changed, fresh = features()
+    assert fresh == 1 and np.flatnonzero((changed != first).any(axis=1)).tolist() == [19]
+    with torch.no_grad():
+        model.vision_model.post_layernorm.bias[0] += 0.5  # another model
+    shifted, fresh = features()
+    assert fresh == 1 and np.abs(shifted[:, 0] - changed[:, 0] - 0.5).max() < 1e-5
+    processor.image_processor.image_mean = [0.0, 0.0, 0.0]  # other preprocessing
+    assert features()[1] == 1
+    args.features = "projected"
+    assert features()[1] == 1
+    with torch.no_grad():
+        model.visual_projection.weight[0] += 1
+    assert features()[1] == 1
+    model.text_model.final_layer_norm.bias.data += 1  # pictures do not pass through it
+    assert features()[1] == 0
+
+
+def test_a_damaged_cache_is_computed_again(args, tmp_path, capsys):
+    model, processor = load_model(args.model)
+    part = open_parts(args)["test"]
+    first = cached_features(model, processor, part, args)
+    (path,) = (tmp_path / "cache").iterdir()
+    path.write_bytes(path.read_bytes()[:40])
+    assert np.array_equal(cached_features(model, processor, part, args), first)
+    assert "damaged" in capsys.readouterr().err
+    assert np.array_equal(cached_features(model, processor, part, args), first)
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_a_fit_that_did_not_converge_is_said(args, tmp_path, capsys):
+    args.c, args.max_iterations, args.validation_fraction = 1e4, 2, 0.0
+    probe(args)
+    assert "had not converged after 2 iterations" in capsys.readouterr().err
+    assert json.loads((tmp_path / "probe.json").read_text())["details"]["converged"] is False
+
+
+def test_features_that_hardly_differ_are_said_and_standardised_on_demand(args, tmp_path, capsys, monkeypatch):
+    original = linear_probe.picture_features
+    monkeypatch.setattr(linear_probe, "picture_features", lambda *arguments: original(*arguments) * 1e-5 + 3)
+    args.cache_dir = "none"
+    assert value_of(probe(args), "top_1") == pytest.approx(1 / 3)
+    assert "hardly differ" in capsys.readouterr().err
+    args.standardize = True
+    assert value_of(probe(args), "top_1") > 0.9
+    assert "hardly differ" not in capsys.readouterr().err
+
+
+def test_what_is_wrong_is_said(args, tmp_path, capsys, monkeypatch):
+    words = ["--model", args.model, "--train-data", args.train_data, "--cpu", "--cache-dir", "none"]
+
+    def error_of(*more):
+        assert main([*words, *more]) == 2
+        return capsys.readouterr().err
+
+    assert "nothing to measure on: give test_data, or test_fraction" in error_of()
+    assert "sweeping C needs validation data" in error_of("--test-fraction", "0.2", "--validation-fraction", "0")
+    assert "c: expected a positive number" in error_of("--test-fraction", "0.2", "--c", "-1")
+    other = write_pictures(tmp_path / "other", {"blue": 2, "green": 2})
+    assert "not in it: ['dark red']" in error_of("--test-data", other)
+    assert "no folder" in error_of("--test-data", str(tmp_path / "nowhere"))
+    (tmp_path / "test" / "green" / "03.png").write_bytes(b"no picture")
+    assert "03.png cannot be read" in error_of("--test-data", args.test_data)
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    assert 'pip install -e ".[eval]"' in error_of("--test-fraction", "0.2")

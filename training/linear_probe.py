@@ -1,0 +1,353 @@
+"""Linear probe: logistic regression on the features of a frozen picture encoder (paper, sections 4.4, B.2 and D).
+
+    python -m training.linear_probe --model DIR --train-data FOLDER --test-data FOLDER [--features backbone|projected]
+    accelerate launch --num_processes 4 -m training.linear_probe ...
+
+From the paper (appendix B.2): scikit-learn's logistic regression by L-BFGS, at most 1000 iterations, the strength of
+its L2 penalty swept on validation data, frozen features. From CLIP (appendix A.3), which the paper follows: 96 steps of
+the penalty between 1e-6 and 1e6, 8 a decade, searched coarse to fine around the best, and the last fit on training and
+validation data together. Ours: which features (neither paper settles it for a ResNet; `backbone` is the
+pooled vector before the projection, `projected` the embedding, not normalised), no standardisation, the smallest C
+among equals, the held-out share where a data set has no validation set, fp32.
+
+Features are computed once, by all processes, and kept under `cache_dir`; fitting is done by the first process alone.
+Exit codes: 0, or 2 where settings or data are wrong.
+"""
+
+import hashlib
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import transformers
+from huggingface_hub import EvalResult
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+import pyramidclip_hf
+from training.classification_data import Part, check_part_settings, content_digest, metric_results, open_parts
+from training.distributed import any_process
+from training.embedding import map_batches
+from training.evaluate import classification_metrics, load_model
+from training.evaluation_data import LabelledPictures
+from training.results import results_table, write_csv, write_json
+from training.shards import cache_folder, write_atomically
+
+EXIT_WRONG_SETTING = 2
+# The sweep (CLIP, appendix A.3): exponents of C from -6 to 6 in steps of 1/8, first every 16th of them.
+STEPS_PER_DECADE, DECADES, COARSE = 8, (-6, 6), 16
+_CACHE_FORMAT = 1
+
+
+@dataclass(kw_only=True)
+class LinearProbeArguments:
+    """Settings of `python -m training.linear_probe`. Raises ValueError naming the field."""
+
+    model: str = field(metadata={"help": "folder of a saved model, or Hub id"})
+    train_data: str = field(metadata={"help": "folder with a sub-folder a class, or labelled shards"})
+    validation_data: str | None = field(default=None, metadata={"help": "the same, for the sweep of C"})
+    test_data: str | None = field(default=None, metadata={"help": "the same, for the result"})
+    validation_fraction: float | None = field(
+        default=None,
+        metadata={"help": "share of each class held out of the training data; default: 0.2 without validation_data"},
+    )
+    test_fraction: float = field(default=0.0, metadata={"help": "share of each class held out in place of test_data"})
+    classes: str | None = field(
+        default=None, metadata={"help": "file with class names, one a line (folders also: folder<TAB>name)"}
+    )
+    features: Literal["backbone", "projected"] = field(
+        default="backbone", metadata={"help": "pooled vector before the projection, or the embedding behind it"}
+    )
+    metric: Literal["top_1", "mean_per_class"] = field(
+        default="top_1", metadata={"help": "what the sweep of C maximises on the validation data"}
+    )
+    standardize: bool = field(
+        default=False, metadata={"help": "features to mean 0 and variance 1, by the data that the fit sees"}
+    )
+    c: float | None = field(default=None, metadata={"help": "inverse strength of the L2 penalty; default: swept"})
+    max_iterations: int = field(default=1000, metadata={"help": "of L-BFGS (paper: 1000)"})
+    seed: int = field(default=0, metadata={"help": "of what is held out"})
+    batch_size: int = field(default=64, metadata={"help": "pictures encoded at a time by each process"})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "of the model"})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "folder of kept features, or none; default: features/ in the project's cache"}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "name in the results; default: the data's name"})
+    split: str | None = field(default="test", metadata={"help": "split in the results"})
+    output: str | None = field(default=None, metadata={"help": "JSON file for the results, a model index of the Hub"})
+    csv: str | None = field(default=None, metadata={"help": "CSV file for the results"})
+    cpu: bool = field(default=False, metadata={"help": "use the CPU where there is a GPU"})
+
+    def __post_init__(self):
+        """What can be refused before anything is loaded."""
+        if self.validation_fraction is None:
+            self.validation_fraction = 0.0 if self.validation_data or self.c else 0.2
+        check_part_settings(self)
+        for name in ("batch_size", "max_iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number of at least 1, got {getattr(self, name)}")
+        if self.c is not None and not self.c > 0:
+            raise ValueError(f"c: expected a positive number, got {self.c}")
+        if not self.test_data and not self.test_fraction:
+            raise ValueError("nothing to measure on: give test_data, or test_fraction to hold out a share")
+        if self.c is None and not self.validation_data and not self.validation_fraction:
+            raise ValueError("sweeping C needs validation data: give validation_data, validation_fraction or c")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted classifier. scores: features (N, D) -> (N, C) float. converged: before the last iteration allowed."""
+
+    scores: Callable[[np.ndarray], np.ndarray]
+    iterations: int
+    converged: bool
+
+
+@torch.inference_mode()
+def picture_features(model, processor, data: LabelledPictures, kind: str, batch_size: int) -> torch.Tensor:
+    """(N, D) float32 features of all pictures, equal on any number of processes.
+
+    kind: "backbone", the vision tower's `pooler_output` (ViT: the class token after the last norm; ResNet: the
+    attention pooling before its output projection), or "projected", the embedding without normalisation. model: in
+    evaluation mode here.
+    """
+    model.eval()
+
+    def encode(numbers: range) -> torch.Tensor:
+        pictures = processor(images=[data.read(number) for number in numbers], return_tensors="pt")
+        pixels = pictures["pixel_values"].to(model.device, model.dtype)
+        pooled = model.vision_model(pixels).pooler_output if kind == "backbone" else model.encode_image(pixels)
+        return pooled.float().cpu()
+
+    return torch.cat(map_batches(encode, len(data), batch_size, f"features of {data.name}"))
+
+
+def features_key(model, processor, part: Part, args: LinearProbeArguments) -> dict[str, Any]:
+    """All that features depend on: weights, configuration, pixels, preprocessing, how they are computed."""
+    modules = [model.vision_model] + ([model.visual_projection] if args.features == "projected" else [])
+    weights = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return {
+        "format": _CACHE_FORMAT,
+        "weights": weights.hexdigest(),
+        "config": model.config.vision_config.to_json_string(use_diff=False),
+        "preprocessing": processor.image_processor.to_json_string(),
+        "pictures": content_digest(part),
+        "features": args.features,
+        # These change the last bits only.
+        "computed": [args.batch_size, str(model.dtype), model.device.type],
+        "versions": [pyramidclip_hf.__version__, torch.__version__, transformers.__version__],
+    }
+
+
+def read_features(path: Path, key: str) -> np.ndarray | None:
+    """The features kept in a file under `key`; None where there are none, or the file is damaged or another's."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "numpy") as file:
+            return file.get_tensor("features") if (file.metadata() or {}).get("key") == key else None
+    except (SafetensorError, OSError):
+        print(f"{path} is damaged; its features are computed again", file=sys.stderr)
+        return None
+
+
+def cached_features(model, processor, part: Part, args: LinearProbeArguments) -> np.ndarray:
+    """(N, D) float32 features of the pictures of a part, from the cache where it has those of its whole source.
+
+    All processes call it together; what is kept on disk is written once, whole or not at all.
+    """
+    if args.cache_dir == "none":
+        return picture_features(model, processor, part.data, args.features, args.batch_size).numpy()[part.numbers]
+    key = json.dumps(features_key(model, processor, part, args), sort_keys=True)
+    folder = Path(args.cache_dir) if args.cache_dir else cache_folder() / "features"
+    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    features = read_features(path, key)
+    if any_process(features is None):  # one without it needs all of them
+        features = picture_features(model, processor, part.data, args.features, args.batch_size).numpy()
+        if _is_first_process():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, save({"features": features}, metadata={"key": key}))
+    return features[part.numbers]
+
+
+def _is_first_process() -> bool:
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+def fit(
+    features: np.ndarray, labels: np.ndarray, c: float, max_iterations: int = 1000, standardize: bool = False
+) -> Fit:
+    """Multinomial logistic regression by L-BFGS with the L2 penalty 1 / (2 `c`), as scikit-learn has it.
+
+    features: (N, D) float32. labels: (N,) int64 that name each of the classes 0 to C - 1. standardize: the regression
+    sees features with mean 0 and variance 1 over these N.
+    """
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise ImportError('the linear probe needs scikit-learn: pip install -e ".[eval]"') from error
+    regression = LogisticRegression(C=c, solver="lbfgs", max_iter=max_iterations)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = make_pipeline(StandardScaler(), regression) if standardize else regression
+        model.fit(features, labels)
+
+    def scores(rows: np.ndarray) -> np.ndarray:
+        decision = model.decision_function(rows)
+        return np.stack([-decision, decision], axis=1) if decision.ndim == 1 else decision
+
+    converged = not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+    return Fit(scores, int(np.max(regression.n_iter_)), converged)
+
+
+def c_of(step: int) -> float:
+    """C at a step of the sweep, from 0."""
+    return 10 ** (DECADES[0] + step / STEPS_PER_DECADE)
+
+
+def sweep(score: Callable[[int], float]) -> tuple[int, dict[int, float]]:
+    """The best step of the sweep of C, and the score of each step that was tried.
+
+    Every 16th step first, then the neighbours of the best at half the distance, down to one step (CLIP, appendix A.3):
+    15 fits at most in place of 97. Among equal scores the smallest C counts as the best.
+    """
+    last = (DECADES[1] - DECADES[0]) * STEPS_PER_DECADE
+    tried = {step: score(step) for step in range(0, last + 1, COARSE)}
+    distance = COARSE // 2
+    while distance:
+        best = min(tried, key=lambda step: (-tried[step], step))
+        for step in (best - distance, best + distance):
+            if 0 <= step <= last and step not in tried:
+                tried[step] = score(step)
+        distance //= 2
+    return min(tried, key=lambda step: (-tried[step], step)), tried
+
+
+def metrics_of(fitted: Fit, features: np.ndarray, labels: np.ndarray) -> dict[str, float | int]:
+    """See `classification_metrics`."""
+    return classification_metrics(torch.from_numpy(fitted.scores(features)), torch.from_numpy(labels))
+
+
+def chosen_c(found: dict[str, np.ndarray], labels: dict[str, np.ndarray], args: LinearProbeArguments):
+    """(C, what the sweep saw, as plain values)."""
+    from tqdm.auto import tqdm
+
+    rows = []
+    with tqdm(desc="sweep of C", unit="fit") as bar:
+
+        def score(step: int) -> float:
+            fitted = fit(found["train"], labels["train"], c_of(step), args.max_iterations, args.standardize)
+            value = metrics_of(fitted, found["validation"], labels["validation"])[args.metric]
+            rows.append({"c": c_of(step), args.metric: value, "converged": fitted.converged})
+            bar.update()
+            return value
+
+        best, _ = sweep(score)
+    return c_of(best), sorted(rows, key=lambda row: row["c"])
+
+
+def probe(args: LinearProbeArguments) -> list[EvalResult] | None:
+    """The whole probe. The first process returns the results, and writes and prints them; the others return None as
+    soon as the features are there, so that none waits for a long fit.
+    """
+    from accelerate import PartialState
+
+    state, started = PartialState(cpu=args.cpu), time.perf_counter()
+    parts = open_parts(args)
+    model, processor = load_model(args.model, args.dtype, state.device)
+    found = {name: cached_features(model, processor, part, args) for name, part in parts.items()}
+    if not state.is_main_process:
+        return None
+    labels = {name: part.labels for name, part in parts.items()}
+    c, swept = (args.c, []) if args.c else chosen_c(found, labels, args)
+    learnt = [name for name in ("train", "validation") if name in parts]
+    fitted = fit(
+        np.concatenate([found[name] for name in learnt]),
+        np.concatenate([labels[name] for name in learnt]),
+        c,
+        args.max_iterations,
+        args.standardize,
+    )
+    metrics = metrics_of(fitted, found["test"], labels["test"])
+    report_doubts(fitted, c, swept, args)
+    results = metric_results(
+        "image-classification",
+        args.dataset_name or parts["test"].data.name,
+        args.split,
+        metrics,
+        config=f"linear probe, {args.features}",
+    )
+    details = vars(args) | {
+        "c": c,
+        "sweep": swept,
+        "iterations": fitted.iterations,
+        "converged": fitted.converged,
+        "pictures": {name: len(part.numbers) for name, part in parts.items()},
+        "feature_size": found["train"].shape[1],
+        "seconds": round(time.perf_counter() - started, 2),
+        "processes": state.num_processes,
+    }
+    if args.output:
+        write_json(results, args.output, Path(args.model).name, details)
+    if args.csv:
+        write_csv(results, args.csv)
+    print(results_table(results))
+    print(f"C {c:.4g}, {fitted.iterations} iterations, features of width {details['feature_size']}")
+    return results
+
+
+def report_doubts(fitted: Fit, c: float, swept: list[dict], args: LinearProbeArguments) -> None:
+    """Says on stderr what makes a result less than it seems: features that hardly differ, no convergence, a C at the
+    end of the range.
+    """
+    if not fitted.iterations:
+        print(
+            "the last fit stopped before its first iteration: the features hardly differ from picture to picture, so "
+            "the result is chance. Look at the features, or set standardize",
+            file=sys.stderr,
+        )
+    if not fitted.converged:
+        print(
+            f"the last fit had not converged after {args.max_iterations} iterations (the paper's limit is 1000); its "
+            "result stands as it is. A larger max_iterations shows what is missing",
+            file=sys.stderr,
+        )
+    unfinished = [f"{row['c']:.3g}" for row in swept if not row["converged"]]
+    if unfinished:
+        print(f"fits of the sweep that had not converged: C = {', '.join(unfinished)}", file=sys.stderr)
+    if swept and c in (c_of(0), c_of((DECADES[1] - DECADES[0]) * STEPS_PER_DECADE)):
+        print(f"the best C, {c:.3g}, is at the end of the range that was searched", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line, probes, and returns the exit code."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(LinearProbeArguments, description=__doc__.split("\n")[0], allow_abbrev=False)
+    try:
+        (args,) = parser.parse_args_into_dataclasses(argv)
+        probe(args)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_WRONG_SETTING
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
