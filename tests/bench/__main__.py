@@ -1,6 +1,6 @@
 """Measures the speed table on this machine: `make bench`, or
 
-    python -m tests.bench [--rows image text loss load data] [--rounds 7] [--output runs/bench.json]
+    python -m tests.bench [--rows image text training loss load data] [--rounds 7] [--output runs/bench.json]
 
 Each row is a ratio against transformers' CLIPModel of the same size, or against the straightforward form that it names,
 both timed in turn in one process. Weights are random: they decide nothing about the time.
@@ -22,6 +22,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from pyramidclip_hf import PyramidCLIPConfig, PyramidCLIPModel
 from pyramidclip_hf.loss_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVEL_INPUTS, pyramid_loss
 from tests.bench.bench_data import loader_row, views_row
+from tests.bench.bench_training import training_step
+from tests.bench.chart import draw_chart
 from tests.bench.paired import Comparison, compare, copy_gigabytes, matmul_gigaflops
 
 
@@ -97,6 +99,12 @@ def peak_of_loss(samples: int, width: int) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
 
 
+def training_rows(rounds: int) -> list[dict]:
+    """Both poolings; a step takes seconds, so at most three rounds."""
+    wanted = {"max": 1.4, "eos": 2}
+    return [as_row(*training_step(pooling, min(rounds, 3)), at_least) for pooling, at_least in wanted.items()]
+
+
 def data_rows(rounds: int) -> list[dict]:
     """The rows of `tests.bench.bench_data`, which are per core: one thread."""
     threads = torch.get_num_threads()
@@ -149,8 +157,8 @@ def parse_arguments():
     parser.add_argument(
         "--rows",
         nargs="+",
-        default=["image", "text", "loss", "load", "data"],
-        choices=["image", "text", "loss", "load", "data"],
+        default=["image", "text", "training", "loss", "load", "data"],
+        choices=["image", "text", "training", "loss", "load", "data"],
     )
     parser.add_argument("--rounds", type=int, default=7, help="timed calls of each way")
     parser.add_argument("--output", type=Path, default=Path("runs/bench.json"))
@@ -164,6 +172,7 @@ def main():
     measure = {
         "image": lambda: [image_row(name, args.rounds) for name in ("ViT-B-32", "ViT-B-16")],
         "text": lambda: [text_row(args.rounds)],
+        "training": lambda: training_rows(args.rounds),
         "loss": lambda: [loss_row()],
         "load": lambda: [load_row(args.rounds)],
         "data": lambda: data_rows(args.rounds),
@@ -176,7 +185,8 @@ def main():
             result["rows"].append(row)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
-    print(f"written to {args.output}")
+    draw_chart(result, args.output.with_suffix(".png"))
+    print(f"written to {args.output} and {args.output.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

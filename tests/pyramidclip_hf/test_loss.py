@@ -10,29 +10,9 @@ import torch.nn.functional as F
 from pyramidclip_hf import loss_pyramidclip
 from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS, check_loss_weights, levels_of
 from pyramidclip_hf.loss_pyramidclip import normalize_embeds, pyramid_loss
+from tests.dense_loss import dense_loss
 
 LEVELS = ("global", "local", "roi", "summary", "caption", "tags")
-
-
-def dense_term(image, text, scale, smoothing):
-    """The definition of section 3.4 with every matrix in memory."""
-    count = len(image)
-    logits = scale * image @ text.T
-    target = torch.full((count, count), smoothing / (count - 1), dtype=logits.dtype)
-    target.fill_diagonal_(1 - smoothing)
-    rows = -(target * F.log_softmax(logits, dim=1)).sum(1).mean()
-    columns = -(target * F.log_softmax(logits.T, dim=1)).sum(1).mean()
-    return (rows + columns) / 2
-
-
-def dense_loss(embeds, scale, weights, smoothing, present):
-    total = 0.0
-    for name, weight in weights.items():
-        both = present[TERMS[name][0]] & present[TERMS[name][1]]
-        if both.sum() >= 2:
-            image, text = (embeds[level][both] for level in TERMS[name])
-            total = total + weight * dense_term(image, text, scale, smoothing)
-    return total
 
 
 def make_batch(count=11, dim=7, dtype=torch.float32, seed=0):
