@@ -38,16 +38,19 @@ skipped, each named on stderr with the reason; 130 stopped by Ctrl-C.
 _PROCESSOR_SETTINGS = ("size", "crop_size", "resample", "image_mean", "image_std")
 # A bar for fewer prompts would be gone before it is read.
 _PROMPTS_WORTH_A_BAR = 1000
-_MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.gz"]
+_MODEL_FILES = ["*.json", "*.safetensors", "*.txt"]
 
 
 def _pixels_ahead(paths: Iterable[str], processor: Any, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """`read_ahead` with `pixel_values` (3, H, W), at least one batch in front of the model."""
-    from .picture_files import read_ahead, read_picture
+    from .picture_files import UnreadablePicture, read_ahead, read_picture
 
     def read(path: str) -> Any:
         picture = read_picture(path, args.max_image_pixels)
-        return processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
+        try:
+            return processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
+        except (ValueError, MemoryError) as error:
+            raise UnreadablePicture(f"cannot be prepared: {error}") from error
 
     return read_ahead(paths, read, args.workers, 2 * max(args.batch_size, args.workers))
 
@@ -63,10 +66,16 @@ def _stack(pixels: list, return_tensors: str = "pt") -> dict[str, Any]:
 
 
 class _Messages:
-    """Lines on stderr that do not break the progress bar, and the count of skipped pictures."""
+    """Results on stdout and all else on stderr, without breaking the progress bar; counts the skipped pictures."""
 
-    def __init__(self, quiet: bool):
-        self.quiet, self.skipped, self._bar = quiet, 0, None
+    def __init__(self, args: argparse.Namespace):
+        self.quiet, self.json, self.skipped, self._bar = args.quiet, args.json, 0, None
+
+    def row(self, row: dict[str, Any], columns: Sequence[Any]) -> None:
+        """One result: with `--json` as an object, else its columns between tabs."""
+        if self._bar is not None and sys.stdout.isatty():
+            self._bar.clear()
+        print(json.dumps(row, ensure_ascii=False) if self.json else "\t".join(map(str, columns)), flush=True)
 
     def say(self, text: str) -> None:
         if self._bar is not None:
@@ -80,7 +89,7 @@ class _Messages:
 
     def skip(self, item: str, reason: Any) -> None:
         self.skipped += 1
-        self.say(f"skipped {os.fsencode(item).decode(errors='replace')}: {reason}")
+        self.say(f"skipped {_printable(item)}: {reason}")
 
     def exit_code(self, of: int) -> int:
         """Says how many of `of` were skipped."""
@@ -99,8 +108,9 @@ class _Messages:
         return self._bar
 
 
-def _print_row(args: argparse.Namespace, row: dict[str, Any], columns: Sequence[Any]) -> None:
-    print(json.dumps(row, ensure_ascii=False) if args.json else "\t".join(map(str, columns)), flush=True)
+def _printable(path: str) -> str:
+    """A path that need not be UTF-8."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def _lines_of(path: str, what: str) -> list[str]:
@@ -146,7 +156,6 @@ def _load(args: argparse.Namespace, messages: _Messages, fuse: bool = True) -> _
         ValueError: no such folder or id, a part of it missing, an unknown device.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers.utils import logging
 
     device = _device(args.device)
@@ -161,17 +170,22 @@ def _load(args: argparse.Namespace, messages: _Messages, fuse: bool = True) -> _
     logging.disable_progress_bar()
     try:
         model, info = PyramidCLIPModel.from_pretrained(
-            folder, dtype=getattr(torch, args.dtype), use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=getattr(torch, args.dtype),
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
         processor = PyramidCLIPProcessor.from_pretrained(folder)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # on damaged files, the readers raise almost anything
         raise ValueError(f"--model {args.model}: cannot be loaded: {error}") from error
     finally:
         if shown:
             logging.enable_progress_bar()
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(f"--model {args.model}: {len(missing)} weights are missing, the first is {missing[0]}.")
+    # These would be drawn at random, and every result with them.
+    faulty = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    if faulty:
+        raise ValueError(f"--model {args.model}: {len(faulty)} weights are missing or of another shape: {faulty[:3]}.")
     model = model.eval().to(device)
     if fuse and hasattr(model, "fuse"):
         model.fuse()
@@ -255,7 +269,7 @@ def run_classify(args: argparse.Namespace) -> int:
     from .picture_files import find_pictures
     from .zero_shot import IMAGENET_TEMPLATES, class_embeddings, classify
 
-    messages = _Messages(args.quiet)
+    messages = _Messages(args)
     labels = _lines_of(args.labels_file, "labels") if args.labels_file else args.labels
     templates = _lines_of(args.templates, "templates") if args.templates else None
     paths = find_pictures(args.pictures, sys.stdin)
@@ -272,7 +286,7 @@ def run_classify(args: argparse.Namespace) -> int:
         for path, predictions in zip(names, found):
             rounded = [{"label": one.name, "probability": round(one.probability, 6)} for one in predictions]
             columns = [path] + [cell for one in predictions for cell in (one.name, f"{one.probability:.4f}")]
-            _print_row(args, {"path": path, "predictions": rounded}, columns)
+            messages.row({"path": path, "predictions": rounded}, columns)
 
     with closing(_pixels_ahead(paths, loaded.processor, args)) as readings, messages.bar(len(paths), "picture") as bar:
         _in_batches(readings, args.batch_size, messages, bar, print_batch)
@@ -314,12 +328,12 @@ def run_embed(args: argparse.Namespace) -> int:
     """Embeds pictures, or the lines of `--texts`, into one file; continues where the same command was stopped."""
     from .embedding_files import EmbeddingJob, check_output
 
-    messages = _Messages(args.quiet)
+    messages = _Messages(args)
     output = check_output(args.output)
     items, inputs = _items_to_embed(args)
     loaded = _load(args, messages)
     settings = {"kind": "text" if args.texts else "path", "model_sha256": loaded.sha256(), "dtype": args.dtype}
-    settings |= {"inputs": inputs, "version": 1}
+    settings |= {"inputs": inputs}
     if not args.texts:
         processor = loaded.processor.image_processor.to_dict()
         settings["image_processor"] = {name: processor[name] for name in _PROCESSOR_SETTINGS}
@@ -330,8 +344,8 @@ def run_embed(args: argparse.Namespace) -> int:
     rows, skipped = job.finish()
     messages.note(f"{output}: {rows} embeddings")
     if args.json:
-        listed = [{"path": path, "reason": reason} for path, reason in skipped]
-        _print_row(args, {"output": str(output), "rows": rows, "skipped": listed}, ())
+        listed = [{"path": _printable(path), "reason": reason} for path, reason in skipped]
+        messages.row({"output": str(output), "rows": rows, "skipped": listed}, ())
     return messages.exit_code(of=rows + len(skipped))
 
 
@@ -416,7 +430,7 @@ def run_search(args: argparse.Namespace) -> int:
     from .embedding_files import read_embeddings
     from .picture_files import check_picture_output, contact_sheet, save_picture
 
-    messages = _Messages(args.quiet)
+    messages = _Messages(args)
     if not args.text and not args.image:
         raise ValueError("Expected a query: --text or --image.")
     stored = read_embeddings(args.embeddings)
@@ -437,7 +451,7 @@ def run_search(args: argparse.Namespace) -> int:
     for title, hits in zip(titles, found):
         for hit in hits:
             row = {"query": title, "rank": hit.rank, "score": round(hit.score, 6), stored.kind: hit.name}
-            _print_row(args, row, (title, hit.rank, f"{hit.score:.4f}", hit.name))
+            messages.row(row, (title, hit.rank, f"{hit.score:.4f}", hit.name))
     if args.output:
         queries = [(text, None) for text in args.text] + [(path, path) for path in args.image]
         model_name = "/".join(Path(stored.metadata["model"]).parts[-2:])
@@ -483,7 +497,7 @@ def run_explain(args: argparse.Namespace) -> int:
     """Writes the picture with what speaks for the text laid over it, and prints the score."""
     from .picture_files import UnreadablePicture, check_picture_output, read_picture, save_picture
 
-    messages = _Messages(args.quiet)
+    messages = _Messages(args)
     check_picture_output(args.output)
     try:
         picture = read_picture(args.picture, args.max_image_pixels)
@@ -498,7 +512,7 @@ def run_explain(args: argparse.Namespace) -> int:
     save_picture(explanation.overlay(picture), args.output)
     score = float(explanation.score)
     row = {"path": args.picture, "text": args.text, "score": round(score, 6), "output": args.output}
-    _print_row(args, row, (args.picture, args.text, f"{score:.4f}", args.output))
+    messages.row(row, (args.picture, args.text, f"{score:.4f}", args.output))
     return 0
 
 
@@ -598,7 +612,7 @@ def _add_embed(parser: argparse.ArgumentParser) -> None:
         default=1024,
         help="rows between two saves; a stopped job repeats at most these (default: %(default)s)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="forget what an earlier run has done")
+    parser.add_argument("--overwrite", action="store_true", help="take the place of a finished or unfinished file")
     _add_common(parser, batches=True)
 
 

@@ -70,7 +70,8 @@ class EmbeddingJob:
             begun with others is not continued.
         items: paths or texts, in the order of the file's rows. On continuing, the list that the job began with stays.
         part_size: items of a part.
-        overwrite: forget a job or file that is there.
+        overwrite: take the place of what is there, a job of other settings or a file; the file stays until then. A job
+            that was itself begun so, with the same settings, is continued.
 
     Raises:
         ValueError: a job begun, or a file made, with other settings.
@@ -87,16 +88,15 @@ class EmbeddingJob:
     ):
         self.output, self.folder = output, output.with_name(f"{output.name}.parts")
         settings = json.loads(json.dumps({**settings, "part_size": part_size}))
-        if overwrite:
-            output.unlink(missing_ok=True)
-            self._remove_folder()
         began = self._began()
+        if overwrite and not (began and began["overwrites"] and began["settings"] == settings):
+            began = None
         self.continues, self.complete = began is not None, False
-        if began is None and output.exists():
+        if began is None and output.exists() and not overwrite:
             self.complete = True
             began = {**read_metadata(output), "items": list(items)}
         if began is None:
-            began = {"model": model_name, "settings": settings, "items": list(items)}
+            began = {"model": model_name, "settings": settings, "items": list(items), "overwrites": overwrite}
             self._begin(began)
         elif began["settings"] != settings:
             raise ValueError(self._refusal(began, settings, model_name))

@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -293,7 +294,7 @@ def test_ctrl_c_says_how_to_go_on(pictures, capsys, model_dir, tmp_path, monkeyp
 
     def interrupted(self, number, *args):
         if number == 1:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         save(self, number, *args)
 
     monkeypatch.setattr(EmbeddingJob, "save", interrupted)
@@ -313,7 +314,7 @@ def test_ctrl_c_says_how_to_go_on(pictures, capsys, model_dir, tmp_path, monkeyp
     assert code == cli.EXIT_SKIPPED and "complete already" in err and seen == [1, 2]
 
 
-def stop_after_one_part(monkeypatch, capsys, model_dir, pictures, output):
+def stop_after_one_part(monkeypatch, capsys, model_dir, pictures, output, *flags):
     save = EmbeddingJob.save
 
     def once(self, number, *args):
@@ -322,7 +323,7 @@ def stop_after_one_part(monkeypatch, capsys, model_dir, pictures, output):
 
     with monkeypatch.context() as patch:
         patch.setattr(EmbeddingJob, "save", once)
-        assert embed(capsys, model_dir, pictures, output)[0] == 130
+        assert embed(capsys, model_dir, pictures, output, *flags)[0] == 130
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -341,8 +342,13 @@ def test_other_settings_do_not_continue(finished, pictures, capsys, model_dir, o
     for message, (model, where, *flags) in changes.items():
         code, _, err = embed(capsys, model, where, output, *flags)
         assert code == 2 and message in err and "--overwrite" in err
-    code, _, _ = embed(capsys, other_model_dir, pictures / "a", output, "--overwrite")
-    assert code == 0 and read_embeddings(output).metadata["model"] == other_model_dir
+    # With --overwrite too, a stopped job continues, and what was finished before stays until it has ended.
+    before = output.read_bytes() if finished else None
+    stop_after_one_part(monkeypatch, capsys, other_model_dir, pictures, output, "--overwrite")
+    assert (output.read_bytes() if finished else None) == before
+    code, _, err = embed(capsys, other_model_dir, pictures, output, "--overwrite")
+    assert code == cli.EXIT_SKIPPED and "1 of 3 parts are done" in err
+    assert read_embeddings(output).metadata["model"] == other_model_dir
 
 
 def test_pictures_that_come_meanwhile_wait_for_another_run(pictures, capsys, model_dir, tmp_path, monkeypatch):
@@ -379,6 +385,18 @@ def test_a_full_disk_keeps_what_is_complete(pictures, capsys, model_dir, tmp_pat
     code, _, err = embed(capsys, model_dir, pictures, output)
     assert code == 1 and "disk is full" in err and "same command continues" in err
     assert sorted(os.listdir(tmp_path / "pictures.npz.parts")) == ["job.json", "part-000000.npz"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, names are Unicode")
+def test_a_name_that_is_not_utf8_is_skipped(pictures, capsys, model_dir, tmp_path):
+    folder = tmp_path / "names"
+    folder.mkdir()
+    for name in (b"\xff.png", "gr\u00fcn.png".encode()):
+        with open(os.path.join(os.fsencode(folder), name), "wb") as file:
+            file.write((pictures / "a/red.png").read_bytes())
+    code, out, err = embed(capsys, model_dir, folder, tmp_path / "x.npz", "--json")
+    assert code == cli.EXIT_SKIPPED and "UTF-8" in err and json.loads(out)["rows"] == 1
+    assert read_embeddings(tmp_path / "x.npz").names == [str(folder / "gr\u00fcn.png")]
 
 
 def test_nothing_readable_writes_nothing(pictures, capsys, model_dir, tmp_path):
@@ -567,6 +585,13 @@ def test_folders_that_hold_no_model(model_dir, pictures, capsys, tmp_path):
             refused(f"the {absent[name]} is missing")
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     refused("cannot be loaded")
+    weights = safetensors.torch.load_file(os.path.join(model_dir, "model.safetensors"))
+    wrong = {**weights, "logit_scale": torch.zeros(2)}
+    safetensors.torch.save_file(wrong, tmp_path / "model.safetensors", {"format": "pt"})
+    refused("1 weights are missing or of another shape", "logit_scale")
+    weights.pop("visual_projection.weight")
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    refused("1 weights are missing or of another shape", "visual_projection.weight")
     code, _, err = run(capsys, "classify", "--model", "no/such/folder", pictures / "blue.jpg", "--labels", "cat")
     assert code == 2 and "no such folder" in err
     code, _, err = run(capsys, "classify", "--model", "someone/nothing", pictures / "blue.jpg", "--labels", "cat")
