@@ -1,8 +1,8 @@
 # Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""PyramidCLIP (arXiv 2204.14095): the ViT with locally-enhanced feed-forward, the towers, the dual encoder, the heads.
+"""PyramidCLIP (arXiv 2204.14095): the towers, the dual encoder, the heads.
 
-Read from the top: outputs, the ViT's parts, the base class with all initialisation, the two towers, the dual encoder
-(`PyramidCLIPModel`), the single towers with projection, the classifier.
+Read from the top: outputs, the base class with all initialisation, the two towers, the dual encoder
+(`PyramidCLIPModel`), the single towers with projection, the classifier. The towers' parts are in the siblings.
 Shape letters: B batch, L tokens, K regions, D tower width, P `projection_dim`.
 """
 
@@ -18,7 +18,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
@@ -53,6 +52,7 @@ from .modeling_pyramidclip_text import (
     check_input_ids,
     pool_text,
 )
+from .modeling_pyramidclip_vit import PyramidCLIPLeFFLayer, PyramidCLIPVisionEmbeddings
 
 try:  # absent before transformers 5; without it a tower cannot be read out of a full checkpoint
     from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -130,82 +130,6 @@ def frozen_batch_norm_statistics(module: nn.Module):
     finally:
         for layer, (momentum, num_batches_tracked) in zip(layers, kept, strict=True):
             layer.momentum, layer.num_batches_tracked = momentum, num_batches_tracked
-
-
-class PyramidCLIPLeFF(nn.Module):
-    """Locally-enhanced feed-forward (paper, Figure 3c): a depth-wise 3x3 convolution between the two linear layers.
-
-    BatchNorm and activation follow each of the three. Tokens stay channels-last: the grid view of (B, L, C) tokens is
-    what a channels-last convolution reads, so nothing is copied.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.activation_fn = ACT2FN[config.hidden_act]
-        inner = config.intermediate_size
-        self.fc1 = nn.Linear(config.hidden_size, inner)
-        self.norm1 = nn.BatchNorm1d(inner)
-        self.depthwise = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner, bias=False)
-        self.norm2 = nn.BatchNorm1d(inner)
-        self.fc2 = nn.Linear(inner, config.hidden_size)
-        self.norm3 = nn.BatchNorm1d(config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-        """(B, rows * columns, D) -> the same shape."""
-        batch = hidden_states.shape[0]
-        tokens = hidden_states.flatten(0, 1)
-        tokens = self.activation_fn(self.norm1(self.fc1(tokens)))
-        grid = tokens.view(batch, *grid_size, -1).permute(0, 3, 1, 2)
-        tokens = self.depthwise(grid).permute(0, 2, 3, 1).reshape(tokens.shape)
-        tokens = self.activation_fn(self.norm2(tokens))
-        return self.activation_fn(self.norm3(self.fc2(tokens))).view_as(hidden_states)
-
-
-class PyramidCLIPLeFFLayer(PyramidCLIPEncoderLayer):
-    """A block whose feed-forward is LeFF on the patch tokens; the class token passes it unchanged."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.mlp = PyramidCLIPLeFF(config)
-
-    def feed_forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-        patches = self.mlp(hidden_states[:, 1:], grid_size)
-        return torch.cat([hidden_states[:, :1], patches], dim=1)
-
-
-class PyramidCLIPVisionEmbeddings(nn.Module):
-    """Class token and positions in front of patches; the same class token, without positions, in front of regions."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
-        self.patch_embedding = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size, bias=False
-        )
-        num_positions = config.grid_size**2 + 1
-        self.position_embedding = nn.Embedding(num_positions, config.hidden_size)
-        self.position_ids = nn.Buffer(torch.arange(num_positions), persistent=False)
-        self.roi_projection = nn.Linear(config.roi_feature_size + 4, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        roi_features: torch.Tensor | None = None,
-        interpolate_pos_encoding: bool = False,
-    ) -> torch.Tensor:
-        if roi_features is not None:
-            tokens = self.roi_projection(roi_features)
-        else:
-            grid = self.patch_embedding(pixel_values)
-            tokens = grid.flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_embedding.to(tokens.dtype).expand(tokens.shape[0], 1, -1), tokens], dim=1)
-        if roi_features is not None:
-            return tokens
-        positions = self.position_embedding(self.position_ids)
-        if interpolate_pos_encoding and grid.shape[2:] != (self.config.grid_size, self.config.grid_size):
-            positions = resize_position_table(positions, *grid.shape[2:])
-        return tokens + positions
 
 
 class PyramidCLIPPreTrainedModel(PreTrainedModel):

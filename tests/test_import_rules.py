@@ -17,13 +17,15 @@ CORE_BRINGS = {"tqdm", "yaml", "fsspec", "packaging", "regex"}
 
 # Each module of the package and the siblings it may import. A new module gets its place here first.
 TOWERS = {"configuration_pyramidclip", "loss_pyramidclip"}
-MODEL = TOWERS | {"modeling_pyramidclip_text", "modeling_pyramidclip_resnet"}
+PARTS = {"modeling_pyramidclip_text", "modeling_pyramidclip_resnet"}
+MODEL = TOWERS | PARTS | {"modeling_pyramidclip_vit"}
 PREPROCESSING = {"configuration_pyramidclip", "image_processing_pyramidclip", "tokenization_pyramidclip"}
 SIBLINGS = {
     "configuration_pyramidclip": set(),
     "loss_pyramidclip": {"configuration_pyramidclip"},
     "modeling_pyramidclip_text": TOWERS,
     "modeling_pyramidclip_resnet": TOWERS | {"modeling_pyramidclip_text"},
+    "modeling_pyramidclip_vit": TOWERS | PARTS,
     "modeling_pyramidclip": MODEL,
     "fusion_pyramidclip": MODEL | {"modeling_pyramidclip"},
     "explain": MODEL | {"modeling_pyramidclip"},
