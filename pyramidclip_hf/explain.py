@@ -35,7 +35,7 @@ NEUTRAL_TEXTS: tuple[str, ...] = ("", "a photo", "a picture")
 # to the tower enlarged, with interpolated positions, until it has at least so many cells a side (7 at 224 px).
 MIN_CELLS = 6
 # Colours from cold to hot, for shares 0, 1/4, ... 1 of the greatest heat.
-_HEAT_COLOURS = np.array([(48, 18, 120), (160, 30, 140), (230, 60, 70), (252, 150, 30), (255, 235, 90)], np.float32)
+_HEAT_COLOURS = np.array([(70, 60, 220), (150, 30, 210), (220, 10, 150), (245, 10, 70), (255, 30, 0)], np.float32)
 _REGION_COLOUR, _QUIET_COLOUR = (230, 60, 30), (150, 150, 150)
 
 
@@ -44,7 +44,7 @@ class Explanation:
     """Where a picture speaks for a text.
 
     heat: (height, width) float32 over the upright original picture, 0 where nothing speaks for the text and outside of
-        the centre crop, 1 at the maximum; all 0 where nothing in the picture does.
+        the centre crop, 1 at the maximum; all 0 where the method finds nothing that does.
     score: cosine of picture and text, as the model computes it without explanation.
     method: "grad_cam" or "attention_gradient".
     """
@@ -54,11 +54,11 @@ class Explanation:
     method: str
 
     def overlay(self, image: Image.Image, strength: float = 0.6) -> Image.Image:
-        """The upright picture as RGB with the heat painted over it; where there is none, it is darkened a little.
+        """The upright picture as RGB with the heat painted over it; where there is none, its colours are paler.
 
         Args:
             image: the picture that was explained.
-            strength: opacity of the colour at the greatest heat, 0 to 1.
+            strength: opacity of the colour at the greatest heat, 0 (the picture itself) to 1.
 
         Raises:
             ValueError: a picture of another size, or a strength outside of 0..1.
@@ -74,8 +74,11 @@ class Explanation:
         steps = np.linspace(0, 1, len(_HEAT_COLOURS))
         colours = np.stack([np.interp(self.heat, steps, channel) for channel in _HEAT_COLOURS.T], axis=-1)
         opacity = strength * self.heat[..., None]
-        dimmed = np.asarray(picture, np.float32) * (1 - 0.35 * strength * (1 - self.heat[..., None]))
-        return Image.fromarray(np.rint(dimmed * (1 - opacity) + colours * opacity).astype(np.uint8))
+        # Warm heat on a warm object would not be seen: what is cold loses most of its colour.
+        cold = strength * (1 - self.heat[..., None])
+        pixels = np.asarray(picture, np.float32)
+        pixels = pixels + cold * (np.asarray(picture.convert("L"), np.float32)[..., None] - pixels)
+        return Image.fromarray(np.rint(pixels * (1 - opacity) + colours * opacity).astype(np.uint8))
 
 
 @dataclass(frozen=True)

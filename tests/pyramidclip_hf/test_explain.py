@@ -324,7 +324,8 @@ def test_overlay_and_regions_are_drawn(processors):
     drawn = np.asarray(explanation.overlay(picture))
     hottest = np.unravel_index(explanation.heat.argmax(), explanation.heat.shape)
     assert drawn.shape == (64, 96, 3) and drawn[hottest][1] > 80  # red has no green
-    assert np.array_equal(drawn[60, 5], np.rint(np.array(BLUE) * (1 - 0.35 * 0.6)))
+    grey = Image.new("RGB", (1, 1), BLUE).convert("L").getpixel((0, 0))
+    assert np.array_equal(drawn[60, 5], np.rint(0.4 * np.array(BLUE) + 0.6 * grey))
     assert np.array_equal(explanation.overlay(picture, 0), np.asarray(picture.convert("RGB")))
     with pytest.raises(ValueError, match="96 x 64 pixels.*got 40 x 64"):
         explanation.overlay(picture.crop((0, 0, 40, 64)))

@@ -1,0 +1,391 @@
+"""The paper's pictures, and how well the heat maps find objects.
+
+    python -m training.figures tsne --model DIR --data FOLDER_OR_SHARDS --output semantics.png
+    python -m training.figures retrieval --models DIR DIR --data SHARDS --output retrieval.png
+    python -m training.figures check --model DIR --data SHARDS
+
+`tsne` (paper, Figure 4): t-SNE of pictures and class prompts together. `retrieval` (Figures 5 and 8): what each model
+finds for a few captions, with heat maps. `check` prints which share of a heat map lies in the box of the object that
+the text names, beside the share of the picture that the box covers, and how often the region that
+`pyramidclip_hf.explain` calls most relevant is that object's. Same input, same picture. Exit codes: 0, or 2 where
+settings or data are wrong.
+"""
+
+import io
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from pyramidclip_hf.explain import explain_image, explain_regions
+from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES, class_embeddings, image_embeddings, retrieve, text_embeddings
+from training.evaluate import EXIT_WRONG_SETTING, EvaluationArguments, load_model, open_labelled, read_templates
+from training.evaluation_data import ShardSamples, open_picture
+from training.records import Sample, phrase
+from training.report_plots import INK, SOFT
+from training.shards import read_dataset_json, write_atomically
+
+RIGHT_COLOUR = "#17804a"
+
+
+@dataclass(kw_only=True)
+class FigureArguments:
+    """What every figure takes."""
+
+    data: str = field(metadata={"help": "folder of shards or one shard; tsne: also a folder with a sub-folder a class"})
+    max_samples: int | None = field(default=None, metadata={"help": "use so many samples only"})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "of the model"})
+    device: str = field(default="cpu", metadata={"help": "where the model runs, e.g. cuda"})
+
+    def __post_init__(self):
+        output = getattr(self, "output", None)
+        if output is not None and Path(output).suffix.lower() != ".png":
+            raise ValueError(f"--output {output}: expected the name of a .png file")
+        wrong = [name for name, value in vars(self).items() if type(value) is int and value < 1]
+        if wrong:
+            raise ValueError(f"--{wrong[0].replace('_', '-')}: expected at least 1, got {getattr(self, wrong[0])}")
+
+
+@dataclass(kw_only=True)
+class TsneArguments(FigureArguments):
+    """Settings of `python -m training.figures tsne`."""
+
+    model: str = field(metadata={"help": "folder of a saved model, or Hub id"})
+    output: str = field(metadata={"help": "the PNG file"})
+    classes: str | None = field(
+        default=None, metadata={"help": "file with class names, one a line (folders also: folder<TAB>name)"}
+    )
+    templates: str | None = field(
+        default=None, metadata={"help": "file with prompts, one a line, {} for the name; default: 80 templates"}
+    )
+    shown_classes: int = field(
+        default=10, metadata={"help": "classes shown, spread evenly over those there are (10 as in the paper)"}
+    )
+    per_class: int = field(default=200, metadata={"help": "pictures of a class at most"})
+    perplexity: float = field(default=30.0, metadata={"help": "of t-SNE; lowered where there are few points"})
+    keep_gap: bool = field(
+        default=False, metadata={"help": "do not take the mean off pictures and off prompts: the two then lie apart"}
+    )
+
+
+@dataclass(kw_only=True)
+class RetrievalArguments(FigureArguments):
+    """Settings of `python -m training.figures retrieval`."""
+
+    models: list[str] = field(metadata={"help": "one or more folders of saved models, or Hub ids"})
+    output: str = field(metadata={"help": "the PNG file"})
+    titles: list[str] | None = field(default=None, metadata={"help": "names of the models in the picture"})
+    queries: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "numbers of the samples whose captions are searched with"}
+    )
+    top: int = field(default=5, metadata={"help": "pictures shown for a caption"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.titles is not None and len(self.titles) != len(self.models):
+            raise ValueError(f"--titles: expected {len(self.models)}, one a model, got {len(self.titles)}")
+
+
+@dataclass(kw_only=True)
+class CheckArguments(FigureArguments):
+    """Settings of `python -m training.figures check`."""
+
+    model: str = field(metadata={"help": "folder of a saved model, or Hub id"})
+    prompt: str = field(
+        default="a {phrase}",
+        metadata={
+            "help": "text for an object; {label} its name, {phrase} with attributes, e.g. 'a photo of a {label}.'"
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        rest = self.prompt.replace("{label}", "").replace("{phrase}", "")
+        if rest == self.prompt or "{" in rest or "}" in rest:
+            raise ValueError(f"--prompt {self.prompt!r}: expected a text with {{label}} or {{phrase}}")
+
+
+def attribution_of(data: str) -> str | None:
+    """The line that pictures made of this data must carry, where its `dataset.json` has one."""
+    folder = (data.rpartition("/")[0] or ".") if data.endswith(".tar") else data
+    return (read_dataset_json(folder) or {}).get("attribution")
+
+
+##################################################################################################
+#  t-SNE                                                                                         #
+##################################################################################################
+
+
+def tsne_points(pictures: np.ndarray, prompts: np.ndarray, perplexity: float, keep_gap: bool = False) -> np.ndarray:
+    """(N + C, 2) places of N pictures and C prompts, from unit vectors (N, D) and (C, D); cosine distances, one seed.
+
+    Pictures and texts of a contrastive model lie in two cones (Liang et al., NeurIPS 2022), which t-SNE would show and
+    little else. Rankings do not depend on it, so the mean of each is taken off, unless `keep_gap`.
+    """
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise ImportError('t-SNE needs scikit-learn: pip install -e ".[eval]"') from error
+    if not keep_gap:
+        pictures, prompts = pictures - pictures.mean(axis=0), prompts - prompts.mean(axis=0)
+    points = np.concatenate([pictures, prompts]).astype(np.float64)
+    perplexity = min(perplexity, (len(points) - 1) / 3)
+    return TSNE(perplexity=perplexity, metric="cosine", init="random", random_state=0).fit_transform(points)
+
+
+def draw_tsne(args: TsneArguments) -> str:
+    """Draws the figure and returns what it shows in a line."""
+    data = open_labelled(
+        EvaluationArguments(
+            model=args.model, task="zero-shot", data=args.data, classes=args.classes, max_samples=args.max_samples
+        )
+    )
+    count = min(args.shown_classes, len(data.class_names))
+    shown = [number * len(data.class_names) // count for number in range(count)]
+    chosen = [
+        picture
+        for number in shown
+        for picture in [p for p, label in enumerate(data.labels) if label == number][: args.per_class]
+    ]
+    if count < 2 or len(chosen) < 4:
+        raise ValueError(f"{args.data}: t-SNE needs two classes and four pictures, got {count} and {len(chosen)}")
+    model, processor = load_model(args.model, args.dtype, args.device)
+    names = [data.class_names[number] for number in shown]
+    templates = read_templates(args.templates) or IMAGENET_TEMPLATES
+    prompts = class_embeddings(model, processor, names, templates, progress=True)
+    pictures = image_embeddings(model, processor, map(data.read, chosen), progress=True)
+    points = tsne_points(pictures.numpy(), prompts.numpy(), args.perplexity, args.keep_gap)
+    labels = np.array([shown.index(data.labels[picture]) for picture in chosen])
+
+    figure = _figure((9, 7.4), _title(args.model), attribution_of(args.data))
+    axes = figure.subplots()
+    axes.set_axis_off()
+    colours = _class_colours(count)
+    for number, (name, colour) in enumerate(zip(names, colours)):
+        axes.scatter(*points[: len(chosen)][labels == number].T, s=14, color=colour, alpha=0.55, linewidths=0)
+        stars = points[len(chosen) :]
+        x, y = stars[number]
+        axes.scatter(x, y, s=230, marker="*", color=colour, edgecolors=INK, linewidths=0.9, zorder=3)
+        others = np.delete(stars, number, axis=0) - stars[number]
+        right, above = others[np.square(others).sum(axis=1).argmin()] <= 0  # the label points away from the nearest
+        axes.annotate(
+            name, (x, y), xytext=(8 if right else -8, 7 if above else -7), textcoords="offset points", fontsize=10,
+            ha="left" if right else "right", va="bottom" if above else "top", color=INK, zorder=4,
+            bbox={"facecolor": "white", "alpha": 0.6, "linewidth": 0, "pad": 0.5},
+        )  # fmt: skip
+    _save(figure, args.output)
+    return f"{args.output}: {len(chosen)} pictures and {count} prompts"
+
+
+def _class_colours(count: int) -> list:
+    from matplotlib import colormaps
+
+    if count <= 20:
+        return [colormaps["tab10" if count <= 10 else "tab20"](number) for number in range(count)]
+    return [colormaps["hsv"](number / count) for number in range(count)]
+
+
+##################################################################################################
+#  Retrieval with heat maps                                                                      #
+##################################################################################################
+
+
+def draw_retrieval(args: RetrievalArguments) -> str:
+    """Draws the figure and returns what it shows in a line."""
+    samples = ShardSamples(args.data, args.max_samples)
+    outside = [query for query in args.queries if not 0 <= query < len(samples)]
+    if outside:
+        raise ValueError(f"--queries {outside[0]}: {args.data} has samples 0 to {len(samples) - 1}")
+    captions = [samples[query].caption for query in args.queries]
+    if None in captions:
+        raise ValueError(f"--queries {args.queries[captions.index(None)]}: that sample has no caption")
+    top = min(args.top, len(samples))
+    rows = len(args.queries) * len(args.models)
+    figure = _figure((1.85 * top + 1.3, 2.15 * rows + 0.5 * len(args.queries)), None, attribution_of(args.data))
+    blocks = np.atleast_1d(figure.subfigures(len(args.queries), 1))
+    grids = [np.reshape(block.subplots(len(args.models), top), (len(args.models), top)) for block in blocks]
+    for block, caption in zip(blocks, captions):
+        block.suptitle("\n".join(textwrap.wrap(f"“{caption}”", 21 * top)), fontsize=11, color=INK)
+    hits = []
+    for row, name in enumerate(args.models):
+        model, processor = load_model(name, args.dtype, args.device)
+        pictures = (open_picture(sample.image, sample.key) for sample in samples)
+        matches = retrieve(
+            text_embeddings(model, processor, captions),
+            image_embeddings(model, processor, pictures, progress=True),
+            top,
+        )
+        hits.append(0)
+        for grid, query, caption, found in zip(grids, args.queries, captions, matches.indices.tolist()):
+            hits[-1] += query in found
+            grid[row, 0].set_ylabel(args.titles[row] if args.titles else _title(name), fontsize=10, color=INK)
+            for axes, number in zip(grid[row], found):
+                picture = open_picture(samples[number].image, samples[number].key)
+                explanation = explain_image(model, processor, picture, caption)
+                _draw_hit(axes, explanation.overlay(picture), explanation.score, number == query)
+    _save(figure, args.output)
+    found = ", ".join(f"{_title(name)} {count} of {len(captions)}" for name, count in zip(args.models, hits))
+    return f"{args.output}: the right picture among the first {top}: {found}"
+
+
+def _draw_hit(axes, picture, score: float, right: bool) -> None:
+    """One found picture; the right one has a green frame and says so."""
+    axes.imshow(picture)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set(color=RIGHT_COLOUR if right else "#c9cfda", linewidth=4 if right else 0.8)
+    axes.set_xlabel(
+        f"{score:.2f}{', the right one' if right else ''}", fontsize=9, color=RIGHT_COLOUR if right else SOFT
+    )
+
+
+##################################################################################################
+#  The check                                                                                     #
+##################################################################################################
+
+
+@dataclass
+class Localisation:
+    """One entry an object that a text named, each list of the same length.
+
+    mass: share of the heat inside the object's box. area: share of the picture that the box covers. hit: whether the
+    hottest pixel lies in the box. found: whether the most relevant region is the object's, None without features.
+    chance: 1 / regions.
+    """
+
+    mass: list[float]
+    area: list[float]
+    hit: list[bool]
+    found: list[bool | None]
+    chance: list[float]
+
+
+def localisation(model, processor, samples: Sequence[Sample], prompt: str = "a {phrase}") -> Localisation:
+    """How well heat maps and region relevances find the objects of samples with labelled boxes.
+
+    Each region with a label of its own in its picture is asked for. A map of zeros has mass 0.
+
+    Raises ValueError where no sample has such a region.
+    """
+    from tqdm.auto import tqdm
+
+    result = Localisation([], [], [], [], [])
+    for sample in tqdm(samples, unit="picture", desc="explaining"):
+        regions, picture = sample.regions or [], None
+        labels = [region.label for region in regions]
+        for place, region in enumerate(regions):
+            if not region.label or labels.count(region.label) > 1:
+                continue
+            picture = picture or open_picture(sample.image, sample.key)
+            text = prompt.replace("{label}", region.label).replace("{phrase}", phrase(region))
+            heat = explain_image(model, processor, picture, text).heat
+            inside = _inside(region.box, heat.shape)
+            total = float(heat.sum(dtype=np.float64))
+            result.mass.append(float(heat[inside].sum(dtype=np.float64)) / total if total else 0.0)
+            result.area.append(float(inside.mean()))
+            result.hit.append(bool(total and inside.flat[heat.argmax()]))
+            result.found.append(None)
+            result.chance.append(1 / len(regions))
+            if sample.roi is not None:
+                inputs = processor(regions=[(sample.roi, [one.box for one in regions])], return_tensors="pt")
+                relevance = explain_regions(model, processor, inputs["roi_features"], text).relevance
+                result.found[-1] = int(relevance.argmax()) == place
+    if not result.mass:
+        raise ValueError("no sample has a region whose label no other region of the picture has; nothing to check")
+    return result
+
+
+def _inside(box: Sequence[float], shape: tuple[int, int]) -> np.ndarray:
+    """(height, width) bool: pixels whose centre lies in the box x1, y1, x2, y2 (0..1)."""
+    y, x = ((np.arange(length) + 0.5) / length for length in shape)
+    return ((y >= box[1]) & (y < box[3]))[:, None] & ((x >= box[0]) & (x < box[2]))
+
+
+def print_check(args: CheckArguments) -> str:
+    """Runs the check and returns its table."""
+    model, processor = load_model(args.model, args.dtype, args.device)
+    found = localisation(model, processor, ShardSamples(args.data, args.max_samples), args.prompt)
+    mass, area = np.array(found.mass), np.array(found.area)
+    asked = [one for one in found.found if one is not None]
+    lines = [
+        f"objects asked for                     {len(mass)}, as {args.prompt!r}",
+        f"heat inside the object's box, mean    {mass.mean():.3f}",
+        f"area of that box, mean                {area.mean():.3f}",
+        f"more heat inside than area            {(mass > area).mean():.1%} of the objects",
+        f"hottest pixel inside the box          {np.mean(found.hit):.1%}",
+        f"no heat at all                        {(mass == 0).mean():.1%}" if (mass == 0).any() else "",
+    ]
+    if asked:
+        chance = np.mean([share for share, one in zip(found.chance, found.found) if one is not None])
+        lines.append(f"most relevant region is the object's  {np.mean(asked):.1%} (guessing: {chance:.1%})")
+    return "\n".join(line for line in lines if line)
+
+
+##################################################################################################
+#  Drawing                                                                                       #
+##################################################################################################
+
+
+def _title(name: str) -> str:
+    """What a model is called in a figure: its folder, or the run's where that is only called "final"."""
+    path = Path(name)
+    return path.parent.name if path.name == "final" and path.parent.name else path.name
+
+
+def _figure(size: tuple[float, float], title: str | None, attribution: str | None):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('figures need matplotlib: pip install -e ".[eval]"') from error
+    figure = Figure(figsize=size, layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=13, color=INK)
+    if attribution:
+        figure.supxlabel("\n".join(textwrap.wrap(attribution, int(13 * size[0]))), fontsize=7.5, color=SOFT)
+    return figure
+
+
+def _save(figure, output: str) -> None:
+    import matplotlib
+
+    file = io.BytesIO()
+    with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
+        figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, file.getvalue())
+
+
+COMMANDS = {
+    "tsne": (TsneArguments, draw_tsne),
+    "retrieval": (RetrievalArguments, draw_retrieval),
+    "check": (CheckArguments, print_check),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line, draws or checks, and returns the exit code."""
+    from transformers import HfArgumentParser
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] not in COMMANDS:
+        print(__doc__, file=sys.stdout if argv and argv[0] in ("-h", "--help") else sys.stderr)
+        return 0 if argv and argv[0] in ("-h", "--help") else EXIT_WRONG_SETTING
+    arguments, run = COMMANDS[argv[0]]
+    parser = HfArgumentParser(
+        arguments, prog=f"training.figures {argv[0]}", description=arguments.__doc__, allow_abbrev=False
+    )
+    try:
+        (args,) = parser.parse_args_into_dataclasses(argv[1:])
+        print(run(args))
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_WRONG_SETTING
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
