@@ -36,6 +36,10 @@ NEUTRAL_TEXTS: tuple[str, ...] = ("", "a photo", "a picture")
 MIN_CELLS = 6
 # Colours from cold to hot, for shares 0, 1/4, ... 1 of the greatest heat.
 _HEAT_COLOURS = np.array([(70, 60, 220), (150, 30, 210), (220, 10, 150), (245, 10, 70), (255, 30, 0)], np.float32)
+_NO_GRADIENTS = (
+    "A map needs gradients and attention weights, which a fused, compiled or quantised model does not give: load it "
+    "anew with from_pretrained and explain that."
+)
 _REGION_COLOUR, _QUIET_COLOUR = (230, 60, 30), (150, 150, 150)
 
 
@@ -104,7 +108,7 @@ def explain_image(
     dtype. Only the first 75 tokens of the text count, as in every use of the model.
 
     Args:
-        model: not fused and not compiled.
+        model: not fused, compiled or quantised.
         processor: a `PyramidCLIPProcessor`, the one saved beside the model.
         image: a PIL picture of any mode and size.
         method: None: the tower's ("grad_cam" for the ResNet, "attention_gradient" for the ViT).
@@ -116,6 +120,8 @@ def explain_image(
     _check_model(model)
     if not isinstance(image, Image.Image):
         raise TypeError(f"Expected a PIL picture, got {type(image).__name__}: open it with PIL.Image.open.")
+    if any(getattr(part, "is_fused", False) for part in (model, model.vision_model)):
+        raise ValueError(_NO_GRADIENTS)
     tower = model.config.vision_config.tower
     if method not in (None, METHODS[tower]):
         raise ValueError(f'A {tower} tower is explained by "{METHODS[tower]}", got method={method!r}.')
@@ -303,10 +309,7 @@ def _gradients(model: PyramidCLIPModel, pixels: torch.Tensor, contrast: torch.Te
         embed = model.encode_image(pixels, interpolate_pos_encoding=True)
     usable = [isinstance(one, torch.Tensor) and one.requires_grad for one in kept]
     if len(kept) != len(modules) or not all(usable):
-        raise ValueError(
-            f"{sum(usable)} of {len(modules)} layers gave what the explanation needs: a fused, compiled or quantised "
-            "model cannot be explained. Load it anew with from_pretrained and explain that."
-        )
+        raise ValueError(f"{_NO_GRADIENTS} ({sum(usable)} of {len(modules)} layers gave them.)")
     gradients = torch.autograd.grad((normalize_embeds(embed)[0] * contrast).sum(), kept, allow_unused=True)
     gradients = [torch.zeros_like(one) if grad is None else grad for one, grad in zip(kept, gradients)]
     return [one.detach().float() for one in kept], [grad.float() for grad in gradients]

@@ -314,8 +314,14 @@ def test_a_model_without_attention_weights_is_refused(processors, monkeypatch):
     attention = model.vision_model.encoder.layers[1].self_attn
     plain = attention.forward
     monkeypatch.setattr(attention, "forward", lambda *args, **kwargs: (plain(*args, **kwargs)[0], None))
-    with pytest.raises(ValueError, match="1 of 2 layers.*fused.*from_pretrained"):
-        explain_image(model, processors["vit"], picture_of((40, 40), (0, 0, 20, 20)), TEXT)
+    picture = picture_of((40, 40), (0, 0, 20, 20))
+    with pytest.raises(ValueError, match=r"fused.*from_pretrained.*\(1 of 2 layers"):
+        explain_image(model, processors["vit"], picture, TEXT)
+    marked = make_model("resnet")
+    marked.vision_model.is_fused = True
+    with pytest.raises(ValueError, match="a fused, compiled or quantised model"):
+        explain_image(marked, processors["resnet"], picture, TEXT)
+    assert explain_regions(marked, processors["resnet"], torch.randn(2, FEATURES + 4), TEXT).relevance.shape == (2,)
 
 
 def test_overlay_and_regions_are_drawn(processors):
