@@ -178,6 +178,7 @@ def scenes(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("tower", TRAINED)
 def test_heat_of_a_trained_model_lies_on_the_named_object(tower, scenes, tmp_path):
     """Two minutes of training are enough for at least twice the share that chance would give."""
