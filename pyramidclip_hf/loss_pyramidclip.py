@@ -10,8 +10,8 @@ so neither the targets nor z need to be held: the log-sum-exp runs over blocks o
 pass. Memory is O(N D + block N). A level pair's loss is the mean over rows and columns (image to text, text to image).
 
 Where texts repeat (tags do, often), the m pairs with the same text can share the positives' mass (`groups`; not the
-paper's): (1 - a) / m on each of them and a / (N - m) elsewhere. The closed form holds with the mean of the m partners in
-place of the partner.
+paper's): (1 - a) / m on each of them and a / (N - m) elsewhere. The closed form holds with the mean of the m partners
+in place of the partner.
 """
 
 from collections.abc import Mapping
