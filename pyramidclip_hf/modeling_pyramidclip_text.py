@@ -39,10 +39,21 @@ class PyramidCLIPAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs):
-        """(B, L, D) -> (B, L, D) and the weights (B, H, L, L), `None` where the backend has none."""
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        query_states: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """(B, L, D) -> (B, L, D) and the weights (B, H, L, L), `None` where the backend has none.
+
+        `query_states` (B, Q, D) are the tokens that look at all L; then Q stands in place of the first L. All L look
+        where it is not given.
+        """
+        query_states = hidden_states if query_states is None else query_states
+        shape = (hidden_states.shape[0], -1, self.config.num_attention_heads, self.head_dim)
+        query = self.q_proj(query_states).view(shape).transpose(1, 2)
         key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -50,7 +61,7 @@ class PyramidCLIPAttention(nn.Module):
         output, weights = attend(
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
         )
-        return self.out_proj(output.reshape(hidden_states.shape)), weights
+        return self.out_proj(output.reshape(query_states.shape)), weights
 
 
 class PyramidCLIPMLP(nn.Module):
@@ -84,10 +95,17 @@ class PyramidCLIPEncoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         grid_size: tuple[int, int] | None = None,
+        query_at: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """(B, L, D) -> (B, L, D); `grid_size` is the patch grid's (rows, columns), for LeFF."""
-        attended, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)
+        """(B, L, D) -> (B, L, D), or (B, 1, D) where `query_at` names the only positions (B,) that are wanted.
+
+        `grid_size` is the patch grid's (rows, columns), for LeFF.
+        """
+        normed, queries = self.layer_norm1(hidden_states), None
+        if query_at is not None:
+            hidden_states, queries = take_position(hidden_states, query_at), take_position(normed, query_at)
+        attended, _ = self.self_attn(normed, attention_mask, queries, **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.feed_forward(self.layer_norm2(hidden_states), grid_size)
 
@@ -104,10 +122,27 @@ class PyramidCLIPEncoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.gradient_checkpointing = False
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask=None, first: int = 0, **kwargs) -> torch.Tensor:
-        """Runs the blocks from number `first` on."""
-        for layer in self.layers[first:]:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask=None,
+        first: int = 0,
+        query_at: torch.Tensor | None = None,
+        query_mask=None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Runs the blocks from number `first` on: (B, L, D) -> (B, L, D).
+
+        Where only the positions `query_at` (B,) of the result are wanted, the last block computes no others:
+        (B, 1, D). `query_mask` is its attention mask, for one query a row.
+        """
+        layers = self.layers[first:]
+        last = len(layers) if query_at is None else len(layers) - 1
+        for layer in layers[:last]:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        for layer in layers[last:]:
+            kwargs["is_causal"] = False  # the mask says what the one query may see
+            hidden_states = layer(hidden_states, query_mask, query_at=query_at, **kwargs)
         return hidden_states
 
 
@@ -155,15 +190,14 @@ def canonical_input_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor | 
     return F.pad(input_ids, (0, config.max_position_embeddings - input_ids.shape[1]), value=config.pad_token_id)
 
 
-def pool_text(hidden_states: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config):
-    """(B, L, D) -> (B, D): the maximum over positions, or the state at the first end-of-text id.
-
-    Under `"eos"` a row without that id pools its last unmasked position.
-    """
-    if config.pooling == "max":
-        return hidden_states.amax(dim=1)
+def end_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config) -> torch.Tensor:
+    """(B,) the first end-of-text id of each row; a row without it: its last unmasked position."""
     is_end = (input_ids == config.eos_token_id).int()
     steps = torch.arange(input_ids.shape[1], device=input_ids.device)
     last = steps[-1] if attention_mask is None else ((attention_mask != 0).int() * steps).amax(dim=1)
-    position = torch.where(is_end.amax(dim=1) > 0, is_end.argmax(dim=1), last)
-    return hidden_states.gather(1, position[:, None, None].expand(-1, 1, hidden_states.shape[-1]))[:, 0]
+    return torch.where(is_end.amax(dim=1) > 0, is_end.argmax(dim=1), last)
+
+
+def take_position(hidden_states: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """(B, L, D), positions (B,) -> (B, 1, D)."""
+    return hidden_states.gather(1, position[:, None, None].expand(-1, 1, hidden_states.shape[-1]))

@@ -162,6 +162,8 @@ for name in sys.argv[2:]:
     with torch.no_grad():
         for cls in (AutoModel, AutoModelForZeroShotImageClassification):
             found[f"{name}/{cls.__name__}"] = cls.from_pretrained(**trust)(**inputs).logits_per_image.numpy()
+        fused = AutoModel.from_pretrained(**trust).fuse()
+        found[f"{name}/fused"] = fused(**inputs).logits_per_image.numpy()
         head = AutoModelForImageClassification.from_pretrained(**trust)
         found[f"{name}/pooled"] = head.vision_model(inputs["pixel_values"]).pooler_output.numpy()
     found[f"{name}/pixels"] = AutoImageProcessor.from_pretrained(**trust)(picture, return_tensors="np")["pixel_values"]
@@ -187,6 +189,7 @@ def test_exported_folders_load_where_the_package_cannot_be_imported(tmp_path):
             expected = outputs(model, processor)
             for name in ("AutoModel", "AutoModelForZeroShotImageClassification"):
                 np.testing.assert_allclose(found[f"{tower}/{name}"], expected, rtol=0, atol=1e-6)
+            np.testing.assert_allclose(found[f"{tower}/fused"], expected, rtol=0, atol=1e-4)
             with torch.no_grad():
                 pooled = model.vision_model(inputs["pixel_values"]).pooler_output
             np.testing.assert_allclose(found[f"{tower}/pooled"], pooled.numpy(), rtol=0, atol=1e-6)
@@ -211,6 +214,7 @@ def test_exported_code_is_complete_and_nothing_else(tmp_path):
     package = Path(pyramidclip_hf.__file__).parent
     assert {path.name for path in written} == {path.name for path in tmp_path.glob("*.py")}
     assert all(path.read_bytes() == (package / path.name).read_bytes() for path in written)
+    assert {"modeling_pyramidclip_vit.py", "fusion_pyramidclip.py"} <= {path.name for path in written}
     assert not {"hub.py", "cli.py", "__init__.py"} & {path.name for path in written}
 
 

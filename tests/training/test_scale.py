@@ -94,8 +94,9 @@ def test_a_chunk_needs_the_activations_of_a_chunk():
 def test_arithmetic_of_one_linear_tower_is_counted_by_hand():
     """A text-only comparison: with the vision tower fixed, more tokens add what their matrix products cost."""
     short, long = flops_per_pair(recipe(), tokens=16), flops_per_pair(recipe(), tokens=32)
-    linear = 4 * 2 * 16 * (4 * 192**2 + 8 * 192**2)  # 4 layers, 16 more tokens, attention and MLP projections
-    attention = 4 * 4 * (32**2 - 16**2) * 192  # scores and weighted sum
+    # 4 layers, 16 more tokens: attention and MLP projections; of the last layer only the keys and values of all tokens.
+    linear = 3 * 2 * 16 * (4 * 192**2 + 8 * 192**2) + 2 * 16 * 2 * 192**2
+    attention = 3 * 4 * (32**2 - 16**2) * 192 + 4 * (32 - 16) * 192  # scores and weighted sum
     assert long - short == pytest.approx(3 * 3 * (linear + attention), rel=0.01)  # three texts, three passes
     cached = flops_per_pair(recipe(per_device_chunk_size=8), tokens=16)
     assert cached == pytest.approx(short * 4 / 3)

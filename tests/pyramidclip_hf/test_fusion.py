@@ -1,0 +1,299 @@
+"""The inference form against the plain form of tests/plain_forms.py, the reference's numbers, and the model itself."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pyramidclip_hf import (
+    PyramidCLIPForImageClassification,
+    PyramidCLIPTextModelWithProjection,
+    PyramidCLIPVisionModel,
+    PyramidCLIPVisionModelWithProjection,
+    fusion_pyramidclip,
+)
+from tests.golden import NAMES, OUTPUTS, golden_batch, golden_model, golden_vectors
+from tests.plain_forms import plain_form
+from tests.pyramidclip_hf.test_modeling import BOTH, make_batch, tiny
+
+LINEAR = pytest.mark.parametrize("linear", ["torch", "onednn"])
+FIELDS = ("image_embeds", "local_image_embeds", "roi_embeds", "text_embeds", "summary_embeds", "tag_embeds",
+          "logits_per_image")  # fmt: skip
+
+
+def lively(model):
+    """`model` with statistics, scales and shifts that folding cannot get right by accident."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.running_mean.normal_(0, 0.5, generator=generator)
+                module.running_var.uniform_(0.2, 2.0, generator=generator)
+            if isinstance(module, (_BatchNorm, nn.LayerNorm)):
+                module.weight.normal_(1, 0.3, generator=generator)
+                module.bias.normal_(0, 0.3, generator=generator)
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
+                module.bias.normal_(0, 0.2, generator=generator)
+    return model
+
+
+def close(found, wanted, tolerance=1e-5):
+    torch.testing.assert_close(found, wanted, atol=tolerance, rtol=0)
+
+
+def assert_equal_to_plain(fused, plain, batch, tolerance=1e-5):
+    close(fused.encode_image(batch["pixel_values"]), plain.encode_image(batch["pixel_values"]), tolerance)
+    close(fused.encode_text(batch["input_ids"]), plain.encode_text(batch["input_ids"]), tolerance)
+    mask = batch["roi_mask"]
+    wanted = plain.encode_rois(batch["roi_features"].masked_fill(~mask[..., None], 0), mask)
+    close(fused.encode_rois(batch["roi_features"], mask), wanted, tolerance)
+    wanted = plain.encode_rois(batch["roi_features"], torch.ones_like(mask))
+    close(fused.encode_rois(batch["roi_features"]), wanted, tolerance)
+
+
+@LINEAR
+@pytest.mark.parametrize("pooling", ["max", "eos"])
+@BOTH
+def test_equals_the_plain_form(tower, pooling, linear):
+    model = lively(tiny(tower, pooling))
+    plain, batch = plain_form(model), make_batch(model)
+    wanted = model(**batch)
+    with torch.inference_mode():
+        assert_equal_to_plain(model, plain, batch)
+        assert model.fuse(linear=linear) is model
+        assert_equal_to_plain(model, plain, batch)
+        found = model(**batch)
+    for name in FIELDS:
+        close(found[name], wanted[name].detach())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", NAMES)
+def test_meets_the_reference(name, attention):
+    model, wanted = golden_model(name).fuse(), golden_vectors(name)
+    model.set_attn_implementation(attention)
+    with torch.inference_mode():
+        embeds = model.encode_levels(tuple(OUTPUTS), **golden_batch(name))
+    for level, key in OUTPUTS.items():
+        close(embeds[level], wanted[key], 1e-4)
+
+
+@pytest.mark.parametrize("recorded_before", [False, True])
+@BOTH
+def test_those_who_ask_for_all_tokens_get_them(tower, recorded_before):
+    model = lively(tiny(tower, "eos"))
+    model.set_attn_implementation("eager")
+    fused, batch = copy.deepcopy(model), make_batch(model)
+    ask = {"output_hidden_states": True, "output_attentions": True}
+    with torch.inference_mode():
+        if recorded_before:
+            fused(**batch, **ask)
+        fused.fuse()
+        wanted, found = model(**batch, **ask), fused(**batch, **ask)
+        for name in ("vision_model_output", "text_model_output"):
+            close(found[name].last_hidden_state, wanted[name].last_hidden_state)
+            for kind in ("hidden_states", "attentions"):
+                for one, two in zip(found[name][kind], wanted[name][kind], strict=True):
+                    close(one, two)
+        regions = {"roi_features": batch["roi_features"], "roi_mask": batch["roi_mask"]}
+        wanted, found = model.vision_model(**regions, **ask), fused.vision_model(**regions, **ask)
+        close(found.last_hidden_state, wanted.last_hidden_state)
+        close(found.pooler_output, wanted.pooler_output)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("pooling", ["max", "eos"])
+@BOTH
+def test_only_what_pooling_needs_is_computed_and_it_is_the_same(tower, pooling, attention):
+    model = lively(tiny(tower, pooling))
+    model.set_attn_implementation(attention)
+    batch = make_batch(model)
+    ids, mask = batch["input_ids"].clone(), torch.ones_like(batch["input_ids"])
+    ids[0], mask[0, 7:] = 5, 0  # a row without end token
+    calls = (
+        (model.vision_model, {"pixel_values": batch["pixel_values"]}),
+        (model.vision_model, {"roi_features": batch["roi_features"], "roi_mask": batch["roi_mask"]}),
+        (model.text_model, {"input_ids": ids, "attention_mask": mask}),
+    )
+    for part, inputs in calls:
+        full, pooled = part(**inputs), part(**inputs, pooled_only=True)
+        assert full.last_hidden_state is not None and pooled.last_hidden_state is None
+        close(pooled.pooler_output, full.pooler_output)
+        weights = [weight for weight in part.parameters() if weight.requires_grad]
+        wanted, found = (
+            torch.autograd.grad(output.pooler_output.square().sum(), weights, allow_unused=True)
+            for output in (full, pooled)
+        )
+        for one, two in zip(found, wanted, strict=True):
+            assert (one is None) == (two is None)
+            if one is not None:
+                torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("leff", [0, 3])
+def test_any_number_of_leff_blocks_and_any_size(leff):
+    model = lively(tiny(vision={"num_leff_layers": leff}))
+    fused, batch = copy.deepcopy(model).fuse(), make_batch(model)
+    wide = torch.randn(2, 3, 40, 56, generator=torch.Generator().manual_seed(5))
+    with torch.inference_mode():
+        close(fused.encode_image(batch["pixel_values"]), plain_form(model).encode_image(batch["pixel_values"]))
+        close(fused.encode_image(wide, interpolate_pos_encoding=True),
+              model.encode_image(wide, interpolate_pos_encoding=True))  # fmt: skip
+        regions = batch["roi_features"], batch["roi_mask"]
+        close(fused.encode_rois(*regions), model.encode_rois(*regions))
+
+
+@BOTH
+def test_other_activations_stay_themselves(tower):
+    model = lively(tiny(tower, vision={"hidden_act": "gelu"}))
+    model.config.text_config.hidden_act = "relu"
+    for layer in model.text_model.encoder.layers:
+        layer.mlp.activation_fn = nn.ReLU()
+    fused, batch = copy.deepcopy(model).fuse(), make_batch(model)
+    with torch.inference_mode():
+        found, wanted = fused(**batch), model(**batch)
+    for name in FIELDS:
+        close(found[name], wanted[name])
+    assert not any(isinstance(module, _BatchNorm) for module in fused.modules())
+
+
+@BOTH
+def test_without_oneDNN_s_operations_torch_s_own_are_used(tower, monkeypatch):
+    monkeypatch.setattr(fusion_pyramidclip, "_has_operations", lambda *names: False)
+    fusion_pyramidclip._onednn_is_faster.cache_clear()
+    model = lively(tiny(tower))
+    plain, batch = plain_form(model), make_batch(model)
+    with pytest.raises(ValueError, match="oneDNN"):
+        model.fuse(linear="onednn")
+    with torch.inference_mode():
+        assert_equal_to_plain(model.fuse(), plain, batch)
+    fusion_pyramidclip._onednn_is_faster.cache_clear()
+
+
+@LINEAR
+@BOTH
+def test_other_dtypes_before_and_after(tower, linear):
+    model = lively(tiny(tower))
+    plain, batch = plain_form(model), make_batch(model)
+    pixels = batch["pixel_values"]
+    with torch.inference_mode():
+        wanted = plain.encode_image(pixels)
+        plain_error = (copy.deepcopy(model).bfloat16().encode_image(pixels).float() - wanted).abs().max()
+        before = copy.deepcopy(model).bfloat16().fuse(linear=linear)
+        after = copy.deepcopy(model).fuse(linear=linear).bfloat16()
+        for fused in (before, after):
+            assert fused.dtype == torch.bfloat16
+            assert (fused.encode_image(pixels).float() - wanted).abs().max() <= 2 * plain_error
+            assert fused.encode_text(batch["input_ids"]).dtype == torch.bfloat16
+        double = copy.deepcopy(model).double().fuse(linear=linear)
+        torch.testing.assert_close(double.encode_image(pixels), plain.double().encode_image(pixels.double()),
+                                   atol=1e-12, rtol=0)  # fmt: skip
+        fused = model.fuse(linear=linear)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert (fused.encode_image(pixels).float() - wanted).abs().max() <= 2 * plain_error
+
+
+@LINEAR
+@BOTH
+def test_gradients_to_the_inputs_and_inputs_left_alone(tower, linear):
+    model = lively(tiny(tower))
+    fused = copy.deepcopy(model).fuse(linear=linear)
+    pixels = make_batch(model)["pixel_values"].contiguous(memory_format=torch.channels_last)
+    kept, gradients = pixels.clone(), []
+    for part in (model, fused):
+        given = pixels.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(part.encode_image(given).square().sum(), given)[0])
+    close(gradients[1], gradients[0], 1e-4)
+    assert not any(weight.requires_grad for weight in fused.parameters())
+    with torch.inference_mode():
+        first = fused.encode_image(pixels)
+        assert torch.equal(fused.encode_image(pixels), first) and torch.equal(pixels, kept)
+
+
+@BOTH
+def test_single_towers_and_heads(tower):
+    whole = lively(tiny(tower, "eos"))
+    batch, vision, text = make_batch(whole), whole.config.vision_config, whole.config.text_config
+    heads = [
+        (PyramidCLIPVisionModel(vision), "pixel_values"),
+        (PyramidCLIPVisionModelWithProjection(vision), "pixel_values"),
+        (PyramidCLIPForImageClassification(copy.deepcopy(whole.config)), "pixel_values"),
+        (PyramidCLIPTextModelWithProjection(text), "input_ids"),
+    ]
+    for head, name in heads:
+        lively(head.eval())
+        fused = copy.deepcopy(head).fuse()
+        for options in ({}, {"output_hidden_states": True}):
+            with torch.inference_mode():
+                wanted, found = head(batch[name], **options), fused(batch[name], **options)
+            assert found.keys() == wanted.keys()
+            for key in wanted:
+                close(found[key], wanted[key])
+
+
+@BOTH
+def test_a_fused_model_says_what_it_cannot_do_any_more(tower, tmp_path):
+    model = tiny(tower).fuse()
+    calls = [model.train, model.state_dict, lambda: model.load_state_dict({}), lambda: model.save_pretrained(tmp_path),
+             model.vision_model.train, model.text_model.state_dict]  # fmt: skip
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"needs the plain form.*from_pretrained"):
+            call()
+    assert not list(tmp_path.iterdir())
+    assert model.eval() is model and not any(module.training for module in model.modules())
+
+
+@BOTH
+def test_fusing_again_and_tower_by_tower(tower):
+    model = lively(tiny(tower))
+    plain, batch = plain_form(model), make_batch(model)
+    model.vision_model.fuse()
+    assert model.vision_model.is_fused and not model.is_fused
+    blocks = [id(module) for module in model.vision_model.modules()]
+    assert model.fuse().fuse() is model
+    assert [id(module) for module in model.vision_model.modules()] == blocks
+    with torch.inference_mode():
+        assert_equal_to_plain(model, plain, batch)
+
+
+class Adapter(nn.Linear):
+    pass
+
+
+def change(path, name, make):
+    """Replaces what the submodule at `path` calls `name` by `make` of it."""
+
+    def apply(model):
+        target = model.get_submodule(path)
+        setattr(target, name, make(getattr(target, name, None)))
+
+    return apply
+
+
+LEFF = "vision_model.encoder.layers.0.mlp"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda model: model.train(), r"train mode: call eval\(\)"),
+        (change(LEFF, "fc1", lambda old: Adapter(old.in_features, old.out_features).eval()), "fc1 is a Adapter"),
+        (change(f"{LEFF}.norm2", "track_running_stats", lambda old: False), "norm2 keeps no running statistics"),
+        (change("", "text_projection", lambda old: old.to("meta")), "text_projection.weight has no values"),
+        (change("text_model", "_hf_hook", lambda old: "a hook"), "text_model is dispatched"),
+    ],
+)
+def test_what_cannot_be_fused_is_refused_and_left_as_it_was(spoil, message):
+    model = tiny()
+    spoil(model)
+    before = [id(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        model.fuse()
+    assert [id(module) for module in model.modules()] == before and not model.is_fused
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match='"auto", "torch" or "onednn", got \'mkl\''):
+        tiny().fuse(linear="mkl")
