@@ -187,7 +187,7 @@ def _load(args: argparse.Namespace, messages: _Messages, fuse: bool = True) -> _
     if faulty:
         raise ValueError(f"--model {args.model}: {len(faulty)} weights are missing or of another shape: {faulty[:3]}.")
     model = model.eval().to(device)
-    if fuse and hasattr(model, "fuse"):
+    if fuse:
         model.fuse()
     return _Loaded(model, processor, args.model, folder)
 
@@ -331,7 +331,7 @@ def run_embed(args: argparse.Namespace) -> int:
     messages = _Messages(args)
     output = check_output(args.output)
     items, inputs = _items_to_embed(args)
-    loaded = _load(args, messages)
+    loaded = _load(args, messages, fuse=False)
     settings = {"kind": "text" if args.texts else "path", "model_sha256": loaded.sha256(), "dtype": args.dtype}
     settings |= {"inputs": inputs}
     if not args.texts:
@@ -340,6 +340,8 @@ def run_embed(args: argparse.Namespace) -> int:
         settings["max_image_pixels"] = args.max_image_pixels
     job = EmbeddingJob(output, loaded.name, settings, items, args.part_size, args.overwrite)
     _say_where_it_stands(job, items, messages)
+    if not job.complete:
+        _fuse_as_before(job, loaded.model)
     (_embed_texts if args.texts else _embed_pictures)(job, loaded, args, messages)
     rows, skipped = job.finish()
     messages.note(f"{output}: {rows} embeddings")
@@ -383,6 +385,21 @@ def _say_where_it_stands(job: Any, items: list[str], messages: _Messages) -> Non
         )
     for item, reason in job.skipped():
         messages.skip(item, reason)
+
+
+def _fuse_as_before(job: Any, model: Any) -> None:
+    """`model.fuse()` measures which library is faster, which may come out otherwise the next time; the last bits of the
+    embeddings hang on it, so a job keeps to what its first run chose."""
+    from .fusion_pyramidclip import OneDNNLinear
+
+    tower = model.vision_model if job.settings["kind"] == "path" else model.text_model
+
+    def choose() -> str:
+        model.fuse(linear="auto")
+        return "onednn" if any(isinstance(module, OneDNNLinear) for module in tower.modules()) else "torch"
+
+    # Fused already where this is the first run; then it stays as it is.
+    model.fuse(linear=job.remembered("linear", choose))
 
 
 def _embed_pictures(job: Any, loaded: _Loaded, args: argparse.Namespace, messages: _Messages) -> None:

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -134,6 +134,14 @@ class EmbeddingJob:
         # Settings first: without them the rest counts as nothing.
         (self.folder / "job.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def remembered(self, name: str, choose: Callable[[], str]) -> str:
+        """What `choose()` gave in the run that began this job."""
+        path = self.folder / f"{name}.txt"
+        if not path.exists():
+            with written_aside(path) as file:
+                file.write(choose().encode())
+        return path.read_text(encoding="utf8")
 
     def _part_file(self, number: int) -> Path:
         return self.folder / f"part-{number:06d}.npz"

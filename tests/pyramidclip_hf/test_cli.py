@@ -271,7 +271,9 @@ def kill_at(moment, argv):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_any_moment_the_same_command_gives_the_same_file(pictures, capsys, model_dir, tmp_path):
+def test_killed_at_any_moment_the_same_command_gives_the_same_file(pictures, capsys, model_dir, tmp_path, monkeypatch):
+    fuse = PyramidCLIPModel.fuse
+    monkeypatch.setattr(PyramidCLIPModel, "fuse", lambda self, linear="auto": fuse(self, "torch"))
     undisturbed = tmp_path / "undisturbed.npz"
     embed(capsys, model_dir, pictures, undisturbed)
     moment = 0
@@ -284,7 +286,7 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_file(pictures, cap
         assert code == cli.EXIT_SKIPPED and all(f"skipped {pictures / name}: " in err for name in BROKEN)
         assert output.read_bytes() == undisturbed.read_bytes(), f"killed at {moment}"
         moment += 1
-    assert moment == 2 * 5  # the job's file, three parts, the result
+    assert moment == 2 * 6  # the job, its choice of library, three parts, the result
     assert {path.suffix for path in tmp_path.iterdir()} == {".npz"}
 
 
@@ -298,7 +300,9 @@ def test_ctrl_c_says_how_to_go_on(pictures, capsys, model_dir, tmp_path, monkeyp
         save(self, number, *args)
 
     monkeypatch.setattr(EmbeddingJob, "save", interrupted)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores the signal
     code, out, err = embed(capsys, model_dir, pictures, output)
+    signal.signal(signal.SIGINT, handler)
     assert code == 130 and "same command continues" in err and not output.exists()
     monkeypatch.undo()
     seen = []
@@ -324,6 +328,22 @@ def stop_after_one_part(monkeypatch, capsys, model_dir, pictures, output, *flags
     with monkeypatch.context() as patch:
         patch.setattr(EmbeddingJob, "save", once)
         assert embed(capsys, model_dir, pictures, output, *flags)[0] == 130
+
+
+def test_a_job_keeps_to_the_library_that_its_first_run_chose(pictures, capsys, model_dir, tmp_path, monkeypatch):
+    output, asked, fuse = tmp_path / "pictures.npz", [], PyramidCLIPModel.fuse
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has one library only")
+
+    def measured(self, linear="auto"):
+        asked.append(linear)
+        # What "auto" finds is up to the moment; let it be one, then the other.
+        return fuse(self, "onednn" if linear == "auto" and len(asked) == 1 else linear.replace("auto", "torch"))
+
+    monkeypatch.setattr(PyramidCLIPModel, "fuse", measured)
+    stop_after_one_part(monkeypatch, capsys, model_dir, pictures, output)
+    embed(capsys, model_dir, pictures, output)
+    assert asked == ["auto", "onednn", "onednn"]
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -384,7 +404,7 @@ def test_a_full_disk_keeps_what_is_complete(pictures, capsys, model_dir, tmp_pat
     monkeypatch.setattr(embedding_files.os, "fsync", full)
     code, _, err = embed(capsys, model_dir, pictures, output)
     assert code == 1 and "disk is full" in err and "same command continues" in err
-    assert sorted(os.listdir(tmp_path / "pictures.npz.parts")) == ["job.json", "part-000000.npz"]
+    assert sorted(os.listdir(tmp_path / "pictures.npz.parts")) == ["job.json", "linear.txt", "part-000000.npz"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, names are Unicode")
