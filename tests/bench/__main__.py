@@ -1,6 +1,6 @@
 """Measures the speed table on this machine: `make bench`, or
 
-    python -m tests.bench [--rows image text training loss load data] [--rounds 7] [--output runs/bench.json]
+    python -m tests.bench [--rows image bf16 text training loss load data] [--rounds 7] [--output runs/bench.json]
 
 Each row is a ratio against transformers' CLIPModel of the same size, or against the straightforward form that it names,
 both timed in turn in one process. Weights are random: they decide nothing about the time.
@@ -17,52 +17,48 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from pyramidclip_hf import PyramidCLIPConfig, PyramidCLIPModel
 from pyramidclip_hf.loss_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVEL_INPUTS, pyramid_loss
 from tests.bench.bench_data import loader_row, views_row
+from tests.bench.bench_model import against_clip, against_plain_form, has_bf16_instructions, short_texts
 from tests.bench.bench_training import training_step
 from tests.bench.chart import draw_chart
 from tests.bench.paired import Comparison, compare, copy_gigabytes, matmul_gigaflops
 
 
-def clip_vision_config(config) -> CLIPVisionConfig:
-    """transformers' CLIP picture tower of the size of `config`."""
-    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-    return CLIPVisionConfig(**{name: getattr(config, name) for name in same})
+def image_rows(rounds: int, batch: int = 8) -> list[dict]:
+    """Picture embeddings, fp32, `batch` pictures a call."""
+    rows = [
+        as_row(f"image embedding, {name}, against CLIPModel", against_clip(name, rounds, batch), batch, 1.5)
+        for name in ("ViT-B-32", "ViT-B-16")
+    ]
+    for name, wanted in (("ViT-B-16", 2.2), ("RN50", 1.9)):
+        measured = against_plain_form(name, rounds, batch)
+        rows.append(as_row(f"image embedding, {name}, against the plain form", measured, batch, wanted))
+    return rows
 
 
-def image_row(architecture: str, rounds: int, batch: int = 8) -> dict:
-    """Picture embeddings against CLIPModel's, fp32, `batch` pictures a call."""
-    config = PyramidCLIPConfig.from_architecture(architecture)
-    clip_config = CLIPConfig(
-        text_config=CLIPTextConfig(num_hidden_layers=1).to_dict(),
-        vision_config=clip_vision_config(config.vision_config).to_dict(),
-        projection_dim=config.projection_dim,
-    )
-    ours, theirs = PyramidCLIPModel(config).eval(), CLIPModel(clip_config).eval()
-    pixels = torch.randn(batch, 3, config.vision_config.image_size, config.vision_config.image_size)
-    with torch.inference_mode():
-        measured = compare(
-            lambda: ours.encode_image(pixels), lambda: theirs.get_image_features(pixel_values=pixels), rounds
+def bf16_rows(rounds: int, batch: int = 8) -> list[dict]:
+    """The same in bf16; no rows where the processor would emulate it."""
+    if not has_bf16_instructions():
+        print("bf16 rows: not measured, this processor has no bf16 instructions", flush=True)
+        return []
+    return [
+        as_row(
+            f"image embedding, {name}, bf16, against the plain form in fp32",
+            against_plain_form(name, rounds, batch, torch.bfloat16),
+            batch,
+            ratio,
         )
-    return as_row(f"image embedding, {architecture}, against CLIPModel", measured, batch, at_least=1.5)
+        for name, ratio in {"ViT-B-16": 6, "RN50": 4.5}.items()
+    ]
 
 
 def text_row(rounds: int, batch: int = 32, tokens: int = 16) -> dict:
     """Text embeddings with pooling "eos" of `tokens` tokens against the same texts padded to 77."""
-    config = PyramidCLIPConfig.from_architecture("ViT-B-32")
-    config.text_config.pooling = "eos"
-    model = PyramidCLIPModel(config).eval()
-    padded = torch.zeros(batch, 77, dtype=torch.int64)
-    padded[:, : tokens - 1] = torch.randint(1000, 2000, (batch, tokens - 1))
-    padded[:, 0], padded[:, tokens - 1] = config.text_config.bos_token_id, config.text_config.eos_token_id
-    short = padded[:, :tokens].contiguous()
-    with torch.inference_mode():
-        assert torch.allclose(model.encode_text(short), model.encode_text(padded), atol=1e-4)
-        measured = compare(lambda: model.encode_text(short), lambda: model.encode_text(padded), rounds)
-    return as_row(f"text embedding, eos, {tokens} tokens, against 77", measured, batch, at_least=4)
+    measured = short_texts(rounds, batch, tokens)
+    return as_row(f"text embedding, eos, {tokens} tokens, against the plain form of 77", measured, batch, at_least=4)
 
 
 def load_row(rounds: int) -> dict:
@@ -157,8 +153,8 @@ def parse_arguments():
     parser.add_argument(
         "--rows",
         nargs="+",
-        default=["image", "text", "training", "loss", "load", "data"],
-        choices=["image", "text", "training", "loss", "load", "data"],
+        default=["image", "bf16", "text", "training", "loss", "load", "data"],
+        choices=["image", "bf16", "text", "training", "loss", "load", "data"],
     )
     parser.add_argument("--rounds", type=int, default=7, help="timed calls of each way")
     parser.add_argument("--output", type=Path, default=Path("runs/bench.json"))
@@ -170,7 +166,8 @@ def main():
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
     measure = {
-        "image": lambda: [image_row(name, args.rounds) for name in ("ViT-B-32", "ViT-B-16")],
+        "image": lambda: image_rows(args.rounds),
+        "bf16": lambda: bf16_rows(args.rounds),
         "text": lambda: [text_row(args.rounds)],
         "training": lambda: training_rows(args.rounds),
         "loss": lambda: [loss_row()],
