@@ -254,7 +254,7 @@ def read_embeddings(path: str | os.PathLike) -> StoredEmbeddings:
             table = parquet.read_table(path, columns=[kind, "embedding"])
             names = table.column(kind).to_pylist()
             rows = table.column("embedding").combine_chunks()
-            embeddings = rows.flatten().to_numpy(zero_copy_only=False).reshape(len(names), -1)
+            embeddings = rows.flatten().to_numpy(zero_copy_only=False, writable=True).reshape(len(names), -1)
         else:
             with np.load(path, allow_pickle=False) as arrays:
                 names, embeddings = arrays[kind].tolist(), arrays["embedding"]

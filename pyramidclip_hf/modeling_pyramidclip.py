@@ -321,6 +321,11 @@ def _init_text_layer(layer: PyramidCLIPTextLayer) -> None:
     init.normal_(layer.mlp.fc1.weight, std=(2 * width) ** -0.5)
 
 
+def _is_traced() -> bool:
+    """Whether a graph is being recorded that must not depend on the values of this batch."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 class PyramidCLIPTextModel(PyramidCLIPPreTrainedModel):
     """The text tower without projection."""
 
@@ -353,11 +358,18 @@ class PyramidCLIPTextModel(PyramidCLIPPreTrainedModel):
                 token nothing can reach it, and under `"max"` the padding belongs to the function.
             position_ids: (1 or B, L) int64; by default 0, 1, ...
             pooled_only: compute nothing that `pooler_output` does not need; there is no `last_hidden_state` then.
+                Under `"eos"` and without gradients the padding behind the longest text is cut off, too.
 
         Raises:
             ValueError: no ids, no texts, or more tokens than positions.
         """
         check_input_ids(input_ids, self.config)
+        ends = end_positions(input_ids, attention_mask, self.config) if self.config.pooling == "eos" else None
+        if pooled_only and ends is not None and not (torch.is_grad_enabled() or _is_traced()):
+            # Reads a number off the device: a training step would have to wait for it, a traced graph would keep it.
+            length = int(ends.max()) + 1
+            input_ids = input_ids[:, :length]
+            position_ids = None if position_ids is None else position_ids[:, :length]
         if self.config.pooling == "max":
             if position_ids is not None:
                 rest = self.embeddings.position_ids[:, position_ids.shape[1] :]
@@ -368,7 +380,6 @@ class PyramidCLIPTextModel(PyramidCLIPPreTrainedModel):
             config=self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None
         )
         kwargs.pop("is_causal", None)
-        ends = end_positions(input_ids, attention_mask, self.config) if self.config.pooling == "eos" else None
         if pooled_only and ends is not None:
             kwargs |= {"query_at": ends, "query_mask": self._mask_behind(ends, hidden_states)}
         hidden_states = self.final_layer_norm(self.encoder(hidden_states, mask, is_causal=True, **kwargs))

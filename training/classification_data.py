@@ -16,8 +16,9 @@ import numpy as np
 from huggingface_hub import EvalResult
 
 from pyramidclip_hf.image_processing_pyramidclip import upright_rgb
+from pyramidclip_hf.picture_files import PICTURE_SUFFIXES
 from training.embedding import map_batches
-from training.evaluation_data import PICTURE_SUFFIXES, LabelledPictures, labelled_folder, labelled_shards, shard_paths
+from training.evaluation_data import LabelledPictures, labelled_folder, labelled_shards, shard_paths
 from training.shards import is_url
 
 # Files hashed at a time by one process.

@@ -13,11 +13,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from pyramidclip_hf.picture_files import PICTURE_SUFFIXES
 from training.data_sources import Manifest, ManifestReader, Unit
 from training.records import BadSample, Sample, sample_from_members
 from training.shards import ShardReader, is_url, read_dataset_json
-
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
 def shard_paths(data: str) -> list[str]:

@@ -230,6 +230,7 @@ def test_embed_agrees_with_a_loop_over_the_model(suffix, pictures, capsys, model
     stored = read_embeddings(output)
     order = [path for path in find_pictures([str(pictures)]) if path in good_ones(pictures)]
     assert stored.names == order and stored.kind == "path"
+    assert stored.embeddings.flags.writeable  # torch warns of an array that is not
     expected = np.stack([plain_image_embedding(model_dir, path) for path in order])
     assert np.abs(stored.embeddings - expected).max() < 1e-5
     assert stored.metadata["model"] == model_dir and stored.metadata["settings"]["dtype"] == "float32"

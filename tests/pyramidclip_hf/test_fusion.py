@@ -132,6 +132,32 @@ def test_only_what_pooling_needs_is_computed_and_it_is_the_same(tower, pooling, 
                 torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_padding_behind_the_longest_text_is_cut_off_without_gradients(fused):
+    model = lively(tiny(pooling="eos"))
+    ids = make_batch(model)["input_ids"].clone()
+    ids[:, 1:] = 5
+    ids[0, 4], ids[1:, 2] = (model.config.text_config.eos_token_id,) * 2
+    ids[:, 5:] = 0
+    expected = model.get_text_features(ids[:, :5]).pooler_output.detach()
+    if fused:
+        model = model.fuse()
+    lengths = []
+    model.text_model.encoder.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    with torch.no_grad():
+        close(model.encode_text(ids), expected)
+        close(model.encode_text(ids, position_ids=torch.arange(ids.shape[1])[None]), expected)
+        ids[0, 4] = 5  # no end token: the last position counts, or the last that the mask shows
+        model.encode_text(ids)
+        model.encode_text(ids, attention_mask=torch.arange(ids.shape[1]).expand_as(ids) < 6)
+        everything = model.get_text_features(ids)
+    assert lengths == [5, 5, ids.shape[1], 6, ids.shape[1]]
+    assert everything.last_hidden_state.shape[1] == ids.shape[1]
+    with torch.enable_grad():  # a step of the training never waits for a length
+        model.encode_text(ids[1:])
+    assert lengths[-1] == ids.shape[1]
+
+
 @pytest.mark.parametrize("leff", [0, 3])
 def test_any_number_of_leff_blocks_and_any_size(leff):
     model = lively(tiny(vision={"num_leff_layers": leff}))
