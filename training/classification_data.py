@@ -1,13 +1,14 @@
 """Labelled pictures for training a classifier: parts with one set of classes, held-out shares, what identifies them.
 
 A source is what `training.evaluation_data` reads: a folder with a sub-folder of pictures for each class, or shards
-whose `KEY.json` has `class_name`. Nothing is skipped: a picture that cannot be read is an error naming it, when it is
-met.
+whose `KEY.json` has `class_name`; or both parts come from one of the data sets of `training.evaluation_sets`. Nothing
+is skipped: a picture that cannot be read is an error naming it, when it is met.
 """
 
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,9 @@ import numpy as np
 from huggingface_hub import EvalResult
 
 from pyramidclip_hf.image_processing_pyramidclip import upright_rgb
-from pyramidclip_hf.picture_files import PICTURE_SUFFIXES
 from training.embedding import map_batches
 from training.evaluation_data import LabelledPictures, labelled_folder, labelled_shards, shard_paths
+from training.evaluation_sets import TABLE_7, open_both_splits
 from training.shards import is_url
 
 # Files hashed at a time by one process.
@@ -102,11 +103,17 @@ def open_parts(args) -> dict[str, Part]:
     """The parts "train", "validation" and "test" that settings name; one that they do not name is absent.
 
     args: `train_data`, `validation_data`, `test_data` (sources or None), `validation_fraction`, `test_fraction` (shares
-    of the training data held out where no source is named; the test share is taken first; 0: none), `classes` (file
-    with names, or None), `seed`. Raises ValueError where classes differ or both a source and a share are named.
+    of the training data held out where no source is named; the test share is taken first; 0: none), `dataset` (one of
+    `TABLE_7`, whose folder is in `train_data`, and which has its own test part; or None), `classes` (file with names,
+    or None), `seed`. Raises ValueError where classes differ or both a source and a share are named.
     """
-    data = open_pictures(args.train_data, args.classes)
-    parts = {"train": Part(args.train_data, data, np.arange(len(data)))}
+    if args.dataset:
+        data, test = open_both_splits(args.dataset, args.train_data, args.classes)
+        parts = {"train": Part(args.train_data, data, np.arange(len(data)))}
+        parts["test"] = Part(args.train_data, with_classes_of(test, data), np.arange(len(test)))
+    else:
+        data = open_pictures(args.train_data, args.classes)
+        parts = {"train": Part(args.train_data, data, np.arange(len(data)))}
     for number, name in enumerate(("test", "validation")):
         source, fraction = getattr(args, f"{name}_data"), getattr(args, f"{name}_fraction")
         if source and fraction:
@@ -126,27 +133,31 @@ def check_part_settings(args) -> None:
             raise ValueError(f"{name}: expected a share from 0 to below 1, got {getattr(args, name)}")
     if not args.train_data:
         raise ValueError("train_data: expected a folder with a sub-folder of pictures for each class, or shards")
+    if args.dataset:
+        if args.dataset not in TABLE_7:
+            raise ValueError(f"dataset: expected one of {', '.join(TABLE_7)}, got {args.dataset!r}")
+        if args.test_data or args.test_fraction:
+            raise ValueError(f"dataset {args.dataset} has its own test part: leave out test_data and test_fraction")
 
 
-def source_files(source: str) -> list[Path]:
-    """The local files that a source is read from, in its order; none for a URL."""
-    if is_url(source):
-        return []
-    root = Path(source)
-    if root.is_dir() and not any(root.glob("*.tar")):
-        return sorted(path for path in root.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
-    return [Path(path) for path in shard_paths(source)]
+def source_files(part: Part) -> list[Path]:
+    """The local files that a part's whole source is read from, in its order; none for a URL, or where pictures have
+    none of their own (CIFAR).
+    """
+    if part.data.files is not None:
+        return list(part.data.files)
+    return [] if is_url(part.source) else [Path(path) for path in shard_paths(part.source)]
 
 
 def _relative(path: Path, source: str) -> str:
-    return path.name if path == Path(source) else path.relative_to(source).as_posix()
+    return path.name if path == Path(source) else Path(os.path.relpath(path, source)).as_posix()
 
 
 def fingerprint(part: Part) -> str:
     """What must stay the same for a run to continue on a part: names and sizes of its files, which pictures of them,
     their classes; not where they lie.
     """
-    listing = [[_relative(path, part.source), path.stat().st_size] for path in source_files(part.source)]
+    listing = [[_relative(path, part.source), path.stat().st_size] for path in source_files(part)]
     identity = [listing or part.data.name, part.numbers.tolist(), part.data.class_names, part.data.labels]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
@@ -154,10 +165,10 @@ def fingerprint(part: Part) -> str:
 def content_digest(part: Part) -> str:
     """A hash of all that the pictures of a part's whole source show, so that a changed pixel changes it.
 
-    Of the bytes of local files, which takes a fraction of the time of decoding; of the decoded pictures where the
-    source is a URL. All processes call it together and get the same.
+    Of the bytes of local files, which takes a fraction of the time of decoding; of the decoded pictures where there are
+    none. All processes call it together and get the same.
     """
-    files = source_files(part.source)
+    files = source_files(part)
 
     def of_files(numbers: range) -> list[str]:
         digests = []

@@ -102,6 +102,8 @@ class LabelledPictures:
     name: the data set, as results call it. class_names: the C names that prompts are made of. labels: one class number
     a picture. read: picture number -> PIL picture. described: fields of `EvalResult` that say which data this is.
     main_metric: the metric that this data set is reported by, and a word on it; None where there is no such custom.
+    files: the picture files, in the order of `labels`; empty where pictures have no files of their own, None where they
+    lie in shards.
     """
 
     name: str
@@ -110,6 +112,7 @@ class LabelledPictures:
     read: Callable[[int], Image.Image]
     described: Mapping[str, str | None] = field(default_factory=dict)
     main_metric: tuple[str, str] | None = None
+    files: Sequence[Path] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -183,6 +186,7 @@ def labelled_folder(folder: str, classes_file: str | None = None, max_samples: i
             class_names=check_class_names(names, classes_file or folder),
             labels=[label for _, label in files],
             read=lambda number: open_picture(files[number][0].read_bytes(), str(files[number][0])),
+            files=[path for path, _ in files],
         )
     )
 

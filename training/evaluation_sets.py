@@ -126,8 +126,34 @@ def open_set(
         read=lambda number: _picture(pictures[number]),
         described={"dataset_type": name, "dataset_split": spec.parts[split]},
         main_metric=(spec.metric, PAPER_METRIC if as_paper else MAIN_METRIC),
+        files=[picture for picture in pictures if isinstance(picture, Path)],
     )
     return data if max_samples else check_every_class_has_pictures(data)
+
+
+def open_both_splits(
+    name: str, root: str, classes_file: str | None = None
+) -> tuple[LabelledPictures, LabelledPictures]:
+    """(training part, test part) of a data set of `TABLE_7`, for learning on the one and measuring on the other.
+
+    Raises as `open_set`; ValueError where the library lists all pictures for both and there are no split files, and
+    where a picture is in both parts.
+    """
+    spec = TABLE_7.get(name)
+    if spec and spec.whole:
+        absent = [
+            names[0] for names in spec.split_files.values() if not any(Path(root, one).is_file() for one in names)
+        ]
+        if absent:
+            raise ValueError(
+                f"{spec.title} comes without a split, so nothing tells training from test pictures: put "
+                f"{' and '.join(absent)} under {root}, lines relative/path[<TAB>label]"
+            )
+    train, test = (open_set(name, root, split, classes_file=classes_file) for split in ("train", "test"))
+    shared = set(train.files) & set(test.files)
+    if shared:
+        raise ValueError(f"{train.name}: {len(shared)} pictures are in both parts, first {min(shared)}")
+    return train, test
 
 
 def _picture(picture: Path | np.ndarray) -> Image.Image:
@@ -382,8 +408,10 @@ TABLE_7: dict[str, NamedSet] = {
         pictures="caltech101/101_ObjectCategories",
         needs=(),
         download="caltech-101.zip (Caltech 101) from https://data.caltech.edu and unpack it and the "
-        "101_ObjectCategories.tar.gz in it in the folder caltech101; its split is yours to give (--split-file)",
+        "101_ObjectCategories.tar.gz in it in the folder caltech101; its split is yours to give (train.txt and "
+        "test.txt in the folder caltech101, or --split-file)",
         read=_caltech101,
+        split_files={split: (f"caltech101/{split}.txt",) for split in ("test", "train")},
         whole=True,
     ),
     "imagenet": NamedSet(

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from training.arguments import PretrainingArguments, check_area, check_ranges, divided_batch, mapping_of, setting
 from training.classification_data import check_part_settings
+from training.evaluation_sets import TABLE_7
 
 _PRETRAINING = {entry.name: entry for entry in dataclasses.fields(PretrainingArguments)}
 
@@ -45,6 +46,7 @@ class FinetuneArguments:
     train_data: str = setting("", "folder with a sub-folder of pictures for each class, or labelled shards")
     validation_data: str | None = setting(None, "the same, measured after every epoch")
     test_data: str | None = setting(None, "the same, measured once, at the end")
+    dataset: str | None = setting(None, f"both parts of {', '.join(TABLE_7)}; train_data is the folder that holds it")
     validation_fraction: float = setting(0.0, "share of each class held out of train_data in place of validation_data")
     test_fraction: float = setting(0.0, "share of each class held out in place of test_data")
     classes: str | None = setting(None, "file with class names, one a line (folders also: folder<TAB>name)")

@@ -1,6 +1,7 @@
 """Linear probe: logistic regression on the features of a frozen picture encoder (paper, sections 4.4, B.2 and D).
 
     python -m training.linear_probe --model DIR --train-data FOLDER --test-data FOLDER [--features backbone|projected]
+    python -m training.linear_probe --model DIR --train-data ROOT --dataset pets
     accelerate launch --num_processes 4 -m training.linear_probe ...
 
 From the paper (appendix B.2): scikit-learn's logistic regression by L-BFGS, at most 1000 iterations, the strength of
@@ -37,6 +38,7 @@ from training.distributed import any_process
 from training.embedding import map_batches
 from training.evaluate import classification_metrics, load_model
 from training.evaluation_data import LabelledPictures
+from training.evaluation_sets import TABLE_7
 from training.results import results_table, write_csv, write_json
 from training.shards import cache_folder, write_atomically
 
@@ -54,6 +56,10 @@ class LinearProbeArguments:
     train_data: str = field(metadata={"help": "folder with a sub-folder a class, or labelled shards"})
     validation_data: str | None = field(default=None, metadata={"help": "the same, for the sweep of C"})
     test_data: str | None = field(default=None, metadata={"help": "the same, for the result"})
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": f"train and test part of {', '.join(TABLE_7)}; train_data is the folder that holds it"},
+    )
     validation_fraction: float | None = field(
         default=None,
         metadata={"help": "share of each class held out of the training data; default: 0.2 without validation_data"},
@@ -65,8 +71,9 @@ class LinearProbeArguments:
     features: Literal["backbone", "projected"] = field(
         default="backbone", metadata={"help": "pooled vector before the projection, or the embedding behind it"}
     )
-    metric: Literal["top_1", "mean_per_class"] = field(
-        default="top_1", metadata={"help": "what the sweep of C maximises on the validation data"}
+    metric: Literal["top_1", "mean_per_class"] | None = field(
+        default=None,
+        metadata={"help": "what the sweep of C maximises on the validation data; default: the dataset's, or top_1"},
     )
     standardize: bool = field(
         default=False, metadata={"help": "features to mean 0 and variance 1, by the data that the fit sees"}
@@ -90,13 +97,14 @@ class LinearProbeArguments:
         if self.validation_fraction is None:
             self.validation_fraction = 0.0 if self.validation_data or self.c else 0.2
         check_part_settings(self)
+        self.metric = self.metric or (TABLE_7[self.dataset].metric if self.dataset else "top_1")
         for name in ("batch_size", "max_iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number of at least 1, got {getattr(self, name)}")
         if self.c is not None and not self.c > 0:
             raise ValueError(f"c: expected a positive number, got {self.c}")
-        if not self.test_data and not self.test_fraction:
-            raise ValueError("nothing to measure on: give test_data, or test_fraction to hold out a share")
+        if not (self.test_data or self.test_fraction or self.dataset):
+            raise ValueError("nothing to measure on: give test_data, or test_fraction to hold out a share, or dataset")
         if self.c is None and not self.validation_data and not self.validation_fraction:
             raise ValueError("sweeping C needs validation data: give validation_data, validation_fraction or c")
 

@@ -1,5 +1,6 @@
 """Parts of labelled data: one set of classes, held-out shares, and what identifies them."""
 
+import dataclasses
 import os
 from types import SimpleNamespace
 
@@ -15,12 +16,13 @@ from training.classification_data import (
     open_pictures,
     with_classes_of,
 )
+from training.evaluation_sets import TABLE_7, Listing
 
 COUNTS = {"blue": 8, "green": 5, "dark_red": 3}
 
 
 def parts_of(train, **changes):
-    chosen = {"train_data": train, "classes": None, "seed": 0}
+    chosen = {"train_data": train, "dataset": None, "classes": None, "seed": 0}
     for name in ("validation", "test"):
         chosen |= {f"{name}_data": None, f"{name}_fraction": 0.0}
     return open_parts(SimpleNamespace(**chosen | changes))
@@ -69,6 +71,27 @@ def test_other_classes_are_refused_by_name(tmp_path):
         parts_of(train, test_data=train, test_fraction=0.1)
 
 
+def test_a_named_set_has_both_parts(tmp_path):
+    """CIFAR-10's pictures have no files of their own, so what they show identifies them."""
+    pytest.importorskip("torchvision")
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    held = {"train": (pixels[:4], [0, 1, 0, 1]), "test": (pixels[4:], [1, 0])}
+
+    def read(root, split):
+        return Listing(["cat", "dog"], ["cat", "dog"], list(held[split][0]), held[split][1])
+
+    spec = dataclasses.replace(TABLE_7["cifar10"], pictures="", read=read)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TABLE_7, "cifar10", spec)
+        parts = parts_of(str(tmp_path), dataset="cifar10", validation_fraction=0.5)
+        before = content_digest(parts["train"])
+        pixels[0] += 1
+        after = content_digest(parts_of(str(tmp_path), dataset="cifar10", validation_fraction=0.5)["train"])
+    assert {name: len(part.numbers) for name, part in parts.items()} == {"train": 2, "test": 2, "validation": 2}
+    assert parts["test"].labels.tolist() == [1, 0] and before != after
+    assert np.array_equal(np.asarray(parts["test"].pictures.read(1)), pixels[5])
+
+
 def test_what_identifies_pictures(tmp_path):
     """The digest sees each byte, whatever the file's size and time say; the fingerprint sees names and sizes."""
     folder = write_pictures(tmp_path / "a", COUNTS)
@@ -83,5 +106,6 @@ def test_what_identifies_pictures(tmp_path):
     path.write_bytes(data)
     assert content_digest(part) == before[0]
     path.rename(path.with_name("zz.png"))  # pictures would come in another order
-    assert content_digest(part) != before[0] and fingerprint(parts_of(folder)["train"]) != before[1]
+    renamed = parts_of(folder)["train"]
+    assert content_digest(renamed) != before[0] and fingerprint(renamed) != before[1]
     assert fingerprint(parts_of(folder, test_fraction=0.3)["train"]) != fingerprint(parts_of(folder)["train"])

@@ -11,7 +11,7 @@ import torchvision.datasets
 from PIL import Image
 from scipy.io import savemat
 
-from training.evaluation_sets import PAPER_METRIC, TABLE_7, open_set
+from training.evaluation_sets import PAPER_METRIC, TABLE_7, open_both_splits, open_set
 
 pytest.importorskip("clip_benchmark")
 
@@ -245,6 +245,40 @@ def test_split_files(tmp_path, monkeypatch):
             open_set("caltech101", str(tmp_path), split_file=str(split))
     with pytest.raises(FileNotFoundError, match="no split file"):
         open_set("caltech101", str(tmp_path), split_file=str(tmp_path / "none"))
+
+
+def test_parts_to_learn_from_and_to_measure_on(tmp_path, monkeypatch):
+    food101(tmp_path, monkeypatch)
+    write(tmp_path / "food-101/meta/train.json", json.dumps({"apple_pie": ["apple_pie/4"], "baby_back_ribs": []}))
+    paint(tmp_path / "food-101/images/apple_pie/4.jpg", 0)
+    with pytest.raises(ValueError, match="1 of 2 class names have no picture"):
+        open_both_splits("food101", str(tmp_path))
+    train = {"apple_pie": ["apple_pie/4"], "baby_back_ribs": ["baby_back_ribs/5"]}
+    write(tmp_path / "food-101/meta/train.json", json.dumps(train))
+    paint(tmp_path / "food-101/images/baby_back_ribs/5.jpg", 1)
+    train, test = open_both_splits("food101", str(tmp_path))
+    assert [path.stem for path in train.files] == ["4", "5"] and [path.stem for path in test.files] == ["1", "2", "3"]
+    assert colours(train) == train.labels == [0, 1] and "training" not in test.name
+    with pytest.raises(ValueError, match="no data set 'mnist'"):
+        open_both_splits("mnist", str(tmp_path))
+
+    caltech101(tmp_path, monkeypatch)
+    folder = tmp_path / "caltech101"
+    with pytest.raises(ValueError, match="comes without a split.*caltech101/test.txt and caltech101/train.txt under"):
+        open_both_splits("caltech101", str(tmp_path))
+    pictures = sorted(path.relative_to(folder / "101_ObjectCategories") for path in folder.rglob("*.jpg"))
+    for path in pictures:
+        paint(folder / "101_ObjectCategories" / path.with_name("image_0002.jpg"), 0)
+    write(folder / "train.txt", "\n".join(map(str, pictures)))
+    write(
+        folder / "test.txt",
+        "\n".join([*(str(path.with_name("image_0002.jpg")) for path in pictures), str(pictures[3])]),
+    )
+    with pytest.raises(ValueError, match="1 pictures are in both parts, first .*Leopards/image_0001.jpg"):
+        open_both_splits("caltech101", str(tmp_path))
+    write(folder / "test.txt", "\n".join(str(path.with_name("image_0002.jpg")) for path in pictures))
+    train, test = open_both_splits("caltech101", str(tmp_path))
+    assert colours(train) == train.labels and "split file train.txt" in train.name and len(test) == 102
 
 
 def test_a_file_of_names_for_a_set(tmp_path, monkeypatch):

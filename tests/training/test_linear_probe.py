@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,6 +193,32 @@ def test_features_that_hardly_differ_are_said_and_standardised_on_demand(args, t
     assert "hardly differ" not in capsys.readouterr().err
 
 
+def test_the_paper_s_data_sets(args, tmp_path):
+    base = tmp_path / "data/oxford-iiit-pet"
+    for split, folder in (("trainval", args.train_data), ("test", args.test_data)):
+        paths = sorted(Path(folder).rglob("*.png"))
+        names = [f"{path.parent.name}_{split}{path.stem}" for path in paths]
+        classes = {name: number for number, name in enumerate(sorted(COUNTS), 1)}
+        lines = [f"{name} {classes[path.parent.name]} 1 1" for name, path in zip(names, paths)]
+        (base / "annotations").mkdir(parents=True, exist_ok=True)
+        (base / "annotations" / f"{split}.txt").write_text("\n".join(lines) + "\n")
+        for name, path in zip(names, paths):
+            (base / "images").mkdir(exist_ok=True)
+            (base / "images" / f"{name}.jpg").write_bytes(path.read_bytes())
+    named = LinearProbeArguments(
+        model=args.model, train_data=str(tmp_path / "data"), dataset="pets", cpu=True, cache_dir=args.cache_dir
+    )
+    assert named.metric == "mean_per_class" and args.metric == "top_1"
+    found = probe(named)
+    assert "Oxford-IIIT Pets (not the paper's split: found 24 in 3 classes" in found[0].dataset_name
+    plain = LinearProbeArguments(
+        model=args.model, train_data=args.train_data, test_data=args.test_data, cpu=True, cache_dir=args.cache_dir,
+        metric="mean_per_class",
+    )  # fmt: skip
+    for metric in ("top_1", "mean_per_class"):
+        assert value_of(found, metric) == pytest.approx(value_of(probe(plain), metric), abs=1e-6)
+
+
 def test_what_is_wrong_is_said(args, tmp_path, capsys, monkeypatch):
     words = ["--model", args.model, "--train-data", args.train_data, "--cpu", "--cache-dir", "none"]
 
@@ -205,6 +232,9 @@ def test_what_is_wrong_is_said(args, tmp_path, capsys, monkeypatch):
     other = write_pictures(tmp_path / "other", {"blue": 2, "green": 2})
     assert "not in it: ['dark red']" in error_of("--test-data", other)
     assert "no folder" in error_of("--test-data", str(tmp_path / "nowhere"))
+    assert "dataset: expected one of cifar10, " in error_of("--dataset", "mnist")
+    assert "pets has its own test part: leave out" in error_of("--dataset", "pets", "--test-fraction", "0.2")
+    assert "lacks Oxford-IIIT Pets" in error_of("--dataset", "pets")
     (tmp_path / "test" / "green" / "03.png").write_bytes(b"no picture")
     assert "03.png cannot be read" in error_of("--test-data", args.test_data)
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
