@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers.activations import QuickGELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from .modeling_pyramidclip_resnet import (
@@ -32,15 +31,16 @@ from .modeling_pyramidclip_resnet import (
     PyramidCLIPResNetStage,
 )
 from .modeling_pyramidclip_text import (
+    QUICK_GELU_SLOPE,
     PyramidCLIPAttention,
     PyramidCLIPEncoder,
     PyramidCLIPEncoderLayer,
+    PyramidCLIPQuickGELU,
     eager_attention_forward,
     take_position,
 )
 from .modeling_pyramidclip_vit import PyramidCLIPLeFFLayer
 
-QUICK_GELU_SLOPE = 1.702
 LinearBackend = Literal["auto", "torch", "onednn"]
 # What oneDNN must save before it replaces torch's own choice: timings on a busy machine vary by about a tenth.
 _CLEARLY_FASTER = 0.85
@@ -205,7 +205,7 @@ def _folded(layer: nn.Linear | nn.Conv2d, norm: _BatchNorm | None = None) -> tup
 
 def _activation(function: nn.Module) -> tuple[nn.Module, float]:
     """(f, s) with `f(s x) / s` equal to `function(x)`; QuickGELU becomes SiLU, everything else stays itself."""
-    if type(function) is QuickGELUActivation:
+    if type(function) is PyramidCLIPQuickGELU:
         return nn.SiLU(inplace=True), QUICK_GELU_SLOPE
     return function, 1.0
 

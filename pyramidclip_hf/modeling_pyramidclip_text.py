@@ -13,6 +13,22 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+QUICK_GELU_SLOPE = 1.702
+
+
+class PyramidCLIPQuickGELU(nn.Module):
+    """`x * sigmoid(1.702 x)`, written as SiLU: two passes over memory less, and the backward pass keeps one tensor in
+    place of two.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.silu(QUICK_GELU_SLOPE * hidden_states).mul_(1 / QUICK_GELU_SLOPE)
+
+
+def activation_named(name: str) -> nn.Module:
+    """The activation that `config.hidden_act` names."""
+    return PyramidCLIPQuickGELU() if name == "quick_gelu" else ACT2FN[name]
+
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Attention written out; q, k, v are (B, H, L, D / H). Returns (B, L, H, D / H) and the weights (B, H, L, L)."""
@@ -69,7 +85,7 @@ class PyramidCLIPMLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.activation_fn = ACT2FN[config.hidden_act]
+        self.activation_fn = activation_named(config.hidden_act)
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 

@@ -7,10 +7,9 @@ Shape letters: B batch, L tokens, D width.
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
 from .modeling_pyramidclip_resnet import resize_position_table
-from .modeling_pyramidclip_text import PyramidCLIPEncoderLayer
+from .modeling_pyramidclip_text import PyramidCLIPEncoderLayer, activation_named
 
 
 class PyramidCLIPLeFF(nn.Module):
@@ -22,7 +21,7 @@ class PyramidCLIPLeFF(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.activation_fn = ACT2FN[config.hidden_act]
+        self.activation_fn = activation_named(config.hidden_act)
         inner = config.intermediate_size
         self.fc1 = nn.Linear(config.hidden_size, inner)
         self.norm1 = nn.BatchNorm1d(inner)

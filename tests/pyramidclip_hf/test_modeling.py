@@ -14,6 +14,7 @@ from pyramidclip_hf import (
 )
 from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS, levels_of
 from pyramidclip_hf.loss_pyramidclip import LEVEL_INPUTS
+from pyramidclip_hf.modeling_pyramidclip_text import activation_named
 
 TEXT = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
         "max_position_embeddings": 12, "bos_token_id": 48, "eos_token_id": 49}  # fmt: skip
@@ -95,6 +96,24 @@ def test_text_embeddings_do_not_depend_on_padding(pooling):
             torch.testing.assert_close(masked, wanted, atol=1e-12, rtol=0)
     together = model.encode_text(torch.tensor([[48, 5, 6, 7, 49, 0], [48, 1, 2, 3, 4, 49]]))
     torch.testing.assert_close(together[:1], wanted, atol=1e-12, rtol=0)
+
+
+def value_gradient_and_kept(function, inputs):
+    """What `function` gives, a gradient through it, and how many tensors it keeps for that."""
+    leaf, saved = inputs.clone().requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: saved.append(kept) or kept, lambda kept: kept):
+        values = function(leaf)
+    values.sin().sum().backward()
+    return values.detach(), leaf.grad, len({tensor.data_ptr() for tensor in saved if tensor.ndim})
+
+
+def test_quick_gelu_is_the_reference_s_and_keeps_one_tensor():
+    inputs = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).mul(4)
+    value, gradient, kept = value_gradient_and_kept(activation_named("quick_gelu"), inputs)
+    wanted, wanted_gradient, others = value_gradient_and_kept(lambda x: x * torch.sigmoid(1.702 * x), inputs)
+    torch.testing.assert_close(value, wanted, atol=1e-14, rtol=1e-13)
+    torch.testing.assert_close(gradient, wanted_gradient, atol=1e-14, rtol=1e-13)
+    assert kept == 1 < others
 
 
 def test_a_row_without_end_token_pools_its_last_unmasked_position():
