@@ -10,10 +10,10 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,36 +23,27 @@ from pyramidclip_hf.loss_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVEL_INPUTS, 
 from tests.bench.bench_data import loader_row, views_row
 from tests.bench.bench_model import against_clip, against_plain_form, has_bf16_instructions, short_texts
 from tests.bench.bench_training import training_step
-from tests.bench.chart import draw_chart
-from tests.bench.paired import Comparison, compare, copy_gigabytes, matmul_gigaflops
+from tests.bench.chart import draw_chart, markdown_table
+from tests.bench.paired import Comparison, compare, copy_gigabytes, matmul_gigaflops, peak_bytes
 
 
-def image_rows(rounds: int, batch: int = 8) -> list[dict]:
+def image_rows(rounds: int, batch: int = 8) -> Iterator[dict]:
     """Picture embeddings, fp32, `batch` pictures a call."""
-    rows = [
-        as_row(f"image embedding, {name}, against CLIPModel", against_clip(name, rounds, batch), batch, 1.5)
-        for name in ("ViT-B-32", "ViT-B-16")
-    ]
+    for name in ("ViT-B-32", "ViT-B-16"):
+        yield as_row(f"image embedding, {name}, against CLIPModel", against_clip(name, rounds, batch), batch, 1.5)
     for name, wanted in (("ViT-B-16", 2.2), ("RN50", 1.9)):
         measured = against_plain_form(name, rounds, batch)
-        rows.append(as_row(f"image embedding, {name}, against the plain form", measured, batch, wanted))
-    return rows
+        yield as_row(f"image embedding, {name}, against the plain form", measured, batch, wanted)
 
 
-def bf16_rows(rounds: int, batch: int = 8) -> list[dict]:
+def bf16_rows(rounds: int, batch: int = 8) -> Iterator[dict]:
     """The same in bf16; no rows where the processor would emulate it."""
     if not has_bf16_instructions():
         print("bf16 rows: not measured, this processor has no bf16 instructions", flush=True)
-        return []
-    return [
-        as_row(
-            f"image embedding, {name}, bf16, against the plain form in fp32",
-            against_plain_form(name, rounds, batch, torch.bfloat16),
-            batch,
-            ratio,
-        )
-        for name, ratio in {"ViT-B-16": 6, "RN50": 4.5}.items()
-    ]
+        return
+    for name, wanted in {"ViT-B-16": 6, "RN50": 4.5}.items():
+        measured = against_plain_form(name, rounds, batch, torch.bfloat16)
+        yield as_row(f"image embedding, {name}, bf16, against the plain form in fp32", measured, batch, wanted)
 
 
 def text_row(rounds: int, batch: int = 32, tokens: int = 16) -> dict:
@@ -89,24 +80,25 @@ def loss_row(samples: int = 16_384, width: int = 512) -> dict:
 def peak_of_loss(samples: int, width: int) -> float:
     """Gigabytes (10^9 bytes) by which the largest resident size grows; runs once, in a process of its own."""
     embeds = {level: torch.randn(samples, width, requires_grad=True) for level in LEVEL_INPUTS}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes()
     units = {level: torch.nn.functional.normalize(value, dim=-1) for level, value in embeds.items()}
     pyramid_loss(units, torch.tensor(14.3), DEFAULT_LOSS_WEIGHTS, 0.2).loss.backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
+    return (peak_bytes() - before) / 1e9
 
 
-def training_rows(rounds: int) -> list[dict]:
+def training_rows(rounds: int) -> Iterator[dict]:
     """Both poolings; a step takes seconds, so at most three rounds."""
-    wanted = {"max": 1.4, "eos": 2}
-    return [as_row(*training_step(pooling, min(rounds, 3)), at_least) for pooling, at_least in wanted.items()]
+    for pooling, wanted in {"max": 1.4, "eos": 2}.items():
+        yield as_row(*training_step(pooling, min(rounds, 3)), wanted)
 
 
-def data_rows(rounds: int) -> list[dict]:
+def data_rows(rounds: int) -> Iterator[dict]:
     """The rows of `tests.bench.bench_data`, which are per core: one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [views_row(rounds), loader_row(rounds)]
+        yield views_row(rounds)
+        yield loader_row(rounds)
     finally:
         torch.set_num_threads(threads)
 
@@ -182,8 +174,9 @@ def main():
             result["rows"].append(row)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
+    args.output.with_suffix(".md").write_text(markdown_table(result), encoding="utf8")
     draw_chart(result, args.output.with_suffix(".png"))
-    print(f"written to {args.output} and {args.output.with_suffix('.png')}")
+    print(f"written to {args.output}, with its table (.md) and chart (.png)")
 
 
 if __name__ == "__main__":

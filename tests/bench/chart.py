@@ -1,6 +1,20 @@
-"""The speed table as a picture: each ratio as a bar with its spread, beside what is wanted of it."""
+"""The speed table as a picture, each ratio as a bar with its spread beside what is wanted of it, and as Markdown."""
 
 from pathlib import Path
+
+
+def markdown_table(result: dict) -> str:
+    """The rows of `tests.bench` as README shows them: smallest and largest ratio of a round in brackets."""
+    lines = ["| what | wanted | measured | a second: ours, the other |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        if "ratio" in row:
+            low, high = row["spread"]
+            measured = f"{row['ratio']:.2f} x ({low:.2f} to {high:.2f})"
+            both = f"{row['items_per_second']:.4g}, {row['items_per_second_of_the_other']:.4g}"
+            lines.append(f"| {row['row']} | {row['at_least']:g} x | {measured} | {both} |")
+        else:
+            lines.append(f"| {row['row']} | at most {row['at_most']:g} | {row['value']:.2f} | |")
+    return "\n".join(lines) + "\n"
 
 
 def draw_chart(result: dict, path: Path) -> None:

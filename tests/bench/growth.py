@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.bench.paired import peak_bytes
+
 # What is varied, and the rest of the point. The model is a ViT of 12 blocks, 384 wide, patches of 16 px.
 BASE = {"pairs": 16, "tokens": 16, "image_size": 96, "regions": 10}
 STEPS = {
@@ -37,13 +39,6 @@ AXES = {
 }
 
 
-def peak_megabytes() -> float:
-    """The largest resident size of this process so far, in 10^6 bytes."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-
-
 def step_point(pairs: int, tokens: int, image_size: int, regions: int) -> dict[str, float]:
     """Median of three steps after one."""
     import torch
@@ -51,7 +46,7 @@ def step_point(pairs: int, tokens: int, image_size: int, regions: int) -> dict[s
     from pyramidclip_hf import PyramidCLIPConfig, PyramidCLIPModel
     from tests.bench import bench_training
 
-    before = peak_megabytes()
+    before = peak_bytes()
     bench_training.TOKENS = dict.fromkeys(bench_training.TOKENS, tokens)
     vision = {"image_size": image_size, "patch_size": 16, "hidden_size": 384, "num_attention_heads": 6}
     config = PyramidCLIPConfig.from_architecture(
@@ -60,7 +55,7 @@ def step_point(pairs: int, tokens: int, image_size: int, regions: int) -> dict[s
     torch.manual_seed(0)
     step = bench_training.OurStep(PyramidCLIPModel(config), bench_training.training_batch(config, pairs, regions))
     step()
-    return {"seconds": median_of(step, 3), "peak_mb": peak_megabytes() - before}
+    return {"seconds": median_of(step, 3), "peak_mb": (peak_bytes() - before) / 1e6}
 
 
 def loss_point(samples: int) -> dict[str, float]:
@@ -71,12 +66,12 @@ def loss_point(samples: int) -> dict[str, float]:
 
     embeds = {level: torch.randn(samples, LOSS_WIDTH, requires_grad=True) for level in ("global", "caption")}
     units = {level: torch.nn.functional.normalize(value, dim=-1) for level, value in embeds.items()}
-    before = peak_megabytes()
+    before = peak_bytes()
 
     def both_ways():
         pyramid_loss(units, torch.tensor(14.3), {"global_caption": 1.0}, 0.2).loss.backward(retain_graph=True)
 
-    return {"seconds": median_of(both_ways, 1), "peak_mb": peak_megabytes() - before}
+    return {"seconds": median_of(both_ways, 1), "peak_mb": (peak_bytes() - before) / 1e6}
 
 
 def load_point(folder: str) -> dict[str, float]:
@@ -84,10 +79,10 @@ def load_point(folder: str) -> dict[str, float]:
     from pyramidclip_hf import PyramidCLIPModel
 
     PyramidCLIPModel.config_class()  # what importing takes is not what loading takes
-    before = peak_megabytes()
+    before = peak_bytes()
     return {
         "seconds": median_of(lambda: PyramidCLIPModel.from_pretrained(folder), 1),
-        "peak_mb": peak_megabytes() - before,
+        "peak_mb": (peak_bytes() - before) / 1e6,
     }
 
 

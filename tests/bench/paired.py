@@ -1,9 +1,11 @@
 """Two ways of doing the same thing, timed in alternation, so that what else the machine does hits both."""
 
+import re
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -34,6 +36,12 @@ def _seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def peak_bytes() -> int:
+    """The largest resident size of this process so far. Not `getrusage`'s, which starts at what the parent held."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
 def matmul_gigaflops(size: int, dtype: torch.dtype) -> float:
