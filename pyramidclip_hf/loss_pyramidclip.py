@@ -6,15 +6,15 @@ a / (N - 1) on each of the other N - 1 entries. The cross-entropy of that row is
 
     logsumexp_j z_ij - (1 - a) z_ii - a / (N - 1) (sum_j z_ij - z_ii),      sum_j z_ij = s v_i . (sum_j t_j)
 
-so neither the targets nor z need to be held: the log-sum-exp runs over blocks of rows and is recomputed in the backward
-pass. Memory is O(N D + block N). A level pair's loss is the mean over rows and columns (image to text, text to image).
+so neither the targets nor z need to be held: the log-sum-exp runs over blocks of z and is recomputed in the backward
+pass. Memory is O(N D + block). A level pair's loss is the mean over rows and columns (image to text, text to image).
 
 Where texts repeat (tags do, often), the m pairs with the same text can share the positives' mass (`groups`; not the
 paper's): (1 - a) / m on each of them and a / (N - m) elsewhere. The closed form holds with the mean of the m partners
 in place of the partner.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ LEVEL_MASKS = {"roi": "roi_mask", "summary": "has_summary", "tags": "has_tags"}
 
 # Entries of z held at once. 2^22 fp32 numbers are 16 MiB: large enough for full-speed matrix products.
 _BLOCK_ENTRIES = 1 << 22
+_BLOCK_COLUMNS = 1 << 12
 
 
 class PyramidLoss(NamedTuple):
@@ -52,18 +53,16 @@ class PyramidLoss(NamedTuple):
 
 
 class _RowLogSumExp(torch.autograd.Function):
-    """logsumexp_j of `rows @ columns.T` over the present columns, in blocks of rows, recomputed in backward."""
+    """logsumexp_j of `rows @ columns.T` over the present columns, in blocks of both, recomputed in backward."""
 
     @staticmethod
     def forward(ctx, rows, columns, present):
-        block = max(1, _BLOCK_ENTRIES // max(1, len(columns)))
-        result = torch.empty(len(rows), dtype=rows.dtype, device=rows.device)
-        for start in range(0, len(rows), block):
-            logits = rows[start : start + block] @ columns.T
+        result = rows.new_full((len(rows),), float("-inf"))
+        for part, others in _blocks(len(rows), len(columns)):
+            logits = rows[part] @ columns[others].T
             if present is not None:
-                logits.masked_fill_(~present, float("-inf"))
-            result[start : start + block] = torch.logsumexp(logits, dim=1)
-        ctx.block = block
+                logits.masked_fill_(~present[others], float("-inf"))
+            result[part] = torch.logaddexp(result[part], torch.logsumexp(logits, dim=1))
         ctx.save_for_backward(rows, columns, present, result)
         return result
 
@@ -71,17 +70,28 @@ class _RowLogSumExp(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         rows, columns, present, result = ctx.saved_tensors
-        grad_rows, grad_columns = torch.empty_like(rows), torch.zeros_like(columns)
-        for start in range(0, len(rows), ctx.block):
-            part = slice(start, start + ctx.block)
-            weights = rows[part] @ columns.T
+        grad_rows, grad_columns = torch.zeros_like(rows), torch.zeros_like(columns)
+        for part, others in _blocks(len(rows), len(columns)):
+            weights = rows[part] @ columns[others].T
             weights.sub_(result[part, None]).exp_()
             if present is not None:
-                weights.masked_fill_(~present, 0.0)
+                weights.masked_fill_(~present[others], 0.0)
             weights.mul_(grad[part, None])
-            torch.mm(weights, columns, out=grad_rows[part])
-            grad_columns.addmm_(weights.T, rows[part])
+            grad_rows[part].addmm_(weights, columns[others])
+            grad_columns[others].addmm_(weights.T, rows[part])
         return grad_rows, grad_columns, None
+
+
+def _blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of z as (rows, columns), none of more than `_BLOCK_ENTRIES`; a block of rows has all its columns in turn.
+
+    Few columns stay whole. Many are cut, because low and wide blocks would read all of `columns` for a few rows.
+    """
+    width = max(1, min(columns, _BLOCK_COLUMNS))
+    height = max(1, _BLOCK_ENTRIES // width)
+    for start in range(0, rows, height):
+        for first in range(0, columns, width):
+            yield slice(start, start + height), slice(first, first + width)
 
 
 def _direction(rows, columns, own, scale, smoothing, row_present, column_present, count, groups):

@@ -97,8 +97,10 @@ def test_fp64_stays_fp64():
 
 
 @pytest.mark.parametrize("rows_per_block", [1, 3, 4, 100])
-def test_blocks_do_not_change_the_result(monkeypatch, rows_per_block):
-    monkeypatch.setattr(loss_pyramidclip, "_BLOCK_ENTRIES", rows_per_block * 11)
+@pytest.mark.parametrize("columns_per_block", [1, 4, 11, 100])
+def test_blocks_do_not_change_the_result(monkeypatch, rows_per_block, columns_per_block):
+    monkeypatch.setattr(loss_pyramidclip, "_BLOCK_ENTRIES", rows_per_block * min(columns_per_block, 11))
+    monkeypatch.setattr(loss_pyramidclip, "_BLOCK_COLUMNS", columns_per_block)
     ours, wanted, ours_grad, wanted_grad = both_ways(DEFAULT_LOSS_WEIGHTS, unevenly())
     torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
     for ours_part, wanted_part in zip(ours_grad, wanted_grad, strict=True):
