@@ -1,6 +1,7 @@
 """The README against the checkout: its file tree, its loss table, its commands and its example."""
 
 import dataclasses
+import json
 import re
 import shlex
 import subprocess
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.bench.chart import markdown_table
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 README = (CHECKOUT / "README.md").read_text(encoding="utf8")
@@ -50,6 +53,12 @@ def files_to_be_listed(tracked):
                 yield "/".join(name.split("/")[:2]) + "/"
         elif path.exists() and not (path.name == "__init__.py" and path.stat().st_size < 200):
             yield name
+
+
+def test_the_speed_table_is_the_committed_result():
+    result = json.loads((CHECKOUT / "tests/bench/results/bench.json").read_text(encoding="utf8"))
+    table = re.search(r"(^\|.*\n)+", section("How fast"), re.MULTILINE)[0]
+    assert table == markdown_table(result)
 
 
 def test_every_path_of_the_tree_exists():

@@ -1,9 +1,10 @@
-"""How cost grows: `python -m tests.bench.growth [--output tests/bench/results/growth.json] [--figure docs/growth.png]`
+"""How cost grows: `python -m tests.bench.growth [--only loss load] [--output FILE.json] [--figure FILE.png]`
 
 Seconds and peak memory of a training step over batch size, text length, picture size and number of regions; of the loss
 of one term over N, up to 65,536; of `from_pretrained` over the size of the model; and the time from `accelerate launch`
 to the end of the first step. Every point runs in a process of its own, so that its peak memory is its own: the peak is
-what the process takes above what it took before the model was built.
+what the process takes above what it took before the model was built. With `--only` the other series stay as they are in
+the output file.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.bench.paired import peak_bytes
@@ -34,7 +36,7 @@ AXES = {
     "tokens": "tokens of each text",
     "image_size": "patches of a picture",
     "regions": "regions of a picture",
-    "loss": "N of the loss (one term, D = 128)",
+    "loss": "N of the loss in thousands (one term, D = 128)",
     "load": "model, MB of weights",
 }
 
@@ -75,15 +77,17 @@ def loss_point(samples: int) -> dict[str, float]:
 
 
 def load_point(folder: str) -> dict[str, float]:
-    """`from_pretrained` of a saved folder, the first in this process."""
+    """`from_pretrained` of a saved folder, the first in this process, and one look at every weight: they are mapped
+    from the file, and take memory when they are used."""
     from pyramidclip_hf import PyramidCLIPModel
 
     PyramidCLIPModel.config_class()  # what importing takes is not what loading takes
     before = peak_bytes()
-    return {
-        "seconds": median_of(lambda: PyramidCLIPModel.from_pretrained(folder), 1),
-        "peak_mb": (peak_bytes() - before) / 1e6,
-    }
+
+    def load():
+        return sum(float(weight.sum()) for weight in PyramidCLIPModel.from_pretrained(folder).parameters())
+
+    return {"seconds": median_of(load, 1), "peak_mb": (peak_bytes() - before) / 1e6}
 
 
 def median_of(call, times: int) -> float:
@@ -117,7 +121,7 @@ def load_points() -> list[dict[str, float]]:
             subprocess.run([sys.executable, "-c", code, name, folder], check=True, capture_output=True)
             size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) / 1e6
             points.append({"x": size, "name": name, **in_own_process("load", folder=folder)})
-    return points
+    return sorted(points, key=lambda point: point["x"])
 
 
 def start_up_seconds() -> dict[str, float]:
@@ -140,32 +144,41 @@ def start_up_seconds() -> dict[str, float]:
     return {"seconds": seconds}
 
 
-def measure() -> dict:
-    """All series: name -> points with `x`, `seconds`, `peak_mb`."""
-    series = {}
-    for name, values in STEPS.items():
-        series[name] = [
-            {
-                "x": (value // 16) ** 2 if name == "image_size" else value,
-                **in_own_process("step", **{**BASE, name: value}),
-            }
-            for value in values
-        ]
-    series["loss"] = [{"x": samples, **in_own_process("loss", samples=samples)} for samples in LOSS_SIZES]
-    series["load"] = load_points()
-    return {"base": BASE, "series": series, "start_up": start_up_seconds()}
+def step_points(name: str) -> list[dict[str, float]]:
+    """A training step over one of `STEPS`."""
+    points = []
+    for value in STEPS[name]:
+        point = in_own_process("step", **{**BASE, name: value})
+        points.append({"x": (value // 16) ** 2 if name == "image_size" else value, **point})
+    return points
+
+
+def measure(wanted: Sequence[str], result: dict) -> dict:
+    """The result with the wanted series measured: name -> points with `x`, `seconds`, `peak_mb`."""
+    series = dict(result.get("series", {}))
+    for name in wanted:
+        if name in STEPS:
+            series[name] = step_points(name)
+        elif name == "loss":
+            series[name] = [{"x": samples, **in_own_process("loss", samples=samples)} for samples in LOSS_SIZES]
+        elif name == "load":
+            series[name] = load_points()
+    start_up = start_up_seconds() if "start_up" in wanted else result["start_up"]
+    return {"base": BASE, "series": {name: series[name] for name in AXES}, "start_up": start_up}
 
 
 def draw(result: dict, path: Path) -> None:
-    """Seconds (left axis) and peak memory (right axis) of each series, from zero, so that a straight line looks it."""
+    """Seconds (left axis) and peak memory (right axis) of each series, from zero, so that a straight line looks it; of
+    the loss, whose time is quadratic, the root of the seconds."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     for axis, (name, points) in zip(axes.flat, result["series"].items(), strict=True):
-        x = [point["x"] for point in points]
-        axis.plot(x, [point["seconds"] for point in points], "o-", color="#1f5fa8")
+        x = [point["x"] / (1000 if name == "loss" else 1) for point in points]
+        power, label = (0.5, "square root of seconds") if name == "loss" else (1, "seconds")
+        axis.plot(x, [point["seconds"] ** power for point in points], "o-", color="#1f5fa8")
         axis.set(xlabel=AXES[name], xlim=(0, None), ylim=(0, None))
-        axis.set_ylabel("seconds", color="#1f5fa8")
+        axis.set_ylabel(label, color="#1f5fa8")
         memory = axis.twinx()
         memory.plot(x, [point["peak_mb"] for point in points], "s--", color="#b4541a")
         memory.set_ylim(0, None)
@@ -178,9 +191,13 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m tests.bench.growth", description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("tests/bench/results/growth.json"))
     parser.add_argument("--figure", type=Path, default=Path("docs/growth.png"))
+    parser.add_argument("--only", nargs="+", choices=[*AXES, "start_up"], default=[*AXES, "start_up"])
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-    result = measure()
+    before = json.loads(args.output.read_text(encoding="utf8")) if args.output.is_file() else {}
+    if len(args.only) <= len(AXES) and not before:
+        parser.error(f"--only needs the other series in {args.output}")
+    result = measure(args.only, before)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
     draw(result, args.figure)
