@@ -69,6 +69,7 @@ class AblationArguments:
     only: list[str] | None = field(
         default=None, metadata={"help": "tables: components, peer_level, mismatched; default: all"}
     )
+    rows: list[str] | None = field(default=None, metadata={"help": "rows of these tables by name; default: all"})
     families: list[str] | None = field(default=None, metadata={"help": "resnet, vit; default: all"})
     seeds: list[int] | None = field(
         default=None, metadata={"help": "seeds of every table; default: the config's (three for components, else one)"}
@@ -257,12 +258,15 @@ def jobs_of(plan: Mapping[str, Any], args: AblationArguments) -> list[Job]:
     """The distinct runs in the order in which they are started: by seed, then by table."""
     families = chosen("families", args.families, list(plan["families"]))
     tables = chosen("only", args.only, list(plan["families"][families[0]]["rows"]))
+    rows = {table: plan["families"][families[0]]["rows"][table] for table in tables}
+    names = chosen("rows", args.rows, list(dict.fromkeys(row for table in tables for row in rows[table])))
     seeds = {table: args.seeds or plan["seeds"][table] for table in tables}
     wanted = [
         (seed, place, number, Job(family, run, seed))
         for place, table in enumerate(tables)
         for family in families
-        for number, run in enumerate(plan["families"][family]["rows"][table].values())
+        for number, (row, run) in enumerate(plan["families"][family]["rows"][table].items())
+        if row in names
         for seed in seeds[table]
     ]
     return list(dict.fromkeys(job for *_, job in sorted(wanted, key=lambda entry: entry[:3])))

@@ -120,6 +120,10 @@ def test_filters(args, config):
     assert len(names(seeds=[0])) == 10 + 11
     with pytest.raises(ValueError, match="--only: there is no table5; known: components, peer_level, mismatched"):
         names(only=["table5"])
+    assert names(rows=["softened", "leff"], families=["resnet"], seeds=[1]) == ["resnet-softened-seed1"]
+    assert names(rows=["softened", "leff"], families=["vit"], seeds=[1]) == ["vit-softened-seed1", "vit-leff-seed1"]
+    with pytest.raises(ValueError, match="--rows: there is no clip; known: peer, global_relation"):
+        names(only=["components"], rows=["clip"])
 
 
 def test_a_folder_keeps_its_settings(args, config, capsys):
@@ -255,11 +259,11 @@ def test_killed_and_continued_gives_the_same_numbers(config, tmp_path, checkout)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert start(config, whole, checkout).wait(timeout=400) == 0
     for stop in (signal.SIGKILL, signal.SIGTERM):
+        before = set(broken.glob("runs/*/checkpoints/*"))
         process = start(config, broken, checkout)
-        done = len(list(broken.glob("results/*.json")))
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline and process.poll() is None:
-            if list(broken.glob("runs/*/checkpoints/*")) and len(list(broken.glob("results/*.json"))) >= done:
+            if set(broken.glob("runs/*/checkpoints/*")) - before:
                 break
             time.sleep(0.05)
         assert process.poll() is None, process.stderr.read().decode()

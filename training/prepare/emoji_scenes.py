@@ -7,7 +7,8 @@ Three folders of shards (design section 6), each with `dataset.json`:
 
 `train`: scenes of one to five objects. `KEY.txt` is a web-like caption: objects missing or said twice, file names,
 shop words. Beside it a clean summary, tags, exact regions and their 2048-d descriptors
-(`emoji_pictures.describe_regions`).
+(`emoji_pictures.describe_regions`). `--detector-names` and `--detector-mistakes` spoil regions and tags the way a real
+detector does; pictures, captions and summaries stay the same.
 
 `validation`: scenes of two to five objects with at least one pair of objects that no training scene shows together,
 no two scenes of the same objects. `KEY.txt` is a careful caption such as evaluation sets have (other sentences than
@@ -27,7 +28,7 @@ import os
 import random
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -56,6 +57,14 @@ class SceneArguments:
     )
     picture_size: int = field(default=96, metadata={"help": "Side of the square pictures in pixels."})
     shard_size: int = field(default=1000, metadata={"help": "Samples in a shard."})
+    detector_names: int = field(
+        default=len(words.OBJECTS),
+        metadata={"help": "How many kinds of objects the detector of the training scenes knows; it finds no other."},
+    )
+    detector_mistakes: float = field(
+        default=0.0,
+        metadata={"help": "Share of its objects that it misses, and again of those that it calls by another name."},
+    )
     workers: int = field(default=2, metadata={"help": "Processes that draw."})
     contact_sheet: str | None = field(default=None, metadata={"help": "Draw some samples into this PNG file."})
 
@@ -70,7 +79,15 @@ class Recipe:
     per_object: int
     picture_size: int
     shard_size: int
+    detector_names: int = len(words.OBJECTS)
+    detector_mistakes: float = 0.0
     version: int = SCENES_VERSION
+
+    def __post_init__(self):
+        if not 2 <= self.detector_names <= len(words.OBJECTS):
+            raise ValueError(f"detector_names: expected 2 to {len(words.OBJECTS)} names, got {self.detector_names}")
+        if not 0 <= self.detector_mistakes <= 0.5:
+            raise ValueError(f"detector_mistakes: expected a share from 0 to 0.5, got {self.detector_mistakes}")
 
     def count(self, split):
         """Number of samples of a split."""
@@ -97,6 +114,24 @@ def plan_validation(recipe):
     return plan
 
 
+def names_of_detector(recipe):
+    """The names of objects that the detector of the training scenes knows, in the order of `OBJECTS`."""
+    chosen = random.Random(f"detector {recipe.seed}").sample(words.OBJECTS, recipe.detector_names)
+    return tuple(name for name in words.OBJECTS if name in chosen)
+
+
+def detect(recipe, number, things, boxes):
+    """What the detector says of training scene `number`: the things that it finds, named as it names them, and their
+    boxes. All of them, rightly named, unless the recipe says otherwise."""
+    rng, known, found = scene_rng(recipe, "detector", number), names_of_detector(recipe), []
+    for thing, box in zip(things, boxes):
+        luck, other = rng.random(), rng.choice([name for name in known if name != thing.name])
+        if thing.name not in known or luck < recipe.detector_mistakes:
+            continue
+        found.append((replace(thing, name=other) if luck < 2 * recipe.detector_mistakes else thing, box))
+    return [thing for thing, _ in found], [box for _, box in found]
+
+
 def make_sample(recipe, split, number, things=None):
     """Sample `number` of a split; `things` from `plan_validation` for validation scenes."""
     rng = scene_rng(recipe, split, number)
@@ -114,6 +149,7 @@ def make_sample(recipe, split, number, things=None):
     else:
         caption = words.human_caption(things, scene, rng)
         extra["web_caption"] = words.web_caption(things, scene, rng)
+    found, boxes = detect(recipe, number, things, boxes) if split == "train" else (things, boxes)
     # Stands in for a detector's confidence: larger objects are surer, and regions come in that order.
     regions = [
         Region(
@@ -122,7 +158,7 @@ def make_sample(recipe, split, number, things=None):
             thing.name,
             thing.attributes,
         )
-        for thing, b in zip(things, boxes)
+        for thing, b in zip(found, boxes)
     ]
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=90)
@@ -132,9 +168,9 @@ def make_sample(recipe, split, number, things=None):
         image_suffix="jpg",
         caption=caption,
         summary=words.summary(things, scene),
-        tags=words.tags(things),
+        tags=words.tags(found),
         regions=regions,
-        roi=pictures.describe_regions(picture, boxes),
+        roi=pictures.describe_regions(picture, boxes) if boxes else None,
         extra={"scene": scene, **extra},
     )
 
@@ -190,11 +226,13 @@ def write_shard(recipe, folder, split, shard):
 
 
 def claim_folder(recipe, folder):
-    """Writes the recipe into the folder, or checks that the one there is the same; `ValueError` where it is not."""
+    """Writes the recipe into the folder, or checks that the one there is the same; `ValueError` where it is not. A
+    folder that was drawn before the detector had settings has one without mistakes."""
     path = Path(folder) / "recipe.json"
     wanted = asdict(recipe)
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        without_mistakes = {"detector_names": Recipe.detector_names, "detector_mistakes": Recipe.detector_mistakes}
+        found = without_mistakes | json.loads(path.read_text(encoding="utf-8"))
         if found != wanted:
             differ = [f"{k}: {found.get(k)!r} there, {v!r} asked for" for k, v in wanted.items() if found.get(k) != v]
             raise ValueError(
@@ -235,8 +273,11 @@ def build(recipe, folder, workers=2, progress=True):
 def _describe_split(recipe, folder, split):
     if read_dataset_json(folder / split) is not None:
         return
-    extra = {"classes": list(words.OBJECTS)} if split == "objects" else {}
+    extra = {}
+    if split == "train":
+        extra["detector"] = {"names": names_of_detector(recipe), "mistakes": recipe.detector_mistakes}
     if split == "objects":
+        extra["classes"] = list(words.OBJECTS)
         write_atomically(folder / split / "classes.txt", ("\n".join(words.OBJECTS) + "\n").encode())
     write_dataset_json(
         folder / split,
@@ -262,10 +303,23 @@ def main(argv=None):
     """Parses the arguments, builds, says what was built."""
     from transformers import HfArgumentParser
 
-    (args,) = HfArgumentParser(SceneArguments, description=__doc__.split("\n")[0]).parse_args_into_dataclasses(argv)
+    parser = HfArgumentParser(SceneArguments, description=__doc__.split("\n")[0])
+    (args,) = parser.parse_args_into_dataclasses(argv)
     if not args.output_dir and not args.contact_sheet:
         raise SystemExit("nothing to do: give --output-dir DIR, --contact-sheet FILE.png or both")
-    recipe = Recipe(args.seed, args.train, args.validation, args.per_object, args.picture_size, args.shard_size)
+    try:
+        recipe = Recipe(
+            args.seed,
+            args.train,
+            args.validation,
+            args.per_object,
+            args.picture_size,
+            args.shard_size,
+            args.detector_names,
+            args.detector_mistakes,
+        )
+    except ValueError as error:
+        parser.error(str(error))
     if args.output_dir:
         start = time.monotonic()
         build(recipe, args.output_dir, args.workers)
