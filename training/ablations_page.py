@@ -398,11 +398,14 @@ def page_content(plan: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) 
                 "plot": plot(measured, table),
             }
             for measured in families
+            if any(measured.of(table, row) for row in PAPER[measured.name][table])
         ]
-        sections.append({"title": title, "text": text, "parts": parts})
+        if parts:  # a run of some tables or one family has no empty ones
+            sections.append({"title": title, "text": text, "parts": parts})
     overall = [
-        {"family": measured.title, "steps": step_rows([s for s in steps[measured.name] if s.before[0] != s.after[0]])}
+        {"family": measured.title, "steps": step_rows(across)}
         for measured in families
+        if (across := [step for step in steps[measured.name] if step.before[0] != step.after[0]])
     ]
     return {
         "outcome": outcome(every),
@@ -415,7 +418,7 @@ def page_content(plan: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) 
         "sections": sections,
         "overall": overall,
         "more_head": MORE_HEAD,
-        "more": [{"family": measured.title, "rows": more_rows(measured)} for measured in families],
+        "more": [{"family": measured.title, "rows": rows} for measured in families if (rows := more_rows(measured))],
         "finished": len(results),
     }
 
@@ -431,14 +434,16 @@ def markdown(content: Mapping[str, Any]) -> str:
     parts = [content["outcome"], content["setup"], content["metric_text"], content["how_judged"]]
     if content["disagreements"]:
         parts.append("Where they disagree:\n\n" + "\n".join(f"- {line}" for line in content["disagreements"]))
-    parts.append("## CLIP against the whole method")
+    if content["overall"]:
+        parts.append("## CLIP against the whole method")
     for part in content["overall"]:
         parts += [f"### {part['family']}", markdown_table(content["step_head"], part["steps"])]
     for section in content["sections"]:
         parts += [f"## {section['title']}", section["text"]]
         for part in section["parts"]:
             parts += [f"### {part['family']}", markdown_table(content["table_head"], part["rows"])]
-            parts.append(markdown_table(content["step_head"], part["steps"]))
+            if part["steps"]:
+                parts.append(markdown_table(content["step_head"], part["steps"]))
     parts.append("## All numbers")
     for part in content["more"]:
         parts += [f"### {part['family']}", markdown_table(content["more_head"], part["rows"])]

@@ -234,6 +234,7 @@ def test_the_page_says_where_we_disagree(args, tmp_path):
     line = "ViT, peer level \u2192 + global relation, zero-shot top-1: ours \u221220.0 ± 0.8, the paper +3.3 (gain)."
     assert line in written and line in (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "51.0 ± 1.0" in written and "data:image/svg+xml" in written and "http://" not in written
+    assert "ResNet</h3>" not in written and "Peer level</h2>" in written and "Mismatched" not in written
     page.write_page(plan, [], tmp_path)  # a folder without results has a page too
     assert "No step can be judged yet" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
@@ -269,6 +270,9 @@ def test_killed_and_continued_gives_the_same_numbers(config, tmp_path, checkout)
         assert process.poll() is None, process.stderr.read().decode()
         process.send_signal(stop)
         assert process.wait(timeout=130) == (-signal.SIGKILL if stop is signal.SIGKILL else 130)
+        for path in broken.glob("runs/*/lock"):  # the trainings of a killed command save and end by themselves
+            with ablations.locked(path, wait=True):
+                pass
     again = start(config, broken, checkout)
     assert again.wait(timeout=400) == 0, again.stderr.read().decode()
     logs = "".join(path.read_text(errors="replace") for path in broken.glob("runs/*/log.txt"))
