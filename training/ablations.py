@@ -2,9 +2,10 @@
 
     python -m training.ablations [--output-dir runs/ablations] [--only components] [--families resnet] [--seeds 0]
 
-Trains each distinct row of `training/configs/ablations.yaml` with equal steps, for the ResNet and the ViT family of
-`training/configs/ablations_runs.yaml`, evaluates all of them in the same way, and writes the page that sets them beside
-the paper's numbers. Rows that are the same training (Table 14's `peer` and Table 5's first row) are trained once.
+Trains each distinct row of `training/configs/ablations.yaml`, with equal steps within a family, for the ResNet and the
+ViT family of `training/configs/ablations_runs.yaml`, evaluates all of them in the same way, and writes the page that
+sets them beside the paper's numbers. Rows that are the same training (Table 14's `peer` and Table 5's first row) are
+trained once.
 
 It can be stopped (Ctrl-C, SIGTERM, kill -9) and started again at any time: finished runs are kept, a training continues
 from its last checkpoint. Seed 0 of everything comes first, so a stopped command has every row once. A run that fails is
@@ -64,7 +65,7 @@ class AblationArguments:
     validation: int | None = field(default=None, metadata={"help": "held-out scenes, likewise"})
     per_object: int | None = field(default=None, metadata={"help": "pictures of each single object, likewise"})
     steps: int | None = field(
-        default=None, metadata={"help": "optimizer steps, the same for every row; default: the config's"}
+        default=None, metadata={"help": "optimizer steps of every row; default: the config's, equal within a family"}
     )
     only: list[str] | None = field(
         default=None, metadata={"help": "tables: components, peer_level, mismatched; default: all"}
@@ -185,16 +186,16 @@ def make_plan(args: AblationArguments) -> dict[str, Any]:
     path = Path(args.config)
     config = read_yaml(path)
     base, tables = read_yaml(path.parent / config["base"]), read_yaml(path.parent / config["rows"])
-    steps = args.steps or config["steps"]
     families = {}
     for name, family in config["families"].items():
+        steps = args.steps or family["steps"]
         shared = family_settings(base, {**family["settings"], "max_steps": steps, "epochs": None})
         for place in ("output_dir", "train_data", "seed"):
             shared.pop(place, None)
         runs, rows = expand(tables, shared)
         families[name] = {"title": family["title"], "runs": runs, "rows": rows}
     scenes = scene_counts(args)
-    plan = {"steps": steps, "scenes": scenes, "families": families, "seeds": config["seeds"]}
+    plan = {"scenes": scenes, "families": families, "seeds": config["seeds"]}
     return json.loads(json.dumps(plan))
 
 
@@ -218,10 +219,10 @@ def claim(args: AblationArguments) -> dict[str, Any]:
     # Which seeds are run is a choice of every start.
     differ = differences({**found, "seeds": None}, {**asked, "seeds": None})
     if args.keep_settings:
-        if args.steps and args.steps != found["steps"]:
-            raise ValueError(
-                f"--keep-settings: {args.folder} has {found['steps']} steps, --steps asks for {args.steps}"
-            )
+        steps = sorted({run["max_steps"] for family in found["families"].values() for run in family["runs"].values()})
+        if args.steps and steps != [args.steps]:
+            there = ", ".join(map(str, steps))
+            raise ValueError(f"--keep-settings: {args.folder} has {there} steps, --steps asks for {args.steps}")
         return {**found, "seeds": asked["seeds"]}
     if differ:
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""

@@ -335,19 +335,19 @@ def setup_text(plan: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) ->
     """What was run, on what."""
     import torch
 
-    runs = next(iter(plan["families"].values()))["runs"]
-    settings = next(iter(runs.values()))
-    rates = ", ".join(
-        f"{family['title']} {next(iter(family['runs'].values()))['learning_rate']:g}"
-        for family in plan["families"].values()
-    )
-    samples = plan["steps"] * settings["global_batch_size"]
+    scenes, parts = plan["scenes"]["train"], []
+    for family in plan["families"].values():
+        settings = next(iter(family["runs"].values()))
+        samples = settings["max_steps"] * settings["global_batch_size"]
+        parts.append(
+            f"{family['title']}: {settings['max_steps']} optimizer steps of {settings['global_batch_size']} pairs in "
+            f"every run ({samples:,} samples, {samples / scenes:.1f} passes over {scenes:,} scenes), peak learning "
+            f"rate {settings['learning_rate']:g}."
+        )
     hours = sum(result["seconds"] for result in results) / 3600
     return (
-        f"{plan['steps']} optimizer steps of {settings['global_batch_size']} pairs in every run ({samples:,} samples, "
-        f"{samples / plan['scenes']['train']:.1f} passes over {plan['scenes']['train']:,} scenes), peak learning rate: "
-        f"{rates}. {len(results)} trainings, {hours:.1f} hours of them added up, one thread each. The page was written "
-        f"on {platform.machine()} with {os.cpu_count()} cores, Python {platform.python_version()}, PyTorch "
+        f"{' '.join(parts)} {len(results)} trainings, {hours:.1f} hours of them added up, one thread each. The page "
+        f"was written on {platform.machine()} with {os.cpu_count()} cores, Python {platform.python_version()}, PyTorch "
         f"{torch.__version__}."
     )
 
