@@ -68,7 +68,8 @@ class EmbeddingJob:
         model_name: what the model was loaded by; on continuing, the name that the job began with stays.
         settings: what decides the embeddings, as JSON types, with `model_sha256` and `kind` ("path" or "text"); a job
             begun with others is not continued.
-        items: paths or texts, in the order of the file's rows. On continuing, the list that the job began with stays.
+        items: paths or texts, in the order of the file's rows. On continuing, the list that the job began with stays,
+            and that of a finished file.
         part_size: items of a part.
         overwrite: take the place of what is there, a job of other settings or a file; the file stays until then. A job
             that was itself begun so, with the same settings, is continued.
@@ -94,7 +95,9 @@ class EmbeddingJob:
         self.continues, self.complete = began is not None, False
         if began is None and output.exists() and not overwrite:
             self.complete = True
-            began = {**read_metadata(output), "items": list(items)}
+            metadata = read_metadata(output)
+            skipped = [one for one, _ in metadata["skipped"]]
+            began = {**metadata, "items": _read_names(output, metadata["kind"]) + skipped}
         if began is None:
             began = {"model": model_name, "settings": settings, "items": list(items), "overwrites": overwrite}
             self._begin(began)
@@ -296,6 +299,18 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
             raise ValueError(f"metadata {wrong or metadata['kind']}")
         return metadata
     except (zipfile.BadZipFile, KeyError, EOFError, OSError, TypeError, ValueError) as error:
+        raise _not_ours(path, error) from error
+
+
+def _read_names(path: Path, kind: str) -> list[str]:
+    """What the rows of a file of embeddings are of; the embeddings are not read."""
+    try:
+        if path.suffix == ".parquet":
+            _, parquet = _pyarrow()
+            return parquet.read_table(path, columns=[kind]).column(kind).to_pylist()
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays[kind].tolist()
+    except (zipfile.BadZipFile, KeyError, EOFError, OSError) as error:
         raise _not_ours(path, error) from error
 
 

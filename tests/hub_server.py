@@ -93,6 +93,8 @@ def card_faults(content):
             for part, keys in (("task", {"type"}), ("dataset", {"name", "type"})):
                 if not keys <= set(result.get(part, {})):
                     faults.append(f"a result's {part} needs {sorted(keys)}")
+            if not re.fullmatch(r"(?:[\w-]+/)?[\w.-]+", result.get("dataset", {}).get("type", ""), re.ASCII):
+                faults.append(f"dataset.type {result['dataset'].get('type')!r} has letters that the Hub refuses")
             if not all({"type", "value"} <= set(metric) for metric in result.get("metrics", [])):
                 faults.append("a metric needs type and value")
     return faults

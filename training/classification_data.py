@@ -20,6 +20,7 @@ from pyramidclip_hf.image_processing_pyramidclip import upright_rgb
 from training.embedding import map_batches
 from training.evaluation_data import LabelledPictures, labelled_folder, labelled_shards, shard_paths
 from training.evaluation_sets import TABLE_7, open_both_splits
+from training.results import hub_identifier
 from training.shards import is_url
 
 # Files hashed at a time by one process.
@@ -41,6 +42,8 @@ def subset(data: LabelledPictures, numbers: Sequence[int]) -> LabelledPictures:
 
 def with_classes_of(data: LabelledPictures, reference: LabelledPictures) -> LabelledPictures:
     """`data` with the class numbers of `reference`; ValueError where the two do not have the same classes."""
+    if data.class_names == reference.class_names:  # names may repeat then, as in CLIP's list for ImageNet
+        return data
     own, wanted = set(data.class_names), set(reference.class_names)
     if own != wanted:
         missing, extra = sorted(wanted - own), sorted(own - wanted)
@@ -141,12 +144,14 @@ def check_part_settings(args) -> None:
 
 
 def source_files(part: Part) -> list[Path]:
-    """The local files that a part's whole source is read from, in its order; none for a URL, or where pictures have
-    none of their own (CIFAR).
+    """The local files that a part's whole source is read from, in its order; none for a URL or a manifest, or where
+    pictures have none of their own (CIFAR).
     """
     if part.data.files is not None:
         return list(part.data.files)
-    return [] if is_url(part.source) else [Path(path) for path in shard_paths(part.source)]
+    if is_url(part.source) or part.source.endswith(".jsonl"):
+        return []
+    return [Path(path) for path in shard_paths(part.source)]
 
 
 def _relative(path: Path, source: str) -> str:
@@ -187,14 +192,23 @@ def content_digest(part: Part) -> str:
 
 
 def metric_results(
-    task: str, dataset: str, split: str | None, metrics: Mapping[str, float | int], config: str | None = None
+    task: str,
+    data: LabelledPictures,
+    split: str | None,
+    metrics: Mapping[str, float | int],
+    config: str | None = None,
+    dataset_name: str | None = None,
 ) -> list[EvalResult]:
-    """One result for each metric of a task on a data set. config: what was measured there, where there are several."""
+    """One result for each metric of a task on data. config: what was measured there, where there are several.
+    dataset_name: default: that of the data.
+    """
+    kind = data.described.get("dataset_type") if dataset_name is None else None
+    name = dataset_name or data.name
     return [
         EvalResult(
             task_type=task,
-            dataset_type=dataset,
-            dataset_name=dataset,
+            dataset_type=hub_identifier(kind or name),
+            dataset_name=name,
             dataset_config=config,
             dataset_split=split,
             metric_type=metric,

@@ -33,7 +33,7 @@ from training.evaluation_captions import CAPTION_SETS, CaptionedPictures, captio
 from training.evaluation_data import LabelledPictures, ShardSamples, labelled_folder, labelled_shards
 from training.evaluation_hub import CaptionedRows, is_hub_data, labelled_hub
 from training.evaluation_sets import TABLE_7, open_set
-from training.results import results_table, write_csv, write_json
+from training.results import hub_identifier, results_table, write_csv, write_json
 from training.retrieval import check_pairs, level_metrics, rank_counts
 from training.shard_cache import DownloadError
 
@@ -138,12 +138,18 @@ def load_model(name: str, dtype: str = "float32", device: torch.device | str = "
     elif name.startswith((".", "/")) or name.count("/") > 1:
         raise ValueError(f"--model {name}: there is no such folder")
     try:
-        model = PyramidCLIPModel.from_pretrained(name, dtype=getattr(torch, dtype))
+        model, info = PyramidCLIPModel.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
         processor = PyramidCLIPProcessor.from_pretrained(name)
     except OSError as error:
         raise ValueError(
             f"--model {name}: expected a folder written by save_pretrained, or a Hub id ({error})"
         ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:  # they would be drawn at random, and every result with them
+        raise ValueError(
+            f"--model {name}: {len(missing)} weights of the model are not in the file ({', '.join(missing[:3])}, ...); "
+            "expected a whole PyramidCLIPModel, with both towers"
+        )
     return model.eval().to(device), processor
 
 
@@ -282,12 +288,11 @@ def classification_metrics(scores: torch.Tensor, labels: torch.Tensor) -> dict[s
 
 def _result(args: EvaluationArguments, data, task: str, metric: str, value: float | int, **fields) -> EvalResult:
     """One number on `data`, which says by `name` and `described` what it is; shards are called after their folder."""
-    name = args.dataset_name or (Path(args.data).stem if isinstance(data, ShardSamples) else data.name)
+    name = args.dataset_name or (Path(args.data).resolve().stem if isinstance(data, ShardSamples) else data.name)
     described = {name: value for name, value in getattr(data, "described", {}).items() if value}
-    standard = {"dataset_type": name, "dataset_split": args.split}
-    return EvalResult(
-        **standard | described | fields, task_type=task, dataset_name=name, metric_type=metric, metric_value=value
-    )
+    standard = {"dataset_type": name, "dataset_split": args.split} | described
+    standard["dataset_type"] = hub_identifier(standard["dataset_type"])
+    return EvalResult(**standard | fields, task_type=task, dataset_name=name, metric_type=metric, metric_value=value)
 
 
 TASKS = {"retrieval": evaluate_retrieval, "zero-shot": evaluate_zero_shot}

@@ -180,15 +180,14 @@ def labelled_folder(folder: str, classes_file: str | None = None, max_samples: i
         names = names_from_file(classes_file, folders)
     if max_samples:
         files = [files[number] for number in spread_evenly(len(files), max_samples)]
-    return check_every_class_has_pictures(
-        LabelledPictures(
-            name=root.name,
-            class_names=check_class_names(names, classes_file or folder),
-            labels=[label for _, label in files],
-            read=lambda number: open_picture(files[number][0].read_bytes(), str(files[number][0])),
-            files=[path for path, _ in files],
-        )
+    data = LabelledPictures(
+        name=root.resolve().name,
+        class_names=check_class_names(names, classes_file or folder),
+        labels=[label for _, label in files],
+        read=lambda number: open_picture(files[number][0].read_bytes(), str(files[number][0])),
+        files=[path for path, _ in files],
     )
+    return data if max_samples else check_every_class_has_pictures(data)
 
 
 def names_from_file(classes_file: str, folders: list[str]) -> list[str]:
@@ -219,28 +218,33 @@ def names_from_file(classes_file: str, folders: list[str]) -> list[str]:
 def labelled_shards(data: str, classes_file: str | None = None, max_samples: int | None = None) -> LabelledPictures:
     """Pictures of shards whose `KEY.json` has `class_name`, as the split "objects" of the emoji scenes.
 
-    Class names: `classes_file` (one name a line), else `classes` of `dataset.json`, else the names met, sorted.
+    Class names: `classes` of `dataset.json`, else the names met, sorted. `classes_file` gives others, in lines
+    `class_name<TAB>name`, or lists the `class_name`s, one a line. `max_samples`: so many, spread evenly.
     Raises ValueError for a sample without a class, or with one that is not among the names.
     """
-    samples = ShardSamples(data, max_samples)
-    found = [sample.extra.get("class_name") for sample in samples]
+    samples = ShardSamples(data)
+    chosen = spread_evenly(len(samples), max_samples or len(samples))
+    found = [samples[number].extra.get("class_name") for number in chosen]
     if None in found:
-        key = samples[found.index(None)].key
+        key = samples[chosen[found.index(None)]].key
         raise ValueError(f"{data}: sample {key!r} has no class_name in its .json; zero-shot classification needs one")
     listed = None if data.endswith((".tar", ".jsonl")) else (read_dataset_json(data) or {}).get("classes")
-    names = listed or sorted(set(found))
+    names = classes = listed or sorted(set(found))
     if classes_file:
-        names = Path(classes_file).read_text(encoding="utf-8").splitlines()
+        lines = Path(classes_file).read_text(encoding="utf-8").splitlines()
+        if any("\t" in line for line in lines):
+            names = names_from_file(classes_file, classes)
+        else:
+            names = classes = lines
     names = check_class_names(names, classes_file or data)
-    unknown = sorted(set(found) - set(names))
+    unknown = sorted(set(found) - set(classes))
     if unknown:
         raise ValueError(f"{data}: pictures of classes that are not among the {len(names)} names: {unknown[:5]}")
-    numbers = {name: number for number, name in enumerate(names)}
-    return check_every_class_has_pictures(
-        LabelledPictures(
-            name=Path(data).stem,
-            class_names=names,
-            labels=[numbers[name] for name in found],
-            read=lambda number: open_picture(samples[number].image, samples[number].key),
-        )
+    numbers = {name: number for number, name in enumerate(classes)}
+    pictures = LabelledPictures(
+        name=Path(data).resolve().stem,
+        class_names=names,
+        labels=[numbers[name] for name in found],
+        read=lambda number: open_picture(samples[chosen[number]].image, samples[chosen[number]].key),
     )
+    return pictures if max_samples else check_every_class_has_pictures(pictures)

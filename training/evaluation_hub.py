@@ -4,6 +4,7 @@
 `metadata.csv` beside pictures, what `save_to_disk` wrote). Pictures are taken as the stored bytes.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -77,22 +78,22 @@ def labelled_hub(
     else:
         names = [key.replace("_", " ") for key in keys]
     rows = _undecoded(rows.select_columns([image]), image)
-    return check_every_class_has_pictures(
-        LabelledPictures(
-            name=fields.pop("dataset_name"),
-            class_names=check_class_names(names, classes_file or data),
-            labels=labels,
-            read=lambda number: open_picture(_bytes(rows[number][image], data, number), f"{data}, row {number}"),
-            described=fields,
-        )
+    pictures = LabelledPictures(
+        name=fields.pop("dataset_name"),
+        class_names=check_class_names(names, classes_file or data),
+        labels=labels,
+        read=lambda number: open_picture(_bytes(rows[number][image], data, number), f"{data}, row {number}"),
+        described=fields,
     )
+    return pictures if max_samples else check_every_class_has_pictures(pictures)
 
 
 class CaptionedRows(Sequence):
     """Pictures and captions of a data set as a sequence of `records.Sample`; see `labelled_hub` for the arguments.
 
-    caption_column: a text a row, or a list of texts. max_samples: the first so many. `described` holds fields of
-    `EvalResult` that say which data this is. Raises as `labelled_hub` does.
+    caption_column: a text a row, or a list of texts. Rows with the same picture, byte by byte, are one sample with the
+    captions of all: copies would stand in each other's way. max_samples: the first so many rows. `described` holds
+    fields of `EvalResult` that say which data this is. Raises as `labelled_hub` does.
     """
 
     def __init__(
@@ -110,18 +111,26 @@ class CaptionedRows(Sequence):
         self._caption = _pick(rows.features, caption_column, "--caption-column", _CAPTION_COLUMNS, _is_text)
         rows = rows.select(range(min(len(rows), max_samples or len(rows))))
         self._rows = _undecoded(rows.select_columns([self._image, self._caption]), self._image)
+        numbers: dict[bytes, list[int]] = {}
+        for number, row in enumerate(self._rows):
+            digest = hashlib.sha256(_bytes(row[self._image], data, number)).digest()
+            numbers.setdefault(digest, []).append(number)
+        self._numbers = list(numbers.values())
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._numbers)
 
     def __getitem__(self, index: int) -> Sample:
-        row = self._rows[index]
-        texts = row[self._caption]
-        captions = [texts] if isinstance(texts, str) else list(texts or ())
-        if not captions or not all(isinstance(one, str) and one.strip() for one in captions):
-            raise ValueError(f"{self._data}, row {index}: expected a caption in {self._caption!r}, got {texts!r}")
-        picture = _bytes(row[self._image], self._data, index)
-        return Sample(f"row {index}", picture, "jpg", captions[0], captions=captions if len(captions) > 1 else None)
+        captions = []
+        for number in self._numbers[index]:
+            row = self._rows[number]
+            texts = row[self._caption]
+            found = [texts] if isinstance(texts, str) else list(texts or ())
+            if not found or not all(isinstance(one, str) and one.strip() for one in found):
+                raise ValueError(f"{self._data}, row {number}: expected a caption in {self._caption!r}, got {texts!r}")
+            captions += found
+        picture = _bytes(row[self._image], self._data, number)
+        return Sample(f"row {number}", picture, "jpg", captions[0], captions=captions if len(captions) > 1 else None)
 
     def __iter__(self) -> Iterator[Sample]:
         return map(self.__getitem__, range(len(self)))

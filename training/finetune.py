@@ -16,6 +16,7 @@ Read from the bottom: `main` parses, `build` makes the parts, `FinetuneRun` is w
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +166,12 @@ def classify(
 ##################################################################################################
 
 
+def distinct_labels(class_names: Sequence[str]) -> list[str]:
+    """The names, with its number behind one that several classes have, as in CLIP's list for ImageNet."""
+    count = Counter(class_names)
+    return [f"{name} ({number})" if count[name] > 1 else name for number, name in enumerate(class_names)]
+
+
 def initial_classifier(args: FinetuneArguments, class_names: Sequence[str]):
     """(classifier in fp32 with a new head for these classes, processor): the encoder of the model that `args` name.
 
@@ -172,8 +179,8 @@ def initial_classifier(args: FinetuneArguments, class_names: Sequence[str]):
     """
     encoder, processor = named_model(args.model, args.model_config, args.seed)
     config = encoder.config
-    config.id2label = dict(enumerate(class_names))
-    config.label2id = {name: number for number, name in enumerate(class_names)}
+    config.id2label = dict(enumerate(distinct_labels(class_names)))
+    config.label2id = {name: number for number, name in config.id2label.items()}
     config.problem_type = "single_label_classification"
     torch.manual_seed(args.seed)
     model = PyramidCLIPForImageClassification(config)
@@ -329,8 +336,8 @@ class FinetuneRun(Run):
         for split in ("validation", "test"):
             found = {name.split("/")[1]: v for name, v in record["metrics"].items() if name.startswith(f"{split}/")}
             if found:
-                dataset = self.parts[split].data.name
-                results += metric_results("image-classification", dataset, split, found, config="fine-tuned")
+                data = self.parts[split].data
+                results += metric_results("image-classification", data, split, found, config="fine-tuned")
         name = self.folder.name
         write_json(results, folder / "results.json", name, {"settings": record["settings"]})
         data = ModelCardData(

@@ -296,10 +296,11 @@ def probe(args: LinearProbeArguments) -> list[EvalResult] | None:
     report_doubts(fitted, c, swept, args)
     results = metric_results(
         "image-classification",
-        args.dataset_name or parts["test"].data.name,
+        parts["test"].data,
         args.split,
         metrics,
         config=f"linear probe, {args.features}",
+        dataset_name=args.dataset_name,
     )
     details = vars(args) | {
         "c": c,

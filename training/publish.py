@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
 from pyramidclip_hf.hub import PublishError, build_model_card, publish_folder
-from training.results import read_json
+from training.results import hub_identifier, read_json
 
 EXIT_WRONG_SETTING = 2
 # What a reader of the card wants to know; all settings are in training.json.
@@ -75,7 +75,7 @@ def _validation_results(metrics: Mapping[str, float], data: str | None) -> list[
     return [
         EvalResult(
             task_type="image-text-retrieval",
-            dataset_type=name_of_data,
+            dataset_type=hub_identifier(name_of_data),
             dataset_name=name_of_data,
             metric_type=name.removeprefix("validation/"),
             metric_value=round(value, 4),

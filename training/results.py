@@ -7,6 +7,7 @@ index, the form that model cards carry (`huggingface_hub.repocard_data.model_ind
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,15 @@ def write_csv(results: Iterable[EvalResult], path: str | Path) -> None:
     writer.writeheader()
     writer.writerows(result_rows(results))
     _write(path, lines.getvalue())
+
+
+def hub_identifier(title: str) -> str:
+    """A title in the form that the Hub takes as `dataset.type` of a result: letters, digits, "_", "-", "." and one "/"
+    between owner and name; what else it holds becomes "-".
+    """
+    owner, _, name = title.rpartition("/") if title.count("/") == 1 else ("", "", title)
+    parts = [re.sub(r"[^A-Za-z0-9_-]+", "-", owner).strip("-"), re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.")]
+    return "/".join(part for part in parts if part) or "local"
 
 
 def write_json(

@@ -77,6 +77,10 @@ def rank_counts(
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    for what, rows in (("query", queries), ("candidate", candidates)):
+        bad = int((~rows.isfinite()).any(dim=1).sum())
+        if bad:  # a comparison with NaN is never true, so no right answer would seem to be beaten
+            raise ValueError(f"expected finite numbers, got NaN or infinity in {bad} of {len(rows)} {what} rows")
     by_id = candidate_ids.argsort()
     sorted_ids = candidate_ids[by_id]
     first, last = torch.searchsorted(sorted_ids, query_ids), torch.searchsorted(sorted_ids, query_ids, right=True)

@@ -1,11 +1,13 @@
 """Parts of labelled data: one set of classes, held-out shares, and what identifies them."""
 
 import dataclasses
+import json
 import os
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.training.labelled_files import write_pictures
 from training.classification_data import (
@@ -17,6 +19,7 @@ from training.classification_data import (
     with_classes_of,
 )
 from training.evaluation_sets import TABLE_7, Listing
+from training.finetune import distinct_labels
 
 COUNTS = {"blue": 8, "green": 5, "dark_red": 3}
 
@@ -60,6 +63,14 @@ def test_class_numbers_are_those_of_the_training_data(tmp_path):
     aligned = with_classes_of(open_pictures(test, str(names)), reference)
     assert aligned.class_names == reference.class_names == ["blue", "red", "green"]
     assert [aligned.class_names[label] for label in aligned.labels] == ["red"] * 3 + ["blue"] + ["green"] * 2
+
+
+def test_names_that_repeat_keep_their_numbers(tmp_path):
+    """CLIP's list for ImageNet calls two classes "missile" and two "sunglasses"."""
+    data = open_pictures(write_pictures(tmp_path / "a", COUNTS))
+    data = dataclasses.replace(data, class_names=["missile", "tree", "missile"])
+    assert with_classes_of(data, data).labels == data.labels
+    assert distinct_labels(data.class_names) == ["missile (0)", "tree", "missile (2)"]
 
 
 def test_other_classes_are_refused_by_name(tmp_path):
@@ -109,3 +120,17 @@ def test_what_identifies_pictures(tmp_path):
     renamed = parts_of(folder)["train"]
     assert content_digest(renamed) != before[0] and fingerprint(renamed) != before[1]
     assert fingerprint(parts_of(folder, test_fraction=0.3)["train"]) != fingerprint(parts_of(folder)["train"])
+
+
+def test_a_manifest_is_identified_by_its_pictures(tmp_path):
+    folder = write_pictures(tmp_path / "a", {"blue": 2, "green": 2})
+    paths = sorted((tmp_path / "a").rglob("*.png"))
+    lines = [{"image": str(path), "class_name": path.parent.name} for path in paths]
+    manifest = tmp_path / "pairs.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    part = parts_of(str(manifest))["train"]
+    before = content_digest(part), fingerprint(part)
+    assert part.labels.tolist() == parts_of(folder)["train"].labels.tolist()
+    Image.new("RGB", (9, 9), "red").save(paths[1])
+    part = parts_of(str(manifest))["train"]
+    assert content_digest(part) != before[0] and fingerprint(part) == before[1]

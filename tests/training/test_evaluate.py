@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from pyramidclip_hf.configuration_pyramidclip import TERMS
+from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPForImageClassification
 from tests.training.evaluation_models import FEATURES, save_tiny_model
 from tests.training.processes import run_in_processes
 from training.embedding import embed_levels, local_view
@@ -250,6 +251,21 @@ def test_classification_metrics_with_unequal_classes_and_ties():
     metrics = classification_metrics(scores, torch.tensor([0, 1, 1, 2]))
     assert metrics["top_1"] == pytest.approx((1 + 1 + 0.5 + 0) / 4)
     assert metrics["mean_per_class"] == pytest.approx((1 + 1.5 / 2 + 0) / 3)
+
+
+def test_scores_that_are_no_numbers_are_refused():
+    with pytest.raises(ValueError, match="NaN or infinity in 1 of 2 query rows"):
+        classification_metrics(torch.tensor([[0.5, 0.1], [float("nan"), 0.2]]), torch.tensor([0, 1]))
+
+
+def test_half_a_model_is_refused(model_folder, tmp_path):
+    """A classifier has no text tower, which would be drawn at random."""
+    model, processor = load_model(model_folder)
+    classifier = PyramidCLIPForImageClassification(model.config)
+    classifier.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"weights of the model are not in the file \(.*both towers"):
+        load_model(str(tmp_path))
 
 
 def test_what_is_wrong_ends_with_code_2(model_folder, data, sets_root, tmp_path, capsys):

@@ -100,6 +100,7 @@ def test_folder_and_names_that_do_not_fit(image_folder, tmp_path):
     (image_folder / "cat").mkdir()
     with pytest.raises(ValueError, match="1 of 3 class names have no picture: 'cat'"):
         labelled_folder(str(image_folder))
+    assert len(labelled_folder(str(image_folder), max_samples=1).labels) == 1
     (image_folder / "cat" / "x.jpg").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match="picture .*x.jpg cannot be read"):
         labelled_folder(str(image_folder)).read(0)
@@ -139,6 +140,13 @@ def test_shards_with_classes(tmp_path):
     (tmp_path / "names").write_text("a\n")
     with pytest.raises(ValueError, match=r"not among the 1 names: \['b'\]"):
         labelled_shards(data, str(tmp_path / "names"))
+    (tmp_path / "names").write_text("a\tan ant\nb\ta bee\n")
+    found = labelled_shards(data, str(tmp_path / "names"))
+    assert (found.class_names, found.labels) == (["a bee", "an ant"], [0, 1, 0, 1])
+    # A part of the data is spread over all of it, and need not have every class.
+    assert (
+        labelled_shards(data, max_samples=2).labels == [0, 0] and len(labelled_shards(data, max_samples=9).labels) == 4
+    )
 
 
 def test_shards_without_classes(tmp_path):

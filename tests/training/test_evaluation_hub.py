@@ -112,7 +112,16 @@ def test_captions(tmp_path):
     samples = CaptionedRows(folder)
     assert [one.captions or [one.caption] for one in samples] == [["one", "two"], ["three"]]
     assert samples[1].image == picture(1) and len(CaptionedRows(folder, max_samples=1)) == 1
-    empty = parquet(tmp_path / "e", rows([0, 0], caption=["fine", " "]))
+    # A row for each caption, as many sets of the Hub have it: the rows of a picture are one sample.
+    split = datasets.Dataset.from_dict(
+        {"image": [{"bytes": picture(n), "path": None} for n in (0, 1, 0)], "caption": ["a", "b", "c"]}
+    ).cast_column("image", datasets.Image())
+    found = CaptionedRows(parquet(tmp_path / "s", split))
+    assert [(one.image, one.captions or [one.caption]) for one in found] == [
+        (picture(0), ["a", "c"]),
+        (picture(1), ["b"]),
+    ]
+    empty = parquet(tmp_path / "e", rows([0, 1], caption=["fine", " "]))
     with pytest.raises(ValueError, match="row 1: expected a caption in 'caption', got ' '"):
         list(CaptionedRows(empty))
     lost = datasets.Dataset.from_dict({"image": [None, {"bytes": picture(0), "path": None}], "caption": ["x", "y"]})

@@ -2,12 +2,13 @@
 
 import csv
 import json
+import re
 
 import pytest
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from training.results import read_json, results_table, write_csv, write_json
+from training.results import hub_identifier, read_json, results_table, write_csv, write_json
 
 
 def results():
@@ -27,6 +28,17 @@ def test_json_is_a_model_index(tmp_path):
     assert read_json(path) == ("my-model", results(), {"seconds": 3})
     card = ModelCardData(model_name="my-model", eval_results=found)  # and as the metadata of a model card
     assert ModelCard(f"---\n{card.to_yaml()}\n---\n").data.eval_results == results()
+
+
+@pytest.mark.parametrize(
+    ("title", "expected"),
+    [
+        ("imagenet", "imagenet"), ("owner/my.set-2", "owner/my.set-2"), ("SUN397 (split a.txt)", "SUN397-split-a.txt"),
+        ("a/b/c", "a-b-c"), ("my.org/x", "my-org/x"), ("", "local"), ("日本", "local"), ("/", "local"),
+    ],
+)  # fmt: skip
+def test_the_hub_takes_the_name_of_a_data_set(title, expected):
+    assert hub_identifier(title) == expected and re.fullmatch(r"(?:[\w-]+/)?[\w.-]+", expected, re.ASCII)
 
 
 def test_csv_keeps_every_digit(tmp_path):
