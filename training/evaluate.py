@@ -38,6 +38,8 @@ from training.retrieval import check_pairs, level_metrics, rank_counts
 from training.shard_cache import DownloadError
 
 EXIT_WRONG_SETTING = 2
+# Without either the processor would silently take the tokenizer that the package comes with.
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 
 @dataclass(kw_only=True)
@@ -123,6 +125,8 @@ class EvaluationArguments:
 
 def load_model(name: str, dtype: str = "float32", device: torch.device | str = "cpu"):
     """The model in evaluation mode and its processor; ValueError where a part is missing, saying which."""
+    from transformers.utils import cached_file
+
     from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
     from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 
@@ -130,14 +134,15 @@ def load_model(name: str, dtype: str = "float32", device: torch.device | str = "
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"--model {name}: no config.json there; expected a folder written by save_pretrained")
-        if not any((folder / part).is_file() for part in ("tokenizer.json", "vocab.json")):
+    elif name.startswith((".", "/")) or name.count("/") > 1:
+        raise ValueError(f"--model {name}: there is no such folder")
+    try:
+        files = [cached_file(name, one, _raise_exceptions_for_missing_entries=False) for one in _TOKENIZER_FILES]
+        if not any(files):
             raise ValueError(
                 f"--model {name}: the folder has no tokenizer (tokenizer.json), so texts cannot be encoded. Save it "
                 "beside the weights: PyramidCLIPProcessor().save_pretrained(folder)"
             )
-    elif name.startswith((".", "/")) or name.count("/") > 1:
-        raise ValueError(f"--model {name}: there is no such folder")
-    try:
         model, info = PyramidCLIPModel.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
         processor = PyramidCLIPProcessor.from_pretrained(name)
     except OSError as error:

@@ -5,8 +5,9 @@
     python -m training.figures check --model DIR --data SHARDS
 
 `tsne` (paper, Figure 4): t-SNE of pictures and class prompts together. `retrieval` (Figures 5 and 8): what each model
-finds for a few captions, with heat maps. `check` prints which share of a heat map lies in the box of the object that
-the text names, beside the share of the picture that the box covers, and how often the region that
+finds for a few captions, with heat maps. Both take the data that `training.evaluate` takes; `--data ROOT --dataset
+cifar10` and `--data ROOT --dataset mscoco` are the paper's. `check` prints which share of a heat map lies in the box of
+the object that the text names, beside the share of the picture that the box covers, and how often the region that
 `pyramidclip_hf.explain` calls most relevant is that object's. Same input, same picture. Exit codes: 0, or 2 where
 settings or data are wrong.
 """
@@ -23,7 +24,14 @@ import numpy as np
 
 from pyramidclip_hf.explain import explain_image, explain_regions
 from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES, class_embeddings, image_embeddings, retrieve, text_embeddings
-from training.evaluate import EXIT_WRONG_SETTING, EvaluationArguments, load_model, open_labelled, read_templates
+from training.evaluate import (
+    EXIT_WRONG_SETTING,
+    EvaluationArguments,
+    load_model,
+    open_labelled,
+    open_samples,
+    read_templates,
+)
 from training.evaluation_data import ShardSamples, open_picture
 from training.records import Sample, phrase
 from training.report_plots import INK, SOFT
@@ -36,7 +44,7 @@ RIGHT_COLOUR = "#17804a"
 class FigureArguments:
     """What every figure takes."""
 
-    data: str = field(metadata={"help": "folder of shards or one shard; tsne: also a folder with a sub-folder a class"})
+    data: str = field(metadata={"help": "folder of shards or one shard; tsne, retrieval: what training.evaluate takes"})
     max_samples: int | None = field(default=None, metadata={"help": "use so many samples only"})
     dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "of the model"})
     device: str = field(default="cpu", metadata={"help": "where the model runs, e.g. cuda"})
@@ -51,7 +59,24 @@ class FigureArguments:
 
 
 @dataclass(kw_only=True)
-class TsneArguments(FigureArguments):
+class SetArguments(FigureArguments):
+    """What figures take that are drawn of any data that `training.evaluate` reads."""
+
+    dataset: str | None = field(
+        default=None, metadata={"help": "a named data set under --data, as in training.evaluate, e.g. cifar10, mscoco"}
+    )
+    split: str | None = field(default=None, metadata={"help": "split to read where the data has several"})
+
+    def evaluation(self, model: str, **settings) -> EvaluationArguments:
+        """The same data as settings of `training.evaluate`."""
+        sets = [self.dataset] if self.dataset else []
+        return EvaluationArguments(
+            model=model, data=self.data, dataset=sets, split=self.split, max_samples=self.max_samples, **settings
+        )
+
+
+@dataclass(kw_only=True)
+class TsneArguments(SetArguments):
     """Settings of `python -m training.figures tsne`."""
 
     model: str = field(metadata={"help": "folder of a saved model, or Hub id"})
@@ -73,8 +98,12 @@ class TsneArguments(FigureArguments):
 
 
 @dataclass(kw_only=True)
-class RetrievalArguments(FigureArguments):
+class RetrievalArguments(SetArguments):
     """Settings of `python -m training.figures retrieval`."""
+
+    captions: str | None = field(
+        default=None, metadata={"help": "captions of the pictures in --data, as in training.evaluate"}
+    )
 
     models: list[str] = field(metadata={"help": "one or more folders of saved models, or Hub ids"})
     output: str = field(metadata={"help": "the PNG file"})
@@ -139,11 +168,7 @@ def tsne_points(pictures: np.ndarray, prompts: np.ndarray, perplexity: float, ke
 
 def draw_tsne(args: TsneArguments) -> str:
     """Draws the figure and returns what it shows in a line."""
-    data = open_labelled(
-        EvaluationArguments(
-            model=args.model, task="zero-shot", data=args.data, classes=args.classes, max_samples=args.max_samples
-        )
-    )
+    data = open_labelled(args.evaluation(args.model, task="zero-shot", classes=args.classes), args.dataset)
     count = min(args.shown_classes, len(data.class_names))
     shown = [number * len(data.class_names) // count for number in range(count)]
     chosen = [
@@ -196,7 +221,7 @@ def _class_colours(count: int) -> list:
 
 def draw_retrieval(args: RetrievalArguments) -> str:
     """Draws the figure and returns what it shows in a line."""
-    samples = ShardSamples(args.data, args.max_samples)
+    samples = open_samples(args.evaluation(args.models[0], captions=args.captions), args.dataset)
     outside = [query for query in args.queries if not 0 <= query < len(samples)]
     if outside:
         raise ValueError(f"--queries {outside[0]}: {args.data} has samples 0 to {len(samples) - 1}")

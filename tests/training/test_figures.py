@@ -2,6 +2,7 @@
 were trained for a minute or two."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +87,32 @@ def test_tsne_figure(model_folder, classes, tmp_path, capsys):
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     assert main([*command, "--output", str(tmp_path / "some.png"), "--shown-classes", "2", "--keep-gap"]) == 0
     assert "10 pictures and 2 prompts" in capsys.readouterr().out
+
+
+def test_figures_of_named_data_sets(model_folder, classes, tmp_path, capsys):
+    """Small ones of the layout of SUN397 and Flickr30K."""
+    root = tmp_path / "root"
+    (root / "SUN397").mkdir(parents=True)
+    (root / "SUN397/ClassName.txt").write_text("/r/red_fox\n/o/owl\n")
+    paths = [path for name in ("red_fox", "owl") for path in sorted(Path(classes, name).iterdir())]
+    (root / "flickr30k/images").mkdir(parents=True)
+    images = []
+    for path in paths:
+        folder, name = root / "SUN397" / path.parent.name[0] / path.parent.name, f"{path.parent.name}{path.name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as picture:
+            picture.save(folder / f"sun_{path.stem}.jpg")
+            picture.save(root / "flickr30k/images" / name)
+        images.append({"filename": name, "split": "test", "sentences": [{"raw": f"text {len(images)}"}]})
+    (root / "flickr30k/dataset_flickr30k.json").write_text(json.dumps({"images": images}))
+    (tmp_path / "prompts.txt").write_text("a photo of a {}.\n")
+    command = ["tsne", "--model", model_folder, "--templates", str(tmp_path / "prompts.txt"), "--dataset", "sun397"]
+    assert main([*command, "--data", str(root), "--output", str(tmp_path / "tsne.png")]) == 0
+    assert "10 pictures and 2 prompts" in capsys.readouterr().out
+    command = ["retrieval", "--models", model_folder, "--data", str(root), "--output", str(tmp_path / "found.png")]
+    assert main([*command, "--dataset", "flickr30k", "--queries", "9", "--top", "2"]) == 0
+    assert "the right picture among the first 2" in capsys.readouterr().out
+    assert main([*command, "--dataset", "cifar10"]) == 2 and "it is for --task zero-shot" in capsys.readouterr().err
 
 
 def test_prompts_lie_among_their_pictures_unless_the_gap_is_kept():
