@@ -140,7 +140,7 @@ def load_model(name: str, dtype: str = "float32", device: torch.device | str = "
         files = [cached_file(name, one, _raise_exceptions_for_missing_entries=False) for one in _TOKENIZER_FILES]
         if not any(files):
             raise ValueError(
-                f"--model {name}: the folder has no tokenizer (tokenizer.json), so texts cannot be encoded. Save it "
+                f"--model {name} has no tokenizer (tokenizer.json), so texts cannot be encoded. Save it "
                 "beside the weights: PyramidCLIPProcessor().save_pretrained(folder)"
             )
         model, info = PyramidCLIPModel.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)

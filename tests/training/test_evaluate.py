@@ -3,6 +3,9 @@
 import io
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from PIL import Image
 
 from pyramidclip_hf.configuration_pyramidclip import TERMS
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPForImageClassification
+from tests.hub_server import Repository, client_environment, running_hub
 from tests.training.evaluation_models import FEATURES, save_tiny_model
 from tests.training.processes import run_in_processes
 from training.embedding import embed_levels, local_view
@@ -266,6 +270,29 @@ def test_half_a_model_is_refused(model_folder, tmp_path):
     processor.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"weights of the model are not in the file \(.*both towers"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.loopback
+def test_a_model_of_the_hub_needs_its_tokenizer(model_folder, tmp_path, checkout):
+    """The processor would take the tokenizer that the package comes with, whatever the model was trained with."""
+    files = {path.name: path.read_bytes() for path in Path(model_folder).iterdir()}
+    without = {name: data for name, data in files.items() if name not in ("tokenizer.json", "vocab.json")}
+    assert without.keys() != files.keys()
+    code = "import sys\nfrom training.evaluate import load_model\nload_model(sys.argv[1])"
+    with running_hub() as hub:
+        for name, content in (("whole", files), ("half", without)):
+            hub.repositories[f"tester/{name}"] = Repository()
+            hub.repositories[f"tester/{name}"].commit(content)
+            environment = os.environ | client_environment(hub, tmp_path / "home")
+            ran = subprocess.run(
+                [sys.executable, "-c", code, f"tester/{name}"],
+                cwd=checkout,
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
+            assert (ran.returncode == 0) == (name == "whole"), ran.stderr
+    assert "--model tester/half has no tokenizer" in ran.stderr
 
 
 def test_what_is_wrong_ends_with_code_2(model_folder, data, sets_root, tmp_path, capsys):
