@@ -62,7 +62,9 @@ class LinearProbeArguments:
     )
     validation_fraction: float | None = field(
         default=None,
-        metadata={"help": "share of each class held out of the training data; default: 0.2 without validation_data"},
+        metadata={
+            "help": "share of each class held out of the training data; default: 0.2 without validation_data and c"
+        },
     )
     test_fraction: float = field(default=0.0, metadata={"help": "share of each class held out in place of test_data"})
     classes: str | None = field(

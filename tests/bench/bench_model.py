@@ -1,7 +1,7 @@
 """Embedding pictures and texts, `model.fuse()`d, against CLIPModel and against the plain form of `tests.plain_forms`:
 `python -m tests.bench --rows image bf16 text`.
 
-Values are compared before times are.
+Against the plain form values are compared before times are; CLIPModel is another model.
 """
 
 import torch
