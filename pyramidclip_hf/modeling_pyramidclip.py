@@ -43,6 +43,7 @@ from .modeling_pyramidclip_resnet import (
     resize_position_table,
 )
 from .modeling_pyramidclip_text import (
+    DEVICE_ONLY,
     PyramidCLIPAttention,
     PyramidCLIPEncoder,
     PyramidCLIPEncoderLayer,
@@ -348,6 +349,7 @@ class PyramidCLIPTextModel(PyramidCLIPPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         pooled_only: bool = False,
+        cut_padding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Hidden states (B, L, D) after the final LayerNorm, and the pooled vector (B, D).
@@ -358,15 +360,15 @@ class PyramidCLIPTextModel(PyramidCLIPPreTrainedModel):
                 token nothing can reach it, and under `"max"` the padding belongs to the function.
             position_ids: (1 or B, L) int64; by default 0, 1, ...
             pooled_only: compute nothing that `pooler_output` does not need; there is no `last_hidden_state` then.
-                Under `"eos"` and without gradients the padding behind the longest text is cut off, too.
+            cut_padding: under `"eos"` and with `pooled_only`, cut off what is behind the longest text. It reads a
+                number off the device, so a training step would have to wait for it.
 
         Raises:
             ValueError: no ids, no texts, or more tokens than positions.
         """
         check_input_ids(input_ids, self.config)
         ends = end_positions(input_ids, attention_mask, self.config) if self.config.pooling == "eos" else None
-        if pooled_only and ends is not None and not (torch.is_grad_enabled() or _is_traced()):
-            # Reads a number off the device: a training step would have to wait for it, a traced graph would keep it.
+        if cut_padding and pooled_only and ends is not None:
             length = int(ends.max()) + 1
             input_ids = input_ids[:, :length]
             position_ids = None if position_ids is None else position_ids[:, :length]
@@ -394,7 +396,9 @@ class PyramidCLIPTextModel(PyramidCLIPPreTrainedModel):
     def _mask_behind(self, ends: torch.Tensor, hidden_states: torch.Tensor):
         """What causal attention lets the one query at `ends` (B,) see."""
         keys = torch.arange(hidden_states.shape[1], device=ends.device) <= ends[:, None]
-        return create_bidirectional_mask(self.config, hidden_states[:, :1], keys, encoder_hidden_states=hidden_states)
+        return create_bidirectional_mask(
+            self.config, hidden_states[:, :1], keys, encoder_hidden_states=hidden_states, **DEVICE_ONLY
+        )
 
 
 class PyramidCLIPVisionModel(PyramidCLIPPreTrainedModel):
@@ -494,9 +498,9 @@ class PyramidCLIPVisionModel(PyramidCLIPPreTrainedModel):
             first = self.config.num_leff_layers
             if roi_mask is not None:
                 keys = F.pad(roi_mask, (1, 0), value=True)
-                mask = create_bidirectional_mask(self.config, hidden_states, keys)
+                mask = create_bidirectional_mask(self.config, hidden_states, keys, **DEVICE_ONLY)
                 kwargs["query_mask"] = create_bidirectional_mask(
-                    self.config, hidden_states[:, :1], keys, encoder_hidden_states=hidden_states
+                    self.config, hidden_states[:, :1], keys, encoder_hidden_states=hidden_states, **DEVICE_ONLY
                 )
         else:
             height, width = inputs["pixel_values"].shape[2:]
@@ -608,9 +612,14 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
     ) -> torch.Tensor:
         """Text embeddings (B, P); unit vectors in fp32 with `normalize=True`.
 
-        Under `pooling="eos"` the last block computes the end token only, so this is faster than `get_text_features`.
+        Under `pooling="eos"` the last block computes the end token only, and without gradients the padding behind the
+        longest text is cut off, so this is faster than `get_text_features`.
         """
-        embeds = self.get_text_features(input_ids, attention_mask, pooled_only=True, **kwargs).pooler_output
+        # A traced graph would keep the length of the texts that it was traced with.
+        cut = not (torch.is_grad_enabled() or _is_traced())
+        embeds = self.get_text_features(
+            input_ids, attention_mask, pooled_only=True, cut_padding=cut, **kwargs
+        ).pooler_output
         return normalize_embeds(embeds) if normalize else embeds
 
     def encode_rois(
@@ -626,7 +635,8 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
         """Embeddings (B, P), not normalised, of the named levels only.
 
         Pictures go through the tower one level after the other, global first, because in training each is a
-        BatchNorm batch of its own. Texts of the same padded length go through theirs together.
+        BatchNorm batch of its own. Texts of the same padded length go through theirs together, as they are padded: no
+        part of this waits for the device.
 
         Args:
             levels: level names, see `LEVEL_INPUTS`.
@@ -649,7 +659,8 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
                 by_length.setdefault(batch[LEVEL_INPUTS[level]].shape[1], []).append(level)
         for group in by_length.values():
             ids = [batch[LEVEL_INPUTS[level]] for level in group]
-            encoded = self.encode_text(torch.cat(ids)).split([len(part) for part in ids])
+            encoded = self.get_text_features(torch.cat(ids), pooled_only=True).pooler_output
+            encoded = encoded.split([len(part) for part in ids])
             embeds.update(zip(group, encoded, strict=True))
         return {level: embeds[level] for level in levels}
 

@@ -14,7 +14,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .modeling_pyramidclip_text import eager_attention_forward
+from .modeling_pyramidclip_text import DEVICE_ONLY, eager_attention_forward
 
 
 class PyramidCLIPResNetStem(nn.Module):
@@ -164,7 +164,9 @@ class PyramidCLIPAttentionPool(nn.Module):
         mask = None
         if roi_mask is not None:
             keys = F.pad(roi_mask, (1, 0), value=True)
-            mask = create_bidirectional_mask(self.config, tokens[:, :1], keys, encoder_hidden_states=tokens)
+            mask = create_bidirectional_mask(
+                self.config, tokens[:, :1], keys, encoder_hidden_states=tokens, **DEVICE_ONLY
+            )
         pooled, weights = self._attend(tokens, mask, **kwargs)
         return tokens, pooled, weights
 

@@ -14,6 +14,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 QUICK_GELU_SLOPE = 1.702
+# For `create_bidirectional_mask`: a mask that hides nothing could be left out, but the host would have to read it.
+DEVICE_ONLY = {"allow_is_bidirectional_skip": False}
 
 
 class PyramidCLIPQuickGELU(nn.Module):

@@ -66,6 +66,12 @@ class ContrastiveObjective(nn.Module):
         self.freeze = freeze
         self.autocast_dtype = autocast_dtype
         self.encode = model.encode_levels
+        # The same on every process.
+        generator = torch.Generator().manual_seed(0)
+        factors = torch.randint(
+            -(2**62), 2**62, (model.config.text_config.max_position_embeddings,), generator=generator
+        )
+        self.token_factors = nn.Buffer(factors, persistent=False)
         self.train()  # the model freezes its patch convolution here
         self._hold_parameters()
 
@@ -147,10 +153,8 @@ class ContrastiveObjective(nn.Module):
             ids = batch[LEVEL_INPUTS[level]]
             ended = ids == self.model.config.text_config.eos_token_id
             words = ids.masked_fill(ended.cumsum(1) - ended.long() > 0, 0)
-            # The same factors on every process; the products wrap around at 2^64, as a hash may.
-            generator = torch.Generator().manual_seed(0)
-            factors = torch.randint(-(2**62), 2**62, (words.shape[1],), generator=generator).to(words.device)
-            keys.append((words * factors).sum(1, keepdim=True))
+            # The products wrap around at 2^64, as a hash may.
+            keys.append((words * self.token_factors[: words.shape[1]]).sum(1, keepdim=True))
         return torch.cat(keys, dim=1)
 
     def loss(self, embeddings: torch.Tensor, present: torch.Tensor, text_keys: torch.Tensor | None = None) -> StepLoss:

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pyramidclip_hf.loss_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS
 from tests.training.processes import run_in_processes
@@ -207,3 +210,40 @@ def test_collectives():
         assert outcomes == [False, False, True, False, False]  # cast at step 1, known everywhere one step later
         assert any_flag
         assert "process 0 has 4 and others differ: {1: 3}" in unequal
+
+
+class DevicesOfTensors(TorchDispatchMode):
+    """The operations that read or write a tensor elsewhere than on the GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.elsewhere, self.count = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        self.count += len(tensors)
+        if any(tensor.device.type != "cuda" for tensor in tensors):
+            self.elsewhere.append(str(function))
+        return result
+
+
+@pytest.mark.parametrize("tower, pooling", [(VIT, "max"), (RESNET, "eos")])
+def test_nothing_is_copied_to_a_gpu_while_the_loss_is_computed(tower, pooling):
+    """Such a copy waits until the GPU has done what came before. Tensors that only have a shape and a device show it
+    without a GPU.
+    """
+    objective = ContrastiveObjective(
+        tiny_model(tower, pooling=pooling), DEFAULT_LOSS_WEIGHTS, SMOOTHING, multi_positive=True
+    )
+    batch = tiny_batch(image_size=tower["image_size"])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        objective = objective.to("cuda")
+        batch = {name: value.to("cuda") for name, value in batch.items()}
+        with DevicesOfTensors() as devices:
+            losses = objective(batch)
+        assert losses.loss.device.type == "cuda"
+        assert devices.count > 500 and not devices.elsewhere
+        with devices:
+            torch.ones(2).to("cuda")
+        assert "aten._to_copy.default" in devices.elsewhere

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyramidclip_hf import PyramidCLIPModel
 from pyramidclip_hf.loss_pyramidclip import DEFAULT_LOSS_WEIGHTS
 from tests.training.memory_reader import MODEL_CONFIG, MemoryReader
 from tests.training.processes import run_in_processes
-from tests.training.tiny import VIT, tiny_batch
+from tests.training.tiny import RESNET, TEXT, VIT
 from training import pretrain
 from training.arguments import PretrainingArguments
 from training.checkpoint import list_checkpoints
@@ -230,7 +231,49 @@ def test_half_precision_checkpointing_and_the_moving_average(tmp_path):
     average = PyramidCLIPModel.from_pretrained(tmp_path / "final-average").state_dict()
     assert weights["text_projection.weight"].dtype == torch.float32
     assert not torch.equal(weights["text_projection.weight"], average["text_projection.weight"])
-    assert tiny_batch(2)["pixel_values"].shape[1] == 3
+
+
+class HostReads(TorchDispatchMode):
+    """Counts operations whose result the host needs before it can go on."""
+
+    WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim"}
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in self.WAITING or (name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"pooling": "max"}, {"pooling": "eos"}, {"tower": RESNET}, {"per_device_chunk_size": 4}, {"multi_positive": True}],
+    ids=lambda changes: next(iter(changes)) + "=" + str(next(iter(changes.values())))[:4],
+)
+def test_the_host_reads_nothing_off_the_device_in_a_step(tmp_path, monkeypatch, changes):
+    config = {**MODEL_CONFIG, "text_config": {**TEXT, "pooling": changes.pop("pooling", "eos")}}
+    config["vision_config"] = changes.pop("tower", VIT)
+    size = config["vision_config"]["image_size"]
+    monkeypatch.setattr(pretrain, "open_reader", lambda args, *rest: MemoryReader(args, missing=False, image_size=size))
+    args = settings(tmp_path, model_config=config, ema_decay=0.5, **changes)
+    with pretrain.termination_noticed(), pretrain.quiet_transformers():
+        run = pretrain.build(args, tmp_path)
+        pretrain.resume(run)
+    run.objective.train()
+    tensors = next(iter(run.reader.batches(0, 0)))
+    keys = tensors.pop("sample_keys")
+    run.take_step(tensors, 1e-3)  # the optimizer's state is made
+    with HostReads() as reads:
+        losses, norm = run.take_step(tensors, 1e-3)
+        run.window.add(1, losses, norm, run.logit_scale, 1e-3, keys, 8, 0.0)
+    assert not reads.found
+    with reads:
+        assert math.isfinite(losses.loss.item())
+    assert reads.found == ["_local_scalar_dense"]
 
 
 def test_a_model_continues_from_a_folder_and_freezes_a_tower(tmp_path):
