@@ -15,12 +15,13 @@ Shape letters: B batch, L tokens, D width, H heads, d = D / H.
 
 import time
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import create_mask
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
@@ -28,22 +29,37 @@ from .modeling_pyramidclip_resnet import (
     PyramidCLIPAttentionPool,
     PyramidCLIPResNet,
     PyramidCLIPResNetBottleneck,
+    PyramidCLIPResNetShortcut,
     PyramidCLIPResNetStage,
+    PyramidCLIPResNetStem,
 )
 from .modeling_pyramidclip_text import (
     QUICK_GELU_SLOPE,
     PyramidCLIPAttention,
     PyramidCLIPEncoder,
     PyramidCLIPEncoderLayer,
+    PyramidCLIPMLP,
     PyramidCLIPQuickGELU,
     eager_attention_forward,
+    is_traced,
     take_position,
 )
-from .modeling_pyramidclip_vit import PyramidCLIPLeFFLayer
+from .modeling_pyramidclip_vit import PyramidCLIPLeFF, PyramidCLIPLeFFLayer
 
 LinearBackend = Literal["auto", "torch", "onednn"]
 # What oneDNN must save before it replaces torch's own choice: timings on a busy machine vary by about a tenth.
 _CLEARLY_FASTER = 0.85
+# Whose layers end up in others, and what these layers may be.
+_TAKEN_APART = (
+    PyramidCLIPAttention,
+    PyramidCLIPMLP,
+    PyramidCLIPLeFF,
+    PyramidCLIPResNetStem,
+    PyramidCLIPResNetShortcut,
+    PyramidCLIPResNetBottleneck,
+    PyramidCLIPAttentionPool,
+)
+_PLAIN_LAYERS = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.Embedding)
 
 
 def fuse_(model: PreTrainedModel, linear: LinearBackend = "auto") -> PreTrainedModel:
@@ -81,12 +97,13 @@ def _check(model: nn.Module) -> None:
     for name, module in _plain_modules(model):
         if hasattr(module, "_hf_hook"):
             raise ValueError(f"{name or 'The model'} is dispatched to devices: call fuse() first, without device_map.")
-        expected = {nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d}
-        if isinstance(module, (nn.Linear, nn.Conv2d, _BatchNorm)) and type(module) not in expected:
-            raise ValueError(
-                f"{name} is a {type(module).__name__}: expected plain layers, without adapters, quantisation or "
-                "parametrisation. Merge adapters first; a quantised model cannot be fused."
-            )
+        for child_name, child in module.named_children() if isinstance(module, _TAKEN_APART) else ():
+            # By type and not by subclass: what wraps a layer (adapters, quantisation) has its weight, not its function.
+            if child_name not in ("activation_fn", "shortcut") and type(child) not in _PLAIN_LAYERS:
+                raise ValueError(
+                    f"{name}.{child_name} is a {type(child).__name__}: expected plain layers, without adapters, "
+                    "quantisation or parametrisation. Merge adapters first; a quantised model cannot be fused."
+                )
         if isinstance(module, _BatchNorm) and not module.track_running_stats:
             raise ValueError(f"{name} keeps no running statistics, so there is nothing to fold.")
         for kind, parameter in module.named_parameters(recurse=False):
@@ -126,6 +143,7 @@ class OneDNNLinear(nn.Linear):
             or self.weight.dtype != torch.float32
             or torch.is_autocast_enabled("cpu")
             or _has_gradient(hidden_states)
+            or is_traced()
         ):
             return super().forward(hidden_states)
         return torch.ops.mkldnn._linear_pointwise(hidden_states, self.weight, self.bias, "none", [], "")
@@ -149,7 +167,8 @@ def _onednn_is_faster(width: int, threads: int, tokens: int = 512) -> bool:
     if not _has_operations("_linear_pointwise"):
         return False
     with torch.inference_mode():
-        states, weight = torch.ones(tokens, width), torch.ones(4 * width, width)
+        ones = partial(torch.ones, dtype=torch.float32, device="cpu")  # whatever the defaults are
+        states, weight = ones(tokens, width), ones(4 * width, width)
         seconds = {"torch": [], "onednn": []}
         for _ in range(4):
             for name, run in (
@@ -221,7 +240,8 @@ def attend_from_one_token(query, tokens, key_weight, value_weight, value_bias, s
 
     Args:
         query: (B, H, d), projected. tokens: (B, L, D). key_weight, value_weight: (D, D). value_bias: (D,).
-        mask: (B or 1, 1, 1, L), bool (True = seen) or to be added to the scores; or flash attention's (B, L).
+        mask: (B or 1, 1, 1, L), bool (True = seen) or to be added to the scores; or flash attention's (B, L), or flex
+            attention's BlockMask.
 
     Returns:
         (B, D) and the weights (B, H, 1, L).
@@ -230,6 +250,8 @@ def attend_from_one_token(query, tokens, key_weight, value_weight, value_bias, s
     looked_for = torch.einsum("bhd,hdw->bhw", query, key_weight.unflatten(0, (heads, -1)))
     scores = torch.matmul(looked_for, tokens.transpose(1, 2)) * scaling
     if mask is not None:
+        if not isinstance(mask, torch.Tensor):
+            mask = create_mask(mask.mask_mod, *scores.shape[:1], 1, 1, tokens.shape[1], device=tokens.device)
         mask = mask[:, None].bool() if mask.ndim == 2 else mask[:, 0]
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(tokens.dtype)
@@ -377,6 +399,7 @@ class FusedConvolution(nn.Module):
             and hidden_states.dtype == self.convolution.weight.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu")
             and not _has_gradient(hidden_states)
+            and not is_traced()
         )
 
 

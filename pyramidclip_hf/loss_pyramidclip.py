@@ -71,14 +71,15 @@ class _RowLogSumExp(torch.autograd.Function):
     def backward(ctx, grad):
         rows, columns, present, result = ctx.saved_tensors
         grad_rows, grad_columns = torch.zeros_like(rows), torch.zeros_like(columns)
-        for part, others in _blocks(len(rows), len(columns)):
-            weights = rows[part] @ columns[others].T
-            weights.sub_(result[part, None]).exp_()
-            if present is not None:
-                weights.masked_fill_(~present[others], 0.0)
-            weights.mul_(grad[part, None])
-            grad_rows[part].addmm_(weights, columns[others])
-            grad_columns[others].addmm_(weights.T, rows[part])
+        with torch.autocast(rows.device.type, enabled=False):  # where backward() is called inside of an autocast block
+            for part, others in _blocks(len(rows), len(columns)):
+                weights = rows[part] @ columns[others].T
+                weights.sub_(result[part, None]).exp_()
+                if present is not None:
+                    weights.masked_fill_(~present[others], 0.0)
+                weights.mul_(grad[part, None])
+                grad_rows[part].addmm_(weights, columns[others])
+                grad_columns[others].addmm_(weights.T, rows[part])
         return grad_rows, grad_columns, None
 
 

@@ -52,6 +52,7 @@ from .modeling_pyramidclip_text import (
     canonical_input_ids,
     check_input_ids,
     end_positions,
+    is_traced,
     take_position,
 )
 from .modeling_pyramidclip_vit import PyramidCLIPLeFFLayer, PyramidCLIPVisionEmbeddings
@@ -218,17 +219,19 @@ class PyramidCLIPPreTrainedModel(PreTrainedModel):
                 of a second) and takes oneDNN where it is clearly faster.
 
         Raises:
-            ValueError: the model is in train mode, spread over devices, quantised, has adapters or no weights yet.
+            ValueError: the model is in train mode, spread over devices, quantised, has no weights yet, or has adapters
+                inside of its towers (on the projections they stay).
         """
         from .fusion_pyramidclip import fuse_
 
         return fuse_(self, linear)
 
     def _refuse_if_fused(self, what: str) -> None:
-        if self.is_fused:
+        fused = next((module for module in self.modules() if getattr(module, "is_fused", False)), None)
+        if fused is not None:
             raise RuntimeError(
                 f"{what} needs the plain form, but fuse() has folded BatchNorm and activations of this "
-                f"{type(self).__name__} into its weights, which cannot be undone: load the model again with "
+                f"{type(fused).__name__} into its weights, which cannot be undone: load the model again with "
                 "from_pretrained."
             )
 
@@ -320,11 +323,6 @@ def _init_text_layer(layer: PyramidCLIPTextLayer) -> None:
     for projection in (layer.self_attn.out_proj, layer.mlp.fc2):
         init.normal_(projection.weight, std=width**-0.5 * (2 * depth) ** -0.5)
     init.normal_(layer.mlp.fc1.weight, std=(2 * width) ** -0.5)
-
-
-def _is_traced() -> bool:
-    """Whether a graph is being recorded that must not depend on the values of this batch."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class PyramidCLIPTextModel(PyramidCLIPPreTrainedModel):
@@ -616,7 +614,7 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
         longest text is cut off, so this is faster than `get_text_features`.
         """
         # A traced graph would keep the length of the texts that it was traced with.
-        cut = not (torch.is_grad_enabled() or _is_traced())
+        cut = not (torch.is_grad_enabled() or is_traced())
         embeds = self.get_text_features(
             input_ids, attention_mask, pooled_only=True, cut_padding=cut, **kwargs
         ).pooler_output

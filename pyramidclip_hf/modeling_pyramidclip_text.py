@@ -27,6 +27,11 @@ class PyramidCLIPQuickGELU(nn.Module):
         return F.silu(QUICK_GELU_SLOPE * hidden_states).mul_(1 / QUICK_GELU_SLOPE)
 
 
+def is_traced() -> bool:
+    """Whether a graph is being recorded, which must not depend on the values of this batch or on this processor."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def activation_named(name: str) -> nn.Module:
     """The activation that `config.hidden_act` names."""
     return PyramidCLIPQuickGELU() if name == "quick_gelu" else ACT2FN[name]

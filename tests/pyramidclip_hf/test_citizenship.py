@@ -179,10 +179,14 @@ def test_loading_takes_the_memory_of_one_copy(tmp_path):
     assert float(measured.stdout) < 2.3
 
 
+FORMS = pytest.mark.parametrize("prepare", [lambda model: model, lambda model: model.fuse("onednn")], ids=["", "fused"])
+
+
 @BOTH
+@FORMS
 @pytest.mark.parametrize("pooling", ["max", "eos"])
-def test_towers_compile_without_graph_breaks(tower, pooling):
-    model = PyramidCLIPModel(tiny_config(tower, pooling)).eval()
+def test_towers_compile_without_graph_breaks(tower, pooling, prepare):
+    model = prepare(PyramidCLIPModel(tiny_config(tower, pooling)).eval())
     inputs = _inputs(model)
     with torch.no_grad():
         for part, name in ((model.vision_model, "pixel_values"), (model.text_model, "input_ids")):
@@ -192,8 +196,9 @@ def test_towers_compile_without_graph_breaks(tower, pooling):
 
 
 @BOTH
-def test_towers_export(tower):
-    model = PyramidCLIPModel(tiny_config(tower)).eval()
+@FORMS
+def test_towers_export(tower, prepare):
+    model = prepare(PyramidCLIPModel(tiny_config(tower)).eval())
     inputs, batch = _inputs(model), torch.export.Dim("batch", min=2, max=64)
 
     class Image(torch.nn.Module):

@@ -69,7 +69,7 @@ def test_equals_the_plain_form(tower, pooling, linear):
         close(found[name], wanted[name].detach())
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
 @pytest.mark.parametrize("name", NAMES)
 def test_meets_the_reference(name, attention):
     model, wanted = golden_model(name).fuse(), golden_vectors(name)
@@ -284,8 +284,45 @@ def test_fusing_again_and_tower_by_tower(tower):
         assert_equal_to_plain(model, plain, batch)
 
 
+@BOTH
+def test_a_model_with_one_fused_tower_is_left_whole_by_what_it_cannot_do(tower, tmp_path):
+    model = tiny(tower)
+    model.text_model.fuse()
+    for call in (model.train, model.state_dict, lambda: model.save_pretrained(tmp_path / "model")):
+        with pytest.raises(RuntimeError, match="of this PyramidCLIPTextModel into its weights"):
+            call()
+    assert not any(module.training for module in model.modules()) and not list(tmp_path.iterdir())
+    assert not model.vision_model.train().eval().is_fused and model.vision_model.state_dict()
+
+
+def test_the_defaults_for_new_tensors_do_not_matter():
+    model, batch = lively(tiny()), make_batch(tiny())
+    wanted = model.encode_image(batch["pixel_values"]).detach()
+    fusion_pyramidclip._onednn_is_faster.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        model.fuse()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    close(model.encode_image(batch["pixel_values"]), wanted)
+
+
 class Adapter(nn.Linear):
     pass
+
+
+class Wrapper(nn.Module):
+    """An adapter as today's peft has them: not a subclass, but with the wrapped layer's weight."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer, self.lora = base_layer, nn.Linear(base_layer.in_features, base_layer.out_features)
+
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
+
+    def forward(self, hidden_states):
+        return self.base_layer(hidden_states) + self.lora(hidden_states)
 
 
 def change(path, name, make):
@@ -306,6 +343,11 @@ LEFF = "vision_model.encoder.layers.0.mlp"
     [
         (lambda model: model.train(), r"train mode: call eval\(\)"),
         (change(LEFF, "fc1", lambda old: Adapter(old.in_features, old.out_features).eval()), "fc1 is a Adapter"),
+        (change(LEFF, "fc2", lambda old: Wrapper(old).eval()), "mlp.fc2 is a Wrapper"),
+        (
+            change("text_model.encoder.layers.0.self_attn", "v_proj", lambda old: Wrapper(old).eval()),
+            "v_proj is a Wrapper",
+        ),
         (change(f"{LEFF}.norm2", "track_running_stats", lambda old: False), "norm2 keeps no running statistics"),
         (change("", "text_projection", lambda old: old.to("meta")), "text_projection.weight has no values"),
         (change("text_model", "_hf_hook", lambda old: "a hook"), "text_model is dispatched"),
@@ -318,6 +360,18 @@ def test_what_cannot_be_fused_is_refused_and_left_as_it_was(spoil, message):
     with pytest.raises(ValueError, match=message):
         model.fuse()
     assert [id(module) for module in model.modules()] == before and not model.is_fused
+
+
+def test_adapters_of_the_attention_pooling_are_refused_and_those_of_the_projections_stay():
+    model = tiny("resnet")
+    change("vision_model.attention_pool", "k_proj", lambda old: Wrapper(old).eval())(model)
+    with pytest.raises(ValueError, match="k_proj is a Wrapper"):
+        model.fuse()
+    model = lively(tiny("resnet"))
+    change("", "visual_projection", lambda old: Wrapper(old).eval())(model)
+    pixels = make_batch(model)["pixel_values"]
+    wanted = model.encode_image(pixels).detach()
+    close(model.fuse().encode_image(pixels), wanted)
 
 
 def test_an_unknown_backend_is_refused():

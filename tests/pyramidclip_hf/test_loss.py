@@ -159,6 +159,22 @@ def test_half_precision_is_widened_and_autocast_is_off():
     assert inside.loss.dtype == torch.float32 and torch.equal(inside.loss, outside.loss)
 
 
+def test_backward_inside_of_autocast():
+    """torch advises against it, as its own products then round to bf16; the log-sum-exp does not."""
+    gradients = []
+    for enabled in (False, True):
+        raw, log_scale = make_batch()
+        rows, columns = raw["global"], raw["caption"].detach()
+        loss = loss_pyramidclip._RowLogSumExp.apply(rows * log_scale.exp(), columns, None).sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss.backward()
+            pyramid_loss(
+                {level: normalize_embeds(value) for level, value in raw.items()}, log_scale.exp()
+            ).loss.backward()
+        gradients.append(rows.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=2e-2, atol=2e-2)
+
+
 def test_perfect_alignment_meets_its_floor():
     # One-hot embeddings: z = s on the pair and 0 elsewhere; the loss in numbers, without the module under test.
     count, scale, smoothing = 6, 20.0, 0.2
