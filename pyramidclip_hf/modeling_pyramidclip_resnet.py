@@ -112,6 +112,10 @@ class PyramidCLIPResNet(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if pixel_values.device.type == "cuda":
+            # Convolutions keep this layout to the end. Weights stay as they are, and with them optimizer states and
+            # checkpoints. On CPUs it gains nothing (docs/speed.md).
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         hidden_states = self.stem(pixel_values)
         for stage in self.stages:
             hidden_states = stage(hidden_states)

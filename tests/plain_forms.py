@@ -8,6 +8,7 @@ projects and attends from all tokens, as the reference's nn.MultiheadAttention d
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class QuickGELU(nn.Module):
@@ -272,3 +273,19 @@ def plain_form(model) -> DualEncoder:
     plain = DualEncoder(model.config)
     plain.load_state_dict(model.state_dict())
     return plain.eval()
+
+
+def lively(model):
+    """`model` with statistics, scales and shifts that folding cannot get right by accident."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.running_mean.normal_(0, 0.5, generator=generator)
+                module.running_var.uniform_(0.2, 2.0, generator=generator)
+            if isinstance(module, (_BatchNorm, nn.LayerNorm)):
+                module.weight.normal_(1, 0.3, generator=generator)
+                module.bias.normal_(0, 0.3, generator=generator)
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
+                module.bias.normal_(0, 0.2, generator=generator)
+    return model

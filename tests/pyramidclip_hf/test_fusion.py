@@ -15,28 +15,12 @@ from pyramidclip_hf import (
     fusion_pyramidclip,
 )
 from tests.golden import NAMES, OUTPUTS, golden_batch, golden_model, golden_vectors
-from tests.plain_forms import plain_form
+from tests.plain_forms import lively, plain_form
 from tests.pyramidclip_hf.test_modeling import BOTH, make_batch, tiny
 
 LINEAR = pytest.mark.parametrize("linear", ["torch", "onednn"])
 FIELDS = ("image_embeds", "local_image_embeds", "roi_embeds", "text_embeds", "summary_embeds", "tag_embeds",
           "logits_per_image")  # fmt: skip
-
-
-def lively(model):
-    """`model` with statistics, scales and shifts that folding cannot get right by accident."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
-                module.running_mean.normal_(0, 0.5, generator=generator)
-                module.running_var.uniform_(0.2, 2.0, generator=generator)
-            if isinstance(module, (_BatchNorm, nn.LayerNorm)):
-                module.weight.normal_(1, 0.3, generator=generator)
-                module.bias.normal_(0, 0.3, generator=generator)
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
-                module.bias.normal_(0, 0.2, generator=generator)
-    return model
 
 
 def close(found, wanted, tolerance=1e-5):

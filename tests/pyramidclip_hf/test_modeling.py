@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel, CLIPTextConfig, CLIPTextModel
 
 from pyramidclip_hf import (
@@ -343,3 +344,23 @@ def test_default_objective_needs_all_six_levels():
     output = tiny()(**make_batch(tiny()), return_loss=True)
     wanted = sum(output.loss_terms[name] for name in DEFAULT_LOSS_WEIGHTS) / 6
     torch.testing.assert_close(output.loss, wanted)
+
+
+def test_a_resnet_s_convolutions_are_channels_last_on_a_gpu():
+    """Seen at the first convolution's input, with tensors that only have a shape, a layout and a device."""
+    layouts = {}
+
+    def remember(_, inputs):
+        layouts[inputs[0].device.type] = inputs[0].is_contiguous(memory_format=torch.channels_last)
+
+    for device in ("cpu", "cuda"):
+        tower = tiny("resnet").vision_model
+        tower.trunk.stem.conv1.register_forward_pre_hook(remember)
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            tower.to(device)(torch.empty(2, 3, 64, 64, device=device))
+    assert layouts == {"cpu": False, "cuda": True}
+    model = tiny("resnet")
+    pixels = make_batch(model)["pixel_values"]
+    torch.testing.assert_close(
+        model.encode_image(pixels.contiguous(memory_format=torch.channels_last)), model.encode_image(pixels)
+    )
