@@ -85,7 +85,7 @@ def labelled_hub(
         read=lambda number: open_picture(_bytes(rows[number][image], data, number), f"{data}, row {number}"),
         described=fields,
     )
-    return pictures if max_samples else check_every_class_has_pictures(pictures)
+    return check_every_class_has_pictures(pictures, max_samples)
 
 
 class CaptionedRows(Sequence):

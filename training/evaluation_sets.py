@@ -128,7 +128,7 @@ def open_set(
         main_metric=(spec.metric, PAPER_METRIC if as_paper else MAIN_METRIC),
         files=[picture for picture in pictures if isinstance(picture, Path)],
     )
-    return data if max_samples else check_every_class_has_pictures(data)
+    return check_every_class_has_pictures(data, max_samples)
 
 
 def open_both_splits(

@@ -104,7 +104,6 @@ class RetrievalArguments(SetArguments):
     captions: str | None = field(
         default=None, metadata={"help": "captions of the pictures in --data, as in training.evaluate"}
     )
-
     models: list[str] = field(metadata={"help": "one or more folders of saved models, or Hub ids"})
     output: str = field(metadata={"help": "the PNG file"})
     titles: list[str] | None = field(default=None, metadata={"help": "names of the models in the picture"})
