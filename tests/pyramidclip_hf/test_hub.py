@@ -108,6 +108,17 @@ def test_card_is_filled_and_its_metadata_valid():
     assert "{{" not in text and "{%" not in text
 
 
+def test_the_card_s_example_runs(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "model")
+    picture().save(tmp_path / "picture.jpg")
+    example = str(build_model_card(tiny_config(), model_name="shapes", repo_id="model"))
+    example = example.split("```python\n")[1].split("```")[0]
+    ran = run_python(example + "print(*probabilities.shape, probabilities.sum().item())", tmp_path)
+    rows, columns, total = ran.stdout.split()
+    assert (rows, columns) == ("1", "2") and float(total) == pytest.approx(1)
+
+
 def test_card_without_facts_says_so():
     text = str(build_model_card(tiny_config("resnet"), model_name="bare"))
     assert card_faults(text) == []
