@@ -66,12 +66,12 @@ class ContrastiveObjective(nn.Module):
         self.freeze = freeze
         self.autocast_dtype = autocast_dtype
         self.encode = model.encode_levels
-        # The same on every process.
-        generator = torch.Generator().manual_seed(0)
-        factors = torch.randint(
-            -(2**62), 2**62, (model.config.text_config.max_position_embeddings,), generator=generator
-        )
-        self.token_factors = nn.Buffer(factors, persistent=False)
+        if self.grouped_levels:
+            generator = torch.Generator().manual_seed(0)  # the same on every process
+            positions = model.config.text_config.max_position_embeddings
+            self.token_factors = nn.Buffer(
+                torch.randint(-(2**62), 2**62, (positions,), generator=generator), persistent=False
+            )
         self.train()  # the model freezes its patch convolution here
         self._hold_parameters()
 
