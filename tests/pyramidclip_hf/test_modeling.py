@@ -346,6 +346,7 @@ def test_default_objective_needs_all_six_levels():
     torch.testing.assert_close(output.loss, wanted)
 
 
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no cuda tensors, not even fake ones")
 def test_a_resnet_s_convolutions_are_channels_last_on_a_gpu():
     """Seen at the first convolution's input, with tensors that only have a shape, a layout and a device."""
     layouts = {}
