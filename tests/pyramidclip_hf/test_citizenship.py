@@ -179,7 +179,9 @@ def test_loading_takes_the_memory_of_one_copy(tmp_path):
     assert float(measured.stdout) < 2.3
 
 
-FORMS = pytest.mark.parametrize("prepare", [lambda model: model, lambda model: model.fuse("onednn")], ids=["", "fused"])
+FORMS = pytest.mark.parametrize(
+    "prepare", [lambda model: model, lambda model: model.fuse("onednn")], ids=["plain", "fused"]
+)
 
 
 @BOTH
