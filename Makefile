@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORE := .venv-core
 CORE_TORCH := 2.13.0
-CORE_TESTS := tests/pyramidclip_hf tests/test_core_environment.py
+CORE_TESTS := tests/pyramidclip_hf --ignore tests/pyramidclip_hf/vinvl tests/test_core_environment.py
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help setup demo test test-main test-core test-all test-upstream bench lint clean
@@ -58,4 +58,4 @@ lint: $(VENV)/installed  ## ruff check and format check
 	$(BIN)/ruff format --check .
 
 clean:  ## remove the environments and what the tools cached
-	rm -rf $(VENV) $(CORE) build dist *.egg-info .pytest_cache .ruff_cache .cache
+	rm -rf $(VENV) $(CORE) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .cache

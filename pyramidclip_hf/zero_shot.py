@@ -256,7 +256,7 @@ def retrieve(queries: torch.Tensor, candidates: torch.Tensor, k: int = 10) -> Ma
     """The `k` candidates of highest dot product for each query.
 
     Queries are taken in chunks, so that memory grows with Q + C and not with Q x C. For recall with ties counted
-    fairly, see `training.retrieval`.
+    fairly, see `training.evaluation.retrieval`.
 
     Args:
         queries: (Q, D). candidates: (C, D). On one device.

@@ -35,8 +35,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from training.data.shards import read_dataset_json, write_atomically
 from training.demo import EXIT_INTERRUPTED, EXIT_WRONG_SETTING, DemoArguments, draw_scenes, score_model
-from training.shards import read_dataset_json, write_atomically
 
 EXIT_FAILED = 1
 SPLITS = ("train", "validation", "objects")
@@ -305,7 +305,7 @@ def end_with_parent() -> None:
 def run_here(args: AblationArguments, name: str) -> int:
     """Trains and evaluates the run `name` in this process; its result is written last."""
     from training import pretrain
-    from training.arguments import PretrainingArguments
+    from training.settings.pretraining import PretrainingArguments
 
     end_with_parent()
     plan = json.loads((args.folder / "plan.json").read_text(encoding="utf-8"))
@@ -446,7 +446,7 @@ def termination_as_interrupt() -> Iterator[None]:
 
 def run_ablations(args: AblationArguments) -> tuple[Path, list[Job]]:
     """All runs that are asked for and not there yet, and the page; returns the page and the runs that failed."""
-    from training.ablations_page import write_page
+    from training.reports.ablations_page import write_page
 
     plan = claim(args)
     jobs = jobs_of(plan, args)

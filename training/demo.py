@@ -31,7 +31,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from training.shards import write_atomically
+from training.data.shards import write_atomically
 
 PICTURE_SIZE, SHARD_SIZE, SEED = 96, 500, 0
 CLIP_WEIGHTS = {"global_caption": 1.0}
@@ -163,7 +163,7 @@ def start(args: DemoArguments, stage: str, run: str, max_steps: int | None = Non
 
 def training_settings(args: DemoArguments):
     """`PretrainingArguments` of one of the three runs."""
-    from training.arguments import parse_arguments
+    from training.settings.pretraining import parse_arguments
 
     words = ["--config", args.config, "--output-dir", str(args.folder / args.training), "--resume", "latest"]
     words += ["--train-data", str(args.folder / "scenes/train")]
@@ -193,8 +193,8 @@ def compared_embeddings(model, processor, data: Path) -> dict[str, np.ndarray]:
 
     One thread computes them, since the last bits of a matrix product depend on how it is split.
     """
-    from training.embedding import embed_levels
-    from training.evaluation_data import ShardSamples
+    from training.data.labelled import ShardSamples
+    from training.evaluation.embedding import embed_levels
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -243,7 +243,7 @@ def save_arrays(path: Path, **arrays: Any) -> None:
 
 def draw_scenes(folder: Path, train: int, validation: int, per_object: int, workers: int) -> None:
     """The three splits in `folder`; shards that are there are kept. workers: processes that draw."""
-    from training.prepare.emoji_scenes import Recipe, build
+    from training.emoji.scenes import Recipe, build
 
     build(Recipe(SEED, train, validation, per_object, PICTURE_SIZE, SHARD_SIZE), folder, workers=workers)
 
@@ -264,10 +264,10 @@ def score_model(folder: Path, scenes: Path) -> tuple[dict[str, Any], dict[str, n
 
     Returns the scores, and the (Q, I) cosines of captions and pictures and (N, C) of pictures and classes behind them.
     """
-    from training.embedding import embed_levels
+    from training.data.labelled import ShardSamples, labelled_shards
     from training.evaluate import classification_metrics, load_model, zero_shot_scores
-    from training.evaluation_data import ShardSamples, labelled_shards
-    from training.retrieval import level_metrics
+    from training.evaluation.embedding import embed_levels
+    from training.evaluation.retrieval import level_metrics
 
     model, processor = load_model(str(folder))
     samples = ShardSamples(str(scenes / "validation"))
@@ -300,8 +300,8 @@ def evaluate_run(args: DemoArguments, name: str) -> dict[str, Any]:
 
 def reported_run(args: DemoArguments, name: str, scores: dict[str, Any]):
     """What the report says about one run."""
-    from training.report import ReportedRun
-    from training.tracking import read_metrics
+    from training.loop.tracking import read_metrics
+    from training.reports.demo_page import ReportedRun
 
     record = training_record(args, name)
     with np.load(args.folder / f"evaluation/{name}.npz") as arrays:
@@ -324,9 +324,9 @@ def reported_run(args: DemoArguments, name: str, scores: dict[str, Any]):
 def report(args: DemoArguments, stages: Stages) -> Path:
     """Collects what the stages left and writes report.html."""
     from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES
-    from training.evaluation_data import ShardSamples, labelled_shards
-    from training.prepare.emoji_pictures import ATTRIBUTION
-    from training.report import SCENES_SHOWN, ReportedDemo, write_report
+    from training.data.labelled import ShardSamples, labelled_shards
+    from training.emoji.pictures import ATTRIBUTION
+    from training.reports.demo_page import SCENES_SHOWN, ReportedDemo, write_report
 
     scenes = args.folder / "scenes"
     objects, results = labelled_shards(str(scenes / "objects")), stages.result("evaluate")
@@ -378,7 +378,7 @@ def commands_text(args: DemoArguments) -> str:
     model = f"--model {args.output_dir}/pyramid/final"
     return "\n".join(
         [
-            f"python -m training.prepare.emoji_scenes --output-dir {args.output_dir}/scenes --train {args.train} "
+            f"python -m training.emoji.scenes --output-dir {args.output_dir}/scenes --train {args.train} "
             f"--validation {args.validation} --per-object {args.per_object}",
             f"{launch} {scenes} --output-dir my_pyramid",
             f"{launch} {scenes} --output-dir my_clip --loss-weights '{json.dumps(CLIP_WEIGHTS)}'",

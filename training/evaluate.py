@@ -27,15 +27,15 @@ from typing import Literal
 import torch
 from huggingface_hub import EvalResult
 
-from training.clip_benchmark_bridge import run_clip_benchmark
-from training.embedding import embed_levels, levels_of_pairs, map_batches
-from training.evaluation_captions import CAPTION_SETS, CaptionedPictures, captioned_folder, open_captions
-from training.evaluation_data import LabelledPictures, ShardSamples, labelled_folder, labelled_shards
-from training.evaluation_hub import CaptionedRows, is_hub_data, labelled_hub
-from training.evaluation_sets import TABLE_7, open_set
-from training.results import hub_identifier, results_table, write_csv, write_json
-from training.retrieval import check_pairs, level_metrics, rank_counts
-from training.shard_cache import DownloadError
+from training.data.labelled import LabelledPictures, ShardSamples, labelled_folder, labelled_shards
+from training.data.remote import DownloadError
+from training.evaluation.captions import CAPTION_SETS, CaptionedPictures, captioned_folder, open_captions
+from training.evaluation.clip_benchmark import run_clip_benchmark
+from training.evaluation.embedding import embed_levels, levels_of_pairs, map_batches
+from training.evaluation.hub import CaptionedRows, is_hub_data, labelled_hub
+from training.evaluation.results import hub_identifier, results_table, write_csv, write_json
+from training.evaluation.retrieval import check_pairs, level_metrics, rank_counts
+from training.evaluation.sets import TABLE_7, open_set
 
 EXIT_WRONG_SETTING = 2
 # Without either the processor would silently take the tokenizer that the package comes with.
@@ -272,7 +272,8 @@ def zero_shot_scores(model, processor, data: LabelledPictures, templates: Sequen
 
 
 def classification_metrics(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float | int]:
-    """scores: (N, C). labels: (N,) int64. Equal scores share the place among them, as in `training.retrieval`.
+    """scores: (N, C). labels: (N,) int64. Equal scores share the place among them, as in
+    `training.evaluation.retrieval`.
 
     Returns `top_1`, `top_5`, `mean_per_class` (of top-1, over the classes met), and the numbers of `pictures` and
     `classes`.

@@ -24,6 +24,9 @@ import numpy as np
 
 from pyramidclip_hf.explain import explain_image, explain_regions
 from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES, class_embeddings, image_embeddings, retrieve, text_embeddings
+from training.data.labelled import ShardSamples, open_picture
+from training.data.records import Sample, phrase
+from training.data.shards import read_dataset_json, write_atomically
 from training.evaluate import (
     EXIT_WRONG_SETTING,
     EvaluationArguments,
@@ -32,10 +35,7 @@ from training.evaluate import (
     open_samples,
     read_templates,
 )
-from training.evaluation_data import ShardSamples, open_picture
-from training.records import Sample, phrase
-from training.report_plots import INK, SOFT
-from training.shards import read_dataset_json, write_atomically
+from training.reports.plots import INK, SOFT
 
 RIGHT_COLOUR = "#17804a"
 

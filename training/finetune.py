@@ -3,7 +3,7 @@
     accelerate launch -m training.finetune --model DIR --train-data FOLDER --validation-data FOLDER [--resume latest]
 
 The new head alone for 8 epochs, then everything, 128 epochs in total, AdamW with a learning rate of 1e-3 on a cosine
-without warm-up: these are the paper's; `training.finetune_arguments` says what is ours. Also ours: one cosine and one
+without warm-up: these are the paper's; `training.settings.finetuning` says what is ours. Also ours: one cosine and one
 optimizer span both stages; while the head learns alone, the encoder is in evaluation mode, so that its BatchNorm
 statistics stay as they were trained; a ViT's patch convolution stays frozen throughout, as in pre-training.
 
@@ -30,20 +30,19 @@ from torch import nn
 
 from pyramidclip_hf.image_processing_pyramidclip import upright_rgb
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPForImageClassification
-from training.arguments import parse_arguments
-from training.batches import BatchReport, DataError
-from training.checkpoint import IDENTITY_WITHOUT
-from training.classification_data import Part, fingerprint, metric_results, open_parts
-from training.distributed import broadcast_buffers, rank, sum_over_processes, world_size
-from training.embedding import map_batches
+from training.data.batches import BatchReport, DataError
+from training.data.labelled import LabelledPictures
+from training.data.loader import BatchReader
+from training.data.order import SampleOrder
+from training.data.views import crop_box, cut_view
 from training.evaluate import classification_metrics
-from training.evaluation_data import LabelledPictures
-from training.finetune_arguments import FinetuneArguments
-from training.initial_model import named_model
-from training.loader import BatchReader
-from training.objective import StepLoss
-from training.optim import build_optimizer, set_learning_rate
-from training.order import SampleOrder
+from training.evaluation.embedding import map_batches
+from training.evaluation.results import write_json
+from training.loop.checkpoint import IDENTITY_WITHOUT
+from training.loop.distributed import broadcast_buffers, rank, sum_over_processes, world_size
+from training.loop.initial_model import named_model
+from training.loop.objective import StepLoss
+from training.loop.optim import build_optimizer, set_learning_rate
 from training.pretrain import (
     AUTOCAST,
     Run,
@@ -54,8 +53,9 @@ from training.pretrain import (
     start_processes,
     synchronised_batch_norm,
 )
-from training.results import write_json
-from training.views import crop_box, cut_view
+from training.settings.finetuning import FinetuneArguments
+from training.settings.pretraining import parse_arguments
+from training.transfer.parts import Part, fingerprint, metric_results, open_parts
 
 ASPECT = (3 / 4, 4 / 3)
 # What is drawn for a picture in an epoch.

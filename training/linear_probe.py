@@ -33,14 +33,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 import pyramidclip_hf
-from training.classification_data import Part, check_part_settings, content_digest, metric_results, open_parts
-from training.distributed import any_process
-from training.embedding import map_batches
+from training.data.labelled import LabelledPictures
+from training.data.shards import cache_folder, write_atomically
 from training.evaluate import classification_metrics, load_model
-from training.evaluation_data import LabelledPictures
-from training.evaluation_sets import TABLE_7
-from training.results import results_table, write_csv, write_json
-from training.shards import cache_folder, write_atomically
+from training.evaluation.embedding import map_batches
+from training.evaluation.results import results_table, write_csv, write_json
+from training.evaluation.sets import TABLE_7
+from training.loop.distributed import any_process
+from training.transfer.parts import Part, check_part_settings, content_digest, metric_results, open_parts
 
 EXIT_WRONG_SETTING = 2
 # The sweep (CLIP, appendix A.3): exponents of C from -6 to 6 in steps of 1/8, first every 16th of them.

@@ -29,9 +29,9 @@ import torch
 from torch import nn
 
 from pyramidclip_hf.configuration_pyramidclip import levels_of
-from training.arguments import PretrainingArguments, parse_arguments
-from training.batches import DataError
-from training.checkpoint import (
+from training.data.batches import DataError
+from training.data.loader import TrainingReader, is_worker_death, settings_for, worker_died
+from training.loop.checkpoint import (
     IDENTITY_WITHOUT,
     CheckpointError,
     Progress,
@@ -43,15 +43,15 @@ from training.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from training.distributed import StopVote, check_equal_batches, rank, world_size
-from training.gradient_cache import GradientCache
-from training.initial_model import initial_model
-from training.loader import TrainingReader, is_worker_death, settings_for, worker_died
-from training.objective import ContrastiveObjective, StepLoss
-from training.optim import MovingAverage, build_optimizer, learning_rate_at, set_learning_rate
+from training.loop.distributed import StopVote, check_equal_batches, rank, world_size
+from training.loop.gradient_cache import GradientCache
+from training.loop.initial_model import initial_model
+from training.loop.objective import ContrastiveObjective, StepLoss
+from training.loop.optim import MovingAverage, build_optimizer, learning_rate_at, set_learning_rate
+from training.loop.tracking import MetricsLog, NonFiniteLoss, StepWindow, duplicate_rates, start_trackers
+from training.loop.validation import ValidationSet
 from training.publish import publish, write_card
-from training.tracking import MetricsLog, NonFiniteLoss, StepWindow, duplicate_rates, start_trackers
-from training.validation import ValidationSet
+from training.settings.pretraining import PretrainingArguments, parse_arguments
 
 EXIT_WRONG_SETTING = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: try again later

@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
 from pyramidclip_hf.hub import PublishError, build_model_card, publish_folder
-from training.results import hub_identifier, read_json
+from training.evaluation.results import hub_identifier, read_json
 
 EXIT_WRONG_SETTING = 2
 # What a reader of the card wants to know; all settings are in training.json.

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES, PyramidCLIPConfig
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
-from training.arguments import PretrainingArguments, parse_arguments
-from training.objective import ContrastiveObjective
+from training.loop.objective import ContrastiveObjective
+from training.settings.pretraining import PretrainingArguments, parse_arguments
 
 GB = 1e9
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -18,10 +18,10 @@ from PIL import Image
 
 from pyramidclip_hf import PyramidCLIPProcessor
 from tests.bench.paired import compare
-from training.loader import TrainingReader, settings_for
-from training.records import Sample
-from training.shards import ShardWriter
-from training.views import ViewSettings, make_views
+from training.data.loader import TrainingReader, settings_for
+from training.data.records import Sample
+from training.data.shards import ShardWriter
+from training.data.views import ViewSettings, make_views
 
 
 def photographs(side):

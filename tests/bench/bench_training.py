@@ -14,8 +14,8 @@ from pyramidclip_hf.loss_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVEL_INPUTS
 from tests.bench.paired import Comparison, compare
 from tests.dense_loss import dense_loss
 from tests.plain_forms import DualEncoder, plain_form
-from training.objective import ContrastiveObjective
-from training.optim import build_optimizer
+from training.loop.objective import ContrastiveObjective
+from training.loop.optim import build_optimizer
 
 TOKENS = {"tag_input_ids": 10, "input_ids": 16, "summary_input_ids": 30}
 SMOOTHING, LEARNING_RATE, WEIGHT_DECAY = 0.2, 1e-5, 0.2

@@ -127,7 +127,7 @@ def load_points() -> list[dict[str, float]]:
 def start_up_seconds() -> dict[str, float]:
     """From `accelerate launch` to the first line of metrics.jsonl, demo's model, 64 scenes that are there already."""
     with tempfile.TemporaryDirectory() as folder:
-        scenes = [sys.executable, "-m", "training.prepare.emoji_scenes", "--output-dir", f"{folder}/scenes"]
+        scenes = [sys.executable, "-m", "training.emoji.scenes", "--output-dir", f"{folder}/scenes"]
         subprocess.run([*scenes, "--train", "64", "--validation", "4", "--per-object", "1"], check=True)
         words = ["--config", "training/configs/demo.yaml", "--train-data", f"{folder}/scenes/train", "--max-steps", "1"]
         words += ["--validation-data", f"{folder}/scenes/validation", "--log-every-steps", "1"]

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from training.data.shards import ShardWriter
 from training.prepare import import_features, pack, summarize
-from training.shards import ShardWriter
 
 CAPTION = "Ornate palace with a red and green pagoda under a blue sky, 1024x768 wallpaper | IMG_{}.JPG - free shipping"
 

@@ -5,7 +5,7 @@ position) only.
 import torch
 
 from tests.training.tiny import TEXT, VIT, tiny_batch
-from training.distributed import rank, world_size
+from training.loop.distributed import rank, world_size
 
 MODEL_CONFIG = {"text_config": {**TEXT, "pooling": "eos"}, "vision_config": VIT, "projection_dim": 8}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from training.shards import ShardReader
+from training.data.shards import ShardReader
 
 
 def picture(number=0, size=(32, 24), form="JPEG"):

@@ -8,8 +8,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 from PIL import Image
 
-from training.records import Region, Sample
-from training.shards import ShardWriter, write_dataset_json
+from training.data.records import Region, Sample
+from training.data.shards import ShardWriter, write_dataset_json
 
 FEATURES = 8
 
@@ -45,7 +45,7 @@ def make_sample(number):
 
 def write_shards(folder, numbers, shard_size=8, made_by="detector 1", spoil=None):
     """Shards of the samples `numbers` with `dataset.json`; `spoil` {number: function of the sample's members}."""
-    from training.records import members_from_sample
+    from training.data.records import members_from_sample
 
     folder.mkdir(parents=True, exist_ok=True)
     numbers = list(numbers)

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from training import ablations
-from training import ablations_page as page
 from training.ablations import AblationArguments, Job, claim, expand, jobs_of, main, make_plan, result_path
+from training.reports import ablations_page as page
 
 CONFIGS = Path(ablations.__file__).parent / "configs"
 BASE = {

@@ -17,14 +17,14 @@ from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPForImageClassificatio
 from tests.hub_server import Repository, client_environment, running_hub
 from tests.training.evaluation_models import FEATURES, save_tiny_model
 from tests.training.processes import run_in_processes
-from training.embedding import embed_levels, local_view
+from training.data.labelled import ShardSamples
+from training.data.records import Region, Sample, tag_text
+from training.data.shards import ShardWriter, write_dataset_json
 from training.evaluate import classification_metrics, load_model, main, read_templates, zero_shot_scores
-from training.evaluation_data import ShardSamples
-from training.evaluation_sets import open_set
-from training.records import Region, Sample, tag_text
-from training.results import read_json
-from training.retrieval import retrieval_metrics
-from training.shards import ShardWriter, write_dataset_json
+from training.evaluation.embedding import embed_levels, local_view
+from training.evaluation.results import read_json
+from training.evaluation.retrieval import retrieval_metrics
+from training.evaluation.sets import open_set
 
 WORDS = "red green blue big small dog cat bird house tree car boat sun moon star".split()
 

@@ -15,8 +15,8 @@ from pyramidclip_hf.image_processing_pyramidclip import PyramidCLIPImageProcesso
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from tests.training.scene_files import FEATURES, make_sample, write_shards
+from training.data.labelled import ShardSamples
 from training.evaluate import load_model
-from training.evaluation_data import ShardSamples
 from training.figures import attribution_of, localisation, main, tsne_points
 
 ATTRIBUTION = "Drawn by somebody. License: CC BY-SA 4.0"
@@ -197,7 +197,7 @@ TRAINED = {
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    from training.prepare.emoji_scenes import Recipe, build
+    from training.emoji.scenes import Recipe, build
 
     folder = tmp_path_factory.mktemp("scenes")
     build(Recipe(0, 4000, 40, 1, 96, 1000), folder, workers=1, progress=False)
@@ -210,7 +210,7 @@ def scenes(tmp_path_factory):
 def test_heat_of_a_trained_model_lies_on_the_named_object(tower, scenes, tmp_path):
     """Two minutes of training are enough for at least twice the share that chance would give."""
     from training import pretrain
-    from training.arguments import parse_arguments
+    from training.settings.pretraining import parse_arguments
 
     text = {"hidden_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2, "pooling": "eos"}
     words = ["--train-data", str(scenes / "train"), "--output-dir", str(tmp_path / "run"), "--precision", "fp32"]

@@ -14,23 +14,23 @@ from safetensors.torch import load_file
 
 from pyramidclip_hf import PyramidCLIPForImageClassification, PyramidCLIPModel, PyramidCLIPProcessor
 from tests.training.labelled_files import write_pictures
+from tests.training.loop.test_resume import TIMES
 from tests.training.memory_reader import MODEL_CONFIG
 from tests.training.processes import run_in_processes
 from tests.training.test_pretrain import NO_BATCH_NORM
-from tests.training.test_resume import TIMES
 from training import finetune, pretrain, publish
-from training.batches import DataError
-from training.checkpoint import IdentityError, list_checkpoints
-from training.classification_data import open_parts
+from training.data.batches import DataError
+from training.data.labelled import labelled_folder
+from training.data.order import SampleOrder
 from training.evaluate import classification_metrics
-from training.evaluation_data import labelled_folder
-from training.finetune_arguments import FinetuneArguments
-from training.initial_model import named_model
+from training.evaluation.results import read_json
 from training.linear_probe import LinearProbeArguments
-from training.optim import learning_rate_at
-from training.order import SampleOrder
-from training.results import read_json
-from training.tracking import read_metrics
+from training.loop.checkpoint import IdentityError, list_checkpoints
+from training.loop.initial_model import named_model
+from training.loop.optim import learning_rate_at
+from training.loop.tracking import read_metrics
+from training.settings.finetuning import FinetuneArguments
+from training.transfer.parts import open_parts
 
 COUNTS = {"blue": 8, "green": 8, "dark_red": 8}
 

@@ -13,10 +13,10 @@ from tests.training.labelled_files import write_pictures
 from tests.training.memory_reader import MODEL_CONFIG
 from tests.training.processes import run_in_processes
 from training import linear_probe
-from training.classification_data import open_parts
 from training.evaluate import load_model
-from training.initial_model import named_model
 from training.linear_probe import LinearProbeArguments, c_of, cached_features, fit, main, picture_features, probe, sweep
+from training.loop.initial_model import named_model
+from training.transfer.parts import open_parts
 
 COUNTS = {"blue": 8, "green": 8, "dark_red": 8}
 

@@ -19,10 +19,10 @@ from tests.training.memory_reader import MODEL_CONFIG, MemoryReader
 from tests.training.processes import run_in_processes
 from tests.training.tiny import RESNET, TEXT, VIT
 from training import pretrain
-from training.arguments import PretrainingArguments
-from training.checkpoint import list_checkpoints
-from training.optim import learning_rate_at
-from training.tracking import MetricsLog, NonFiniteLoss, duplicate_rates, read_metrics
+from training.loop.checkpoint import list_checkpoints
+from training.loop.optim import learning_rate_at
+from training.loop.tracking import MetricsLog, NonFiniteLoss, duplicate_rates, read_metrics
+from training.settings.pretraining import PretrainingArguments
 
 NO_BATCH_NORM = {**MODEL_CONFIG, "vision_config": {**VIT, "num_leff_layers": 0}}
 

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.training.loop.test_resume import assert_equal_runs, expect_killed, run_settings
 from tests.training.processes import run_in_processes
 from tests.training.scene_files import FEATURES, write_shards
-from tests.training.test_resume import assert_equal_runs, expect_killed, run_settings
 from tests.training.tiny import VIT
 from training import pretrain
-from training.arguments import PretrainingArguments
-from training.batches import DataError
-from training.checkpoint import list_checkpoints
-from training.loader import WorkerDied
-from training.shards import ShardReader, ShardWriter, index_path
-from training.tracking import read_metrics
+from training.data.batches import DataError
+from training.data.loader import WorkerDied
+from training.data.shards import ShardReader, ShardWriter, index_path
+from training.loop.checkpoint import list_checkpoints
+from training.loop.tracking import read_metrics
+from training.settings.pretraining import PretrainingArguments
 
 CHECKOUT = Path(pretrain.__file__).parent.parent
 TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pooling": "eos", "attention_dropout": 0.1}

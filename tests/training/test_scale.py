@@ -9,9 +9,9 @@ import torch
 from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from tests.training.processes import run_in_processes
-from training.arguments import PretrainingArguments
-from training.objective import ContrastiveObjective
+from training.loop.objective import ContrastiveObjective
 from training.scale import flops_per_pair, main, memory_per_gpu
+from training.settings.pretraining import PretrainingArguments
 
 PAIRS = 64
 SMALL = {

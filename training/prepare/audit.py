@@ -3,7 +3,7 @@
     python -m training.prepare.audit SOURCE [SOURCE ...] [--output-dir DIR] [--json] [--workers 4]
 
 A source is what training takes: a folder of shards, a glob, a list, a URL, a JSONL manifest
-(`training.data_sources`). Every sample is read and its picture decoded. The report says, for each text level, how
+(`training.data.sources`). Every sample is read and its picture decoded. The report says, for each text level, how
 many texts are repeated and how many are cut at 77 tokens; which levels are there together; which samples are bad,
 why, and where; how large and how long the pictures are. It is printed; with `--output-dir` it is also kept as
 `audit.txt`, `audit.json`, `audit.png` and `bad-samples.jsonl`, and an audit that was stopped continues with the
@@ -24,10 +24,10 @@ from pathlib import Path
 
 import numpy as np
 
-from training.data_sources import open_data_set
-from training.records import BadSample, sample_from_members, tag_text
-from training.shards import write_atomically
-from training.views import BadPicture, open_picture, upright_size
+from training.data.records import BadSample, sample_from_members, tag_text
+from training.data.shards import write_atomically
+from training.data.sources import open_data_set
+from training.data.views import BadPicture, open_picture, upright_size
 
 TEXTS = ("summary", "caption", "tags")
 LEVELS = ("picture", "caption", "summary", "tags", "regions")

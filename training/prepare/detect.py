@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
+from training.data.views import BadPicture
 from training.prepare.detectors import DetectorArguments, open_detector
 from training.prepare.pictures import decoded
 from training.prepare.regions import best_regions
@@ -24,7 +25,6 @@ from training.prepare.work import (
     rewrite_shards,
     this_worker,
 )
-from training.views import BadPicture
 
 # The level it makes, as `import_features` does.
 STAGE = "regions"

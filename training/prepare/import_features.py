@@ -12,6 +12,7 @@ to goes on without regions.
 
 from dataclasses import asdict, dataclass, field
 
+from training.data.shards import ShardWriter
 from training.prepare.pictures import picture_size
 from training.prepare.region_formats import ManyRows, open_format
 from training.prepare.regions import best_regions, read_names
@@ -26,7 +27,6 @@ from training.prepare.work import (
     rewrite_shards,
     this_worker,
 )
-from training.shards import ShardWriter
 
 # The level it makes: `detect` makes the same one, and what is done by one is not done by the other.
 STAGE = "regions"

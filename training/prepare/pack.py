@@ -19,11 +19,11 @@ from typing import Literal
 
 import numpy as np
 
+from training.data.records import IMAGE_SUFFIXES, BadSample, sample_from_members
+from training.data.shards import ShardWriter, is_url, write_atomically
 from training.prepare.pictures import picture_suffix
 from training.prepare.sources import Part, SourceArguments, open_source
 from training.prepare.work import Stage, Tally, WorkArguments, describe_dataset, parse, this_worker
-from training.records import IMAGE_SUFFIXES, BadSample, sample_from_members
-from training.shards import ShardWriter, is_url, write_atomically
 
 STAGE = "pack"
 # Keys are compared within buckets of about this many, so that 100 million of them need little memory at a time.

@@ -1,8 +1,8 @@
 """Encoded pictures as the preparation steps meet them: what they are, how large, and their pixels."""
 
 from pyramidclip_hf.image_processing_pyramidclip import upright_rgb
-from training.records import BadSample
-from training.views import DECODING_ERRORS, ORIENTATION, BadPicture, open_picture
+from training.data.records import BadSample
+from training.data.views import DECODING_ERRORS, ORIENTATION, BadPicture, open_picture
 
 _SUFFIX_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
@@ -11,7 +11,7 @@ def picture_suffix(data, max_pixels, decode=True):
     """The suffix (`jpg`, `png`, `webp`) of encoded picture bytes, by their content and whatever the file was called.
 
     With `decode` the picture is read to its end (JPEG at an eighth of its size: the whole bit stream is read, few
-    pixels are made). Raises `BadSample` with reason `unsupported-format` or what `training.views` calls the fault:
+    pixels are made). Raises `BadSample` with reason `unsupported-format` or what `training.data.views` calls the fault:
     `no-picture-format`, `picture-too-large`, `bad-picture`.
     """
     try:
@@ -30,7 +30,7 @@ def picture_suffix(data, max_pixels, decode=True):
 
 
 def decoded(data, max_pixels):
-    """Encoded bytes -> upright RGB PIL picture. Raises `training.views.BadPicture`."""
+    """Encoded bytes -> upright RGB PIL picture. Raises `training.data.views.BadPicture`."""
     picture = open_picture(data, max_pixels)
     try:
         picture.load()

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from pyramidclip_hf.vinvl import VinVLConfig, phrase_attributes
+from training.data.records import BadSample, sample_from_members
+from training.data.shards import ShardReader, read_dataset_json
 from training.prepare.regions import Detections, confident_attributes
 from training.prepare.tsv_index import BadRow, TsvIndex
-from training.records import BadSample, sample_from_members
-from training.shards import ShardReader, read_dataset_json
 
 # Boxes stored twice (in pixels, and as part of the feature) may differ by this share of the picture.
 BOX_AGREEMENT = 0.01

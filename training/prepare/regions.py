@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.records import BOX_TOLERANCE, Region, phrase
+from training.data.records import BOX_TOLERANCE, Region, phrase
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 

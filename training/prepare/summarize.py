@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from training.data.records import BadSample, sample_from_members
+from training.data.shards import ShardReader, cache_folder
 from training.prepare.first_clause import first_clause
 from training.prepare.work import (
     Stage,
@@ -30,8 +32,6 @@ from training.prepare.work import (
     rewrite_shards,
     this_worker,
 )
-from training.records import BadSample, sample_from_members
-from training.shards import ShardReader, cache_folder
 
 STAGE = "summary"
 NO_MODEL = "first-clause"

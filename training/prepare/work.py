@@ -1,7 +1,7 @@
 """How the preparation commands run: shard by shard, on any number of processes, to be stopped and continued at any
 moment.
 
-A shard is done or not done. Its tar is written aside and renamed (`training.shards.ShardWriter`); after that its
+A shard is done or not done. Its tar is written aside and renamed (`training.data.shards.ShardWriter`); after that its
 report is, in `FOLDER/reports/STAGE/`, and only the report counts as done. So a run that was killed does the
 interrupted shard again and leaves the same bytes as one that was not. Shard i belongs to process i mod P; processes
 never wait for each other, so it does not matter whether they are those of one `accelerate launch`, of several
@@ -21,8 +21,8 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from training.records import BadSample, Sample, members_from_sample, sample_from_members
-from training.shards import ShardReader, ShardWriter, read_dataset_json, write_atomically, write_dataset_json
+from training.data.records import BadSample, Sample, members_from_sample, sample_from_members
+from training.data.shards import ShardReader, ShardWriter, read_dataset_json, write_atomically, write_dataset_json
 
 
 @dataclass

@@ -1,0 +1,191 @@
+"""Shards: written, indexed, read; damaged ones."""
+
+import json
+import os
+import tarfile
+
+import numpy as np
+import pytest
+
+from training.data.records import BadSample, Region, Sample
+from training.data.shards import (
+    ShardReader,
+    ShardWriter,
+    build_index,
+    index_path,
+    load_index,
+    read_dataset_json,
+    read_index_header,
+    write_dataset_json,
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYRAMIDCLIP_CACHE", str(tmp_path / "cache"))
+
+
+def sample(i):
+    regions = [Region((0.0, 0.0, 0.5, 0.5), 0.5, "dog", ["red"])] * (i % 3)
+    roi = np.full((i % 3, 8), i, np.float16) if i % 3 else None
+    return Sample(f"{i:05d}", bytes([i]) * (400 + 100 * i), "jpg", f"caption {i}", None, None, regions or None, roi)
+
+
+def write(path, count=7):
+    with ShardWriter(path) as writer:
+        for i in range(count):
+            writer.write(sample(i))
+    return path
+
+
+def test_reads_what_tarfile_reads_and_webdataset_groups(tmp_path):
+    path = write(tmp_path / "a.tar")
+    with ShardReader(path) as reader, tarfile.open(path) as tar:
+        assert len(reader) == 7 and reader.keys == [f"{i:05d}" for i in range(7)] and not reader.truncated
+        names = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}
+        ours = {f"{key}.{s}": data for i, key in enumerate(reader.keys) for s, data in reader.read(i).items()}
+    assert names == ours
+    webdataset = pytest.importorskip("webdataset")
+    theirs = list(webdataset.WebDataset(str(path), shardshuffle=False))
+    for i, item in enumerate(theirs):
+        assert {k: v for k, v in item.items() if not k.startswith("__")} == ShardReader(path).read(i)
+
+
+def test_written_index_is_the_built_one_and_bytes_repeat(tmp_path):
+    first, second = write(tmp_path / "a.tar"), write(tmp_path / "b" / "a.tar")
+    assert first.read_bytes() == second.read_bytes()
+    assert index_path(first).read_bytes() == index_path(second).read_bytes()
+    written, built = load_index(first), build_index(first)
+    assert written.keys == built.keys and written.suffixes == built.suffixes
+    assert np.array_equal(written.spans, built.spans) and not built.truncated
+    header = read_index_header(index_path(first))
+    assert header["samples"] == 7 and header["keys_digest"] == built.keys_digest()
+
+
+def test_long_and_odd_names(tmp_path):
+    keys = ["x" * 150, "ünï/çödé", "deep/er/" + "k" * 120]
+    with ShardWriter(tmp_path / "a.tar") as writer:
+        for key in keys:
+            writer.write_members(key, {"jpg": key.encode(), "txt": b"t"})
+    assert load_index(tmp_path / "a.tar").mtime_ns == 0  # the one beside it was taken
+    reader = ShardReader(tmp_path / "a.tar")
+    index_path(tmp_path / "a.tar").unlink()
+    rebuilt = ShardReader(tmp_path / "a.tar")
+    for i, key in enumerate(keys):
+        assert reader.keys[i] == rebuilt.keys[i] == key
+        assert reader.read(i)["jpg"] == rebuilt.read(i)["jpg"] == key.encode()
+
+
+@pytest.mark.parametrize("key", ["a.b", "../up", "/abs", "a/../b", "", "a//b", "a\\b"])
+def test_writer_refuses_keys(tmp_path, key):
+    with pytest.raises(ValueError, match="key"), ShardWriter(tmp_path / "a.tar") as writer:
+        writer.write_members(key, {"jpg": b""})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_writer_leaves_nothing_under_the_name(tmp_path):
+    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path / "a.tar") as writer:
+        writer.write(sample(0))
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="already"), ShardWriter(tmp_path / "a.tar") as writer:
+        writer.write(sample(0))
+        writer.write(sample(0))
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_truncated_shard(tmp_path, with_index):
+    path = write(tmp_path / "a.tar")
+    whole = ShardReader(path)
+    offset, size = whole.index.spans[4, whole.index.suffixes.index("jpg")]
+    expected = [whole.read(i) for i in range(4)]
+    if not with_index:
+        index_path(path).unlink()
+    os.truncate(path, int(offset + size // 2))
+    reader = ShardReader(path)
+    assert reader.truncated
+    assert len(reader) == (7 if with_index else 5)
+    assert [reader.read(i) for i in range(4)] == expected
+    for i in range(4, len(reader)):
+        with pytest.raises(BadSample) as caught:
+            reader.read(i)
+        assert caught.value.reason == "truncated-shard" and caught.value.key == f"{i:05d}"
+
+
+def test_empty_and_foreign_files(tmp_path):
+    (tmp_path / "empty.tar").write_bytes(b"")
+    reader = ShardReader(tmp_path / "empty.tar")
+    assert len(reader) == 0 and reader.truncated
+    write(tmp_path / "a.tar")
+    with tarfile.open(tmp_path / "z.tar", "w:gz") as tar:
+        tar.add(tmp_path / "a.tar", "a")
+    with pytest.raises(ValueError, match="uncompressed"):
+        ShardReader(tmp_path / "z.tar")
+    with pytest.raises(FileNotFoundError):
+        ShardReader(tmp_path / "none.tar")
+
+
+def test_stale_index_is_not_believed(tmp_path):
+    path = write(tmp_path / "a.tar", 7)
+    stale = index_path(path).read_bytes()
+    write(path, 9)
+    index_path(path).write_bytes(stale)
+    assert len(ShardReader(path)) == 9
+    # Same size, other members.
+    with ShardWriter(path) as writer:
+        for i in range(7):
+            other = sample(i)
+            other.key = f"{i + 50:05d}"
+            writer.write(other)
+    index_path(path).write_bytes(stale)
+    assert ShardReader(path).keys[0] == "00050"
+    index_path(path).write_text("{}")
+    assert ShardReader(path).keys[0] == "00050"
+
+
+def test_cached_index_follows_size_and_time(tmp_path):
+    path = write(tmp_path / "a.tar")
+    index_path(path).unlink()
+    assert len(ShardReader(path)) == 7
+    cached = list((tmp_path / "cache" / "indexes").iterdir())
+    assert len(cached) == 1
+    text = cached[0].read_text().replace("00003", "99999")
+    cached[0].write_text(text)
+    assert ShardReader(path).keys[3] == "99999"  # taken from the cache
+    os.utime(path, ns=(1, 1))
+    assert ShardReader(path).keys[3] == "00003"  # another time: built anew
+
+
+def test_hostile_members_write_nothing(tmp_path):
+    path = tmp_path / "deep" / "a.tar"
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as tar:
+        for name, kind in (
+            ("../../up.jpg", tarfile.REGTYPE),
+            ("/abs.jpg", tarfile.REGTYPE),
+            ("l.jpg", tarfile.SYMTYPE),
+            ("d.jpg", tarfile.DIRTYPE),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            info.linkname = "/etc/passwd" if kind == tarfile.SYMTYPE else ""
+            tar.addfile(info)
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    reader = ShardReader(path)
+    assert reader.keys == ["../../up", "/abs"]
+    reader.read(0), reader.read(1)
+    after = [p for p in sorted(str(p) for p in tmp_path.rglob("*")) if "/cache" not in p]
+    assert after == before
+
+
+def test_dataset_json(tmp_path):
+    write(tmp_path / "a.tar", 3)
+    write(tmp_path / "b.tar", 4)
+    assert read_dataset_json(tmp_path) is None
+    written = write_dataset_json(tmp_path, {"regions": "det-1"}, 8, {"regions": 7}, attribution="me")
+    assert read_dataset_json(tmp_path) == written
+    assert written["counts"] == {"samples": 7, "regions": 7} and written["attribution"] == "me"
+    assert written["shards"]["b.tar"]["samples"] == 4
+    (tmp_path / "dataset.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(ValueError, match="99"):
+        read_dataset_json(tmp_path)

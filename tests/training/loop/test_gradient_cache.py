@@ -1,0 +1,130 @@
+"""Gradient caching against the whole batch at once, in fp64."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from pyramidclip_hf.loss_pyramidclip import DEFAULT_LOSS_WEIGHTS
+from tests.training.processes import run_in_processes
+from tests.training.tiny import VIT, rows_of, tiny_batch, tiny_model
+from training.loop.gradient_cache import GradientCache
+from training.loop.objective import ContrastiveObjective
+
+NO_BATCH_NORM = {**VIT, "num_leff_layers": 0}
+
+
+def whole_batch(weights):
+    """Gradients of one process with everything at once: what caching must reproduce."""
+    objective = ContrastiveObjective(tiny_model(NO_BATCH_NORM), weights, 0.2)
+    losses = objective(tiny_batch())
+    losses.loss.backward()
+    named = objective.model.named_parameters()
+    return losses.shares.numpy(), {name: p.grad.numpy() for name, p in named if p.grad is not None}
+
+
+def cached(rank, world_size, weights, chunk_size):
+    accelerator = Accelerator(
+        cpu=True, mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
+    )
+    objective = ContrastiveObjective(tiny_model(NO_BATCH_NORM), weights, 0.2)
+    wrapped = accelerator.prepare(objective)
+    assert (wrapped is objective) == (world_size == 1)
+    cache = GradientCache(accelerator, wrapped, chunk_size)
+    for _ in range(2):  # twice: DDP only notices a parameter without gradient at the next forward
+        objective.zero_grad()
+        losses = cache.forward_backward(rows_of(tiny_batch(), rank, world_size))
+    return (
+        losses.shares.numpy(),
+        {n: p.grad.numpy().copy() for n, p in objective.model.named_parameters() if p.grad is not None},
+    )
+
+
+def cached_cases(rank, world_size):
+    return [
+        cached(rank, world_size, DEFAULT_LOSS_WEIGHTS, 3),
+        cached(rank, world_size, {"roi_tags": 1.0}, 2),
+        cached(rank, world_size, {"global_caption": 0.5, "local_summary": 2.0}, 6),
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_gradients_equal_the_whole_batch(world_size):
+    results = [cached_cases(0, 1)] if world_size == 1 else run_in_processes(cached_cases, world_size)
+    expected = [
+        whole_batch(weights)
+        for weights in (DEFAULT_LOSS_WEIGHTS, {"roi_tags": 1.0}, {"global_caption": 0.5, "local_summary": 2.0})
+    ]
+    for case, (losses, gradients) in enumerate(expected):
+        np.testing.assert_allclose(sum(result[case][0] for result in results), losses, rtol=1e-12)
+        floor = 1e-4 * max(np.linalg.norm(gradient) for gradient in gradients.values())
+        for result in results:
+            assert set(result[case][1]) == set(gradients)
+            for name, gradient in result[case][1].items():
+                scale = max(np.linalg.norm(gradients[name]), floor)
+                assert np.linalg.norm(gradient - gradients[name]) / scale < 1e-10, name
+            assert gradients["logit_scale"] != 0
+
+
+def test_pairs_that_share_a_text_are_the_same_with_and_without_caching():
+    batch = tiny_batch()
+    batch["input_ids"][7] = batch["input_ids"][1]
+    objectives = [
+        ContrastiveObjective(tiny_model(NO_BATCH_NORM), {"global_caption": 1.0}, 0.2, multi_positive=shared)
+        for shared in (True, True, False)
+    ]
+    whole = objectives[0](batch)
+    whole.loss.backward()
+    caching = GradientCache(Accelerator(cpu=True, mixed_precision="no"), objectives[1], 3)
+    np.testing.assert_allclose(caching.forward_backward(batch).shares, whole.shares, rtol=1e-12)
+    scale, cached_scale = (objective.model.logit_scale.grad for objective in objectives[:2])
+    torch.testing.assert_close(cached_scale, scale, rtol=1e-10, atol=0)
+    assert (objectives[2](batch).loss - whole.loss).abs() > 1e-4
+
+
+def test_random_numbers_are_replayed():
+    """With dropout, the loss that is reported belongs to the graph that is differentiated."""
+
+    def step(dropout):
+        objective = ContrastiveObjective(
+            tiny_model(NO_BATCH_NORM, attention_dropout=dropout), {"global_caption": 1}, 0.2
+        )
+        drawn = []
+        original = objective.encode
+
+        def recording(levels, **batch):
+            embeds = original(levels, **batch)
+            drawn.append(embeds["caption"].detach().clone())
+            return embeds
+
+        objective.encode = recording
+        torch.manual_seed(3)
+        GradientCache(Accelerator(cpu=True, mixed_precision="no"), objective, 3).forward_backward(tiny_batch())
+        return drawn, torch.rand(1)
+
+    drawn, after = step(0.5)
+    without, _ = step(0.0)
+    assert len(drawn) == 8  # four chunks, twice
+    for first, second in zip(drawn[:4], drawn[4:]):
+        assert torch.equal(first, second)
+    assert not torch.equal(drawn[0], without[0])  # dropout did something
+    torch.manual_seed(3)
+    assert not torch.equal(torch.rand(1), after)  # and the generator moved on, once
+
+
+def test_running_statistics_are_recorded_once_for_each_chunk():
+    objective = ContrastiveObjective(tiny_model(VIT), {"global_caption": 1.0}, 0.2)
+    GradientCache(Accelerator(cpu=True, mixed_precision="no"), objective, 3).forward_backward(tiny_batch())
+    norm = objective.model.vision_model.encoder.layers[0].mlp.norm1
+    assert norm.num_batches_tracked == 4 and norm.track_running_stats
+    by_hand = tiny_model(VIT).train()
+    for chunk in tiny_batch()["pixel_values"].split(3):
+        by_hand.encode_image(chunk)
+    assert torch.equal(norm.running_mean, by_hand.vision_model.encoder.layers[0].mlp.norm1.running_mean)
+
+
+def test_a_chunk_that_does_not_divide_the_batch_is_refused():
+    objective = ContrastiveObjective(tiny_model(), {"global_caption": 1.0}, 0.2)
+    with pytest.raises(ValueError, match="chunk size 5 must divide the 12 pairs"):
+        GradientCache(Accelerator(cpu=True, mixed_precision="no"), objective, 5).forward_backward(tiny_batch())

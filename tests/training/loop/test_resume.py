@@ -1,0 +1,272 @@
+"""Continuing: after SIGKILL anywhere, also inside of a checkpoint, bit for bit as if nothing had happened."""
+
+import copy
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.memory_reader import MemoryReader
+from tests.training.processes import run_in_processes
+from tests.training.test_pretrain import settings
+from training import pretrain
+from training.loop import checkpoint
+from training.loop.checkpoint import CheckpointError, IdentityError, find_checkpoint, list_checkpoints
+from training.loop.tracking import read_metrics
+
+STEPS = 9
+TIMES = ("samples_per_second", "data_wait_share", "seconds")
+
+
+@pytest.fixture(autouse=True)
+def made_up_data(monkeypatch):
+    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config, folder: MemoryReader(args))
+
+
+def arguments(folder, **changes):
+    """Checkpoints at 2, 4, 6, 8, epochs of five steps; dropout, so that random states matter; an average of the
+    weights.
+    """
+    given = settings(folder, max_steps=STEPS, save_every_steps=2, log_every_steps=3, keep_checkpoints=2, ema_decay=0.9)
+    given.model_config = copy.deepcopy(given.model_config)
+    given.model_config["text_config"]["attention_dropout"] = 0.1
+    for name, value in changes.items():
+        setattr(given, name, value)
+    return given
+
+
+def killed_run(rank, world_size, args, step, where):
+    """Runs until the last process kills itself, in a step or in the middle of writing a checkpoint."""
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def dying(original):
+        def wrapper(*arguments):
+            if state["step"] == step and rank == world_size - 1:
+                result = original(*arguments) if where == "after" else None
+                die()
+                return result
+            return original(*arguments)
+
+        return wrapper
+
+    state = {"step": 0}
+    original_advance = pretrain.advance
+
+    def advance(run):
+        original_advance(run)
+        state["step"] = run.progress.step
+        if where == "step" and run.progress.step == step and rank == world_size - 1:
+            die()
+
+    pretrain.advance = advance
+    if where in ("before", "after"):  # the random states are the first file of a checkpoint, written by every process
+        checkpoint._write_tensors = dying(checkpoint._write_tensors)
+    if where == "rename":
+        checkpoint._prune = dying(checkpoint._prune)
+    pretrain.run(args)
+
+
+def outcome(folder):
+    """Everything that must be equal: weights, averages, optimizer, logged numbers."""
+    last = list_checkpoints(folder)[-1]
+    optimizer = torch.load(last / "optimizer.pt", weights_only=True)
+    lines = [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(folder / "metrics.jsonl")]
+    record = json.loads((last / "run.json").read_text())["progress"]
+    readers = [torch.load(path, weights_only=True)["reader"] for path in sorted(last.glob("process-*.pt"))]
+    return {
+        "weights": load_file(last / "model" / "model.safetensors"),
+        "average": load_file(last / "moving_average.safetensors"),
+        "optimizer": {f"{i}.{name}": value for i, s in optimizer["state"].items() for name, value in s.items()},
+        "final": load_file(folder / "final" / "model.safetensors"),
+    }, [lines, readers, {name: record[name] for name in ("step", "epoch", "position", "window")}]
+
+
+def assert_equal_runs(first, second):
+    (tensors, values), (other_tensors, other_values) = outcome(first), outcome(second)
+    for part, content in tensors.items():
+        assert content.keys() == other_tensors[part].keys()
+        assert not [name for name in content if not torch.equal(content[name], other_tensors[part][name])], part
+    assert values == other_values
+
+
+def expect_killed(args, world_size, step, where):
+    with pytest.raises(AssertionError):
+        run_in_processes(killed_run, world_size, args, step, where)
+
+
+def run_settings(rank, world_size, args):
+    pretrain.run(args)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_killed_run_continues_bit_for_bit(tmp_path, world_size):
+    undisturbed, disturbed = tmp_path / "a", tmp_path / "b"
+    run_in_processes(run_settings, world_size, arguments(undisturbed))
+    expect_killed(arguments(disturbed), world_size, 5, "step")  # in the middle of an epoch and of a log window
+    assert [path.name for path in list_checkpoints(disturbed)] == ["step-00000002", "step-00000004"]
+    expect_killed(arguments(disturbed, resume="latest"), world_size, 6, "before")  # nothing of the new one is written
+    assert list_checkpoints(disturbed)[-1].name == "step-00000004"
+    expect_killed(arguments(disturbed, resume="latest"), world_size, 6, "after")  # a part of it is
+    assert list_checkpoints(disturbed)[-1].name == "step-00000004"
+    run_in_processes(run_settings, world_size, arguments(disturbed, resume="latest"))
+    assert_equal_runs(undisturbed, disturbed)
+    assert not list(disturbed.glob("checkpoints/.*"))
+
+
+def test_killed_between_renaming_and_pruning(tmp_path):
+    expect_killed(arguments(tmp_path), 1, 6, "rename")
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"step-0000000{n}" for n in (2, 4, 6)]
+    run_in_processes(run_settings, 1, arguments(tmp_path, resume="latest"))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000008", "step-00000009"]
+
+
+def test_sigterm_saves_at_an_odd_step_and_continues_bit_for_bit(tmp_path):
+    def terminated(rank, world_size, args):
+        original = pretrain.advance
+
+        def advance(run):
+            original(run)
+            if run.progress.step == 5 and rank == 1:  # a scheduler that reaches only one of the processes first
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        pretrain.advance = advance
+        result = pretrain.run(args)
+        return result.finished, result.steps
+
+    run_in_processes(run_settings, 2, arguments(tmp_path / "a"))
+    results = run_in_processes(terminated, 2, arguments(tmp_path / "b"))
+    # A vote is known one step later, on all processes at the same step.
+    assert results[0] == results[1] and results[0] == (False, 6)
+    assert list_checkpoints(tmp_path / "b")[-1].name == "step-00000006"
+    run_in_processes(run_settings, 2, arguments(tmp_path / "b", resume="latest"))
+    assert_equal_runs(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "open_reader", lambda args, processor, config, folder: MemoryReader(args))
+        pretrain.run(arguments(folder))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 2e-3}, "schedule.learning_rate: was 0.001, is now 0.002"),
+        ({"max_steps": 20}, "schedule.total_steps: was 9, is now 20"),
+        ({"loss_weights": {"roi_tags": 1.0}}, "objective.loss_weights.global_summary: was 0.16.*, is now None"),
+        ({"seed": 1}, "data.seed: was 0, is now 1"),
+        ({"global_batch_size": 4}, "schedule.global_batch_size: was 8, is now 4"),
+        ({"freeze": "text"}, "objective.freeze: was 'none', is now 'text'"),
+    ],
+)
+def test_another_run_is_not_continued(finished, changes, message):
+    with pytest.raises(IdentityError, match=f"(?s){message}.*model: .*to begin from these weights"):
+        pretrain.run(arguments(finished, resume="latest", **changes))
+
+
+def test_another_data_set_is_not_continued(finished, monkeypatch):
+    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config, folder: MemoryReader(args, 41))
+    with pytest.raises(IdentityError, match="data.fingerprint: was 'memory-40', is now 'memory-41'"):
+        pretrain.run(arguments(finished, resume="latest"))
+
+
+def test_another_number_of_processes_continues_with_a_message(tmp_path, capfd):
+    pretrain.run(arguments(tmp_path / "one", max_steps=STEPS))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for path in list_checkpoints(tmp_path / "two")[1:]:
+        shutil.rmtree(path)  # back to step 8
+    shutil.rmtree(tmp_path / "two" / "final")
+    run_in_processes(run_settings, 2, arguments(tmp_path / "two", resume="latest", gradient_checkpointing=True))
+    said = capfd.readouterr().out
+    assert "written by 1 processes and continues on 2" in said and "not bit-equal" in said
+    assert "changed setting: how.gradient_checkpointing: was False, is now True" in said
+    first, second = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
+    assert first.keys() == second.keys()
+    assert max((first[name] - second[name]).abs().max() for name in first if "running" not in name) < 0.01
+
+
+def test_latest_looks_at_this_run_only(tmp_path, capsys):
+    pretrain.run(arguments(tmp_path / "other" / "run", max_steps=2))
+    shutil.copytree(tmp_path / "other", tmp_path / "mine" / "nested")
+    assert find_checkpoint("latest", tmp_path / "mine") is None
+    pretrain.run(arguments(tmp_path / "mine", max_steps=1, resume="latest"))
+    assert "no complete checkpoint yet, starting from the beginning" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match=r"no run.json; complete in .*: step-00000001"):
+        find_checkpoint(str(tmp_path / "mine" / "checkpoints"), tmp_path / "mine")
+
+
+def test_a_full_disk_is_said_and_the_older_checkpoint_stays(tmp_path):
+    """A limit on file sizes makes writing fail as a full disk does, without needing one."""
+
+    def limited(rank, world_size, args):
+        original = pretrain.advance
+
+        def advance(run):
+            original(run)
+            if run.progress.step == 4 and rank == 1:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+        pretrain.advance = advance
+        try:
+            pretrain.run(args)
+        except CheckpointError as error:
+            return str(error)
+
+    first, second = run_in_processes(limited, 2, arguments(tmp_path))
+    assert "could not write the checkpoint of step 4" in first and "another process failed" in first
+    assert "File too large" in second or "write" in second
+    for message in (first, second):
+        assert "--resume latest" in message and "step-00000002" in message
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
+    assert not list(tmp_path.glob("checkpoints/.*"))
+    run_in_processes(run_settings, 2, arguments(tmp_path, resume="latest"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 700 kB; two checkpoints of these runs fit, a third does not."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(folder)], capture_output=True
+    ).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk, tmp_path):
+    with pytest.raises(CheckpointError, match="checkpoint of step 6 .*No space left on device.*step-00000004"):
+        pretrain.run(arguments(small_disk / "run"))
+    assert [path.name for path in list_checkpoints(small_disk / "run")] == ["step-00000002", "step-00000004"]
+    assert not list(small_disk.glob("run/checkpoints/.*"))
+    shutil.copytree(small_disk / "run", tmp_path / "moved")
+    run_in_processes(run_settings, 1, arguments(tmp_path / "moved", resume="latest"))
+    run_in_processes(run_settings, 1, arguments(tmp_path / "undisturbed"))
+    assert_equal_runs(tmp_path / "undisturbed", tmp_path / "moved")
+
+
+def test_a_damaged_checkpoint_is_named(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    newest = list_checkpoints(tmp_path / "run")[-1]
+    (newest / "optimizer.pt").write_bytes((newest / "optimizer.pt").read_bytes()[:500])
+    with pytest.raises(CheckpointError, match=r"step-00000009: cannot be read.*--resume DIR"):
+        pretrain.run(arguments(tmp_path / "run", resume="latest"))
+
+
+def test_checkpoints_hold_no_code(finished):
+    """Everything reads with weights_only, so nothing is unpickled."""
+    for path in list_checkpoints(finished)[-1].glob("*.pt"):
+        assert torch.load(path, weights_only=True)

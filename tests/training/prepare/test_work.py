@@ -1,0 +1,275 @@
+"""How the preparation commands run: killed and continued, on several processes, in parts; and the page that shows the
+result."""
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from tests.training.prepare_files import (
+    counts,
+    picture,
+    problems,
+    tree,
+    write_jsonl,
+    write_pictures,
+    write_tar,
+)
+from tests.training.prepare_models import make_language_model, make_vinvl
+from training.data.records import Region, Sample
+from training.data.shards import ShardWriter
+from training.prepare import detect, import_features, pack, summarize, view
+from training.prepare.work import Stage, Tally, Worker
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYRAMIDCLIP_CACHE", str(tmp_path / "cache"))
+
+
+def command(module, *flags, checkout, launch=()):
+    """(arguments, environment) of one preparation command in a process of its own."""
+    started = [sys.executable, *launch, "-m", f"training.prepare.{module}", *map(str, flags)]
+    return started, {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+
+
+def kill_after(reports, number, process):
+    """SIGKILL for `process` and its group once `number` shards are done; says whether it was still at work."""
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if len(list(reports.glob("0*.json"))) >= number:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return True
+        time.sleep(0.002)
+    return False
+
+
+def run_killed(module, flags, reports, number, checkout):
+    started, environment = command(module, *flags, checkout=checkout)
+    process = subprocess.Popen(
+        started, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    assert kill_after(reports, number, process), "it finished before it could be killed: the test proves nothing"
+
+
+def run_whole(module, flags, checkout, launch=()):
+    started, environment = command(module, *flags, checkout=checkout, launch=launch)
+    done = subprocess.run(started, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def table(tmp_path):
+    """120 pairs of which some are bad: a key twice, a picture that breaks off, one that is missing."""
+    data = write_pictures(tmp_path / "in", 120, (160, 120))
+    rows = [{"image": f"{i}.jpg", "caption": f"caption {i}", "id": f"k{i % 110}"} for i in range(120)]
+    (tmp_path / "in" / "7.jpg").write_bytes(data[7][:4000])
+    (tmp_path / "in" / "60.jpg").unlink()
+    return write_jsonl(tmp_path / "in" / "table.jsonl", rows)
+
+
+def test_killed_packing_continues_to_the_same_bytes(tmp_path, table, checkout):
+    flags = ["--input", table, "--samples_per_shard", 2, "--key_column", "id", "--cpu"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    pack.main([*map(str, flags), "--output_dir", str(whole)])
+    run_killed("pack", [*flags, "--output_dir", cut], cut / "reports" / "pack", 5, checkout)
+    assert not (cut / "dataset.json").exists() and len(list(cut.glob("*.tar"))) < 60
+    pack.main([*map(str, flags), "--output_dir", str(cut)])
+    assert tree(cut) == tree(whole)
+    assert {k: counts(whole, "pack")[k] for k in ("in", "out", "rejected")} == {"in": 120, "out": 108, "rejected": 12}
+    assert {reason for _, _, reason, _ in problems(whole, "pack")} == {"duplicate-key", "bad-picture", "no-image"}
+
+
+def test_killed_summarising_continues_to_the_same_bytes(tmp_path, checkout):
+    """In place, with a model, an empty cache for the undisturbed run and the killed run's own for the continued one."""
+    words = "a cat sits on the red sofa and looks out of the window at the birds".split()
+    captions = [" ".join(words[i % 5 :] * (1 + i % 4)) + f" number {i // 2}" for i in range(24)]
+    model = make_language_model(tmp_path / "t5", captions)
+    for folder in ("whole", "cut"):
+        for shard in range(12):
+            rows = [
+                (f"k{i}", {"jpg": picture(i, (8, 8)), "txt": captions[i].encode()}) for i in (2 * shard, 2 * shard + 1)
+            ]
+            write_tar(tmp_path / folder / f"{shard:05d}.tar", rows)
+    flags = ["--model", model, "--num_beams", "2", "--max_new_tokens", "12", "--batch_size", "4", "--cpu"]
+    cut = [*flags, "--input_dir", str(tmp_path / "cut"), "--cache", str(tmp_path / "a.sqlite")]
+    reports = tmp_path / "cut" / "reports" / "summary"
+    run_killed("summarize", cut, reports, 3, checkout)
+    assert len(list(reports.glob("0*.json"))) < 12
+    summarize.main(cut)
+    summarize.main([*flags, "--input_dir", str(tmp_path / "whole"), "--cache", str(tmp_path / "b.sqlite")])
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
+    assert counts(tmp_path / "whole", "summary")["summaries"] == 24
+
+
+def write_shards(folder, shards, per_shard, size):
+    """Shards of pictures without regions; keys k0, k1, ..."""
+    for shard in range(shards):
+        numbers = range(shard * per_shard, (shard + 1) * per_shard)
+        rows = [(f"k{i}", {"jpg": picture(i, size), "txt": b"a caption"}) for i in numbers]
+        write_tar(folder / f"{shard:05d}.tar", rows)
+
+
+def killed_and_whole(module, main, flags, tmp_path, checkout, into):
+    """Runs one command in place on cut/, killed once and continued, and undisturbed on whole/, then compares."""
+    reports = tmp_path / "cut" / "reports" / "regions"
+    run_killed(module, [*flags, into, tmp_path / "cut"], reports, 5, checkout)
+    assert not (tmp_path / "cut" / "reports" / "regions.json").exists()
+    for folder in ("cut", "whole"):
+        main([*map(str, flags), into, str(tmp_path / folder)])
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
+
+
+def test_killed_detection_continues_to_the_same_bytes(tmp_path, checkout):
+    for folder in ("cut", "whole"):
+        write_shards(tmp_path / folder, 40, 2, (64, 48))
+    flags = ["--detector", make_vinvl(tmp_path / "vinvl"), "--batch_size", "2", "--cpu"]
+    killed_and_whole("detect", detect.main, flags, tmp_path, checkout, "--input_dir")
+    assert counts(tmp_path / "whole", "regions")["in"] == 80
+
+
+def test_killed_import_continues_to_the_same_bytes(tmp_path, checkout):
+    for folder in ("cut", "whole"):
+        write_shards(tmp_path / folder, 80, 3, (100, 50))
+    table = tmp_path / "lxmert.tsv"
+    table.write_text("".join(f"{lxmert_row(f'k{i}', count=10, width=512, seed=i)}\n" for i in range(240)))
+    for name, words in (("objects", "cat dog tree"), ("attributes", "red big")):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{word}\n" for word in words.split()))
+    flags = ["--input", table, "--made_by", "a detector", "--cpu"]
+    flags += ["--objects", tmp_path / "objects.txt", "--attributes", tmp_path / "attributes.txt"]
+    killed_and_whole("import_features", import_features.main, flags, tmp_path, checkout, "--merge_into")
+    assert counts(tmp_path / "whole", "regions")["rows"] == 240
+
+
+def lxmert_row(key, count, width, seed):
+    """One row of LXMERT's table for a 100 x 50 picture, with `count` regions of `width` numbers."""
+    rng = np.random.default_rng(seed)
+
+    def text(values, dtype):
+        return base64.b64encode(np.asarray(values, dtype).tobytes()).decode()
+
+    ids, scores = rng.integers(0, 3, count), rng.random(count)
+    boxes = np.tile([0, 0, 50, 25], (count, 1))
+    columns = [key, 50, 100, text(ids, "<i8"), text(scores, "<f4"), text(ids % 2, "<i8"), text(scores, "<f4"), count]
+    columns += [text(boxes, "<f4"), text(rng.random((count, width)), "<f4")]
+    return "\t".join(map(str, columns))
+
+
+def test_parts_that_never_meet_give_what_one_process_gives(tmp_path, table):
+    flags = ["--input", str(table), "--samples_per_shard", "7", "--key_column", "id", "--cpu"]
+    pack.main([*flags, "--output_dir", str(tmp_path / "one")])
+    for part in (2, 0, 1):
+        total = pack.main(
+            [*flags, "--output_dir", str(tmp_path / "three"), "--part_index", str(part), "--part_count", "3"]
+        )
+        assert (total is None) == (part != 1)
+    assert tree(tmp_path / "three") == tree(tmp_path / "one")
+    with pytest.raises(ValueError, match="part_index 3 of part_count 3"):
+        pack.main([*flags, "--output_dir", str(tmp_path / "x"), "--part_index", "3", "--part_count", "3"])
+
+
+@pytest.mark.slow
+def test_launched_processes_give_what_one_gives(tmp_path, table, checkout):
+    """Started by torchrun, which is what `accelerate launch` starts processes with; on a CPU it starts one only."""
+    flags = ["--input", table, "--samples_per_shard", 7, "--key_column", "id"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    out = run_whole("pack", [*flags, "--output_dir", tmp_path / "two"], checkout, launch)
+    assert "120 in = 108 out + 12 rejected" in out and "pack (process 1 of 2)" in out and "shards=9/9" in out
+    pack.main([*map(str, flags), "--output_dir", str(tmp_path / "one")])
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")
+
+
+def test_work_is_shared_without_gaps():
+    items = [f"s{i}" for i in range(11)]
+    shares = [Worker(index, 4).share(items) for index in range(4)]
+    assert sorted(sum(shares, [])) == sorted(items) and max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert sorted(Worker(2, 4).shared_after_own(items)) == sorted(items)
+    assert Worker(2, 4).shared_after_own(items)[:3] == shares[2]
+
+
+def test_a_report_counts_only_with_its_settings(tmp_path):
+    stage = Stage(tmp_path, "s", {"a": 1})
+    tally = Tally()
+    tally.count("in")
+    with pytest.raises(RuntimeError, match="1 in, but 0 out and 0 rejected: samples were lost"):
+        stage.save("x", tally)
+    tally.reject("path", "key", "reason", line=3)
+    stage.save("x", tally)
+    assert stage.report("x")["problems"] == [
+        {"what": "rejected", "path": "path", "line": 3, "key": "key", "reason": "reason"}
+    ]
+    assert Stage(tmp_path, "s", {"a": 2}, overwrite=True).report("x") is None
+    with pytest.raises(ValueError, match="a: then 2, now 1"):
+        Stage(tmp_path, "s", {"a": 1})
+
+
+class Seen(HTMLParser):
+    """Tags with their attributes, and the text, of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.texts = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_the_page_shows_every_level_and_loads_nothing(tmp_path):
+    regions = [
+        Region((0.25, 0.5, 0.75, 1.0), 0.875, "cat", ["very", "small", "striped", "grey"]),
+        Region((0, 0, 1, 1), None, "<i>wall", []),
+    ]
+    with ShardWriter(tmp_path / "0.tar") as writer:
+        writer.write(
+            Sample(
+                "one", picture(0, (1280, 640)), "jpg", "caption <script>", "summary & more", ["striped cat"], regions
+            )
+        )
+        writer.write(Sample("two", picture(1), "jpg", "plain"))
+        writer.write_members("broken", {"jpg": b"no picture", "txt": b"x"})
+        writer.write_members("unfit", {"jpg": picture(1), "json": b"{"})
+    view.main([str(tmp_path / "0.tar"), "--output", str(tmp_path / "page.html"), "--number", "9"])
+    page = Seen((tmp_path / "page.html").read_text(encoding="utf-8"))
+    text = " ".join(page.texts)
+    for expected in (
+        "caption <script>",
+        "summary & more",
+        "striped cat",
+        "1 small striped grey cat",
+        "2 <i>wall",
+        "plain",
+        "0.875",
+        "no score",
+    ):
+        assert expected in text, expected
+    assert "are no JPEG" in text
+    assert "bad-json" in text and text.count("none") >= 2
+    boxes = [a for tag, a in page.tags if tag == "rect" and a["fill"] == "none"]
+    shown = {name: float(boxes[0][name]) for name in ("x", "y", "width", "height")}
+    assert shown == {"x": 160, "y": 160, "width": 320, "height": 160}
+    sources = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href")]
+    assert len(sources) == 2 and all(value.startswith("data:image/jpeg;base64,") for value in sources)
+    assert "script" not in {tag for tag, _ in page.tags}
+    with pytest.raises(ValueError, match="which has 4"):
+        view.page(tmp_path / "0.tar", 1, first=4)
+
+
+def test_labels_do_not_cover_each_other(tmp_path):
+    taken = []
+    places = [view._free_place(10, 10, 100, 640, 480, taken) for _ in range(10)]
+    assert len({top for _, top in places}) == 10
+    assert all(abs(a - b) >= 16 for i, (_, a) in enumerate(places) for _, b in places[:i])
+    assert json.dumps(places) == json.dumps(taken and [(left, top) for left, top, _ in taken])

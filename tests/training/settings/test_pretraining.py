@@ -1,0 +1,112 @@
+"""Settings: YAML under flags, errors that name the field, and a list of all flags that only changes on purpose."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from training.settings.pretraining import PretrainingArguments, argument_parser, parse_arguments
+
+MINIMAL = ["--max-steps", "10"]
+
+# A new setting is a decision: it needs a line here, a help text, and a place in the documentation.
+FIELDS = """
+    output_dir model model_config loss_weights label_smoothing multi_positive freeze seed
+    train_data validation_data validation_samples shuffle_window_shards max_regions allow_mixed_regions
+    global_crop_area local_crop_area max_bad_fraction max_image_pixels dataloader_workers global_batch_size
+    per_device_chunk_size gradient_accumulation_steps epochs max_steps learning_rate warmup_fraction
+    final_learning_rate_fraction weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm ema_decay precision
+    gradient_checkpointing torch_compile sync_batch_norm log_every_steps log_duplicate_rates trackers eval_every_steps
+    save_every_steps keep_checkpoints resume push_to_hub overfit_batches dry_run
+""".split()
+
+
+def test_the_list_of_settings_is_frozen_and_every_one_is_explained():
+    fields = dataclasses.fields(PretrainingArguments)
+    assert [entry.name for entry in fields] == FIELDS
+    assert all(len(entry.metadata["help"]) > 10 for entry in fields)
+    flags = argument_parser()._option_string_actions
+    assert all(f"--{name.replace('_', '-')}" in flags for name in FIELDS)
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "max_steps: 100\nlearning_rate: 5e-4\ntrain_data: [a, b]\nvalidation_data: c\nsync_batch_norm: false\n"
+        "loss_weights: {global_caption: 0.5, roi_tags: 0}\nmodel_config:\n  vision_config: {image_size: 64}\nseed:\n"
+    )
+    args = parse_arguments(["--config", str(config), "--learning-rate", "1e-3", "--train_data", "d", "--dry-run"])
+    assert (args.max_steps, args.learning_rate, args.train_data, args.validation_data) == (100, 1e-3, ["d"], "c")
+    assert args.loss_weights == {"global_caption": 0.5}  # a weight of 0 is not named
+    assert args.model_config == {"vision_config": {"image_size": 64}}
+    assert (args.sync_batch_norm, args.dry_run, args.seed, args.weight_decay) == (False, True, 0, 0.2)
+    args = parse_arguments(
+        ["--config", str(config), "--loss-weights", '{"local_caption": 1}', "--sync-batch-norm", "true"]
+    )
+    assert args.loss_weights == {"local_caption": 1.0} and args.sync_batch_norm
+    assert PretrainingArguments(**args.to_dict()) == args and json.dumps(args.to_dict())
+    config.write_text("trackers: []\nmax_steps: 1")
+    assert parse_arguments(["--config", str(config)]).trackers == []
+    assert parse_arguments(["--config", str(config), "--trackers", "wandb"]).trackers == ["wandb"]
+    assert parse_arguments(["--max-steps", "1", "--trackers", "none"]).trackers == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learning-rat", "1"], "unknown flag '--learning-rat' in the command line; did you mean learning_rate"),
+        (["stray"], "unknown word 'stray'"),
+        (["--learning-rate", "fast"], "learning.rate.*invalid float value: 'fast'"),
+        (["--precision", "fp8"], "precision.*invalid choice: 'fp8'"),
+        (["--loss-weights", "{global"], "loss_weights: expected a JSON object"),
+        (["--loss-weights", "[1]"], "loss_weights: expected a mapping, got list"),
+        (["--loss-weights", '{"global_captions": 1}'], "unknown terms"),
+        (["--epochs", "3"], "exactly one of epochs and max_steps.*epochs=3 and max_steps=10"),
+        (["--global-batch-size", "1"], "global_batch_size: expected a number of at least 2, got 1"),
+        (["--learning-rate", "nan"], "learning_rate: expected a number of at least 0, got nan"),
+        (["--warmup-fraction", "1.5"], "warmup_fraction: expected a share from 0 to below 1, got 1.5"),
+        (["--local-crop-area", "0.9", "0.5"], r"local_crop_area: expected two shares .* got \[0.9, 0.5\]"),
+        (["--gradient-accumulation-steps", "4"], "only 1 is possible, got 4.*fewer negatives.*per_device_chunk_size"),
+        (["--config", "nowhere.yaml"], "expected a YAML file, and nowhere.yaml is not one"),
+    ],
+)
+def test_a_wrong_word_is_an_error_that_says_what_to_do(words, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        parse_arguments(MINIMAL + words)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_stepz: 3", "unknown key 'max_stepz' in .*; did you mean max_steps"),
+        ("batch_size: 3", "did you mean global_batch_size"),
+        ("learning_rate: {peak: 1}", "learning_rate takes no mapping"),
+        ("- 3", "expected 'field: value' lines, got a list"),
+        ("a: [", "not readable as YAML"),
+        ("max_steps: many", "max_steps.*invalid int value: 'many'"),
+    ],
+)
+def test_a_wrong_file_is_an_error_that_names_it(tmp_path, text, message):
+    config = tmp_path / "run.yaml"
+    config.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(["--config", str(config)])
+
+
+def test_the_global_batch_is_divided_evenly_or_not_at_all():
+    args = PretrainingArguments(max_steps=1, global_batch_size=96, per_device_chunk_size=12)
+    assert args.per_device_batch_size(4) == 24
+    with pytest.raises(ValueError, match="global_batch_size 96 cannot be divided among 5 processes"):
+        args.per_device_batch_size(5)
+    with pytest.raises(ValueError, match=r"per_device_chunk_size 12 must divide .* 32 \(= global_batch_size 96 / 3"):
+        args.per_device_batch_size(3)
+
+
+def test_the_documentation_has_every_setting_as_it_is():
+    page = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
+    for entry in dataclasses.fields(PretrainingArguments):
+        default = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
+        shown = "" if default in (None, []) else f"`{default}`"
+        text = entry.metadata["help"].replace("%%", "%").replace("|", "\\|")
+        assert f"| `{entry.name}` | {shown} | {text} |" in page

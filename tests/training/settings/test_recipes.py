@@ -1,0 +1,145 @@
+"""The recipes: every value marked, the paper's values right, every ablation row runnable, every engine's config
+readable.
+"""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS
+from tests.training.memory_reader import MODEL_CONFIG, MemoryReader
+from tests.training.tiny import RESNET
+from training import pretrain
+from training.loop.tracking import read_metrics
+from training.settings.pretraining import PretrainingArguments, parse_arguments
+
+CONFIGS = Path(pretrain.__file__).parent / "configs"
+PAPER = sorted(CONFIGS.glob("*_epochs.yaml"))
+ABLATIONS = yaml.safe_load((CONFIGS / "ablations.yaml").read_text())
+ROWS = [(table, name) for table, rows in ABLATIONS.items() for name in rows]
+
+
+def merged(recipe, row, vit):
+    """The settings of an ablation row on top of a recipe."""
+    changes = {name: value for name, value in row.items() if name != "vit"} | (row.get("vit", {}) if vit else {})
+    return PretrainingArguments(**{**yaml.safe_load(recipe.read_text()), **changes})
+
+
+def test_there_is_a_recipe_for_each_run_of_the_paper():
+    assert [path.stem for path in PAPER] == [
+        f"{model}_{run}_epochs" for model in ("rn50", "vit_b_16", "vit_b_32") for run in ("143m_32", "15m_32", "15m_8")
+    ]
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_every_value_is_marked_and_the_papers_values_are_the_papers(path):
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.search(r"# (paper|ours)\b", line) for line in lines)
+    args = parse_arguments(["--config", str(path)])
+    model, data, epochs = re.fullmatch(r"(\w+?)_(15m|143m)_(\d+)_epochs", path.stem).groups()
+    assert args.model == {"rn50": "RN50", "vit_b_32": "ViT-B-32", "vit_b_16": "ViT-B-16"}[model]
+    assert (args.epochs, args.global_batch_size) == (int(epochs), 8192 if data == "143m" else 4096)
+    assert (args.weight_decay, args.max_regions, args.label_smoothing) == (0.2, 10, 0.2)
+    assert (args.global_crop_area, args.local_crop_area) == ([0.9, 1.0], [0.5, 1.0])
+    assert args.loss_weights == pytest.approx(DEFAULT_LOSS_WEIGHTS)
+    assert len(args.train_data) == (5 if data == "143m" else 1)
+    assert args.precision == "bf16" and args.learning_rate == (1e-3 if data == "143m" else 5e-4)
+
+
+def test_the_demo_recipe_is_readable():
+    args = parse_arguments(["--config", str(CONFIGS / "demo.yaml")])
+    assert args.model_config["text_config"]["pooling"] == "eos" and args.max_steps
+
+
+@pytest.mark.parametrize(("table", "name"), ROWS, ids=lambda value: value)
+def test_every_ablation_row_is_a_run(table, name):
+    row = ABLATIONS[table][name]
+    for recipe, vit in (("rn50_15m_8_epochs", False), ("vit_b_32_15m_8_epochs", True)):
+        args = merged(CONFIGS / f"{recipe}.yaml", row, vit)
+        assert set(args.loss_weights) <= set(TERMS) and sum(args.loss_weights.values()) == pytest.approx(1)
+        assert bool(args.model_config) == (vit and "vit" in row)
+
+
+def test_the_ablation_rows_are_the_papers():
+    peer, full = {"global_summary", "local_caption"}, set(DEFAULT_LOSS_WEIGHTS)
+    relation = peer | {"roi_summary", "global_tags"}
+    expected = {
+        "components": {
+            "peer": peer,
+            "global_relation": relation,
+            "local_relation": full,
+            "softened": full,
+            "leff": full,
+        },
+        "peer_level": {
+            "clip": {"global_caption"},
+            "clip_local_crop": {"local_caption"},
+            "peer": peer,
+            "peer_and_regions": peer | {"roi_tags"},
+        },
+        "mismatched": {
+            "full": full,
+            "with_global_caption": full | {"global_caption"},
+            "with_local_summary": full | {"local_summary"},
+            "with_both": set(TERMS) - {"roi_tags"},
+        },
+    }
+    assert {
+        table: {name: set(row["loss_weights"]) for name, row in rows.items()} for table, rows in ABLATIONS.items()
+    } == (expected)
+    # Softened targets are the fourth of the five steps, and belong to no row of the peer-level table.
+    assert [ABLATIONS["components"][name]["label_smoothing"] for name in expected["components"]] == [0, 0, 0, 0.2, 0.2]
+    assert {row["label_smoothing"] for row in ABLATIONS["peer_level"].values()} == {0}
+
+
+@pytest.mark.parametrize("stem", ["rn50_15m_8_epochs", "vit_b_16_143m_32_epochs"])
+def test_overfitting_two_batches_drives_a_recipe_to_its_floor(stem, tmp_path, monkeypatch):
+    """Everything of the recipe but sizes, length and learning rate."""
+    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config, folder: reader)
+    vision = RESNET if stem.startswith("rn50") else MODEL_CONFIG["vision_config"]
+    config = {**MODEL_CONFIG, "vision_config": vision, "projection_dim": 16}
+    settings = yaml.safe_load((CONFIGS / f"{stem}.yaml").read_text())
+    settings |= {
+        "epochs": None,
+        "max_steps": 120 if stem.startswith("rn50") else 220,
+        "global_batch_size": 8,
+        "learning_rate": 1e-2,
+        "overfit_batches": 2,
+    }
+    settings |= {"precision": "fp32", "validation_data": None, "trackers": ["none"], "save_every_steps": 0}
+    settings |= {"model_config": config, "output_dir": str(tmp_path), "log_every_steps": 20}
+    args = PretrainingArguments(**settings)
+    reader = MemoryReader(args, 16, missing=False, image_size=config["vision_config"]["image_size"])
+    pretrain.run(args)
+    losses = [line["loss/total"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss/total" in line]
+    floor = -0.8 * math.log(0.8) - 0.2 * math.log(0.2 / 7)  # entropy of the softened targets at N = 8
+    assert floor - 1e-4 < losses[-1] < floor + 0.15 < losses[0], losses
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_the_engines_configs(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import DistributedType
+
+    config = load_config_from_file(str(path))
+    expected = {
+        "one_gpu": (DistributedType.NO, 1, 1),
+        "one_node": (DistributedType.MULTI_GPU, 8, 1),
+        "two_processes": (DistributedType.MULTI_GPU, 2, 1),
+        "several_nodes": (DistributedType.MULTI_GPU, 64, 8),
+        "deepspeed_zero2": (DistributedType.DEEPSPEED, 8, 1),
+        "fsdp2_refused": (DistributedType.FSDP, 8, 1),
+    }[path.stem]
+    assert (config.distributed_type, config.num_processes, config.num_machines) == expected
+    runs_here = path.stem in ("one_gpu", "two_processes")
+    text = path.read_text()
+    assert runs_here or "Not run." in text or "eight GPUs" in text or "refused" in text
+
+
+def test_fsdp_is_refused_with_its_reason():
+    with pytest.raises(ValueError, match="BatchNorm's running statistics.*one_node.yaml.*ZeRO-2"):
+        pretrain.check_engine("FSDP")
+    pretrain.check_engine("MULTI_GPU")

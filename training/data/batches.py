@@ -1,0 +1,269 @@
+"""From (epoch, position) to tensors: reading, checking, replacing and collating samples.
+
+`BatchMaker` is what runs inside a loader worker. A batch is a pure function of the data, the settings and the
+positions asked for, so it is the same bytes whichever process makes it.
+"""
+
+import collections
+import threading
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from training.data.records import IMAGE_SUFFIXES, BadSample, sample_from_members, tag_text
+from training.data.remote import ShardCache
+from training.data.sources import is_url
+from training.data.views import BadPicture, ViewSettings, make_views
+
+IMAGE_LEVELS = ("global", "local", "roi")
+TEXT_LEVELS = ("summary", "caption", "tags")
+PIXEL_KEYS = {"global": "pixel_values", "local": "local_pixel_values"}
+TEXT_KEYS = {"summary": "summary_input_ids", "caption": "input_ids", "tags": "tag_input_ids"}
+MASK_KEYS = {"summary": "has_summary", "tags": "has_tags"}
+MAX_REPLACEMENTS = 32
+# What is drawn for a sample beside its crops, whose numbers are 0 and 1.
+_CAPTION = 2
+
+
+class DataError(RuntimeError):
+    """The data cannot be trained on as it is; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """What a batch holds.
+
+    levels: those of `IMAGE_LEVELS` and `TEXT_LEVELS` that the objective names; nothing else is read or decoded.
+    views: sizes and crops. mean and std: of each channel, pixels are (value / 255 - mean) / std. pooling: "max" pads
+    texts to `max_length`, "eos" to the longest of the batch. max_regions: the most confident regions that are kept.
+    roi_feature_size: F without the box. allow_mixed_regions: region features of another width count as missing, not
+    as an error.
+    """
+
+    levels: tuple = IMAGE_LEVELS + TEXT_LEVELS
+    views: ViewSettings = field(default_factory=ViewSettings)
+    mean: tuple = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple = (0.26862954, 0.26130258, 0.27577711)
+    pooling: str = "max"
+    max_length: int = 77
+    max_regions: int = 10
+    roi_feature_size: int = 2048
+    allow_mixed_regions: bool = False
+
+    def __post_init__(self):
+        unknown = sorted(set(self.levels) - set(IMAGE_LEVELS + TEXT_LEVELS))
+        if unknown or not self.levels:
+            raise ValueError(
+                f"levels {self.levels}: expected some of {', '.join(IMAGE_LEVELS + TEXT_LEVELS)}, {unknown} are none"
+            )
+        if self.pooling not in ("max", "eos"):
+            raise ValueError(f"pooling is {self.pooling!r}, expected 'max' or 'eos'")
+        if self.max_regions < 1:
+            raise ValueError(f"max_regions is {self.max_regions}, expected at least 1")
+
+
+@dataclass
+class BatchReport:
+    """What making a batch met: `bad` as (key, where, reason, detail), `truncated` {text level: texts cut}, `texts`
+    {text level: texts there}."""
+
+    bad: list = field(default_factory=list)
+    truncated: dict = field(default_factory=dict)
+    texts: dict = field(default_factory=dict)
+
+
+class BatchMaker(torch.utils.data.Dataset):
+    """Makes batches from data sets in a given order.
+
+    Args: `data_sets` list of `data_sources.DataSet`, `order` the `SampleOrder` over them, `settings`, `tokenizer` a
+    `PyramidCLIPTokenizer` (None where no text level is wanted), `cache` for remote shards.
+
+    `maker[(epoch, positions)]` gives the batch (see `batch`), so a torch DataLoader can use it as a map-style dataset.
+    """
+
+    def __init__(self, data_sets, order, settings, tokenizer, cache=None):
+        self.data_sets, self.order, self.settings = data_sets, order, settings
+        self.tokenizer, self.cache = tokenizer, cache or ShardCache()
+        self._suffixes = {"json", "txt"}
+        if {"global", "local"} & set(settings.levels):
+            self._suffixes.update(IMAGE_SUFFIXES, ("jpeg",))
+        if "roi" in settings.levels:
+            self._suffixes.add("roi.npy")
+        # Twice a window: positions near a boundary go back and forth between two windows.
+        self._most_readers = 2 * order.window_shards + 2
+        self._readers = collections.OrderedDict()
+        self._window, self._fetching = None, None
+
+    def __len__(self):
+        return self.order.total
+
+    def __getstate__(self):
+        state = self.__dict__.copy()
+        state.update(_readers=collections.OrderedDict(), _window=None, _fetching=None)
+        return state
+
+    def __getitem__(self, epoch_and_positions):
+        return self.batch(*epoch_and_positions)
+
+    def batch(self, epoch, positions):
+        """The batch of the samples at `positions` of an epoch: the keys of design section 3 that `levels` name,
+        `sample_keys` (list of str) and `report` (`BatchReport`).
+
+        pixel_values, local_pixel_values (B, 3, height, width) float32; input_ids, summary_input_ids, tag_input_ids
+        (B, L) int64; has_summary, has_tags (B,) bool; roi_features (B, K, F + 4) float32 and roi_mask (B, K) bool, K
+        the longest of the batch, at least 1.
+
+        Raises `DataError` where a sample and all that might replace it are bad.
+        """
+        report = BatchReport()
+        loaded = [self.load(epoch, position, report) for position in positions]
+        samples = [sample for sample, _ in loaded]
+        batch = self._pixels([views for _, views in loaded])
+        batch.update(self._texts(samples, report))
+        if "roi" in self.settings.levels:
+            batch["roi_features"], batch["roi_mask"] = self._regions(samples)
+        batch["sample_keys"] = [sample.key for sample in samples]
+        batch["report"] = report
+        return batch
+
+    def load(self, epoch, position, report):
+        """(sample, views) at a position, or of what replaces it; bad ones go into `report`."""
+        where = self.order.locate(epoch, position)
+        for attempt in range(MAX_REPLACEMENTS + 1):
+            try:
+                return self._load(epoch, *where)
+            except BadSample as bad:
+                report.bad.append(bad.args)
+                last = bad
+            where = self.order.replacement(epoch, position, attempt)
+        raise DataError(f"{last}; the {MAX_REPLACEMENTS} samples drawn in place of it and its like are bad too")
+
+    def _load(self, epoch, dataset, unit, index):
+        reader = self._reader(epoch, dataset, unit)
+        key = None
+        try:
+            members = reader.read(index, self._suffixes)
+            key = reader.key(index)
+            wants_picture = bool({"global", "local"} & set(self.settings.levels))
+            sample = sample_from_members(members, key, reader.name, require_image=wants_picture)
+            if sample.caption is None:
+                raise BadSample(key, reader.name, "no-caption", "expected KEY.txt, or `caption` in KEY.json")
+            number = self.order.sample_id(dataset, unit, index)
+            if sample.captions:
+                rng = np.random.default_rng((self.order.seed, epoch, number, _CAPTION))
+                sample.caption = sample.captions[int(rng.integers(len(sample.captions)))]
+            self._check_regions(sample, reader.name)
+            levels = [level for level in ("global", "local") if level in self.settings.levels]
+            views = {}
+            if levels:
+                views = make_views(sample.image, self.settings.views, self.order.seed, epoch, number, levels)
+            return sample, views
+        except BadPicture as bad:
+            raise BadSample(key, reader.name, bad.reason, str(bad)) from None
+
+    def _check_regions(self, sample, where):
+        """Leaves the most confident regions, in that order, as float32 features."""
+        if sample.roi is None:
+            return
+        width = sample.roi.shape[1]
+        if width != self.settings.roi_feature_size:
+            if self.settings.allow_mixed_regions:
+                sample.roi = None
+                return
+            detail = f"region features of width {width}, the model takes {self.settings.roi_feature_size}"
+            raise BadSample(sample.key, where, "roi-width", detail)
+        scores = np.array([-np.inf if region.score is None else region.score for region in sample.regions])
+        kept = np.argsort(-scores, kind="stable")[: self.settings.max_regions]
+        in_order = np.array_equal(kept, np.arange(len(kept)))
+        sample.roi = (sample.roi[: len(kept)] if in_order else sample.roi[kept]).astype(np.float32)
+        sample.regions = [sample.regions[i] for i in kept]
+        if not np.isfinite(sample.roi).all():
+            raise BadSample(sample.key, where, "roi-not-finite", "region features hold NaN or infinity")
+
+    def _pixels(self, views):
+        """Stacks the views of each level and normalises them at once, a channel at a time: one pass over the bytes."""
+        batch = {}
+        for level, key in PIXEL_KEYS.items():
+            if level not in self.settings.levels:
+                continue
+            stacked = torch.stack([view[level] for view in views])
+            pixels = torch.empty(stacked.shape, dtype=torch.float32)
+            for channel, (mean, std) in enumerate(zip(self.settings.mean, self.settings.std)):
+                torch.mul(stacked[:, channel], 1 / (255 * std), out=pixels[:, channel])
+                pixels[:, channel] -= mean / std
+            batch[key] = pixels
+        return batch
+
+    def _texts(self, samples, report):
+        texts = {
+            "summary": [sample.summary for sample in samples],
+            "caption": [sample.caption for sample in samples],
+            "tags": [tag_text(sample.tags) if sample.tags else None for sample in samples],
+        }
+        batch = {}
+        for level in TEXT_LEVELS:
+            if level not in self.settings.levels:
+                continue
+            encoded = self.tokenizer(
+                [text or "" for text in texts[level]],
+                padding="max_length" if self.settings.pooling == "max" else True,
+                truncation=True,
+                max_length=self.settings.max_length,
+                return_attention_mask=False,
+                return_truncation=True,
+                return_tensors="np",
+            )
+            batch[TEXT_KEYS[level]] = torch.from_numpy(np.asarray(encoded["input_ids"], np.int64))
+            present = [text is not None for text in texts[level]]
+            if level in MASK_KEYS:
+                batch[MASK_KEYS[level]] = torch.tensor(present)
+            report.truncated[level] = int(np.sum(encoded["truncated"]))
+            report.texts[level] = sum(present)
+        return batch
+
+    def _regions(self, samples):
+        count = max(1, *(0 if sample.roi is None else len(sample.roi) for sample in samples))
+        width = self.settings.roi_feature_size
+        features = np.zeros((len(samples), count, width + 4), np.float32)
+        mask = np.zeros((len(samples), count), bool)
+        for row, sample in enumerate(samples):
+            if sample.roi is not None:
+                features[row, : len(sample.roi), :width] = sample.roi
+                features[row, : len(sample.roi), width:] = [region.box for region in sample.regions]
+                mask[row, : len(sample.roi)] = True
+        return torch.from_numpy(features), torch.from_numpy(mask)
+
+    def _reader(self, epoch, dataset, unit):
+        """The open reader of a unit; the one used longest ago is closed when too many are open."""
+        reader = self._readers.get((dataset, unit))
+        if reader is None:
+            self._fetch_ahead(epoch, dataset, unit)
+            reader = self.data_sets[dataset].open(self.data_sets[dataset].units[unit], self.cache)
+            self._readers[dataset, unit] = reader
+            if len(self._readers) > self._most_readers:
+                self._readers.popitem(last=False)[1].close()
+        self._readers.move_to_end((dataset, unit))
+        return reader
+
+    def _fetch_ahead(self, epoch, dataset, unit):
+        """Fetches the remote shards of the window after this one in the background, in one worker of each process."""
+        worker = torch.utils.data.get_worker_info()
+        if (worker is not None and worker.id) or not is_url(self.data_sets[dataset].units[unit].name):
+            return
+        windows = self.order.windows(epoch)
+        number = next(n for n, w in enumerate(windows) if w.dataset == dataset and unit in w.shards)
+        if (epoch, number) == self._window or (self._fetching is not None and self._fetching.is_alive()):
+            return
+        self._window = (epoch, number)
+        names = [self.data_sets[w.dataset].units[s].name for w in windows[number + 1 : number + 2] for s in w.shards]
+
+        def fetch():
+            for name in filter(is_url, names):
+                try:
+                    self.cache.fetch(name)
+                except (OSError, ValueError):
+                    return  # reported, with its retries, by whoever reads the shard
+
+        self._fetching = threading.Thread(target=fetch, daemon=True)
+        self._fetching.start()

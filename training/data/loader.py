@@ -1,0 +1,374 @@
+"""The training data of one process, batch after batch (design sections 6 and 9).
+
+    reader = TrainingReader(["data/shards"], processor=processor, global_batch_size=4096, levels=("local", "caption"))
+    for batch in reader.batches(epoch=0, position=0):
+        ...
+
+Each batch is a function of (seed, epoch, position) alone: 0 or many workers, one process or several with the same
+global batch, from the beginning or continued, the same samples come in the same order with the same crops. Workers
+make whole batches ahead, across the end of an epoch. Bad samples are replaced deterministically, counted by reason
+and named; beyond `max_bad_fraction` the run stops.
+"""
+
+import collections
+import hashlib
+import json
+import os
+
+import torch
+
+from training.data.batches import BatchMaker, BatchSettings, DataError
+from training.data.order import SampleOrder, batch_positions
+from training.data.remote import ShardCache
+from training.data.sources import open_data_set
+from training.data.views import ViewSettings
+
+# A few bad samples at the very beginning say nothing about the fraction.
+LEAST_SAMPLES = 1000
+NAMED_BAD_SAMPLES = 20
+
+
+class WorkerDied(DataError):
+    """A loader worker was killed, most often by the kernel for want of memory."""
+
+
+def is_worker_death(error):
+    """Whether a RuntimeError is torch's report of a dead worker, for which it has no type of its own.
+
+    It is raised wherever the process happens to be when the worker dies, not only where a batch is waited for.
+    """
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
+def worker_died(error, workers):
+    """The `WorkerDied` that explains torch's report."""
+    return WorkerDied(
+        f"a loader worker died ({(str(error) or type(error).__name__).splitlines()[0]}). The kernel kills "
+        f"processes when memory runs out: lower "
+        f"dataloader_workers (now {workers}) or the batch, or enlarge /dev/shm. Continue with --resume latest; no data "
+        "is skipped"
+    )
+
+
+def settings_for(processor, levels, pooling="max", max_length=77, roi_feature_size=2048, **changes):
+    """`BatchSettings` that agree with a `PyramidCLIPProcessor`: view size, mean and std are its image processor's.
+
+    `changes` are further fields of `BatchSettings`, and `global_area`, `local_area`, `max_image_pixels` of
+    `ViewSettings`.
+    """
+    images = processor.image_processor
+    names = ("global_area", "local_area", "aspect", "max_image_pixels")
+    views = {name: changes.pop(name) for name in names if name in changes}
+    size = images.crop_size
+    return BatchSettings(
+        levels=tuple(levels),
+        views=ViewSettings(size["height"], size["width"], **views),
+        mean=tuple(images.image_mean),
+        std=tuple(images.image_std),
+        pooling=pooling,
+        max_length=max_length,
+        roi_feature_size=roi_feature_size,
+        **changes,
+    )
+
+
+def check_regions(data_sets, settings):
+    """Refuses region features that do not belong together, from what the `dataset.json` files say.
+
+    Raises `ValueError` where two detectors made them, or their width is not the model's, unless mixing is allowed.
+    """
+    if "roi" not in settings.levels or settings.allow_mixed_regions:
+        return
+    makers = {}
+    for data in data_sets:
+        for described in data.described:
+            width = described.get("roi_feature_size")
+            if width not in (None, settings.roi_feature_size):
+                raise ValueError(
+                    f"{data.name}: region features of width {width}, the model takes {settings.roi_feature_size}: set "
+                    "vision_config.roi_feature_size, or allow_mixed_regions to leave these regions out"
+                )
+            maker = described.get("made_by", {}).get("regions")
+            if maker is not None:
+                makers.setdefault(json.dumps(maker, sort_keys=True), data.name)
+    if len(makers) > 1:
+        listed = "; ".join(f"{name}: {maker}" for maker, name in makers.items())
+        raise ValueError(
+            f"regions made by {len(makers)} detectors ({listed}): their features do not mean the same, and one "
+            "projection cannot serve both. Detect again with one of them, or set allow_mixed_regions"
+        )
+
+
+def fingerprint_of(data_sets):
+    """What must stay the same for a run to continue on the data: names, sizes and keys of all shards, not where they
+    lie."""
+    identity = [[unit.identity + (unit.samples,) for unit in data.units] for data in data_sets]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+
+
+class BatchReader:
+    """Batches of one process, from anything that makes them.
+
+    Args:
+        maker: map-style data set; `maker[(epoch, positions)]` is a batch with `sample_keys` and `report`, as
+            `BatchMaker` makes it.
+        order: the `SampleOrder` that the maker follows.
+        global_batch_size: samples in a batch of all processes together.
+        process_index, num_processes: which share of each global batch is made here (position modulo number).
+        workers: processes that make batches ahead; 0 makes them here.
+        prefetch: batches that each worker keeps ready.
+        max_bad_fraction: share of bad samples beyond which `DataError` is raised (counted as if at least a thousand
+            samples had been read).
+        overfit_batches: only the first so many global batches of epoch 0, over and over; 0: off.
+        bad_log: file that names each bad sample, one JSON object a line, appended.
+        pin_memory: for GPUs.
+        start_method: how workers start ("fork", "spawn", "forkserver"; None: the platform's).
+
+    Raises `ValueError` where the data is smaller than one global batch (with the arithmetic) or the batch cannot be
+    shared equally.
+    """
+
+    def __init__(
+        self,
+        maker,
+        order,
+        global_batch_size,
+        process_index=0,
+        num_processes=1,
+        workers=0,
+        prefetch=2,
+        max_bad_fraction=0.01,
+        overfit_batches=0,
+        bad_log=None,
+        pin_memory=False,
+        start_method=None,
+    ):
+        self.maker, self.order, self.samples = maker, order, order.total
+        self.batches_per_epoch = order.batches_per_epoch(global_batch_size)
+        batch_positions(0, global_batch_size, process_index, num_processes)
+        self.global_batch_size, self.process_index, self.num_processes = global_batch_size, process_index, num_processes
+        self.workers, self.prefetch, self.pin_memory, self.start_method = workers, prefetch, pin_memory, start_method
+        self.max_bad_fraction, self.overfit_batches, self.bad_log = max_bad_fraction, overfit_batches, bad_log
+        self._counts = collections.Counter()
+        self._named = []
+        self._pipeline, self._next = None, None
+
+    def batches(self, epoch, position=0):
+        """Yields the batches of this process from global `position` to the end of the epoch; see `BatchMaker.batch`
+        for the keys.
+
+        Only complete global batches come. Asking for what comes next in turn continues the workers at work, anything
+        else starts them anew. Raises `DataError` (too many bad samples), `WorkerDied`, and `ValueError` for a
+        position that is not a multiple of the global batch.
+        """
+        if position % self.global_batch_size:
+            raise ValueError(f"position {position} is not a multiple of the global batch of {self.global_batch_size}")
+        last = self.overfit_batches or self.batches_per_epoch
+        for batch in range(position // self.global_batch_size, last):
+            if self._pipeline is None or self._next != (epoch, batch):
+                self._start(epoch, batch)
+            made = self._take()
+            self._next = (epoch, batch + 1) if batch + 1 < last else (epoch + 1, 0)
+            self._account(made.pop("report"), len(made["sample_keys"]), epoch)
+            yield made
+
+    def _start(self, epoch, batch):
+        self.close()
+        schedule = _Schedule(
+            epoch,
+            batch,
+            self.overfit_batches or self.batches_per_epoch,
+            bool(self.overfit_batches),
+            (self.global_batch_size, self.process_index, self.num_processes),
+        )
+        if self.workers:
+            # Tokenizers warn about a fork otherwise, and their threads do not survive it.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        loader = torch.utils.data.DataLoader(
+            self.maker,
+            batch_size=None,
+            sampler=schedule,
+            num_workers=self.workers,
+            collate_fn=_as_it_is,
+            prefetch_factor=self.prefetch if self.workers else None,
+            pin_memory=self.pin_memory,
+            multiprocessing_context=self.start_method if self.workers else None,
+        )
+        self._pipeline = iter(loader)
+
+    def _take(self):
+        try:
+            return next(self._pipeline)
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            self.close()
+            # A worker that dies while it hands over a batch breaks the connection before torch notices its death.
+            if is_worker_death(error) or (self.workers and not isinstance(error, RuntimeError)):
+                raise worker_died(error, self.workers) from error
+            raise
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self):
+        """Ends the workers."""
+        self._pipeline = None
+
+    def _account(self, report, samples, epoch):
+        counts = self._counts
+        counts["samples"] += samples
+        for level, number in report.texts.items():
+            counts[f"texts/{level}"] += number
+            counts[f"truncated/{level}"] += report.truncated[level]
+        if not report.bad:
+            return
+        for key, where, reason, detail in report.bad:
+            counts["bad"] += 1
+            counts[f"bad/{reason}"] += 1
+            if len(self._named) < NAMED_BAD_SAMPLES:
+                self._named.append([key, where, reason, detail])
+        if self.bad_log:
+            lines = [
+                json.dumps({"key": key, "where": where, "reason": reason, "detail": detail, "epoch": epoch}) + "\n"
+                for key, where, reason, detail in report.bad
+            ]
+            with open(self.bad_log, "a", encoding="utf-8") as file:
+                file.write("".join(lines))
+        if counts["bad"] > self.max_bad_fraction * max(counts["samples"], LEAST_SAMPLES):
+            self.close()
+            share = counts["bad"] / (counts["samples"] + counts["bad"])
+            raise DataError(
+                f"{counts['bad']} of the {counts['samples'] + counts['bad']} samples read are bad ({share:.1%}, "
+                f"max_bad_fraction is {self.max_bad_fraction:.1%}): {_reasons(counts)}. The first: "
+                f"{_first(self._named)}. Repair the data (`python -m training.prepare.audit` lists what is "
+                "wrong) or raise max_bad_fraction"
+            )
+
+    def state(self):
+        """What a checkpoint keeps of the reader: counts and the names of bad samples, as far as batches were taken."""
+        return {"counts": dict(self._counts), "named": list(self._named)}
+
+    def load_state(self, state):
+        """Continues from `state()`."""
+        self._counts = collections.Counter(state.get("counts", {}))
+        self._named = [list(entry) for entry in state.get("named", [])]
+
+    def metrics(self):
+        """This process's shares so far: bad samples, and texts of each level that were cut at the end."""
+        counts = self._counts
+        metrics = {"data/bad_fraction": counts["bad"] / max(counts["samples"] + counts["bad"], 1)}
+        for level in ("summary", "caption", "tags"):
+            if counts[f"texts/{level}"]:
+                metrics[f"data/truncated_{level}"] = counts[f"truncated/{level}"] / counts[f"texts/{level}"]
+        return metrics
+
+    def report(self):
+        """Lines for the end of a run: bad samples by reason over all processes, and the first of them by name.
+
+        With several processes all of them have to call it.
+        """
+        counts, named = self._over_processes()
+        if not counts["bad"]:
+            return [f"data: {counts['samples']} samples, none bad"]
+        lines = [f"data: {counts['samples']} samples, {counts['bad']} bad and replaced: {_reasons(counts)}"]
+        lines += [f"  {where}: {key}: {reason}: {detail}" for key, where, reason, detail in named[:NAMED_BAD_SAMPLES]]
+        if counts["bad"] > len(lines) - 1:
+            lines.append(
+                f"  ... {counts['bad'] - len(lines) + 1} more" + (f" in {self.bad_log}" if self.bad_log else "")
+            )
+        return lines
+
+    def _over_processes(self):
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return self._counts, self._named
+        gathered = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, (dict(self._counts), self._named))
+        counts = collections.Counter()
+        for one, _ in gathered:
+            counts.update(one)
+        return counts, [entry for _, names in gathered for entry in names]
+
+
+class TrainingReader(BatchReader):
+    """Batches of one process for pre-training.
+
+    Args:
+        data: list of data sets, each a string as `training.data.sources` explains.
+        settings: `BatchSettings`, see `settings_for`.
+        tokenizer: `PyramidCLIPTokenizer`.
+        seed, window_shards: see `training.data.order`.
+        cache: `ShardCache` for remote shards.
+        global_batch_size, process_index, num_processes, options: see `BatchReader`.
+
+    Attributes: `samples` in the data, `fingerprint`, `description` (for a model card).
+
+    Raises `ValueError` where the data is smaller than one global batch (with the arithmetic), the batch cannot be
+    shared equally, or regions of two detectors are mixed; `FileNotFoundError` where there is no data.
+    """
+
+    def __init__(
+        self,
+        data,
+        settings,
+        tokenizer,
+        global_batch_size,
+        process_index=0,
+        num_processes=1,
+        seed=0,
+        window_shards=8,
+        cache=None,
+        **options,
+    ):
+        if not data:
+            raise ValueError("no training data named: expected at least one folder, shard list or manifest")
+        cache = cache or ShardCache()
+        self.data_sets = [open_data_set(name, cache) for name in data]
+        check_regions(self.data_sets, settings)
+        sizes = [[unit.samples for unit in one.units] for one in self.data_sets]
+        order = SampleOrder(sizes, seed, window_shards)
+        maker = BatchMaker(self.data_sets, order, settings, tokenizer, cache)
+        super().__init__(maker, order, global_batch_size, process_index, num_processes, **options)
+        self.fingerprint = fingerprint_of(self.data_sets)
+
+    @property
+    def description(self):
+        """What the data is: per data set its name, numbers and what its `dataset.json` says of makers and licences."""
+        told = ("made_by", "attribution", "license")
+        return [
+            {
+                "name": data.name,
+                "samples": data.samples,
+                "shards": len(data.units),
+                **{key: described[key] for described in data.described for key in told if key in described},
+            }
+            for data in self.data_sets
+        ]
+
+
+def _reasons(counts):
+    found = sorted(((n, name[4:]) for name, n in counts.items() if name.startswith("bad/")), reverse=True)
+    return ", ".join(f"{n} {reason}" for n, reason in found)
+
+
+def _first(named):
+    key, where, reason, detail = named[0]
+    return f"{where}: {key}: {reason} ({detail})"
+
+
+def _as_it_is(batch):
+    return batch
+
+
+class _Schedule:
+    """What the workers make, without end: (epoch, positions) of the global batches in turn."""
+
+    def __init__(self, epoch, batch, batches, overfit, share):
+        self.epoch, self.batch, self.batches, self.overfit, self.share = epoch, batch, batches, overfit, share
+
+    def __iter__(self):
+        size, index, processes = self.share
+        epoch, batch = self.epoch, self.batch
+        while True:
+            yield 0 if self.overfit else epoch, batch_positions(batch, size, index, processes)
+            batch += 1
+            if batch == self.batches:
+                epoch, batch = epoch + 1, 0

@@ -1,0 +1,332 @@
+"""Builds the embedded data set "emoji scenes": a small pyramid with known truth, made from OpenMoji artwork without
+any download.
+
+    python -m training.emoji.scenes --output-dir DIR [--seed 0] [--train 16000] [--validation 1000]
+
+Three folders of shards (design section 6), each with `dataset.json`:
+
+`train`: scenes of one to five objects. `KEY.txt` is a web-like caption: objects missing or said twice, file names,
+shop words. Beside it a clean summary, tags, exact regions and their 2048-d descriptors
+(`pictures.describe_regions`). `--detector-names` and `--detector-mistakes` spoil regions and tags the way a real
+detector does; pictures, captions and summaries stay the same.
+
+`validation`: scenes of two to five objects with at least one pair of objects that no training scene shows together,
+no two scenes of the same objects. `KEY.txt` is a careful caption such as evaluation sets have (other sentences than
+the training captions or summaries); the web-like one is in `KEY.json` as `web_caption`.
+
+`objects`: single objects for zero-shot classification, `--per-object` pictures of each; `KEY.json` has `class_name`
+and `class_index`, the folder has `classes.txt`, one name a line.
+
+The pictures contain OpenMoji artwork (CC BY-SA 4.0); `dataset.json` carries the attribution. Each scene is a function
+of (seed, split, number): the same settings give the same bytes with any number of workers, and a build that was
+stopped continues with the shards that are missing.
+"""
+
+import io
+import json
+import os
+import random
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from training.data.records import Region, Sample
+from training.data.shards import ShardWriter, index_path, read_dataset_json, write_atomically, write_dataset_json
+from training.emoji import pictures, words
+
+SCENES_VERSION = 3
+SPLITS = ("train", "validation", "objects")
+
+
+@dataclass
+class SceneArguments:
+    """Settings of `python -m training.emoji.scenes`."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for train/, validation/ and objects/."})
+    seed: int = field(default=0, metadata={"help": "Everything is a function of it."})
+    train: int = field(default=16000, metadata={"help": "Number of training scenes."})
+    validation: int = field(default=1000, metadata={"help": "Number of validation scenes, unseen combinations."})
+    per_object: int = field(
+        default=12, metadata={"help": "Pictures of each single object for zero-shot classification."}
+    )
+    picture_size: int = field(default=96, metadata={"help": "Side of the square pictures in pixels."})
+    shard_size: int = field(default=1000, metadata={"help": "Samples in a shard."})
+    detector_names: int = field(
+        default=len(words.OBJECTS),
+        metadata={"help": "How many kinds of objects the detector of the training scenes knows; it finds no other."},
+    )
+    detector_mistakes: float = field(
+        default=0.0,
+        metadata={"help": "Share of its objects that it misses, and again of those that it calls by another name."},
+    )
+    workers: int = field(default=2, metadata={"help": "Processes that draw."})
+    contact_sheet: str | None = field(default=None, metadata={"help": "Draw some samples into this PNG file."})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the content of the shards depends on, and nothing else."""
+
+    seed: int
+    train: int
+    validation: int
+    per_object: int
+    picture_size: int
+    shard_size: int
+    detector_names: int = len(words.OBJECTS)
+    detector_mistakes: float = 0.0
+    version: int = SCENES_VERSION
+
+    def __post_init__(self):
+        if not 2 <= self.detector_names <= len(words.OBJECTS):
+            raise ValueError(f"detector_names: expected 2 to {len(words.OBJECTS)} names, got {self.detector_names}")
+        if not 0 <= self.detector_mistakes <= 0.5:
+            raise ValueError(f"detector_mistakes: expected a share from 0 to 0.5, got {self.detector_mistakes}")
+
+    def count(self, split):
+        """Number of samples of a split."""
+        return len(words.OBJECTS) * self.per_object if split == "objects" else getattr(self, split)
+
+
+def scene_rng(recipe, split, number):
+    """The random numbers of one sample."""
+    return random.Random(f"emoji scenes {recipe.version} {recipe.seed} {split} {number}")
+
+
+def plan_validation(recipe):
+    """The objects of every validation scene, a list of lists of `Thing`: no two scenes show the same objects."""
+    seen, plan = set(), []
+    for number in range(recipe.validation):
+        rng = scene_rng(recipe, "validation objects", number)
+        while True:
+            things = words.validation_things(rng)
+            names = frozenset(thing.name for thing in things)
+            if names not in seen:
+                break
+        seen.add(names)
+        plan.append(things)
+    return plan
+
+
+def names_of_detector(recipe):
+    """The names of objects that the detector of the training scenes knows, in the order of `OBJECTS`."""
+    chosen = random.Random(f"detector {recipe.seed}").sample(words.OBJECTS, recipe.detector_names)
+    return tuple(name for name in words.OBJECTS if name in chosen)
+
+
+def detect(recipe, number, things, boxes):
+    """What the detector says of training scene `number`: the things that it finds, named as it names them, and their
+    boxes. All of them, rightly named, unless the recipe says otherwise."""
+    rng, known, found = scene_rng(recipe, "detector", number), names_of_detector(recipe), []
+    for thing, box in zip(things, boxes):
+        luck, other = rng.random(), rng.choice([name for name in known if name != thing.name])
+        if thing.name not in known or luck < recipe.detector_mistakes:
+            continue
+        found.append((replace(thing, name=other) if luck < 2 * recipe.detector_mistakes else thing, box))
+    return [thing for thing, _ in found], [box for _, box in found]
+
+
+def make_sample(recipe, split, number, things=None):
+    """Sample `number` of a split; `things` from `plan_validation` for validation scenes."""
+    rng = scene_rng(recipe, split, number)
+    extra = {}
+    if split == "objects":
+        index = number % len(words.OBJECTS)
+        things = [words.dress(words.OBJECTS[index], rng)]
+        extra = {"class_name": words.OBJECTS[index], "class_index": index}
+    elif split == "train":
+        things = words.training_things(rng)
+    scene = rng.choice(sorted(pictures.BACKGROUNDS))
+    picture, things, boxes = draw_scene(things, scene, recipe.picture_size, rng)
+    if split == "train":
+        caption = words.web_caption(things, scene, rng)
+    else:
+        caption = words.human_caption(things, scene, rng)
+        extra["web_caption"] = words.web_caption(things, scene, rng)
+    found, boxes = detect(recipe, number, things, boxes) if split == "train" else (things, boxes)
+    # Stands in for a detector's confidence: larger objects are surer, and regions come in that order.
+    regions = [
+        Region(
+            thing.box,
+            round(min(0.99, 0.5 + max(b[2] - b[0], b[3] - b[1]) / recipe.picture_size), 3),
+            thing.name,
+            thing.attributes,
+        )
+        for thing, b in zip(found, boxes)
+    ]
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=90)
+    return Sample(
+        key=f"{split}-{number:07d}",
+        image=file.getvalue(),
+        image_suffix="jpg",
+        caption=caption,
+        summary=words.summary(things, scene),
+        tags=words.tags(found),
+        regions=regions,
+        roi=pictures.describe_regions(picture, boxes) if boxes else None,
+        extra={"scene": scene, **extra},
+    )
+
+
+def draw_scene(things, scene, size, rng):
+    """Draws the objects on a background. Returns the picture, the things with their boxes filled in, and the boxes in
+    pixels, largest first."""
+    # NumPy's generator draws the pixels of backgrounds, seeded from the scene's own numbers.
+    picture = pictures.background(scene, size, np.random.default_rng(rng.getrandbits(64)))
+    sides = {thing.name: rng.uniform(*words.SIZES[thing.size]) * size for thing in things}
+    things = sorted(things, key=lambda thing: -sides[thing.name])
+    taken, boxes = [], []
+    for thing in things:
+        side = sides[thing.name]
+        centre = _free_place(side, size, taken, rng)
+        box = pictures.place_sprite(
+            picture, thing.name, thing.tint, side, centre, rng.uniform(-15, 15), rng.random() < 0.5
+        )
+        taken.append((centre, side))
+        boxes.append(box)
+        thing.box = tuple(round(v / size, 4) for v in box)
+    order = sorted(range(len(things)), key=lambda i: -max(boxes[i][2] - boxes[i][0], boxes[i][3] - boxes[i][1]))
+    return picture, [things[i] for i in order], [boxes[i] for i in order]
+
+
+def _free_place(side, size, taken, rng):
+    """A centre for a square of `side`, the one of 25 tries that is covered least by what is there."""
+    best, least = None, None
+    for _ in range(25):
+        x, y = (rng.uniform(side / 2, size - side / 2) for _ in range(2))
+        covered = 0.0
+        for (other_x, other_y), other in taken:
+            half = (side + other) / 2
+            covered += max(0.0, half - abs(x - other_x)) * max(0.0, half - abs(y - other_y)) / min(side, other) ** 2
+        if least is None or covered < least:
+            best, least = (x, y), covered
+        if least == 0:
+            break
+    return best
+
+
+def write_shard(recipe, folder, split, shard):
+    """Writes shard number `shard` of a split, unless it is there; returns the number of samples in it."""
+    path = Path(folder) / split / f"{split}-{shard:05d}.tar"
+    numbers = range(shard * recipe.shard_size, min((shard + 1) * recipe.shard_size, recipe.count(split)))
+    if path.exists() and index_path(path).exists():
+        return len(numbers)
+    plan = plan_validation(recipe) if split == "validation" else None
+    with ShardWriter(path) as writer:
+        for number in numbers:
+            writer.write(make_sample(recipe, split, number, plan[number] if plan else None))
+    return len(numbers)
+
+
+def claim_folder(recipe, folder):
+    """Writes the recipe into the folder, or checks that the one there is the same; `ValueError` where it is not. A
+    folder that was drawn before the detector had settings has one without mistakes."""
+    path = Path(folder) / "recipe.json"
+    wanted = asdict(recipe)
+    if path.exists():
+        without_mistakes = {"detector_names": Recipe.detector_names, "detector_mistakes": Recipe.detector_mistakes}
+        found = without_mistakes | json.loads(path.read_text(encoding="utf-8"))
+        if found != wanted:
+            differ = [f"{k}: {found.get(k)!r} there, {v!r} asked for" for k, v in wanted.items() if found.get(k) != v]
+            raise ValueError(
+                f"{folder} holds scenes of other settings ({'; '.join(differ)}); use another folder or remove it"
+            )
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(wanted, indent=1) + "\n").encode())
+
+
+def build(recipe, folder, workers=2, progress=True):
+    """Builds the three splits in `folder`, continuing where an earlier build stopped."""
+    from tqdm.auto import tqdm
+
+    claim_folder(recipe, folder)
+    jobs = [(split, shard) for split in SPLITS for shard in range(-(-recipe.count(split) // recipe.shard_size))]
+    total = sum(recipe.count(split) for split in SPLITS)
+    with tqdm(total=total, unit="scene", desc="emoji scenes", disable=not progress) as bar:
+        if workers <= 1:
+            for split, shard in jobs:
+                bar.update(write_shard(recipe, folder, split, shard))
+        else:
+            # Without a limit every process runs its small products on all cores, which made the build five times
+            # slower.
+            for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+                os.environ.setdefault(name, "1")
+            pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+            try:
+                running = [pool.submit(write_shard, recipe, folder, split, shard) for split, shard in jobs]
+                for done in as_completed(running):
+                    bar.update(done.result())
+            finally:
+                pool.shutdown(cancel_futures=True)
+    for split in SPLITS:
+        _describe_split(recipe, Path(folder), split)
+
+
+def _describe_split(recipe, folder, split):
+    if read_dataset_json(folder / split) is not None:
+        return
+    extra = {}
+    if split == "train":
+        extra["detector"] = {"names": names_of_detector(recipe), "mistakes": recipe.detector_mistakes}
+    if split == "objects":
+        extra["classes"] = list(words.OBJECTS)
+        write_atomically(folder / split / "classes.txt", ("\n".join(words.OBJECTS) + "\n").encode())
+    write_dataset_json(
+        folder / split,
+        dict.fromkeys(("caption", "summary", "tags", "regions"), f"emoji_scenes version {recipe.version}"),
+        pictures.DESCRIPTOR_SIZE,
+        {"objects": len(words.OBJECTS)},
+        attribution=pictures.ATTRIBUTION,
+        license="CC BY-SA 4.0",
+        **extra,
+    )
+
+
+def draw_contact_sheet(recipe, path):
+    """Writes a labelled sheet of eight training scenes and one validation scene as PNG."""
+    samples = [make_sample(recipe, "train", number) for number in range(8)]
+    samples.append(make_sample(recipe, "validation", 0, plan_validation(recipe)[0]))
+    sheet = pictures.contact_sheet(samples)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.quantize(192, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def main(argv=None):
+    """Parses the arguments, builds, says what was built."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(SceneArguments, description=__doc__.split("\n")[0])
+    (args,) = parser.parse_args_into_dataclasses(argv)
+    if not args.output_dir and not args.contact_sheet:
+        raise SystemExit("nothing to do: give --output-dir DIR, --contact-sheet FILE.png or both")
+    try:
+        recipe = Recipe(
+            args.seed,
+            args.train,
+            args.validation,
+            args.per_object,
+            args.picture_size,
+            args.shard_size,
+            args.detector_names,
+            args.detector_mistakes,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    if args.output_dir:
+        start = time.monotonic()
+        build(recipe, args.output_dir, args.workers)
+        counts = ", ".join(f"{recipe.count(split)} {split}" for split in SPLITS)
+        print(f"{args.output_dir}: {counts}; {time.monotonic() - start:.1f} s")
+    if args.contact_sheet:
+        draw_contact_sheet(recipe, args.contact_sheet)
+
+
+if __name__ == "__main__":
+    main()

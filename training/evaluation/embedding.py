@@ -1,0 +1,173 @@
+"""Embeddings of whole data sets, in batches that are the same on any number of processes.
+
+Batch b holds the same items whatever the number of processes; process p of P takes batches p, p + P, ...; results are
+put together by batch number. So every item is encoded exactly once, in the same company (the shape of a matrix product
+decides its last bits), and the scores are equal on 1, 2 or 3 processes.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyramidclip_hf.loss_pyramidclip import LEVEL_MASKS, TERMS
+from training.data.labelled import ShardSamples, open_picture
+from training.data.records import Sample
+from training.evaluation.retrieval import check_pairs
+
+
+def processes() -> tuple[int, int]:
+    """This process's number and how many there are, as Accelerate knows them."""
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise ImportError('evaluation needs accelerate: pip install "pyramidclip-hf[train]"') from error
+    state = PartialState()
+    return state.process_index, state.num_processes
+
+
+def map_batches(
+    function: Callable[[range], Any], items: int, batch_size: int, what: str, alone: bool = False
+) -> list[Any]:
+    """[function(indices of batch 0), function(of batch 1), ...], on every process, computed by all of them together.
+
+    function: a range of item numbers -> anything that pickles. what: the name of the progress bar. alone: this process
+    computes all, and no other needs to take part.
+    """
+    from accelerate.utils import gather_object
+    from tqdm.auto import tqdm
+
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    rank, size = (0, 1) if alone else processes()
+    batches = range(math.ceil(items / batch_size))
+    own = batches[rank::size]
+    results = [
+        (batch, function(range(batch * batch_size, min((batch + 1) * batch_size, items))))
+        for batch in tqdm(own, desc=what, unit="batch", disable=rank != 0)
+    ]
+    by_number = dict(results if alone else gather_object(results))
+    return [by_number[batch] for batch in batches]
+
+
+@dataclass
+class LevelEmbeddings:
+    """Embeddings of the levels of N samples, ready for `retrieval.level_metrics`.
+
+    embeds: level -> (N, D) float32, not normalised; for "caption" (T, D), all captions of all samples. present: level
+    -> (N,) bool. owners: {"caption": (T,) int64}, the sample of each caption. keys: (N,) sample keys.
+    """
+
+    embeds: dict[str, torch.Tensor]
+    present: dict[str, torch.Tensor]
+    owners: dict[str, torch.Tensor]
+    keys: list[str] = field(default_factory=list)
+
+
+def local_view(picture, area: float):
+    """The middle of a picture, `area` of it in the picture's own aspect: a local view without chance."""
+    if not 0 < area <= 1:
+        raise ValueError(f"local view area must be a share in (0, 1], got {area}")
+    cut = (1 - math.sqrt(area)) / 2
+    width, height = picture.size
+    box = (round(cut * width), round(cut * height), round((1 - cut) * width), round((1 - cut) * height))
+    return picture.crop((box[0], box[1], max(box[2], box[0] + 1), max(box[3], box[1] + 1)))
+
+
+def embed_levels(
+    model,
+    processor,
+    samples: Sequence[Sample] | ShardSamples,
+    levels: Sequence[str],
+    batch_size: int = 64,
+    local_area: float = 1.0,
+    alone: bool = False,
+) -> LevelEmbeddings:
+    """Encodes the named levels of all samples with `model.encode_levels`, in evaluation mode, without gradient.
+
+    samples: anything with `len` and items of `records.Sample`. The global view is the processor's (resize, centre
+    crop); the local one the same of the middle `local_area` of the picture, by default of all of it, as in the
+    evaluation while training. A level that a sample lacks is marked in `present`. alone: see `map_batches`. Raises
+    ValueError where no sample has a level.
+    """
+    levels = list(dict.fromkeys(levels))
+
+    def encode(indices: range):
+        return _encode_batch(model, processor, [samples[i] for i in indices], levels, local_area)
+
+    was_training = model.training
+    model.eval()
+    try:
+        batches = map_batches(encode, len(samples), batch_size, "embedding", alone)
+    finally:
+        model.train(was_training)
+    offsets = np.cumsum([0] + [len(batch["keys"]) for batch in batches])
+    result = LevelEmbeddings({}, {}, {}, [key for batch in batches for key in batch["keys"]])
+    for level in levels:
+        result.embeds[level] = torch.from_numpy(np.concatenate([batch["embeds"][level] for batch in batches]))
+        present = np.concatenate([batch["present"][level] for batch in batches])
+        if not present.any():
+            raise ValueError(f"none of the {len(samples)} samples has the level {level!r}")
+        result.present[level] = torch.from_numpy(present)
+    if "caption" in levels:
+        owners = [batch["owners"] + offset for batch, offset in zip(batches, offsets)]
+        result.owners["caption"] = torch.from_numpy(np.concatenate(owners))
+    return result
+
+
+def levels_of_pairs(pairs: Sequence[str]) -> list[str]:
+    """The levels that the named pairs need, each once."""
+    return list(dict.fromkeys(level for name in check_pairs(pairs) for level in TERMS[name]))
+
+
+@torch.inference_mode()
+def _encode_batch(model, processor, samples: list[Sample], levels: list[str], local_area: float) -> dict[str, Any]:
+    """One batch as numpy: `embeds`, `present`, `owners` of captions (numbers within the batch), `keys`."""
+    captions = [(row, text) for row, one in enumerate(samples) for text in one.captions or [one.caption] if text]
+    inputs = dict(_level_inputs(processor, samples, levels, local_area))
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    rest = [level for level in levels if level != "caption"]
+    embeds = model.encode_levels(rest, **inputs) if rest else {}
+    if "caption" in levels:
+        width = model.config.projection_dim
+        embeds["caption"] = torch.zeros(0, width)
+        if captions:
+            texts = processor(text=[text for _, text in captions], padding=True, return_tensors="pt")
+            embeds["caption"] = model.encode_text(texts["input_ids"].to(model.device))
+    owners = np.array([row for row, _ in captions], np.int64)
+    present = {level: np.ones(len(samples), bool) for level in levels}
+    for level in levels:
+        mask = inputs.get(LEVEL_MASKS.get(level))
+        if level == "caption":
+            present[level] = np.bincount(owners, minlength=len(samples)) > 0
+        elif mask is not None:
+            present[level] = (mask.any(dim=1) if mask.dim() == 2 else mask).cpu().numpy()
+    return {
+        "embeds": {level: embeds[level].float().cpu().numpy() for level in levels},
+        "present": present,
+        "owners": owners,
+        "keys": [sample.key for sample in samples],
+    }
+
+
+def _level_inputs(processor, samples: list[Sample], levels: list[str], local_area: float):
+    wanted: dict[str, Any] = {}
+    if {"global", "local"} & set(levels):
+        pictures = [open_picture(sample.image, sample.key) for sample in samples]
+        if "global" in levels:
+            wanted["images"] = pictures
+        if "local" in levels:
+            wanted["local_images"] = [local_view(picture, local_area) for picture in pictures]
+    if "roi" in levels:
+        wanted["regions"] = [
+            None if sample.roi is None else (sample.roi, np.array([region.box for region in sample.regions]))
+            for sample in samples
+        ]
+    if "summary" in levels:
+        wanted["summary"] = [sample.summary for sample in samples]
+    if "tags" in levels:
+        wanted["tags"] = [sample.tags for sample in samples]
+    return processor(**wanted, padding=True, return_tensors="pt") if wanted else {}

@@ -1,0 +1,92 @@
+"""Evaluation results on their way out: a terminal table, a CSV file, and JSON that `huggingface_hub` reads.
+
+The unit is `huggingface_hub.EvalResult`: one number with its task, data set and metric. The JSON file holds a model
+index, the form that model cards carry (`huggingface_hub.repocard_data.model_index_to_eval_results` reads it).
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+
+from training.data.shards import write_atomically
+
+COLUMNS = ("task", "dataset", "config", "split", "metric", "note", "value")
+
+
+def result_rows(results: Iterable[EvalResult]) -> list[dict[str, Any]]:
+    """One dict a result with the keys of `COLUMNS`, fit for a table; `note` marks the metric a data set is known by."""
+    return [
+        {
+            "task": result.task_type,
+            "dataset": result.dataset_name,
+            "config": result.dataset_config or "",
+            "split": result.dataset_split or "",
+            "metric": result.metric_type,
+            "note": result.metric_name or "",
+            "value": result.metric_value,
+        }
+        for result in results
+    ]
+
+
+def results_table(results: Sequence[EvalResult]) -> str:
+    """The results as aligned columns of text, shares (floats of at most 1) in percent, without empty columns."""
+    rows = result_rows(results)
+    for row in rows:
+        if isinstance(row["value"], float):
+            share = row["value"] <= 1 and "rank" not in row["metric"]
+            row["value"] = f"{100 * row['value']:.2f} %" if share else f"{row['value']:.2f}"
+    columns = [name for name in COLUMNS if any(str(row[name]) for row in rows)]
+    cells = [columns] + [[str(row[name]) for name in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line[:-1], widths)) for line in cells]
+    return "\n".join(f"{line}  {cell[-1].rjust(widths[-1])}" for line, cell in zip(lines, cells))
+
+
+def write_csv(results: Iterable[EvalResult], path: str | Path) -> None:
+    """The results as CSV with the columns of `COLUMNS`; values unrounded. The file appears whole or not at all."""
+    lines = io.StringIO(newline="")
+    writer = csv.DictWriter(lines, COLUMNS)
+    writer.writeheader()
+    writer.writerows(result_rows(results))
+    _write(path, lines.getvalue())
+
+
+def hub_identifier(title: str) -> str:
+    """A title in the form that the Hub takes as `dataset.type` of a result: letters, digits, "_", "-", "." and one "/"
+    between owner and name; what else it holds becomes "-".
+    """
+    owner, _, name = title.rpartition("/") if title.count("/") == 1 else ("", "", title)
+    parts = [re.sub(r"[^A-Za-z0-9_-]+", "-", owner).strip("-"), re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.")]
+    return "/".join(part for part in parts if part) or "local"
+
+
+def write_json(
+    results: Sequence[EvalResult], path: str | Path, model_name: str, details: dict[str, Any] | None = None
+) -> None:
+    """The results as JSON: `model-index` (the form of model cards) and `details`, any further plain values."""
+    document = {"model-index": eval_results_to_model_index(model_name, list(results)), "details": details or {}}
+    _write(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> tuple[str, list[EvalResult], dict[str, Any]]:
+    """Model name, results and details of a file of `write_json`; ValueError where it is something else."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        name, results = model_index_to_eval_results(document["model-index"])
+        return name, results, document["details"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a result file of training.evaluate ({error!r})") from error
+
+
+def _write(path: str | Path, text: str) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text.encode())

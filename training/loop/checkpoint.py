@@ -1,0 +1,347 @@
+"""Checkpoints that are complete or absent, and the identity of the run they belong to.
+
+    RUN/checkpoints/step-00001000/
+        model/                  config.json, model.safetensors: `from_pretrained` reads it; BatchNorm statistics
+        included
+        optimizer.pt            AdamW's moments; scaler.pt and moving_average.safetensors where the run has them
+        process-00000.pt        random states of one process, and the counts of its reader
+        run.json                position in the data, counts, identity of the run; written last
+
+A checkpoint is written into `.step-00001000.partial`, every file is flushed to the disk, and then the folder is
+renamed. Killed at any moment, the last complete checkpoint stays as it was. Nothing here is unpickled: weights are
+safetensors, the rest is read with `weights_only=True`.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from training.loop.distributed import any_process, rank, world_size
+
+FORMAT = 1
+# Of a model's config: what says nothing about the model.
+IDENTITY_WITHOUT = ("transformers_version", "_name_or_path", "dtype", "architectures")
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message says which file, why, and what is still there."""
+
+
+class IdentityError(ValueError):
+    """A checkpoint belongs to another run; the message lists what differs."""
+
+
+@dataclass
+class Progress:
+    """Where a run is.
+
+    step: optimizer steps done. epoch: passes over the data done. position: samples of this pass that all processes
+    together have consumed. window: the per-step rows of the log since the last line. reader: what the data side wants
+    to keep (counts of bad samples by reason and the like). seconds: training time so far.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    window: list[dict] = field(default_factory=list)
+    reader: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass
+class TrainingState:
+    """What a checkpoint holds beside the progress: the live objects, written from and read into.
+
+    model: the bare `PyramidCLIPModel`. optimizer: torch's (under DeepSpeed None: `engine` has it). scaler: of fp16.
+    average: `MovingAverage`. engine: the DeepSpeed engine. identity: see `compare_identity`.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    identity: dict[str, Any]
+    scaler: Any = None
+    average: Any = None
+    engine: Any = None
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# finding
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` optimizer steps."""
+    return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of this run, oldest first. Looks at `RUN/checkpoints/step-*` and nowhere else."""
+    folder = Path(run_dir) / "checkpoints"
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and (path / "run.json").is_file()]
+    return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name).group(1)))
+
+
+def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
+    """The checkpoint that `--resume` means: None for "latest" of a run that has none yet.
+
+    Raises CheckpointError where a folder was named that is no complete checkpoint.
+    """
+    complete = list_checkpoints(run_dir)
+    if resume == "latest":
+        return complete[-1] if complete else None
+    path = Path(resume)
+    if not (path / "run.json").is_file():
+        names = ", ".join(found.name for found in complete) or "none"
+        raise CheckpointError(
+            f"--resume: expected 'latest' or the folder of a complete checkpoint, and {path} has no run.json; "
+            f"complete in {run_dir}: {names}"
+        )
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# writing
+
+
+def write_checkpoint(run_dir: Path, state: TrainingState, progress: Progress, keep: int) -> Path:
+    """Writes a checkpoint and removes all but the newest `keep`. All processes call it together.
+
+    The processes share the file system of `run_dir`. Raises CheckpointError, on every process, when one of them could
+    not write (disk full, folder gone): what was half written is removed, earlier checkpoints are untouched.
+    """
+    target = checkpoint_path(run_dir, progress.step)
+    partial = target.with_name(f".{target.name}.partial")
+    problem = _attempt(_make_empty, partial) if rank() == 0 else None
+    if not any_process(problem is not None):  # the folder is there before any other process writes into it
+        problem = _attempt(_write_files, partial, state, progress)
+    if any_process(problem is not None):
+        if rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        kept = list_checkpoints(run_dir)
+        raise CheckpointError(
+            f"could not write the checkpoint of step {progress.step} to {target}: "
+            f"{problem or 'another process failed'}. "
+            f"Free space or choose another output_dir, then continue with --resume latest (last complete: "
+            f"{kept[-1] if kept else 'none'})"
+        )
+    if rank() == 0:
+        _move_into_place(partial, target)
+        _prune(run_dir, keep)
+    any_process(False)  # nobody goes on before the new checkpoint is in place
+    return target
+
+
+def _attempt(write, *arguments) -> str | None:
+    """Runs `write`; the text of the error where the file system refused (torch: a full disk is a RuntimeError)."""
+    try:
+        write(*arguments)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _make_empty(folder: Path):
+    for left_over in folder.parent.glob(".step-*"):
+        shutil.rmtree(left_over)
+    folder.mkdir(parents=True)
+
+
+def _write_files(folder: Path, state: TrainingState, progress: Progress):
+    _write_tensors(folder / f"process-{rank():05d}.pt", {"random": random_state(), "reader": progress.reader})
+    if state.engine is not None:
+        state.engine.save_checkpoint(str(folder / "engine"), tag="state")
+    if rank() != 0:
+        return
+    with quiet_transformers():
+        state.model.save_pretrained(folder / "model")
+    if state.optimizer is not None:
+        _write_tensors(folder / "optimizer.pt", state.optimizer.state_dict())
+    if state.scaler is not None:
+        _write_tensors(folder / "scaler.pt", state.scaler.state_dict())
+    if state.average is not None:
+        save_file(state.average.tensors, folder / "moving_average.safetensors")
+    common = {name: value for name, value in asdict(progress).items() if name != "reader"}
+    record = {"format": FORMAT, "processes": world_size(), "identity": state.identity, "progress": common}
+    (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bar of transformers between the lines of the run's own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _write_tensors(path: Path, content: Any):
+    with open(path, "wb") as file:
+        torch.save(content, file)
+
+
+def _move_into_place(partial: Path, target: Path):
+    for path in sorted(partial.rglob("*"), reverse=True):
+        _flush(path)
+    _flush(partial)
+    if target.exists():  # the same step of an earlier attempt, continued from before it
+        stale = target.with_name(f".{target.name}.stale")
+        target.rename(stale)
+        partial.rename(target)
+        shutil.rmtree(stale)
+    else:
+        partial.rename(target)
+    _flush(target.parent)
+
+
+def _flush(path: Path):
+    """Waits until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _prune(run_dir: Path, keep: int):
+    for path in list_checkpoints(run_dir)[:-keep]:
+        (path / "run.json").unlink()  # first, so that a half removed one does not count as complete
+        shutil.rmtree(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# reading
+
+
+def read_checkpoint(path: Path, state: TrainingState) -> tuple[Progress, list[str]]:
+    """Fills the live objects of `state` from a checkpoint; returns the progress and messages for the user.
+
+    Raises IdentityError where the checkpoint belongs to another run (see `compare_identity`), CheckpointError where a
+    file is missing or unreadable.
+    """
+    record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    if record["format"] != FORMAT:
+        raise CheckpointError(f"{path}: written in format {record['format']}, this version reads format {FORMAT}")
+    messages = compare_identity(record["identity"], state.identity, path)
+    try:
+        state.model.load_state_dict(load_file(path / "model" / "model.safetensors"))
+        if state.engine is not None:
+            state.engine.load_checkpoint(str(path / "engine"), tag="state")
+        if state.optimizer is not None:
+            state.optimizer.load_state_dict(_read_tensors(path / "optimizer.pt"))
+        if state.scaler is not None:
+            state.scaler.load_state_dict(_read_tensors(path / "scaler.pt"))
+        if state.average is not None:
+            state.average.load(load_file(path / "moving_average.safetensors"))
+        processes = [_read_tensors(path / f"process-{i:05d}.pt") for i in range(record["processes"])]
+        if len(processes) == world_size():
+            set_random_state(processes[rank()]["random"])
+            reader = processes[rank()]["reader"]
+        else:
+            # Counts are only ever added up, so the first process may hold all of them.
+            reader = _summed([process["reader"] for process in processes]) if rank() == 0 else {}
+            messages.append(
+                f"the checkpoint was written by {len(processes)} processes and continues on {world_size()}: the same "
+                "data in the same order, but sums run in another order and BatchNorm sees other batches, so the run is "
+                "not bit-equal to an undisturbed one"
+            )
+    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read: {type(error).__name__}: {error}. Continue from an older one with --resume DIR"
+        ) from error
+    return Progress(**record["progress"], reader=reader), messages
+
+
+def _summed(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """One state of the readers of all processes: numbers are added, lists are joined."""
+    total = {}
+    for state in states:
+        for name, value in state.items():
+            if isinstance(value, Mapping):
+                total[name] = _summed([total.get(name, {}), value])
+            else:
+                total[name] = total[name] + value if name in total else value
+    return total
+
+
+def _read_tensors(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def random_state() -> dict[str, Any]:
+    """The states of all generators of this process, as tensors and plain numbers."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Sets all generators of this process to a state from `random_state`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# identity
+
+
+def compare_identity(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> list[str]:
+    """Checks that a checkpoint may be continued by this run.
+
+    Both are mappings of mappings. Everything under "how" (number of processes, precision, chunk size) may change,
+    which gives a message each. Any other difference raises IdentityError with a line for each: what it was, and what
+    it is now.
+    """
+    # Through JSON, as the stored one went: tuples are lists there.
+    saved_values, now_values = (_flat(json.loads(json.dumps(identity))) for identity in (saved, now))
+    differing = [
+        (name, saved_values.get(name), now_values.get(name))
+        for name in sorted({*saved_values, *now_values})
+        if saved_values.get(name) != now_values.get(name)
+    ]
+    lines = [f"{name}: was {before!r}, is now {after!r}" for name, before, after in differing]
+    fixed = [line for (name, *_), line in zip(differing, lines) if not name.startswith("how.")]
+    if fixed:
+        raise IdentityError(
+            f"{path} belongs to a run with other settings, and continuing under these would be neither the one "
+            f"nor the other:\n  "
+            + "\n  ".join(fixed)
+            + "\nRestore the old values, or start a new run in another output_dir with model: "
+            + f"{path / 'model'} to begin from these weights"
+        )
+    return [f"continuing with a changed setting: {line}" for line in lines]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    items = {}
+    for name, inner in value.items():
+        items |= _flat(inner, f"{prefix}.{name}" if prefix else str(name))
+    return items

@@ -1,0 +1,106 @@
+"""Large contrastive batches on few devices, exactly (gradient caching, Gao et al. 2021, arXiv 2101.06983).
+
+The loss needs all embeddings of the batch at once, but the encoders need not run on all pairs at once. A step
+therefore has three phases:
+
+1. `_embed`: encode chunk after chunk without keeping activations,
+2. `_differentiate`: compute the loss at all embeddings and its gradient there,
+3. `_encode_again`: encode each chunk once more, now with activations, and send that gradient back through it.
+
+The memory is that of one chunk plus the embeddings; the price is a second forward pass. Random numbers of phase 1 are
+replayed in phase 3. Gradients are those of the whole batch, to rounding, for a model without BatchNorm.
+
+BatchNorm: with a chunk as the batch, its statistics are those of the chunk and not of the batch one process would
+otherwise have had. That is the statistics of a run with that many more processes and without SyncBatchNorm; it is
+another (slightly noisier) function, equal in both passes. Running statistics are frozen in phase 1 and updated in
+phase 3 only, once for each chunk.
+
+logit_scale gets its gradient in phase 2, outside of DDP's forward. It enters DDP with the last chunk, the only one
+that is not under `no_sync`, as `logit_scale x gradient`: so it is counted once, and averaged over processes by the
+same reduction as all other parameters.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+from pyramidclip_hf.modeling_pyramidclip import frozen_batch_norm_statistics
+from training.loop.objective import ContrastiveObjective, StepLoss
+
+
+class RandomState:
+    """The state of torch's generators (CPU and the device of `device`) at construction, to be replayed."""
+
+    def __init__(self, device: torch.device):
+        self._devices = [device] if device.type == "cuda" else []
+        self._cpu = torch.get_rng_state()
+        self._cuda = [torch.cuda.get_rng_state(one) for one in self._devices]
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Inside, random numbers come as they did after construction; afterwards, as if nothing had been drawn
+        inside.
+        """
+        with torch.random.fork_rng(self._devices):
+            torch.set_rng_state(self._cpu)
+            for one, state in zip(self._devices, self._cuda):
+                torch.cuda.set_rng_state(state, one)
+            yield
+
+
+class GradientCache:
+    """The three phases, for an objective that Accelerate has prepared.
+
+    accelerator: decides gradient scaling and `no_sync`. wrapped: the prepared objective (DDP, or the module itself).
+    chunk_size: pairs encoded at a time by each process; must divide the process's batch.
+    """
+
+    def __init__(self, accelerator, wrapped: nn.Module, chunk_size: int):
+        self.accelerator = accelerator
+        self.wrapped = wrapped
+        self.objective: ContrastiveObjective = accelerator.unwrap_model(wrapped)
+        self.chunk_size = chunk_size
+
+    def forward_backward(self, batch: Mapping[str, torch.Tensor]) -> StepLoss:
+        """Adds the gradients of the global batch to the parameters; returns the losses, without gradient.
+
+        Raises ValueError where the chunk size does not divide the batch.
+        """
+        chunks = self._split(batch)
+        states, embeddings = self._embed(chunks)
+        losses, embedding_gradients, scale_gradient = self._differentiate(embeddings, batch)
+        self._encode_again(chunks, states, embedding_gradients, scale_gradient)
+        return losses
+
+    def _split(self, batch):
+        rows = len(next(iter(batch.values())))
+        if rows % self.chunk_size:
+            raise ValueError(f"the chunk size {self.chunk_size} must divide the {rows} pairs of this process's batch")
+        split = {key: value.split(self.chunk_size) for key, value in batch.items()}
+        return [{key: parts[i] for key, parts in split.items()} for i in range(rows // self.chunk_size)]
+
+    def _embed(self, chunks):
+        states, embeddings = [], []
+        with torch.no_grad(), frozen_batch_norm_statistics(self.objective):
+            for chunk in chunks:
+                states.append(RandomState(self.accelerator.device))
+                embeddings.append(self.objective.embed(chunk))
+        return states, torch.cat(embeddings)
+
+    def _differentiate(self, embeddings, batch):
+        embeddings = embeddings.requires_grad_()
+        scale = self.objective.model.logit_scale
+        losses = self.objective.loss(embeddings, self.objective.present(batch), self.objective.text_keys(batch))
+        at = [embeddings, scale] if scale.requires_grad else [embeddings]
+        gradients = torch.autograd.grad(losses.loss, at)
+        scale_gradient = gradients[1] if scale.requires_grad else None
+        return losses._replace(loss=losses.loss.detach()), gradients[0].split(self.chunk_size), scale_gradient
+
+    def _encode_again(self, chunks, states, embedding_gradients, scale_gradient):
+        for i, (chunk, state) in enumerate(zip(chunks, states)):
+            last = i == len(chunks) - 1
+            with state.replayed(), nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                surrogate = self.wrapped(chunk, embedding_gradients[i], scale_gradient if last else None)
+                self.accelerator.backward(surrogate)

@@ -1,0 +1,63 @@
+"""Where a run starts: a named architecture with new weights, or a folder or Hub repository with trained ones."""
+
+import difflib
+from pathlib import Path
+
+import torch
+
+from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES, PyramidCLIPConfig
+from pyramidclip_hf.image_processing_pyramidclip import PyramidCLIPImageProcessor
+from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
+from training.settings.pretraining import PretrainingArguments
+
+
+def initial_model(args: PretrainingArguments) -> tuple[PyramidCLIPModel, PyramidCLIPProcessor]:
+    """The model in fp32 and its processor; the objective of `args` is written into the model's config.
+
+    `args.model` is a name of `ARCHITECTURES` (changed by `args.model_config`), a folder, or a Hub id; new weights
+    depend on `args.seed` only.
+
+    Raises ValueError where it is none of these, naming near architectures, or where `model_config` meets trained
+    weights.
+    """
+    model, processor = named_model(args.model, args.model_config, args.seed)
+    if args.loss_weights is not None:
+        model.config.loss_weights = dict(args.loss_weights)
+    if args.label_smoothing is not None:
+        model.config.label_smoothing = args.label_smoothing
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return model, processor
+
+
+def named_model(name: str, changes: dict | None, seed: int) -> tuple[PyramidCLIPModel, PyramidCLIPProcessor]:
+    """The dual encoder in fp32 and its processor that a name means; `changes` to an architecture's config, `seed` of
+    new weights. Raises as `initial_model`.
+    """
+    return _new_model(name, changes, seed) if name in ARCHITECTURES else _trained_model(name, changes)
+
+
+def _new_model(name, changes, seed):
+    config = PyramidCLIPConfig.from_architecture(name, **(changes or {}))
+    torch.manual_seed(seed)
+    model = PyramidCLIPModel(config)
+    side = config.vision_config.image_size
+    images = PyramidCLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return model, PyramidCLIPProcessor(images, roi_feature_size=config.vision_config.roi_feature_size)
+
+
+def _trained_model(name, changes):
+    if not Path(name).is_dir() and "/" not in name:
+        near = difflib.get_close_matches(name, ARCHITECTURES, n=3) or list(ARCHITECTURES)
+        raise ValueError(
+            f"model: expected an architecture, a folder or a Hub id (owner/name), got {name!r}; "
+            f"architectures: {', '.join(near)}"
+        )
+    if changes:
+        raise ValueError(
+            f"model_config changes an architecture's sizes, but model {name} has trained weights of a "
+            f"fixed size; leave it out"
+        )
+    model = PyramidCLIPModel.from_pretrained(name, dtype=torch.float32)
+    return model, PyramidCLIPProcessor.from_pretrained(name)

@@ -1,0 +1,226 @@
+"""What a run says about itself: metrics.jsonl, Accelerate's trackers, and the stop at a loss that is not finite.
+
+Nothing here waits for the device during a step. `StepWindow` keeps the losses of recent steps where they were
+computed, sums them over the processes and fetches them in one transfer every `log_every_steps`. A loss that is not
+finite is therefore found at the end of its window, but reported with its own step, terms and sample keys.
+
+One line of metrics.jsonl is one JSON object: `step`, and either training metrics
+
+    loss/total, loss/TERM       global means over the window's steps; chance/TERM: ln N_t, what a model that knows
+    nothing has
+    empty_steps/TERM            steps of the window in which fewer than two samples had both levels (the term was 0),
+    where any learning_rate, logit_scale, temperature (its inverse), grad_norm (before clipping, the window's last),
+    epoch
+    samples_per_second, data_wait_share, seconds        the only ones that differ between two equal runs
+    data/bad_fraction, data/truncated_LEVEL, duplicates/LEVEL
+
+or `validation/TERM/METRIC`.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyramidclip_hf.loss_pyramidclip import LEVEL_INPUTS, LEVEL_MASKS
+from training.loop.distributed import any_process, rank, sum_over_processes
+from training.loop.objective import StepLoss
+
+
+class NonFiniteLoss(FloatingPointError):
+    """A loss or gradient norm was NaN or infinite; the message has the step, each term, and where the sample keys
+    are.
+    """
+
+
+class StepWindow:
+    """The steps since the last line of the log.
+
+    terms: names of the loss terms, in the order of `StepLoss.shares`. run_dir: where sample keys go when a loss is
+    not finite. check_gradients: also stop at a gradient norm that is not finite (not under fp16, where the scaler
+    skips such steps by design).
+    """
+
+    def __init__(self, terms: Sequence[str], run_dir: Path, check_gradients: bool, rows: Sequence[dict] = ()):
+        self.terms = tuple(terms)
+        self.run_dir = Path(run_dir)
+        self.check_gradients = check_gradients
+        self._rows = list(rows)
+        self._pending = []
+        self._start_clock()
+
+    def _start_clock(self):
+        self._started, self._waited, self._samples = time.perf_counter(), 0.0, 0
+
+    def add(
+        self,
+        step: int,
+        losses: StepLoss,
+        grad_norm: torch.Tensor,
+        logit_scale: torch.Tensor | None,
+        learning_rate: float,
+        sample_keys: Sequence[str],
+        samples: int,
+        waited: float,
+    ) -> None:
+        """Remembers a step. logit_scale: the parameter (a logarithm) after the step, None where the objective has none.
+        samples: of all processes. waited: seconds spent waiting for data.
+        """
+        scale = [] if logit_scale is None else [logit_scale.detach().float().exp()]
+        values = torch.stack([grad_norm.detach().float(), *scale])
+        self._pending.append((step, losses.shares.float(), losses.counts, values, learning_rate, list(sample_keys)))
+        self._waited += waited
+        self._samples += samples
+
+    def rows(self) -> list[dict]:
+        """One plain dictionary for each step of the window; all processes call it together.
+
+        Raises NonFiniteLoss, on every process, at the first step whose losses (or gradient norm) are not finite.
+        """
+        if self._pending:
+            shares = sum_over_processes(torch.stack([entry[1] for entry in self._pending])).cpu()
+            counts = torch.stack([entry[2] for entry in self._pending]).cpu()
+            values = torch.stack([entry[3] for entry in self._pending]).cpu()
+            for i, entry in enumerate(self._pending):
+                row = self._row(entry[0], shares[i].tolist(), counts[i].tolist(), values[i].tolist(), entry[4])
+                self._check(row, entry[5])
+                self._rows.append(row)
+            self._pending = []
+        return self._rows
+
+    def _row(self, step, shares, counts, values, learning_rate):
+        return {
+            "step": step,
+            "loss": shares[0],
+            "terms": dict(zip(self.terms, shares[1:])),
+            "counts": dict(zip(self.terms, counts)),
+            "grad_norm": values[0],
+            "learning_rate": learning_rate,
+        } | ({"logit_scale": values[1]} if len(values) > 1 else {})
+
+    def _check(self, row: dict, sample_keys: list[str]):
+        values = [row["loss"], *row["terms"].values()] + ([row["grad_norm"]] if self.check_gradients else [])
+        if all(map(math.isfinite, values)):
+            return
+        folder = self.run_dir / "nonfinite"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"step-{row['step']:08d}-process-{rank():05d}.json"
+        path.write_text(json.dumps(row | {"sample_keys": sample_keys}, indent=1) + "\n", encoding="utf-8")
+        any_process(True)  # every process has written its keys before one of them ends the run
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in row["terms"].items())
+        scale = f"softmax scale {row['logit_scale']:.4g}, " if "logit_scale" in row else ""
+        raise NonFiniteLoss(
+            f"step {row['step']}: loss {row['loss']:.4g}{f' ({terms})' if terms else ''}, "
+            f"gradient norm {row['grad_norm']:.4g}, {scale}"
+            f"learning rate {row['learning_rate']:.3g}. The keys of this step's samples are in {folder}. The "
+            f"last checkpoint is from before this "
+            "window and intact. Usual causes: learning rate too high or warm-up too short, fp16 (use bf16), "
+            "damaged region features"
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """The averages of the window, under the names of the module's docstring; empties the window."""
+        rows = self.rows()
+        if not rows:
+            return {}
+        last, metrics = rows[-1], {"loss/total": sum(row["loss"] for row in rows) / len(rows)}
+        for name in self.terms:
+            full = [row for row in rows if row["counts"][name] >= 2]
+            metrics[f"loss/{name}"] = sum(row["terms"][name] for row in full) / len(full) if full else 0.0
+            metrics[f"chance/{name}"] = sum(math.log(row["counts"][name]) for row in full) / len(full) if full else 0.0
+            if len(full) < len(rows):
+                metrics[f"empty_steps/{name}"] = len(rows) - len(full)
+        metrics |= {name: last[name] for name in ("learning_rate", "logit_scale", "grad_norm") if name in last}
+        if "logit_scale" in last:
+            metrics["temperature"] = 1 / last["logit_scale"]
+        seconds = time.perf_counter() - self._started
+        if self._samples:
+            metrics["samples_per_second"] = self._samples / seconds
+            metrics["data_wait_share"] = self._waited / seconds
+        self._rows = []
+        self._start_clock()
+        return metrics
+
+
+def duplicate_rates(batch: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """`duplicates/LEVEL`: the share of the global batch's texts that stand in it already; all processes call it
+    together.
+
+    batch: a process's batch on the host. Equal texts in a batch are each other's negatives, so a level with many of
+    them cannot reach its floor.
+    """
+    from accelerate.utils import gather_object
+
+    rates = {}
+    for level in ("summary", "caption", "tags"):
+        ids = batch.get(LEVEL_INPUTS[level])
+        if ids is None:
+            continue
+        present = batch.get(LEVEL_MASKS.get(level))
+        rows = ids if present is None else ids[present]
+        # Padding (0) is left out: its length may differ from process to process.
+        texts = gather_object([tuple(row[row != 0].tolist()) for row in rows])
+        rates[f"duplicates/{level}"] = 1 - len(set(texts)) / len(texts) if texts else 0.0
+    return rates
+
+
+class MetricsLog:
+    """Appends lines to RUN/metrics.jsonl and hands the same numbers to Accelerate's trackers; only the first process
+    writes.
+
+    resumed_at: the step that a continued run starts from; lines after it, left by the run that was killed, are
+    removed first.
+    """
+
+    def __init__(self, run_dir: Path, accelerator, resumed_at: int = 0):
+        self.path = Path(run_dir) / "metrics.jsonl"
+        self.accelerator = accelerator
+        if accelerator.is_main_process:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._forget_after(resumed_at)
+
+    def _forget_after(self, step: int):
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
+        aside = self.path.with_name(f".{self.path.name}.partial")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(aside, self.path)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Logs numbers under an optimizer step."""
+        if not self.accelerator.is_main_process:
+            return
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: the run stops at step {step}; make room and use --resume latest",
+                str(self.path),
+            ) from error
+        self.accelerator.log(dict(metrics), step=step)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; an unfinished last line (the run was killed while writing) is left out."""
+    if not Path(path).is_file():
+        return []
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def start_trackers(accelerator, run_dir: Path, settings: Mapping[str, Any], resumed_at: int) -> None:
+    """Starts the trackers that the accelerator was made with; TensorBoard drops what a killed run wrote after
+    `resumed_at`.
+    """
+    flat = {
+        name: value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
+        for name, value in settings.items()
+    }
+    options = {"tensorboard": {"purge_step": resumed_at + 1}} if resumed_at else {}
+    accelerator.init_trackers(Path(run_dir).name, config=flat, init_kwargs=options)

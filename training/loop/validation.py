@@ -1,0 +1,68 @@
+"""Retrieval on a small fixed set while training, for each level pair; the same numbers on any number of processes."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from pyramidclip_hf.configuration_pyramidclip import TERMS
+from training.data.labelled import ShardSamples
+from training.data.records import Sample
+from training.evaluation.embedding import embed_levels, levels_of_pairs
+from training.evaluation.retrieval import level_metrics
+from training.loop.distributed import broadcast_buffers
+
+# What any dual encoder can be asked, whatever it was trained on.
+ALWAYS = ("global_caption",)
+KEPT_METRICS = ("R@1", "R@5", "R@10", "mean_rank")
+
+
+class ValidationSet:
+    """The first samples of a data set, held in memory and encoded without augmentation.
+
+    data: folder or shard, see `evaluation_data.shard_paths`. max_samples: how many from its beginning. pairs: names of
+    the level pairs to evaluate, beside `ALWAYS`; those of which fewer than two samples have both levels are left out.
+    processor: `PyramidCLIPProcessor`. max_regions: regions used of each sample, as in training.
+    """
+
+    def __init__(self, data: str, max_samples: int, pairs: Sequence[str], processor, max_regions: int):
+        self.samples = [_first_regions(sample, max_regions) for sample in ShardSamples(data, max_samples)]
+        self.processor = processor
+        have = {
+            "roi": [sample.roi is not None for sample in self.samples],
+            "summary": [sample.summary is not None for sample in self.samples],
+            "caption": [sample.caption is not None for sample in self.samples],
+            "tags": [bool(sample.tags) for sample in self.samples],
+        }
+        everyone = [True] * len(self.samples)
+        self.pairs = tuple(
+            name
+            for name in dict.fromkeys((*ALWAYS, *pairs))
+            if sum(map(all, zip(*(have.get(level, everyone) for level in TERMS[name])))) >= 2
+        )
+
+    def metrics(self, model: nn.Module, autocast_dtype: torch.dtype | None = None) -> dict[str, float]:
+        """`validation/PAIR/METRIC` -> value, see `retrieval_metrics`; all processes call it together.
+
+        BatchNorm's running statistics are first made those of process 0, which are what a checkpoint holds.
+        """
+        if not self.pairs:
+            return {}
+        broadcast_buffers(model)
+        device_type = model.logit_scale.device.type
+        with torch.autocast(device_type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+            found = embed_levels(model, self.processor, self.samples, levels_of_pairs(self.pairs))
+        results = level_metrics(found.embeds, self.pairs, found.present, owners=found.owners)
+        return {
+            f"validation/{name}/{metric}": value
+            for name, values in results.items()
+            for metric, value in values.items()
+            if metric.endswith(KEPT_METRICS)
+        }
+
+
+def _first_regions(sample: Sample, count: int) -> Sample:
+    if sample.roi is None:
+        return sample
+    return replace(sample, roi=sample.roi[:count], regions=sample.regions[:count])

@@ -1,0 +1,371 @@
+"""The demo's report: one self-contained HTML page from the results that `training.demo` collected.
+
+`write_report` is the only entry. It reads nothing but its argument; what a number means and where it comes from is
+decided in `training.demo`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from training.data.records import Region, Sample, phrase, tag_text
+from training.data.shards import write_atomically
+from training.evaluation.retrieval import rank_counts
+from training.reports.plots import COLOURS, class_bars, data_uri, loss_curves, loss_floor, recall_curves
+
+TEMPLATE = Path(__file__).with_name("demo_template.html")
+MEDIA_TYPES = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
+HITS_SHOWN, QUERIES_SHOWN, GUESSES_SHOWN, SCENES_SHOWN, ANSWERS_SHOWN = 5, 8, 12, 6, 3
+AIM_RECALL_OVER_CHANCE, AIM_TOP_1 = 50, 0.40
+CAPTION_PAIR = "global_caption"
+
+
+@dataclass
+class ReportedRun:
+    """One trained model.
+
+    name: "pyramid", "clip" or "clip_same_time". log: lines of metrics.jsonl. retrieval: pair -> `retrieval_metrics`.
+    zero_shot: `classification_metrics`. caption_scores: (Q, I) cosines of held-out captions and pictures, in one order.
+    object_scores: (N, C) cosines of single-object pictures and classes.
+    """
+
+    name: str
+    title: str
+    objective: str
+    steps: int
+    samples: int
+    seconds: float
+    log: list[dict]
+    retrieval: dict[str, dict[str, float]]
+    zero_shot: dict[str, float]
+    caption_scores: torch.Tensor
+    object_scores: torch.Tensor
+
+
+@dataclass
+class ReportedDemo:
+    """Everything on the page.
+
+    runs: the pyramid first, then CLIP. scenes: training samples to show. validation: the held-out samples, in the order
+    of `caption_scores`. objects, labels: the single objects, in the order of `object_scores`; class_names: its columns.
+    template_count: prompts a class. scale: the pyramid's softmax scale. smoothing, batch_size, parameters,
+    training_scenes: of the training. reload: process numbers, tensors and numbers compared. stages: (title, seconds,
+    CPU seconds of all processes).
+    """
+
+    runs: list[ReportedRun]
+    scenes: list[Sample]
+    validation: list[Sample]
+    objects: list[Sample]
+    labels: list[int]
+    class_names: list[str]
+    template_count: int
+    scale: float
+    smoothing: float
+    batch_size: int
+    parameters: int
+    training_scenes: int
+    attribution: str
+    reload: dict
+    stages: list[tuple[str, float, float]]
+    setup: str
+    commands: str
+
+
+def render(template: Path, content: dict) -> str:
+    """The page that a Jinja template and its values make; every value that the template names must be there."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError('the report needs jinja2, which torch brings: pip install -e ".[train]"') from error
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(template.read_text(encoding="utf-8")).render(**content)
+
+
+def write_report(demo: ReportedDemo, path: str | Path) -> None:
+    """Renders the page and writes it to `path`, whole or not at all."""
+    write_atomically(path, render(TEMPLATE, page_content(demo)).encode())
+
+
+def page_content(demo: ReportedDemo) -> dict:
+    """The values that the template names: texts, data URIs, rows of tables."""
+    return {
+        "title": "emoji scenes",
+        "colours": COLOURS,
+        "attribution": demo.attribution,
+        **_introduction(demo),
+        **_comparison(demo),
+        **_losses(demo),
+        **_retrieval(demo),
+        **_zero_shot(demo),
+        **_reload_and_setup(demo),
+    }
+
+
+def picture_uri(sample: Sample) -> str:
+    """The sample's picture, as it is stored, as a data URI."""
+    return data_uri(sample.image, MEDIA_TYPES[sample.image_suffix])
+
+
+def _box(region: Region) -> dict:
+    """A region's frame in percent of the picture."""
+    x1, y1, x2, y2 = (round(100 * edge, 1) for edge in region.box)
+    return {"phrase": phrase(region), "left": x1, "top": y1, "width": round(x2 - x1, 1), "height": round(y2 - y1, 1)}
+
+
+def percent(share: float) -> str:
+    """0.1234 -> "12.3 %"."""
+    return f"{100 * share:.1f} %"
+
+
+def _recall(run: ReportedRun, k: int = 1) -> float:
+    return run.retrieval[CAPTION_PAIR][f"text_to_image_R@{k}"]
+
+
+def _introduction(demo: ReportedDemo) -> dict:
+    pyramid, clip = demo.runs[:2]
+    chance = 1 / len(demo.validation)
+    recall, top_1 = _recall(pyramid), pyramid.zero_shot["top_1"]
+    ahead = recall > _recall(clip) and top_1 > clip.zero_shot["top_1"]
+    cards = [
+        {
+            "label": f"Finds the right one of {len(demo.validation)} unseen pictures for a caption",
+            "value": percent(recall),
+            "detail": f"{recall / chance:.0f} x chance; aim {AIM_RECALL_OVER_CHANCE} x.",
+            "reached": recall >= AIM_RECALL_OVER_CHANCE * chance,
+        },
+        {
+            "label": f"Names a single object, out of {len(demo.class_names)} names, without training for it",
+            "value": percent(top_1),
+            "detail": f"chance {percent(1 / len(demo.class_names))}; aim {percent(AIM_TOP_1)}.",
+            "reached": top_1 >= AIM_TOP_1,
+        },
+        {
+            "label": "The same two for plain CLIP, equal samples",
+            "value": f"{percent(_recall(clip))} · {percent(clip.zero_shot['top_1'])}",
+            "detail": "The pyramid is ahead on both." if ahead else "The pyramid should be ahead on both.",
+            "reached": ahead,
+        },
+        {
+            "label": "Embeddings after saving and loading in a new process",
+            "value": "bit-equal" if demo.reload["equal"] else "different",
+            "detail": f"{demo.reload['numbers']:,} numbers compared.",
+            "reached": demo.reload["equal"],
+        },
+    ]
+    lead = (
+        "A small PyramidCLIP was trained from scratch on noisy picture-caption pairs, on this machine's CPU. Beside "
+        "the whole picture and its caption it aligns a local crop and the regions of the picture with a summary and "
+        "the regions' tags. This page shows what it learned, next to plain CLIP trained by the same code on the same "
+        "pictures."
+    )
+    data_text = (
+        f"{demo.training_scenes:,} training scenes of one to five objects were drawn from OpenMoji artwork. The "
+        "caption is what a web page might say: objects missing or said twice, file names, shop words. CLIP sees the "
+        "picture and this caption. The pyramid also gets a summary, and regions with their tags. These are the first "
+        "training scenes, not chosen."
+    )
+    scenes = [
+        {
+            "picture": picture_uri(sample),
+            "caption": sample.caption,
+            "summary": sample.summary,
+            "tags": tag_text(sample.tags or []),
+            "boxes": [_box(region) for region in sample.regions or []],
+        }
+        for sample in demo.scenes[:SCENES_SHOWN]
+    ]
+    return {"cards": cards, "lead": lead, "data_text": data_text, "scenes": scenes}
+
+
+def _row(demo: ReportedDemo, label: str, values: Sequence[float], chance: float | None, best=max, text=percent) -> dict:
+    """A row of the comparison; the best of its values stands out."""
+    top = best(values) if best else None
+    cells = [{"text": text(value), "best": best is not None and value == top} for value in values]
+    return {"section": None, "label": label, "cells": cells, "chance": "" if chance is None else text(chance)}
+
+
+def _comparison(demo: ReportedDemo) -> dict:
+    runs, scenes, classes = demo.runs, len(demo.validation), len(demo.class_names)
+    rows = [
+        _row(demo, "samples seen", [run.samples for run in runs], None, None, "{:,}".format),
+        _row(demo, "optimizer steps", [run.steps for run in runs], None, None, "{:,}".format),
+        _row(demo, "training time", [run.seconds for run in runs], None, None, "{:.0f} s".format),
+        _row(demo, "samples a second", [run.samples / run.seconds for run in runs], None, None, "{:.0f}".format),
+    ]
+    directions = {
+        "text_to_image": f"Caption to picture, among {scenes} unseen scenes",
+        "image_to_text": f"Picture to caption, among {scenes}",
+    }
+    for direction, title in directions.items():
+        rows.append({"section": title})
+        for k in (1, 5, 10):
+            values = [run.retrieval[CAPTION_PAIR][f"{direction}_R@{k}"] for run in runs]
+            rows.append(_row(demo, f"R@{k}", values, k / scenes))
+        ranks = [run.retrieval[CAPTION_PAIR][f"{direction}_mean_rank"] for run in runs]
+        rows.append(_row(demo, "mean rank", ranks, (scenes + 1) / 2, min, "{:.1f}".format))
+    rows.append({"section": f"Zero-shot classification of {len(demo.objects):,} pictures of single objects"})
+    for k in (1, 5):
+        rows.append(_row(demo, f"top-{k}", [run.zero_shot[f"top_{k}"] for run in runs], k / classes))
+    text = (
+        "All models come from the same code and the same settings; only the mapping that names the objective differs: "
+        + "; ".join(f"{run.title}: {run.objective}" for run in runs[:2])
+        + ". A step of the pyramid costs more, since it encodes more levels, so CLIP was trained once more for as "
+        "long as the pyramid took."
+    )
+    note = (
+        "R@k: the share of queries whose right answer is among the first k. The held-out scenes show pairs of objects "
+        "that no training scene shows together, and their captions are careful sentences, other than all training "
+        "texts. Bold: best of the row. One run each, one seed. Of the learning rates 2e-3, 1e-3, 5e-4 and 2.5e-4, "
+        "the pyramid does best with 1e-3, which all runs here use, and CLIP a little better with 5e-4 "
+        "(docs/ablations.md)."
+    )
+    return {
+        "runs": runs,
+        "comparison": rows,
+        "comparison_text": text,
+        "comparison_note": note,
+        **_recall_plot(demo),
+    }
+
+
+def _recall_plot(demo: ReportedDemo) -> dict:
+    key, curves = f"validation/{CAPTION_PAIR}/text_to_image_R@1", {}
+    for run in demo.runs:
+        measured = [line for line in run.log if key in line]
+        if len(measured) > 1:
+            seconds = [line["step"] / run.steps * run.seconds for line in measured]
+            curves[run.name] = (run.title, seconds, [line[key] for line in measured])
+    caption = (
+        "Caption-to-picture R@1 on the held-out scenes while training, against time. Each run ends at its own length."
+    )
+    plot = recall_curves(curves, 1 / len(demo.validation)) if curves else None
+    return {"recall_plot": plot, "recall_caption": caption}
+
+
+def _losses(demo: ReportedDemo) -> dict:
+    chance, floor = math.log(demo.batch_size), loss_floor(demo.smoothing, demo.batch_size)
+    plots = []
+    for run in demo.runs:
+        lines = [line for line in run.log if "loss/total" in line]
+        if not lines:
+            continue
+        names = [name.removeprefix("loss/") for name in lines[0] if name.startswith("loss/") and name != "loss/total"]
+        terms = {name: [line[f"loss/{name}"] for line in lines] for name in names}
+        last = ", ".join(f"{name} {values[-1]:.2f}" for name, values in terms.items())
+        picture = loss_curves([line["step"] for line in lines], terms, chance, floor)
+        plots.append({"picture": picture, "title": run.title, "caption": f"{run.title}. At the end: {last}."})
+    text = (
+        f"Each term compares one level of the picture with one level of the text, over all {demo.batch_size} pairs of "
+        f"a batch. A model that knows nothing has ln {demo.batch_size} = {chance:.2f}. The targets are softened (a "
+        f"share of {demo.smoothing:g} goes to the other pairs, since web captions often fit other pictures too), so "
+        f"even a perfect model keeps {floor:.2f}."
+    )
+    return {"loss_plots": plots, "loss_text": text}
+
+
+def _retrieval(demo: ReportedDemo) -> dict:
+    ids = torch.arange(len(demo.validation))
+    ranks = [_ranks(run.caption_scores, ids) for run in demo.runs[:2]]
+    queries = []
+    for number in range(min(QUERIES_SHOWN, len(demo.validation))):
+        rankings = []
+        for run, rank in zip(demo.runs[:2], ranks):
+            best = run.caption_scores[number].argsort(descending=True, stable=True)[:HITS_SHOWN].tolist()
+            hits = [
+                {
+                    "right": place == number,
+                    "picture": picture_uri(demo.validation[place]),
+                    "alt": tag_text(demo.validation[place].tags or []),
+                }
+                for place in best
+            ]
+            rankings.append({"name": run.name, "title": run.title, "rank": f"{rank[number]:g}", "hits": hits})
+        sample = demo.validation[number]
+        queries.append({"caption": sample.caption, "picture": picture_uri(sample), "rankings": rankings})
+    text = (
+        f"The first {len(queries)} held-out captions, not chosen, and the {HITS_SHOWN} nearest of all "
+        f"{len(demo.validation)} held-out pictures for each model, nearest first. ✓ marks the picture that the "
+        "caption was written for, ✗ another one; the picture that was sought stands at the right."
+    )
+    return {"queries": queries, "retrieval_text": text}
+
+
+def _ranks(scores: torch.Tensor, ids: torch.Tensor) -> list[float]:
+    """The place of the right candidate of each row, from 1, ties averaged."""
+    return rank_counts(scores, torch.eye(scores.shape[1]), ids, torch.arange(scores.shape[1])).rank().tolist()
+
+
+def _zero_shot(demo: ReportedDemo) -> dict:
+    run, labels = demo.runs[0], torch.tensor(demo.labels)
+    right = rank_counts(
+        run.object_scores, torch.eye(len(demo.class_names)), labels, torch.arange(len(demo.class_names))
+    ).recall(1)
+    accuracy = {
+        name: float(right[labels == number].mean())
+        for number, name in enumerate(demo.class_names)
+        if (labels == number).any()
+    }
+    guesses = []
+    names_shown = min(GUESSES_SHOWN, len(accuracy))
+    shown = [demo.labels.index(place * len(demo.class_names) // names_shown) for place in range(names_shown)]
+    for number in shown:
+        probabilities = torch.softmax(demo.scale * run.object_scores[number], dim=0)
+        best = probabilities.topk(min(ANSWERS_SHOWN, len(demo.class_names))).indices.tolist()
+        answers = [
+            {
+                "name": demo.class_names[place],
+                "percent": round(100 * float(probabilities[place])),
+                "right": place == demo.labels[number],
+            }
+            for place in best
+        ]
+        name = demo.class_names[demo.labels[number]]
+        guesses.append({"picture": picture_uri(demo.objects[number]), "name": name, "answers": answers})
+    text = (
+        f"Pictures of one object, and {len(demo.class_names)} names to choose from. Each name is put into "
+        f"{demo.template_count} prompts (“a photo of a fox.”, “a drawing of the fox.”), whose embeddings are "
+        "averaged; the picture gets the nearest name. Nothing was trained for this. Here are the first pictures of "
+        f"{len(shown)} names at even distances in the list, with the pyramid's {ANSWERS_SHOWN} most probable answers:"
+    )
+    perfect = sum(value == 1 for value in accuracy.values())
+    never = sum(value == 0 for value in accuracy.values())
+    counts = f"{perfect} of {len(accuracy)} always right, {never} never"
+    caption = f"The pyramid's top-1 for each name ({counts}). Dashed: guessing."
+    return {
+        "guesses": guesses,
+        "zero_shot_text": text,
+        "class_plot": class_bars(accuracy, 1 / len(demo.class_names)),
+        "class_caption": caption,
+    }
+
+
+def _reload_and_setup(demo: ReportedDemo) -> dict:
+    reload = demo.reload
+    text = (
+        f"The training process (number {reload['training_process']}) embedded {reload['pictures']:,} pictures and "
+        f"{reload['texts']:,} captions with the model in its memory. Then another process (number "
+        f"{reload['loading_process']}) loaded the saved folder with from_pretrained and embedded them again. "
+        + (
+            f"All {reload['numbers']:,} numbers are equal in every bit."
+            if reload["equal"]
+            else f"{reload['different']:,} of {reload['numbers']:,} numbers differ, by at most {reload['largest']:.3g}."
+        )
+    )
+    code = (
+        "from pyramidclip_hf import PyramidCLIPModel, PyramidCLIPProcessor\n\n"
+        f'folder = "{reload["folder"]}"\n'
+        "model, processor = PyramidCLIPModel.from_pretrained(folder), PyramidCLIPProcessor.from_pretrained(folder)"
+    )
+    rows = [*demo.stages, ("together", sum(row[1] for row in demo.stages), sum(row[2] for row in demo.stages))]
+    stages = [{"title": title, "seconds": f"{seconds:.1f}", "cpu": f"{cpu:.1f}"} for title, seconds, cpu in rows]
+    return {
+        "reload_text": text,
+        "reload_code": code,
+        "stages": stages,
+        "setup_text": f"A model of {demo.parameters:,} parameters. {demo.setup}",
+        "commands": demo.commands,
+    }
