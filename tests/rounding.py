@@ -1,5 +1,6 @@
-"""How far two orders of the same fp32 sums may lie apart: what to compare with where processes, thread counts or kernels
-differ. Equal to the bit is only what the code promises to be (resume, order, written bytes).
+"""How far two orders of the same fp32 sums may lie apart: for comparisons between processes, thread counts or kernels.
+
+Equal to the bit is only what the code promises to be (resume, order, written bytes).
 """
 
 import numpy as np
