@@ -1,5 +1,5 @@
 # Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Configurations of PyramidCLIP (arXiv 2204.14095), the names of its loss terms, and the nine named architectures.
+"""Configurations of PyramidCLIP (arXiv 2204.14095), its levels and loss terms, and the nine named architectures.
 
 >>> config = PyramidCLIPConfig.from_architecture("ViT-B-16")
 >>> config.vision_config.num_leff_layers
@@ -7,12 +7,45 @@
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationConfig
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of the pyramid. Its name is also the field of a training sample that holds it; pictures share one.
+
+    Attributes:
+        kind: `"picture"` and `"regions"` go through the image tower, `"text"` through the text tower.
+        holds: what the level is, in words.
+        input: name of the model input that carries it.
+        output: field of `PyramidCLIPOutput` with its embeddings.
+        argument: the processor's argument for it.
+        mask: name of the model input, (B,) or (B, K) bool, that says which samples have it; `None`: all have.
+    """
+
+    kind: Literal["picture", "regions", "text"]
+    holds: str
+    input: str
+    output: str
+    argument: str
+    mask: str | None = None
+
+
+# The pyramid, in the order in which its levels are encoded: image levels first.
+LEVELS: dict[str, Level] = {
+    "global": Level("picture", "the whole picture", "pixel_values", "image_embeds", "images"),
+    "local": Level("picture", "a part of the picture", "local_pixel_values", "local_image_embeds", "local_images"),
+    "roi": Level("regions", "features of detected objects", "roi_features", "roi_embeds", "regions", "roi_mask"),
+    "summary": Level("text", "the gist", "summary_input_ids", "summary_embeds", "summary", "has_summary"),
+    "caption": Level("text", "the detailed text", "input_ids", "text_embeds", "text"),
+    "tags": Level("text", "attributes and names of objects", "tag_input_ids", "tag_embeds", "tags", "has_tags"),
+}
 
 # A loss term pairs one image level with one text level: name -> (image level, text level).
 TERMS: dict[str, tuple[str, str]] = {
@@ -61,7 +94,12 @@ def check_loss_weights(weights: Mapping[str, float]) -> dict[str, float]:
 def levels_of(weights: Mapping[str, float]) -> tuple[str, ...]:
     """The levels that the named terms need, image levels first, in the order in which they are encoded."""
     needed = {level for name in check_loss_weights(weights) for level in TERMS[name]}
-    return tuple(level for level in ("global", "local", "roi", "summary", "caption", "tags") if level in needed)
+    return tuple(level for level in LEVELS if level in needed)
+
+
+def levels_of_kind(kind: Literal["picture", "regions", "text"], among: Collection[str] = LEVELS) -> tuple[str, ...]:
+    """The levels of one kind among the named ones, in the order in which they are encoded."""
+    return tuple(name for name, level in LEVELS.items() if level.kind == kind and name in among)
 
 
 def _reject_unknown_keys(config: PreTrainedConfig, kwargs: dict) -> None:

@@ -22,17 +22,6 @@ import torch.nn.functional as F
 
 from .configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS, check_loss_weights, levels_of
 
-# The model input that carries a level, and the (B,) or (B, K) mask that says which samples have it.
-LEVEL_INPUTS = {
-    "global": "pixel_values",
-    "local": "local_pixel_values",
-    "roi": "roi_features",
-    "summary": "summary_input_ids",
-    "caption": "input_ids",
-    "tags": "tag_input_ids",
-}
-LEVEL_MASKS = {"roi": "roi_mask", "summary": "has_summary", "tags": "has_tags"}
-
 # Entries of z held at once. 2^22 fp32 numbers are 16 MiB: large enough for full-speed matrix products.
 _BLOCK_ENTRIES = 1 << 22
 _BLOCK_COLUMNS = 1 << 12
@@ -242,4 +231,4 @@ def normalize_embeds(embeds: torch.Tensor) -> torch.Tensor:
         return F.normalize(_wide(embeds), dim=-1)
 
 
-__all__ = ["LEVEL_INPUTS", "LEVEL_MASKS", "PyramidLoss", "normalize_embeds", "pyramid_loss", "softened_info_nce"]
+__all__ = ["PyramidLoss", "normalize_embeds", "pyramid_loss", "softened_info_nce"]

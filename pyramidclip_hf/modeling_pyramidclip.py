@@ -28,13 +28,15 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_pyramidclip import (
+    LEVELS,
     TERMS,
     PyramidCLIPConfig,
     PyramidCLIPTextConfig,
     PyramidCLIPVisionConfig,
     levels_of,
+    levels_of_kind,
 )
-from .loss_pyramidclip import LEVEL_INPUTS, LEVEL_MASKS, normalize_embeds, pyramid_loss
+from .loss_pyramidclip import normalize_embeds, pyramid_loss
 from .modeling_pyramidclip_resnet import (
     PyramidCLIPAttentionPool,
     PyramidCLIPResNet,
@@ -637,26 +639,23 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
         part of this waits for the device.
 
         Args:
-            levels: level names, see `LEVEL_INPUTS`.
+            levels: names of `LEVELS`.
             **batch: model inputs; what no level needs is ignored.
 
         Raises:
             ValueError: a level's input is missing.
         """
-        missing = {level: LEVEL_INPUTS[level] for level in levels if batch.get(LEVEL_INPUTS[level]) is None}
+        missing = {level: LEVELS[level].input for level in levels if batch.get(LEVELS[level].input) is None}
         if missing:
             raise ValueError(f"These levels lack their input (level: input): {missing}.")
-        embeds = {
-            level: self.encode_image(batch[LEVEL_INPUTS[level]]) for level in ("global", "local") if level in levels
-        }
-        if "roi" in levels:
-            embeds["roi"] = self.encode_rois(batch["roi_features"], batch.get("roi_mask"))
+        embeds = {level: self.encode_image(batch[LEVELS[level].input]) for level in levels_of_kind("picture", levels)}
+        for level in levels_of_kind("regions", levels):
+            embeds[level] = self.encode_rois(batch[LEVELS[level].input], batch.get(LEVELS[level].mask))
         by_length: dict[int, list[str]] = {}
-        for level in ("summary", "caption", "tags"):
-            if level in levels:
-                by_length.setdefault(batch[LEVEL_INPUTS[level]].shape[1], []).append(level)
+        for level in levels_of_kind("text", levels):
+            by_length.setdefault(batch[LEVELS[level].input].shape[1], []).append(level)
         for group in by_length.values():
-            ids = [batch[LEVEL_INPUTS[level]] for level in group]
+            ids = [batch[LEVELS[level].input] for level in group]
             encoded = self.get_text_features(torch.cat(ids), pooled_only=True).pooler_output
             encoded = encoded.split([len(part) for part in ids])
             embeds.update(zip(group, encoded, strict=True))
@@ -664,17 +663,18 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
 
     def level_parameters(self, levels) -> list[str]:
         """Names of the parameters that these levels' embeddings and the loss depend on."""
+        kinds = {LEVELS[level].kind for level in levels}
         prefixes = ["logit_scale"]
-        if {"summary", "caption", "tags"} & set(levels):
+        if "text" in kinds:
             prefixes += ["text_model.", "text_projection."]
-        if {"global", "local", "roi"} & set(levels):
+        if kinds & {"picture", "regions"}:
             prefixes.append("visual_projection.")
         names = {name for name, _ in self.named_parameters() if name.startswith(tuple(prefixes))}
         vision = [f"vision_model.{name}" for name, _ in self.vision_model.named_parameters()]
         region_only = ("vision_model.embeddings.roi_", "vision_model.attention_pool.roi_")
-        if {"global", "local"} & set(levels):
+        if "picture" in kinds:
             names |= {name for name in vision if not name.startswith(region_only)}
-        if "roi" in levels:
+        if "regions" in kinds:
             first = self.config.vision_config.num_leff_layers
             skipped = [f"vision_model.encoder.layers.{index}." for index in range(first)]
             skipped += ["vision_model.embeddings.patch_", "vision_model.embeddings.position_"]
@@ -722,9 +722,9 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
         batch = {"pixel_values": pixel_values, "local_pixel_values": local_pixel_values, "roi_features": roi_features,
                  "roi_mask": roi_mask, "summary_input_ids": summary_input_ids, "has_summary": has_summary,
                  "input_ids": input_ids, "tag_input_ids": tag_input_ids, "has_tags": has_tags}  # fmt: skip
-        given = [level for level, name in LEVEL_INPUTS.items() if batch[name] is not None]
+        given = [name for name, level in LEVELS.items() if batch[level.input] is not None]
         if not given:
-            raise ValueError(f"The model needs at least one of {list(LEVEL_INPUTS.values())}, got none.")
+            raise ValueError(f"The model needs at least one of {[level.input for level in LEVELS.values()]}, got none.")
         if return_loss:
             self._check_loss_inputs(given)
         output = PyramidCLIPOutput()
@@ -737,8 +737,6 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
             embeds["caption"] = output.text_model_output.pooler_output
         embeds |= self.encode_levels([level for level in given if level not in embeds], **batch)
         embeds = {level: normalize_embeds(embed) for level, embed in embeds.items()}
-        fields = {"global": "image_embeds", "local": "local_image_embeds", "roi": "roi_embeds",
-                  "caption": "text_embeds", "summary": "summary_embeds", "tags": "tag_embeds"}  # fmt: skip
         if {"global", "caption"} <= set(embeds):
             text, image = embeds["caption"], embeds["global"]
             with torch.autocast(text.device.type, enabled=False):
@@ -747,7 +745,7 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
             output.logits_per_image = output.logits_per_text.T
         if return_loss:
             device = next(iter(embeds.values())).device
-            masks = {level: _sample_mask(level, batch[name]) for level, name in LEVEL_MASKS.items()}
+            masks = {name: _sample_mask(batch[level.mask]) for name, level in LEVELS.items() if level.mask}
             loss = pyramid_loss(
                 {level: embed.to(device) for level, embed in embeds.items()},
                 self.logit_scale.to(device).exp(),
@@ -756,7 +754,7 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
                 present={level: mask if mask is None else mask.to(device) for level, mask in masks.items()},
             )
             output.loss, output.loss_terms = loss.loss, loss.terms
-        ordered = {**{fields[level]: embed for level, embed in embeds.items()}, **output}
+        ordered = {**{LEVELS[level].output: embed for level, embed in embeds.items()}, **output}
         return PyramidCLIPOutput(**ordered)
 
     def _check_loss_inputs(self, given: list[str]) -> None:
@@ -765,14 +763,14 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
         if absent:
             terms = [name for name in self.config.loss_weights if set(TERMS[name]) & set(absent)]
             raise ValueError(
-                f"return_loss=True needs {[LEVEL_INPUTS[level] for level in absent]} for the terms {terms} of "
+                f"return_loss=True needs {[LEVELS[level].input for level in absent]} for the terms {terms} of "
                 'config.loss_weights; pass them, or set config.loss_weights, e.g. {"global_caption": 1.0} for CLIP.'
             )
 
 
-def _sample_mask(level: str, mask: torch.Tensor | None) -> torch.Tensor | None:
+def _sample_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
     """(B,) presence of a level: a picture without any real region has no region level."""
-    return mask if mask is None or level != "roi" else mask.bool().any(dim=1)
+    return mask if mask is None or mask.dim() == 1 else mask.bool().any(dim=1)
 
 
 class PyramidCLIPTextModelWithProjection(PyramidCLIPPreTrainedModel):

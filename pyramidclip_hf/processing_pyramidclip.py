@@ -15,6 +15,7 @@ import numpy as np
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 
+from .configuration_pyramidclip import LEVELS
 from .image_processing_pyramidclip import PyramidCLIPImageProcessor
 from .tokenization_pyramidclip import PyramidCLIPTokenizer
 
@@ -106,9 +107,9 @@ class PyramidCLIPProcessor(ProcessorMixin):
         if text is not None:
             data.update(self.tokenizer(_checked_texts("text", text), **text_kwargs))
         if summary is not None:
-            data.update(self._optional_texts("summary", "has_summary", summary, text_kwargs))
+            data.update(self._optional_texts("summary", summary, text_kwargs))
         if tags is not None:
-            data.update(self._optional_texts("tag", "has_tags", [_tag_text(one) for one in tags], text_kwargs))
+            data.update(self._optional_texts("tags", [_tag_text(one) for one in tags], text_kwargs))
         if images is not None:
             data.update(self.image_processor(images, **image_kwargs))
         if local_images is not None:
@@ -117,13 +118,14 @@ class PyramidCLIPProcessor(ProcessorMixin):
             data.update(self._region_arrays(regions))
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _optional_texts(self, prefix: str, mask_name: str, texts, text_kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _optional_texts(self, name: str, texts, text_kwargs: dict[str, Any]) -> dict[str, Any]:
+        level = LEVELS[name]
         texts = [None if one is None or (isinstance(one, str) and not one.strip()) else one for one in texts]
         present = [one is not None for one in texts]
-        encoded = self.tokenizer(_checked_texts(prefix, ["" if one is None else one for one in texts]), **text_kwargs)
-        named = {f"{prefix}_input_ids": encoded["input_ids"], mask_name: np.array(present)}
+        encoded = self.tokenizer(_checked_texts(name, ["" if one is None else one for one in texts]), **text_kwargs)
+        named = {level.input: encoded["input_ids"], level.mask: np.array(present)}
         if "truncated" in encoded:
-            named[f"{prefix}_truncated"] = encoded["truncated"]
+            named[level.input.replace("input_ids", "truncated")] = encoded["truncated"]
         return named
 
     def _region_arrays(self, regions: Sequence[Any]) -> dict[str, np.ndarray]:

@@ -85,17 +85,15 @@ def test_links_lead_to_files():
 
 
 def test_loss_table_is_the_code():
-    from pyramidclip_hf.loss_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVEL_INPUTS, LEVEL_MASKS, TERMS
+    from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVELS, TERMS
 
     rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", section("The objective"), re.MULTILINE)
     assert [name for name, _ in rows] == list(TERMS)
     for name, rest in rows:
         inputs, weight, _ = (cell.strip() for cell in rest.split("|"))
-        levels = TERMS[name]
-        wanted = [LEVEL_INPUTS[level] for level in levels] + [
-            LEVEL_MASKS[level] for level in levels if level in LEVEL_MASKS
-        ]
-        assert set(re.findall(r"`(\w+)`", inputs)) == set(wanted)
+        levels = [LEVELS[level] for level in TERMS[name]]
+        wanted = {name for level in levels for name in (level.input, level.mask) if name}
+        assert set(re.findall(r"`(\w+)`", inputs)) == wanted
         assert weight == ("1/6" if name in DEFAULT_LOSS_WEIGHTS else "0")
     assert set(DEFAULT_LOSS_WEIGHTS.values()) == {1 / 6}
 

@@ -17,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES, PyramidCLIPConfig
+from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES, LEVELS, PyramidCLIPConfig
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from training.loop.objective import ContrastiveObjective
 from training.settings.pretraining import PretrainingArguments, parse_arguments
@@ -66,19 +66,19 @@ def recipe_config(args: PretrainingArguments) -> PyramidCLIPConfig:
 
 def _fake_batch(config: PyramidCLIPConfig, pairs: int, regions: int, tokens: int) -> dict[str, torch.Tensor]:
     vision, length = config.vision_config, tokens if config.text_config.pooling == "eos" else 77
-    side = vision.image_size
-    texts = {
-        name: torch.zeros(pairs, length, dtype=torch.int64)
-        for name in ("input_ids", "summary_input_ids", "tag_input_ids")
+    shapes = {
+        "picture": (3, vision.image_size, vision.image_size),
+        "regions": (regions, vision.roi_feature_size + 4),
+        "text": (length,),
     }
-    return texts | {
-        "pixel_values": torch.zeros(pairs, 3, side, side),
-        "local_pixel_values": torch.zeros(pairs, 3, side, side),
-        "roi_features": torch.zeros(pairs, regions, vision.roi_feature_size + 4),
-        "roi_mask": torch.ones(pairs, regions, dtype=torch.bool),
-        "has_summary": torch.ones(pairs, dtype=torch.bool),
-        "has_tags": torch.ones(pairs, dtype=torch.bool),
-    }
+    batch = {}
+    for level in LEVELS.values():
+        dtype = torch.int64 if level.kind == "text" else torch.float32
+        batch[level.input] = torch.zeros(pairs, *shapes[level.kind], dtype=dtype)
+        if level.mask:
+            shape = (pairs, regions) if level.kind == "regions" else (pairs,)
+            batch[level.mask] = torch.ones(shape, dtype=torch.bool)
+    return batch
 
 
 def traced(

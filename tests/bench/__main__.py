@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from pyramidclip_hf import PyramidCLIPConfig, PyramidCLIPModel
-from pyramidclip_hf.loss_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVEL_INPUTS, pyramid_loss
+from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVELS
+from pyramidclip_hf.loss_pyramidclip import pyramid_loss
 from tests.bench.bench_data import loader_row, views_row
 from tests.bench.bench_model import against_clip, against_plain_form, has_bf16_instructions, short_texts
 from tests.bench.bench_training import training_step
@@ -79,7 +80,7 @@ def loss_row(samples: int = 16_384, width: int = 512) -> dict:
 
 def peak_of_loss(samples: int, width: int) -> float:
     """Gigabytes (10^9 bytes) by which the largest resident size grows; runs once, in a process of its own."""
-    embeds = {level: torch.randn(samples, width, requires_grad=True) for level in LEVEL_INPUTS}
+    embeds = {level: torch.randn(samples, width, requires_grad=True) for level in LEVELS}
     before = peak_bytes()
     units = {level: torch.nn.functional.normalize(value, dim=-1) for level, value in embeds.items()}
     pyramid_loss(units, torch.tensor(14.3), DEFAULT_LOSS_WEIGHTS, 0.2).loss.backward()

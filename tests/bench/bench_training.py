@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from pyramidclip_hf import PyramidCLIPConfig, PyramidCLIPModel
-from pyramidclip_hf.loss_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVEL_INPUTS
+from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVELS
 from tests.bench.paired import Comparison, compare
 from tests.dense_loss import dense_loss
 from tests.plain_forms import DualEncoder, plain_form
@@ -64,7 +64,7 @@ class StraightforwardStep:
         self.model, self.batch = model.train(), padded(batch)
         self.model.vision_model.embeddings.patch_embedding.requires_grad_(False)
         pairs = len(batch["input_ids"])
-        self.present = {level: torch.ones(pairs, dtype=torch.bool) for level in LEVEL_INPUTS}
+        self.present = {level: torch.ones(pairs, dtype=torch.bool) for level in LEVELS}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, LEARNING_RATE, (0.9, 0.98), 1e-6, WEIGHT_DECAY)
 

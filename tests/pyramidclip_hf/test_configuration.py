@@ -1,10 +1,21 @@
 """Configurations: defaults, the named architectures, saving, and what is refused."""
 
+import inspect
 import json
+from dataclasses import fields
 
 import pytest
 
-from pyramidclip_hf import ARCHITECTURES, PyramidCLIPConfig, PyramidCLIPTextConfig, PyramidCLIPVisionConfig
+from pyramidclip_hf import (
+    ARCHITECTURES,
+    PyramidCLIPConfig,
+    PyramidCLIPModel,
+    PyramidCLIPOutput,
+    PyramidCLIPProcessor,
+    PyramidCLIPTextConfig,
+    PyramidCLIPVisionConfig,
+)
+from pyramidclip_hf.configuration_pyramidclip import LEVELS, TERMS
 
 # CLIP's published dimensions, from the paper "Learning Transferable Visual Models", tables 19 and 20:
 # embedding, pixels, vision width (ResNet: pooled), vision depth, vision heads, text width, text heads.
@@ -19,6 +30,22 @@ PUBLISHED = {
     "ViT-L-14": (768, 224, 1024, 24, 16, 768, 12),
     "ViT-L-14-336": (768, 336, 1024, 24, 16, 768, 12),
 }
+
+
+def test_model_output_and_processor_have_what_the_table_of_levels_names():
+    inputs = set(inspect.signature(PyramidCLIPModel.forward).parameters)
+    arguments = set(inspect.signature(PyramidCLIPProcessor.__call__).parameters)
+    outputs = {field.name for field in fields(PyramidCLIPOutput)}
+    for level in LEVELS.values():
+        assert {level.input, level.mask} - {None} <= inputs
+        assert level.argument in arguments and level.output in outputs
+    for name in ("input", "output", "argument"):
+        assert len({getattr(level, name) for level in LEVELS.values()}) == len(LEVELS)
+
+
+def test_each_term_pairs_an_image_level_with_a_text_level():
+    for image, text in TERMS.values():
+        assert LEVELS[image].kind != "text" and LEVELS[text].kind == "text"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

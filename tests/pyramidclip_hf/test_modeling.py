@@ -13,8 +13,7 @@ from pyramidclip_hf import (
     PyramidCLIPVisionModel,
     PyramidCLIPVisionModelWithProjection,
 )
-from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS, levels_of
-from pyramidclip_hf.loss_pyramidclip import LEVEL_INPUTS
+from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVELS, TERMS, levels_of
 from pyramidclip_hf.modeling_pyramidclip_text import activation_named
 
 TEXT = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -71,7 +70,7 @@ def make_batch(model, count=5, regions=4, seed=1):
 @BOTH
 def test_eager_equals_sdpa(tower, pooling):
     model = tiny(tower, pooling)
-    batch, levels = make_batch(model), tuple(LEVEL_INPUTS)
+    batch, levels = make_batch(model), tuple(LEVELS)
     found = {}
     for attention in ("eager", "sdpa"):
         model.set_attn_implementation(attention)
@@ -167,7 +166,7 @@ def test_a_picture_without_regions_is_finite_and_outside_the_region_terms(tower)
 def test_level_parameters_are_exactly_those_with_a_gradient(tower, name):
     model = tiny(tower, loss_weights={name: 1.0}, vision={"freeze_patch_embedding": False}).train()
     batch = make_batch(model)
-    needed = [LEVEL_INPUTS[level] for level in TERMS[name]] + ["roi_mask"]
+    needed = [LEVELS[level].input for level in TERMS[name]] + ["roi_mask"]
     model(**{key: batch[key] for key in needed}, return_loss=True).loss.backward()
     with_gradient = [key for key, parameter in model.named_parameters() if parameter.grad is not None]
     assert model.level_parameters(levels_of({name: 1.0})) == with_gradient

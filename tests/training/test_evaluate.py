@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pyramidclip_hf.configuration_pyramidclip import TERMS
+from pyramidclip_hf.configuration_pyramidclip import LEVELS, TERMS
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPForImageClassification
 from tests.hub_server import Repository, client_environment, running_hub
 from tests.training.evaluation_models import FEATURES, save_tiny_model
@@ -87,9 +87,7 @@ def encode_alone(model, processor, sample):
 def test_levels_equal_one_sample_at_a_time(model_folder, data):
     model, processor = load_model(model_folder)
     samples = ShardSamples(data)
-    found = embed_levels(
-        model, processor, samples, ["global", "local", "roi", "summary", "caption", "tags"], batch_size=5
-    )
+    found = embed_levels(model, processor, samples, list(LEVELS), batch_size=5)
     assert found.keys == [f"s{i:02d}" for i in range(13)]
     alone = [encode_alone(model, processor, sample) for sample in samples]
     for level, embeds in found.embeds.items():

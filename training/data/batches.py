@@ -11,16 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from training.data.records import IMAGE_SUFFIXES, BadSample, sample_from_members, tag_text
+from pyramidclip_hf.configuration_pyramidclip import LEVELS, levels_of_kind
+from training.data.records import IMAGE_SUFFIXES, BadSample, level_text, sample_from_members
 from training.data.remote import ShardCache
 from training.data.sources import is_url
 from training.data.views import BadPicture, ViewSettings, make_views
 
-IMAGE_LEVELS = ("global", "local", "roi")
-TEXT_LEVELS = ("summary", "caption", "tags")
-PIXEL_KEYS = {"global": "pixel_values", "local": "local_pixel_values"}
-TEXT_KEYS = {"summary": "summary_input_ids", "caption": "input_ids", "tags": "tag_input_ids"}
-MASK_KEYS = {"summary": "has_summary", "tags": "has_tags"}
 MAX_REPLACEMENTS = 32
 # What is drawn for a sample beside its crops, whose numbers are 0 and 1.
 _CAPTION = 2
@@ -34,14 +30,14 @@ class DataError(RuntimeError):
 class BatchSettings:
     """What a batch holds.
 
-    levels: those of `IMAGE_LEVELS` and `TEXT_LEVELS` that the objective names; nothing else is read or decoded.
+    levels: those of `LEVELS` that the objective names; nothing else is read or decoded.
     views: sizes and crops. mean and std: of each channel, pixels are (value / 255 - mean) / std. pooling: "max" pads
     texts to `max_length`, "eos" to the longest of the batch. max_regions: the most confident regions that are kept.
     roi_feature_size: F without the box. allow_mixed_regions: region features of another width count as missing, not
     as an error.
     """
 
-    levels: tuple = IMAGE_LEVELS + TEXT_LEVELS
+    levels: tuple = tuple(LEVELS)
     views: ViewSettings = field(default_factory=ViewSettings)
     mean: tuple = (0.48145466, 0.4578275, 0.40821073)
     std: tuple = (0.26862954, 0.26130258, 0.27577711)
@@ -52,11 +48,9 @@ class BatchSettings:
     allow_mixed_regions: bool = False
 
     def __post_init__(self):
-        unknown = sorted(set(self.levels) - set(IMAGE_LEVELS + TEXT_LEVELS))
+        unknown = sorted(set(self.levels) - set(LEVELS))
         if unknown or not self.levels:
-            raise ValueError(
-                f"levels {self.levels}: expected some of {', '.join(IMAGE_LEVELS + TEXT_LEVELS)}, {unknown} are none"
-            )
+            raise ValueError(f"levels {self.levels}: expected some of {', '.join(LEVELS)}, {unknown} are none")
         if self.pooling not in ("max", "eos"):
             raise ValueError(f"pooling is {self.pooling!r}, expected 'max' or 'eos'")
         if self.max_regions < 1:
@@ -86,7 +80,8 @@ class BatchMaker(torch.utils.data.Dataset):
         self.data_sets, self.order, self.settings = data_sets, order, settings
         self.tokenizer, self.cache = tokenizer, cache or ShardCache()
         self._suffixes = {"json", "txt"}
-        if {"global", "local"} & set(settings.levels):
+        self._views = levels_of_kind("picture", settings.levels)
+        if self._views:
             self._suffixes.update(IMAGE_SUFFIXES, ("jpeg",))
         if "roi" in settings.levels:
             self._suffixes.add("roi.npy")
@@ -145,8 +140,7 @@ class BatchMaker(torch.utils.data.Dataset):
         try:
             members = reader.read(index, self._suffixes)
             key = reader.key(index)
-            wants_picture = bool({"global", "local"} & set(self.settings.levels))
-            sample = sample_from_members(members, key, reader.name, require_image=wants_picture)
+            sample = sample_from_members(members, key, reader.name, require_image=bool(self._views))
             if sample.caption is None:
                 raise BadSample(key, reader.name, "no-caption", "expected KEY.txt, or `caption` in KEY.json")
             number = self.order.sample_id(dataset, unit, index)
@@ -154,10 +148,9 @@ class BatchMaker(torch.utils.data.Dataset):
                 rng = np.random.default_rng((self.order.seed, epoch, number, _CAPTION))
                 sample.caption = sample.captions[int(rng.integers(len(sample.captions)))]
             self._check_regions(sample, reader.name)
-            levels = [level for level in ("global", "local") if level in self.settings.levels]
             views = {}
-            if levels:
-                views = make_views(sample.image, self.settings.views, self.order.seed, epoch, number, levels)
+            if self._views:
+                views = make_views(sample.image, self.settings.views, self.order.seed, epoch, number, self._views)
             return sample, views
         except BadPicture as bad:
             raise BadSample(key, reader.name, bad.reason, str(bad)) from None
@@ -184,29 +177,21 @@ class BatchMaker(torch.utils.data.Dataset):
     def _pixels(self, views):
         """Stacks the views of each level and normalises them at once, a channel at a time: one pass over the bytes."""
         batch = {}
-        for level, key in PIXEL_KEYS.items():
-            if level not in self.settings.levels:
-                continue
+        for level in self._views:
             stacked = torch.stack([view[level] for view in views])
             pixels = torch.empty(stacked.shape, dtype=torch.float32)
             for channel, (mean, std) in enumerate(zip(self.settings.mean, self.settings.std)):
                 torch.mul(stacked[:, channel], 1 / (255 * std), out=pixels[:, channel])
                 pixels[:, channel] -= mean / std
-            batch[key] = pixels
+            batch[LEVELS[level].input] = pixels
         return batch
 
     def _texts(self, samples, report):
-        texts = {
-            "summary": [sample.summary for sample in samples],
-            "caption": [sample.caption for sample in samples],
-            "tags": [tag_text(sample.tags) if sample.tags else None for sample in samples],
-        }
         batch = {}
-        for level in TEXT_LEVELS:
-            if level not in self.settings.levels:
-                continue
+        for level in levels_of_kind("text", self.settings.levels):
+            texts = [level_text(sample, level) for sample in samples]
             encoded = self.tokenizer(
-                [text or "" for text in texts[level]],
+                [text or "" for text in texts],
                 padding="max_length" if self.settings.pooling == "max" else True,
                 truncation=True,
                 max_length=self.settings.max_length,
@@ -214,10 +199,10 @@ class BatchMaker(torch.utils.data.Dataset):
                 return_truncation=True,
                 return_tensors="np",
             )
-            batch[TEXT_KEYS[level]] = torch.from_numpy(np.asarray(encoded["input_ids"], np.int64))
-            present = [text is not None for text in texts[level]]
-            if level in MASK_KEYS:
-                batch[MASK_KEYS[level]] = torch.tensor(present)
+            batch[LEVELS[level].input] = torch.from_numpy(np.asarray(encoded["input_ids"], np.int64))
+            present = [text is not None for text in texts]
+            if LEVELS[level].mask:
+                batch[LEVELS[level].mask] = torch.tensor(present)
             report.truncated[level] = int(np.sum(encoded["truncated"]))
             report.texts[level] = sum(present)
         return batch

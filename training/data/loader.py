@@ -17,6 +17,7 @@ import os
 
 import torch
 
+from pyramidclip_hf.configuration_pyramidclip import levels_of_kind
 from training.data.batches import BatchMaker, BatchSettings, DataError
 from training.data.order import SampleOrder, batch_positions
 from training.data.remote import ShardCache
@@ -256,7 +257,7 @@ class BatchReader:
         """This process's shares so far: bad samples, and texts of each level that were cut at the end."""
         counts = self._counts
         metrics = {"data/bad_fraction": counts["bad"] / max(counts["samples"] + counts["bad"], 1)}
-        for level in ("summary", "caption", "tags"):
+        for level in levels_of_kind("text"):
             if counts[f"texts/{level}"]:
                 metrics[f"data/truncated_{level}"] = counts[f"truncated/{level}"] / counts[f"texts/{level}"]
         return metrics

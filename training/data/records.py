@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pyramidclip_hf.configuration_pyramidclip import LEVELS
+
 IMAGE_SUFFIXES = ("jpg", "png", "webp")
 MAX_ATTRIBUTES = 3
 MAX_JSON_BYTES = 8 << 20
@@ -76,6 +78,22 @@ def phrase(region):
 def tag_text(tags):
     """The text of the tag level: phrases joined by comma and blank (paper section 3.1)."""
     return ", ".join(tags)
+
+
+def level_text(sample, level):
+    """The text of one of a sample's text levels, or None where it has none."""
+    found = getattr(sample, level)
+    if isinstance(found, list):
+        return tag_text(found) if found else None
+    return found
+
+
+def has_level(sample, level):
+    """Whether a sample has a level of the pyramid."""
+    kind = LEVELS[level].kind
+    if kind == "text":
+        return level_text(sample, level) is not None
+    return (sample.image if kind == "picture" else sample.roi) is not None
 
 
 def sample_from_members(members, key, where, require_image=True):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyramidclip_hf.loss_pyramidclip import LEVEL_MASKS, TERMS
+from pyramidclip_hf.configuration_pyramidclip import LEVELS, TERMS, levels_of_kind
 from training.data.labelled import ShardSamples, open_picture
 from training.data.records import Sample
 from training.evaluation.retrieval import check_pairs
@@ -140,7 +140,7 @@ def _encode_batch(model, processor, samples: list[Sample], levels: list[str], lo
     owners = np.array([row for row, _ in captions], np.int64)
     present = {level: np.ones(len(samples), bool) for level in levels}
     for level in levels:
-        mask = inputs.get(LEVEL_MASKS.get(level))
+        mask = inputs.get(LEVELS[level].mask)
         if level == "caption":
             present[level] = np.bincount(owners, minlength=len(samples)) > 0
         elif mask is not None:
@@ -155,7 +155,7 @@ def _encode_batch(model, processor, samples: list[Sample], levels: list[str], lo
 
 def _level_inputs(processor, samples: list[Sample], levels: list[str], local_area: float):
     wanted: dict[str, Any] = {}
-    if {"global", "local"} & set(levels):
+    if levels_of_kind("picture", levels):
         pictures = [open_picture(sample.image, sample.key) for sample in samples]
         if "global" in levels:
             wanted["images"] = pictures
@@ -166,8 +166,7 @@ def _level_inputs(processor, samples: list[Sample], levels: list[str], local_are
             None if sample.roi is None else (sample.roi, np.array([region.box for region in sample.regions]))
             for sample in samples
         ]
-    if "summary" in levels:
-        wanted["summary"] = [sample.summary for sample in samples]
-    if "tags" in levels:
-        wanted["tags"] = [sample.tags for sample in samples]
+    for level in levels_of_kind("text", levels):
+        if level != "caption":  # of which a sample may have several
+            wanted[LEVELS[level].argument] = [getattr(sample, level) for sample in samples]
     return processor(**wanted, padding=True, return_tensors="pt") if wanted else {}

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pyramidclip_hf.loss_pyramidclip import LEVEL_INPUTS, LEVEL_MASKS, check_loss_weights, levels_of, pyramid_loss
+from pyramidclip_hf.configuration_pyramidclip import LEVELS, check_loss_weights, levels_of, levels_of_kind
+from pyramidclip_hf.loss_pyramidclip import pyramid_loss
 from training.loop.distributed import gather_rows, world_size
-
-TEXT_LEVELS = ("summary", "caption", "tags")
 
 
 class StepLoss(NamedTuple):
@@ -58,10 +57,10 @@ class ContrastiveObjective(nn.Module):
         self.model = model
         self.loss_weights = check_loss_weights(loss_weights)
         self.label_smoothing = label_smoothing
-        self.levels = tuple(levels_of(self.loss_weights))
+        self.levels = levels_of(self.loss_weights)
         # A caption and both views are always there; a sample without them is a bad one and never reaches a batch.
-        self.masked_levels = tuple(level for level in self.levels if level in LEVEL_MASKS)
-        self.grouped_levels = tuple(level for level in self.levels if multi_positive and level in TEXT_LEVELS)
+        self.masked_levels = tuple(level for level in self.levels if LEVELS[level].mask)
+        self.grouped_levels = levels_of_kind("text", self.levels) if multi_positive else ()
         self.terms = tuple(self.loss_weights)
         self.freeze = freeze
         self.autocast_dtype = autocast_dtype
@@ -122,7 +121,7 @@ class ContrastiveObjective(nn.Module):
 
     def embed(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(n, levels, D) unit vectors in fp32 (fp64 stays), levels in the order of `self.levels`."""
-        inputs = [key for level in self.levels for key in (LEVEL_INPUTS[level], LEVEL_MASKS.get(level)) if key in batch]
+        inputs = [key for level in self.levels for key in (LEVELS[level].input, LEVELS[level].mask) if key in batch]
         device_type = self.model.logit_scale.device.type
         with torch.autocast(device_type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
             embeds = self.encode(self.levels, **{key: batch[key] for key in inputs})
@@ -134,10 +133,10 @@ class ContrastiveObjective(nn.Module):
         """(n, masked levels) bool: which samples have which of `self.masked_levels`; a picture without regions lacks
         their level.
         """
-        rows = batch[LEVEL_INPUTS[self.levels[0]]]
+        rows = batch[LEVELS[self.levels[0]].input]
         columns = [rows.new_ones((rows.shape[0], 0), dtype=torch.bool)]
         for level in self.masked_levels:
-            mask = batch.get(LEVEL_MASKS[level])
+            mask = batch.get(LEVELS[level].mask)
             if mask is None:
                 mask = rows.new_ones(rows.shape[0], dtype=torch.bool)
             columns.append((mask.any(dim=1) if mask.dim() == 2 else mask)[:, None])
@@ -147,10 +146,10 @@ class ContrastiveObjective(nn.Module):
         """(n, grouped levels) int64, equal where two texts have the same tokens up to the end token, whatever the
         padding. Different texts meet in one key with a probability of about 2^-63 a pair.
         """
-        rows = batch[LEVEL_INPUTS[self.levels[0]]]
+        rows = batch[LEVELS[self.levels[0]].input]
         keys = [torch.empty(rows.shape[0], 0, dtype=torch.int64, device=rows.device)]
         for level in self.grouped_levels:
-            ids = batch[LEVEL_INPUTS[level]]
+            ids = batch[LEVELS[level].input]
             ended = ids == self.model.config.text_config.eos_token_id
             words = ids.masked_fill(ended.cumsum(1) - ended.long() > 0, 0)
             # The products wrap around at 2^64, as a hash may.

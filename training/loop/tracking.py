@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from pyramidclip_hf.loss_pyramidclip import LEVEL_INPUTS, LEVEL_MASKS
+from pyramidclip_hf.configuration_pyramidclip import LEVELS, levels_of_kind
 from training.loop.distributed import any_process, rank, sum_over_processes
 from training.loop.objective import StepLoss
 
@@ -157,11 +157,11 @@ def duplicate_rates(batch: Mapping[str, torch.Tensor]) -> dict[str, float]:
     from accelerate.utils import gather_object
 
     rates = {}
-    for level in ("summary", "caption", "tags"):
-        ids = batch.get(LEVEL_INPUTS[level])
+    for level in levels_of_kind("text"):
+        ids = batch.get(LEVELS[level].input)
         if ids is None:
             continue
-        present = batch.get(LEVEL_MASKS.get(level))
+        present = batch.get(LEVELS[level].mask)
         rows = ids if present is None else ids[present]
         # Padding (0) is left out: its length may differ from process to process.
         texts = gather_object([tuple(row[row != 0].tolist()) for row in rows])

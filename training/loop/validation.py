@@ -8,7 +8,7 @@ from torch import nn
 
 from pyramidclip_hf.configuration_pyramidclip import TERMS
 from training.data.labelled import ShardSamples
-from training.data.records import Sample
+from training.data.records import Sample, has_level
 from training.evaluation.embedding import embed_levels, levels_of_pairs
 from training.evaluation.retrieval import level_metrics
 from training.loop.distributed import broadcast_buffers
@@ -29,17 +29,10 @@ class ValidationSet:
     def __init__(self, data: str, max_samples: int, pairs: Sequence[str], processor, max_regions: int):
         self.samples = [_first_regions(sample, max_regions) for sample in ShardSamples(data, max_samples)]
         self.processor = processor
-        have = {
-            "roi": [sample.roi is not None for sample in self.samples],
-            "summary": [sample.summary is not None for sample in self.samples],
-            "caption": [sample.caption is not None for sample in self.samples],
-            "tags": [bool(sample.tags) for sample in self.samples],
-        }
-        everyone = [True] * len(self.samples)
         self.pairs = tuple(
             name
             for name in dict.fromkeys((*ALWAYS, *pairs))
-            if sum(map(all, zip(*(have.get(level, everyone) for level in TERMS[name])))) >= 2
+            if sum(all(has_level(sample, level) for level in TERMS[name]) for sample in self.samples) >= 2
         )
 
     def metrics(self, model: nn.Module, autocast_dtype: torch.dtype | None = None) -> dict[str, float]:

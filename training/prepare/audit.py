@@ -24,13 +24,16 @@ from pathlib import Path
 
 import numpy as np
 
-from training.data.records import BadSample, sample_from_members, tag_text
+from pyramidclip_hf.configuration_pyramidclip import levels_of_kind
+from training.data.records import BadSample, has_level, level_text, sample_from_members
 from training.data.shards import write_atomically
 from training.data.sources import open_data_set
 from training.data.views import BadPicture, open_picture, upright_size
 
-TEXTS = ("summary", "caption", "tags")
-LEVELS = ("picture", "caption", "summary", "tags", "regions")
+TEXTS = levels_of_kind("text")
+# What every good sample has comes first.
+OPTIONAL_TEXTS = tuple(level for level in TEXTS if level != "caption")
+LEVELS = ("picture", "caption", *OPTIONAL_TEXTS, "regions")
 # Lower edges; the last bin is open.
 SIDE_EDGES = (0, 32, 64, 128, 224, 256, 384, 512, 768, 1024, 2048, 4096)
 ASPECT_EDGES = (0.0, 0.34, 0.5, 0.75, 0.95, 1.05, 1.34, 2.0, 3.0)
@@ -164,10 +167,9 @@ def _texts(sample):
     """(level, text) of what a sample can show the text tower: each of several captions counts."""
     for caption in sample.captions or [sample.caption]:
         yield "caption", caption
-    if sample.summary is not None:
-        yield "summary", sample.summary
-    if sample.tags:
-        yield "tags", tag_text(sample.tags)
+    for level in OPTIONAL_TEXTS:
+        if has_level(sample, level):
+            yield level, level_text(sample, level)
 
 
 def _read(reader, number, tally, max_image_pixels):
@@ -188,7 +190,7 @@ def _read(reader, number, tally, max_image_pixels):
         raise BadSample(key, reader.name, bad.reason, str(bad)) from None
     except (OSError, SyntaxError, ValueError, TypeError, IndexError, OverflowError, MemoryError) as error:
         raise BadSample(key, reader.name, "bad-picture", f"{type(error).__name__}: {error}") from None
-    there = (True, True, sample.summary is not None, bool(sample.tags), sample.roi is not None)
+    there = (True, True, *(has_level(sample, level) for level in (*OPTIONAL_TEXTS, "roi")))
     tally.levels[there] += 1
     tally.kinds[mode] += 1
     tally.sides[int(np.searchsorted(SIDE_EDGES, min(width, height), "right")) - 1] += 1

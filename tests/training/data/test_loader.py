@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from pyramidclip_hf import PyramidCLIPImageProcessor, PyramidCLIPProcessor, PyramidCLIPTokenizer
+from pyramidclip_hf.configuration_pyramidclip import LEVELS
 from tests.hub_server import Repository, client_environment, running_hub
 from tests.training.scene_files import FEATURES, Served, jpeg, make_sample, write_shards
 from training.data.batches import BatchReport, DataError
@@ -26,7 +27,7 @@ from training.data.shards import ShardReader, ShardWriter, index_path
 from training.data.sources import open_data_set, shard_names
 from training.data.views import view_boxes
 
-ALL = ("global", "local", "roi", "summary", "caption", "tags")
+ALL = tuple(LEVELS)
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,13 @@ import json
 import numpy as np
 import pytest
 
+from pyramidclip_hf.configuration_pyramidclip import LEVELS
 from training.data.records import (
     BadSample,
     Region,
     Sample,
+    has_level,
+    level_text,
     members_from_sample,
     npy_bytes,
     phrase,
@@ -69,6 +72,15 @@ def test_phrase_and_tag_text():
     assert phrase(Region((0, 0, 1, 1), 1.0, "dog", ["old", "big", "small", "red"])) == "big small red dog"
     assert phrase(Region((0, 0, 1, 1), 1.0, "dog", [])) == "dog"
     assert tag_text(["red dog", "boat"]) == "red dog, boat"
+
+
+def test_levels_of_a_sample():
+    sample, bare = make_sample(), Sample("k", b"x", "jpg", tags=[])
+    assert [has_level(sample, level) for level in LEVELS] == [True] * len(LEVELS)
+    assert [level for level in LEVELS if has_level(bare, level)] == ["global", "local"]
+    texts = {"summary": "A dog in a boat.", "caption": "a dog", "tags": "red dog, boat"}
+    assert {level: level_text(sample, level) for level in texts} == texts
+    assert [level_text(bare, level) for level in texts] == [None] * 3
 
 
 @pytest.mark.parametrize(

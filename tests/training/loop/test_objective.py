@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyramidclip_hf.loss_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS
+from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVELS, TERMS, Level
 from tests.training.processes import run_in_processes
 from tests.training.tiny import RESNET, VIT, rows_of, tiny_batch, tiny_model
 from training.loop.distributed import StopVote, any_process, check_equal_batches, gather_rows, sum_over_processes
@@ -21,7 +21,7 @@ MAPPINGS = {**{name: {name: 1.0} for name in TERMS}, "six": DEFAULT_LOSS_WEIGHTS
 
 def dense_loss(model, batch, weights):
     """Softened cross-entropy with an N x N target matrix, on the samples that have both levels."""
-    everything = model.encode_levels(("global", "local", "roi", "summary", "caption", "tags"), **batch)
+    everything = model.encode_levels(tuple(LEVELS), **batch)
     present = {"roi": batch["roi_mask"].any(1), "summary": batch["has_summary"], "tags": batch["has_tags"]}
     everyone = torch.ones(len(batch["input_ids"]), dtype=torch.bool)
     total, terms = 0.0, {}
@@ -149,6 +149,18 @@ def test_equal_texts_of_different_processes_are_positives(world_size):
     for shares, found in results:
         np.testing.assert_allclose(shares, loss.item(), rtol=1e-6)
         assert_same_gradients(found, gradients(model), 1e-6)
+
+
+def test_a_further_level_and_its_terms_are_entries_in_the_tables(monkeypatch):
+    monkeypatch.setitem(LEVELS, "ocr", Level("text", "words", "ocr_input_ids", "ocr_embeds", "ocr", "has_ocr"))
+    monkeypatch.setitem(TERMS, "global_ocr", ("global", "ocr"))
+    batch = tiny_batch()
+    batch |= {"ocr_input_ids": batch["tag_input_ids"], "has_ocr": batch["has_tags"]}
+    found, expected = (
+        ContrastiveObjective(tiny_model(), {term: 1.0}, SMOOTHING).eval()(batch)
+        for term in ("global_ocr", "global_tags")
+    )
+    assert torch.equal(found.loss, expected.loss) and torch.equal(found.counts, expected.counts)
 
 
 @pytest.mark.parametrize("freeze", ["vision", "text"])
