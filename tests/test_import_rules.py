@@ -102,7 +102,6 @@ KNOWN_BREAKS = {
     "training/linear_probe.py: imports the command training.evaluate",
     "training/prepare/audit.py: imports pyramidclip_hf inside of a function",
     "training/prepare/detectors.py: imports pyramidclip_hf.vinvl inside of a function",
-    "training/pretrain.py: imports the command training.publish",
     "training/reports/ablations_page.py: imports training.reports.demo_page inside of a function",
     "training/settings/finetuning.py: imports training.transfer.parts, which is not below settings",
 }

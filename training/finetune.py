@@ -16,230 +16,29 @@ Read from the bottom: `main` parses, `build` makes the parts, `FinetuneRun` is w
 import hashlib
 import json
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
-from pyramidclip_hf.image_processing_pyramidclip import upright_rgb
-from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPForImageClassification
-from training.data.batches import BatchReport, DataError
-from training.data.labelled import LabelledPictures
-from training.data.loader import BatchReader
-from training.data.order import SampleOrder
-from training.data.views import crop_box, cut_view
 from training.evaluate import classification_metrics
-from training.evaluation.embedding import map_batches
 from training.evaluation.results import write_json
 from training.loop.checkpoint import IDENTITY_WITHOUT
 from training.loop.distributed import broadcast_buffers, rank, sum_over_processes, world_size
-from training.loop.initial_model import named_model
 from training.loop.objective import StepLoss
 from training.loop.optim import build_optimizer, set_learning_rate
-from training.pretrain import (
-    AUTOCAST,
-    Run,
-    RunResult,
-    complete_run,
-    plan_steps,
-    run_command,
-    start_processes,
-    synchronised_batch_norm,
-)
+from training.loop.processes import start_processes, synchronised_batch_norm
+from training.loop.run import AUTOCAST, Run, RunResult, complete_run, plan_steps
+from training.pretrain import run_command
 from training.settings.finetuning import FinetuneArguments
 from training.settings.pretraining import parse_arguments
-from training.transfer.parts import Part, fingerprint, metric_results, open_parts
-
-ASPECT = (3 / 4, 4 / 3)
-# What is drawn for a picture in an epoch.
-_CROP, _FLIP = range(2)
-
-
-##################################################################################################
-#  Data                                                                                          #
-##################################################################################################
-
-
-class LabelledBatches(torch.utils.data.Dataset):
-    """Makes training batches of labelled pictures; runs inside loader workers.
-
-    data: the pictures. order: `SampleOrder` over one shard of them. height, width, mean, std: of the pictures made.
-    area: shares of the picture in a crop. flip: mirror half of them. Crop and mirroring are functions of (seed, epoch,
-    picture) alone.
-    """
-
-    def __init__(self, data: LabelledPictures, order: SampleOrder, processor, area: Sequence[float], flip: bool):
-        images = processor.image_processor
-        self.data, self.order, self.area, self.flip = data, order, tuple(area), flip
-        self.height, self.width = images.crop_size["height"], images.crop_size["width"]
-        self.mean = torch.tensor(images.image_mean).view(1, 3, 1, 1)
-        self.std = torch.tensor(images.image_std).view(1, 3, 1, 1)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, epoch_and_positions) -> dict[str, Any]:
-        """`pixel_values` (B, 3, height, width) float32, `labels` (B,) int64, `sample_keys`, `report`.
-
-        A picture that cannot be read is named in `report`, and the batch holds nothing else then.
-        """
-        epoch, positions = epoch_and_positions
-        numbers = [self.order.locate(epoch, position)[2] for position in positions]
-        report, views = BatchReport(), []
-        for number in numbers:
-            try:
-                views.append(self.view(epoch, number))
-            except ValueError as error:
-                report.bad.append((str(number), self.data.name, "bad-picture", str(error)))
-        keys = [str(number) for number in numbers]
-        if report.bad:
-            return {"sample_keys": keys, "report": report}
-        pixels = (torch.stack(views).float() / 255 - self.mean) / self.std
-        labels = torch.tensor([self.data.labels[number] for number in numbers])
-        return {"pixel_values": pixels, "labels": labels, "sample_keys": keys, "report": report}
-
-    def view(self, epoch: int, number: int) -> torch.Tensor:
-        """uint8 (3, height, width): the random crop of a picture, perhaps mirrored."""
-        picture = np.array(upright_rgb(self.data.read(number)))
-        draws = [np.random.default_rng((self.order.seed, epoch, number, what)) for what in (_CROP, _FLIP)]
-        box = crop_box(picture.shape[1], picture.shape[0], self.area, ASPECT, draws[_CROP])
-        view = cut_view(torch.from_numpy(picture).permute(2, 0, 1)[None], box, self.height, self.width)
-        return view.flip(-1) if self.flip and draws[_FLIP].random() < 0.5 else view
-
-
-class LabelledReader(BatchReader):
-    """The training batches of this process; a picture that cannot be read ends the run with its name."""
-
-    def __init__(self, part: Part, processor, args: FinetuneArguments):
-        data = part.pictures
-        order = SampleOrder([[len(data)]], args.seed, window_shards=1)
-        super().__init__(
-            LabelledBatches(data, order, processor, args.crop_area, args.flip),
-            order,
-            args.global_batch_size,
-            rank(),
-            world_size(),
-            workers=args.dataloader_workers,
-            pin_memory=torch.cuda.is_available(),
-            # The pictures are read through functions that cannot be pickled.
-            start_method="fork",
-        )
-        self.fingerprint = fingerprint(part)
-        self.description = [{"name": part.source, "samples": len(data), "classes": len(data.class_names)}]
-
-    def _account(self, report: BatchReport, samples: int, epoch: int) -> None:
-        if report.bad:
-            self.close()
-            number, name, _, detail = report.bad[0]
-            raise DataError(
-                f"picture {number} of {name}: {detail}. Training on labelled pictures replaces none of them: repair or "
-                "remove it, and continue with --resume latest where only its pixels change"
-            )
-        self._counts["samples"] += samples
-
-
-@torch.inference_mode()
-def classify(
-    model: PyramidCLIPForImageClassification, processor, data: LabelledPictures, batch_size: int, autocast_dtype=None
-) -> torch.Tensor:
-    """(N, C) float32 logits of all pictures, resized and centre-cropped, in the model's present mode; the same on any
-    number of processes.
-    """
-
-    def scores(numbers: range) -> torch.Tensor:
-        pixels = processor.image_processor([data.read(number) for number in numbers], return_tensors="pt")
-        with torch.autocast(model.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-            return model(pixel_values=pixels["pixel_values"].to(model.device)).logits.float().cpu()
-
-    return torch.cat(map_batches(scores, len(data), batch_size, f"classifying {data.name}"))
-
-
-##################################################################################################
-#  Model and objective                                                                           #
-##################################################################################################
-
-
-def distinct_labels(class_names: Sequence[str]) -> list[str]:
-    """The names, with its number behind one that several classes have, as in CLIP's list for ImageNet."""
-    count = Counter(class_names)
-    return [f"{name} ({number})" if count[name] > 1 else name for number, name in enumerate(class_names)]
-
-
-def initial_classifier(args: FinetuneArguments, class_names: Sequence[str]):
-    """(classifier in fp32 with a new head for these classes, processor): the encoder of the model that `args` name.
-
-    Parameters that pictures do not reach (those of the region branch) lose `requires_grad`.
-    """
-    encoder, processor = named_model(args.model, args.model_config, args.seed)
-    config = encoder.config
-    config.id2label = dict(enumerate(distinct_labels(class_names)))
-    config.label2id = {name: number for number, name in config.id2label.items()}
-    config.problem_type = "single_label_classification"
-    torch.manual_seed(args.seed)
-    model = PyramidCLIPForImageClassification(config)
-    model.vision_model = encoder.vision_model
-    reached = set(encoder.level_parameters(("global",)))
-    for name, parameter in model.named_parameters():
-        if not name.startswith("classifier.") and name not in reached:
-            parameter.requires_grad_(False)
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    return model, processor
-
-
-class ClassificationObjective(nn.Module):
-    """Cross-entropy of a classifier; one forward a step.
-
-    model: the classifier, the submodule `model`. label_smoothing: share of the target spread over all classes.
-    autocast_dtype: of the model's forward, None for fp32. `head_only`: the encoder is a fixed function, without
-    gradient and in evaluation mode.
-    """
-
-    terms = ()
-
-    def __init__(self, model: nn.Module, label_smoothing: float = 0.0, autocast_dtype: torch.dtype | None = None):
-        super().__init__()
-        self.model, self.label_smoothing, self.autocast_dtype = model, label_smoothing, autocast_dtype
-        self.head_only = False
-        self.train()  # the model freezes its patch convolution here
-
-    def train(self, mode: bool = True) -> "ClassificationObjective":
-        """Sets the mode; with `head_only` the encoder stays in evaluation mode."""
-        super().train(mode)
-        if self.head_only:
-            self.model.vision_model.eval()
-        return self
-
-    def set_head_only(self, head_only: bool) -> None:
-        """Changes the stage."""
-        if head_only != self.head_only:
-            self.head_only = head_only
-            self.train(self.training)
-
-    def forward(self, batch: Mapping[str, torch.Tensor]) -> StepLoss:
-        """batch: `pixel_values` (B, 3, H, W), `labels` (B,) int64. The loss is the mean over this process's B; shares
-        add up to the mean over all processes, which have equally many.
-        """
-        pixels, labels = batch["pixel_values"], batch["labels"]
-        with torch.autocast(pixels.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.head_only):
-                pooled = self.model.vision_model(pixels).pooler_output
-            logits = self.model.classifier(pooled)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        return StepLoss(loss, loss.detach()[None] / world_size(), torch.zeros(0, dtype=torch.int64))
-
-
-##################################################################################################
-#  The run                                                                                       #
-##################################################################################################
+from training.transfer.batches import LabelledReader
+from training.transfer.classifier import ClassificationObjective, classify, initial_classifier
+from training.transfer.parts import Part, metric_results, open_parts
 
 
 @dataclass(kw_only=True)

@@ -15,37 +15,27 @@ Features are computed once, by all processes, and kept under `cache_dir`; fittin
 Exit codes: 0, or 2 where settings or data are wrong.
 """
 
-import hashlib
-import json
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-import transformers
 from huggingface_hub import EvalResult
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-import pyramidclip_hf
-from training.data.labelled import LabelledPictures
-from training.data.shards import cache_folder, write_atomically
 from training.evaluate import classification_metrics, load_model
-from training.evaluation.embedding import map_batches
 from training.evaluation.results import results_table, write_csv, write_json
 from training.evaluation.sets import TABLE_7
-from training.loop.distributed import any_process
-from training.transfer.parts import Part, check_part_settings, content_digest, metric_results, open_parts
+from training.transfer.features import cached_features
+from training.transfer.parts import check_part_settings, metric_results, open_parts
 
 EXIT_WRONG_SETTING = 2
 # The sweep (CLIP, appendix A.3): exponents of C from -6 to 6 in steps of 1/8, first every 16th of them.
 STEPS_PER_DECADE, DECADES, COARSE = 8, (-6, 6), 16
-_CACHE_FORMAT = 1
 
 
 @dataclass(kw_only=True)
@@ -118,83 +108,6 @@ class Fit:
     scores: Callable[[np.ndarray], np.ndarray]
     iterations: int
     converged: bool
-
-
-@torch.inference_mode()
-def picture_features(model, processor, data: LabelledPictures, kind: str, batch_size: int) -> torch.Tensor:
-    """(N, D) float32 features of all pictures, equal on any number of processes.
-
-    kind: "backbone", the vision tower's `pooler_output` (ViT: the class token after the last norm; ResNet: the
-    attention pooling before its output projection), or "projected", the embedding without normalisation. model: in
-    evaluation mode here.
-    """
-    model.eval()
-
-    def encode(numbers: range) -> torch.Tensor:
-        pictures = processor(images=[data.read(number) for number in numbers], return_tensors="pt")
-        pixels = pictures["pixel_values"].to(model.device, model.dtype)
-        pooled = model.vision_model(pixels).pooler_output if kind == "backbone" else model.encode_image(pixels)
-        return pooled.float().cpu()
-
-    return torch.cat(map_batches(encode, len(data), batch_size, f"features of {data.name}"))
-
-
-def features_key(model, processor, part: Part, args: LinearProbeArguments) -> dict[str, Any]:
-    """All that features depend on: weights, configuration, pixels, preprocessing, how they are computed."""
-    modules = [model.vision_model] + ([model.visual_projection] if args.features == "projected" else [])
-    weights = hashlib.sha256()
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return {
-        "format": _CACHE_FORMAT,
-        "weights": weights.hexdigest(),
-        "config": model.config.vision_config.to_json_string(use_diff=False),
-        "preprocessing": processor.image_processor.to_json_string(),
-        "pictures": content_digest(part),
-        "features": args.features,
-        # These change the last bits only.
-        "computed": [args.batch_size, str(model.dtype), model.device.type],
-        "versions": [pyramidclip_hf.__version__, torch.__version__, transformers.__version__],
-    }
-
-
-def read_features(path: Path, key: str) -> np.ndarray | None:
-    """The features kept in a file under `key`; None where there are none, or the file is damaged or another's."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, "numpy") as file:
-            return file.get_tensor("features") if (file.metadata() or {}).get("key") == key else None
-    except (SafetensorError, OSError):
-        print(f"{path} is damaged; its features are computed again", file=sys.stderr)
-        return None
-
-
-def cached_features(model, processor, part: Part, args: LinearProbeArguments) -> np.ndarray:
-    """(N, D) float32 features of the pictures of a part, from the cache where it has those of its whole source.
-
-    All processes call it together; what is kept on disk is written once, whole or not at all.
-    """
-    if args.cache_dir == "none":
-        return picture_features(model, processor, part.data, args.features, args.batch_size).numpy()[part.numbers]
-    key = json.dumps(features_key(model, processor, part, args), sort_keys=True)
-    folder = Path(args.cache_dir) if args.cache_dir else cache_folder() / "features"
-    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-    features = read_features(path, key)
-    if any_process(features is None):  # one without it needs all of them
-        features = picture_features(model, processor, part.data, args.features, args.batch_size).numpy()
-        if _is_first_process():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, save({"features": features}, metadata={"key": key}))
-    return features[part.numbers]
-
-
-def _is_first_process() -> bool:
-    from accelerate import PartialState
-
-    return PartialState().is_main_process
 
 
 def fit(

@@ -18,18 +18,23 @@ from tests.training.loop.test_resume import TIMES
 from tests.training.memory_reader import MODEL_CONFIG
 from tests.training.processes import run_in_processes
 from tests.training.test_pretrain import NO_BATCH_NORM
-from training import finetune, pretrain, publish
+from training import finetune
 from training.data.batches import DataError
 from training.data.labelled import labelled_folder
 from training.data.order import SampleOrder
 from training.evaluate import classification_metrics
 from training.evaluation.results import read_json
 from training.linear_probe import LinearProbeArguments
+from training.loop import card
+from training.loop import run as loop
 from training.loop.checkpoint import IdentityError, list_checkpoints
 from training.loop.initial_model import named_model
 from training.loop.optim import learning_rate_at
 from training.loop.tracking import read_metrics
+from training.pretrain import EXIT_STOPPED
 from training.settings.finetuning import FinetuneArguments
+from training.transfer.batches import LabelledBatches
+from training.transfer.classifier import classify
 from training.transfer.parts import open_parts
 
 COUNTS = {"blue": 8, "green": 8, "dark_red": 8}
@@ -139,7 +144,7 @@ def test_the_logged_loss_is_the_cross_entropy_of_the_samples(tmp_path, data):
     finetune.run(args)
     model, processor = finetune.initial_classifier(args, ["a", "b", "c"])
     pictures = labelled_folder(data["train"])
-    maker = finetune.LabelledBatches(pictures, SampleOrder([[24]], 0, 1), processor, args.crop_area, args.flip)
+    maker = LabelledBatches(pictures, SampleOrder([[24]], 0, 1), processor, args.crop_area, args.flip)
     losses = []
     for batch in (maker[0, range(first, first + 8)] for first in (0, 8, 16)):
         with torch.no_grad():
@@ -156,7 +161,7 @@ def test_views_depend_on_seed_epoch_and_picture_alone(data):
     processor = named_model("ViT-B-32", MODEL_CONFIG, 0)[1]
 
     def maker(area=(0.3, 0.9), flip=True):
-        return finetune.LabelledBatches(pictures, order, processor, area, flip)
+        return LabelledBatches(pictures, order, processor, area, flip)
 
     first = maker()[1, range(8)]
     assert torch.equal(first["pixel_values"], maker()[1, range(8)]["pixel_values"])
@@ -209,14 +214,14 @@ def outcome(folder):
 
 def disturbed(rank, world_size, args, step, kind):
     """Runs until a signal after a step."""
-    original = pretrain.advance
+    original = loop.advance
 
     def advance(run):
         original(run)
         if run.progress.step == step:
             os.kill(os.getpid(), kind)
 
-    pretrain.advance = advance
+    loop.advance = advance
     return finetune.run(args).finished
 
 
@@ -241,9 +246,9 @@ def test_sigterm_saves_and_the_exit_code_says_so(tmp_path, data, monkeypatch):
     assert run_in_processes(disturbed, 1, args, 5, signal.SIGTERM) == [False]
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000005"]
     words = ["--output-dir", str(tmp_path), "--model", "x", "--train-data", "x"]
-    stopped = pretrain.RunResult(tmp_path, 5, False, None, {}, None, None)
+    stopped = loop.RunResult(tmp_path, 5, False, None, {}, None, None)
     monkeypatch.setattr(finetune, "run", lambda args: stopped)
-    assert finetune.main(words) == pretrain.EXIT_STOPPED
+    assert finetune.main(words) == EXIT_STOPPED
 
 
 def test_another_run_is_not_continued(tmp_path, data):
@@ -314,11 +319,11 @@ def test_the_page_has_every_setting_as_it_is(settings_class):
 def test_a_classifier_is_published_with_its_own_card(tmp_path, data, monkeypatch):
     finetune.run(settings(tmp_path, data, epochs=1, head_epochs=1, validation_fraction=0.25, global_batch_size=6))
     calls = []
-    monkeypatch.setattr(publish, "publish_folder", lambda *args, **options: calls.append((args, options)))
-    publish.publish(tmp_path, "user/name")
+    monkeypatch.setattr(card, "publish_folder", lambda *args, **options: calls.append((args, options)))
+    card.publish(tmp_path, "user/name")
     assert calls == [((tmp_path / "final", "user/name"), {"card": None, "remote_code": True, "private": None})]
     with pytest.raises(ValueError, match="is a classifier.*leave --results out"):
-        publish.publish(tmp_path, "user/name", result_files=[tmp_path / "final" / "results.json"])
+        card.publish(tmp_path, "user/name", result_files=[tmp_path / "final" / "results.json"])
 
 
 def test_scores_while_training_are_those_of_the_saved_model(tmp_path, data):
@@ -334,5 +339,5 @@ def test_scores_while_training_are_those_of_the_saved_model(tmp_path, data):
             rows.append(model(pixel_values=pixels).logits[0])
     right = torch.stack(rows).argmax(1) == torch.tensor(part.data.labels)
     assert result.metrics["validation/top_1"] == pytest.approx(right.double().mean().item())
-    scores = finetune.classify(model, processor, part.pictures, 7)
+    scores = classify(model, processor, part.pictures, 7)
     assert classification_metrics(scores, torch.tensor(part.labels))["top_1"] == result.metrics["validation/top_1"]

@@ -12,10 +12,11 @@ from PIL import Image
 from tests.training.labelled_files import write_pictures
 from tests.training.memory_reader import MODEL_CONFIG
 from tests.training.processes import run_in_processes
-from training import linear_probe
 from training.evaluate import load_model
-from training.linear_probe import LinearProbeArguments, c_of, cached_features, fit, main, picture_features, probe, sweep
+from training.linear_probe import LinearProbeArguments, c_of, fit, main, probe, sweep
 from training.loop.initial_model import named_model
+from training.transfer import features as kept
+from training.transfer.features import cached_features, picture_features
 from training.transfer.parts import open_parts
 
 COUNTS = {"blue": 8, "green": 8, "dark_red": 8}
@@ -132,8 +133,8 @@ def test_two_processes_give_what_one_gives(args, tmp_path):
 def test_kept_features_are_used_again_and_never_for_anything_else(args, tmp_path, monkeypatch):
     model, processor = load_model(args.model)
     computed = []
-    original = linear_probe.picture_features
-    monkeypatch.setattr(linear_probe, "picture_features", lambda *arguments: computed.append(1) or original(*arguments))
+    original = kept.picture_features
+    monkeypatch.setattr(kept, "picture_features", lambda *arguments: computed.append(1) or original(*arguments))
 
     def features():
         before = len(computed)
@@ -183,8 +184,8 @@ def test_a_fit_that_did_not_converge_is_said(args, tmp_path, capsys):
 
 
 def test_features_that_hardly_differ_are_said_and_standardised_on_demand(args, tmp_path, capsys, monkeypatch):
-    original = linear_probe.picture_features
-    monkeypatch.setattr(linear_probe, "picture_features", lambda *arguments: original(*arguments) * 1e-5 + 3)
+    original = kept.picture_features
+    monkeypatch.setattr(kept, "picture_features", lambda *arguments: original(*arguments) * 1e-5 + 3)
     args.cache_dir = "none"
     assert value_of(probe(args), "top_1") == pytest.approx(1 / 3)
     assert "hardly differ" in capsys.readouterr().err

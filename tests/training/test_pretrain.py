@@ -19,7 +19,8 @@ from tests.training.memory_reader import MODEL_CONFIG, MemoryReader
 from tests.training.processes import run_in_processes
 from tests.training.tiny import RESNET, TEXT, VIT
 from training import pretrain
-from training.loop.checkpoint import list_checkpoints
+from training.loop import run as loop
+from training.loop.checkpoint import list_checkpoints, quiet_transformers
 from training.loop.optim import learning_rate_at
 from training.loop.tracking import MetricsLog, NonFiniteLoss, duplicate_rates, read_metrics
 from training.settings.pretraining import PretrainingArguments
@@ -260,9 +261,9 @@ def test_the_host_reads_nothing_off_the_device_in_a_step(tmp_path, monkeypatch, 
     size = config["vision_config"]["image_size"]
     monkeypatch.setattr(pretrain, "open_reader", lambda args, *rest: MemoryReader(args, missing=False, image_size=size))
     args = settings(tmp_path, model_config=config, ema_decay=0.5, **changes)
-    with pretrain.termination_noticed(), pretrain.quiet_transformers():
+    with loop.termination_noticed(), quiet_transformers():
         run = pretrain.build(args, tmp_path)
-        pretrain.resume(run)
+        loop.resume(run)
     run.objective.train()
     tensors = next(iter(run.reader.batches(0, 0)))
     keys = tensors.pop("sample_keys")

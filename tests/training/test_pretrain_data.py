@@ -18,6 +18,7 @@ from training import pretrain
 from training.data.batches import DataError
 from training.data.loader import WorkerDied
 from training.data.shards import ShardReader, ShardWriter, index_path
+from training.loop import run as loop
 from training.loop.checkpoint import list_checkpoints
 from training.loop.tracking import read_metrics
 from training.settings.pretraining import PretrainingArguments
@@ -125,7 +126,7 @@ def test_a_dead_worker_ends_the_run_and_nothing_is_lost(tmp_path, shards):
     import torch.multiprocessing as multiprocessing
 
     def run(rank, world_size, args):
-        original = pretrain.advance
+        original = loop.advance
 
         def advance(run):
             original(run)
@@ -133,7 +134,7 @@ def test_a_dead_worker_ends_the_run_and_nothing_is_lost(tmp_path, shards):
                 for child in multiprocessing.active_children():
                     os.kill(child.pid, signal.SIGKILL)
 
-        pretrain.advance = advance
+        loop.advance = advance
         try:
             pretrain.run(args)
         except WorkerDied as error:

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard
 from pyramidclip_hf import PyramidCLIPConfig, PyramidCLIPModel, PyramidCLIPProcessor
 from tests.hub_server import card_faults, client_environment, running_hub
 from training.evaluation.results import write_json
-from training.publish import model_folder, publish, write_card
+from training.loop.card import model_folder, publish, write_card
 from training.settings.pretraining import PretrainingArguments
 
 LOAD_BACK = """

@@ -17,6 +17,7 @@ from tests.training.processes import run_in_processes
 from tests.training.test_pretrain import settings
 from training import pretrain
 from training.loop import checkpoint
+from training.loop import run as loop
 from training.loop.checkpoint import CheckpointError, IdentityError, find_checkpoint, list_checkpoints
 from training.loop.tracking import read_metrics
 
@@ -58,7 +59,7 @@ def killed_run(rank, world_size, args, step, where):
         return wrapper
 
     state = {"step": 0}
-    original_advance = pretrain.advance
+    original_advance = loop.advance
 
     def advance(run):
         original_advance(run)
@@ -66,7 +67,7 @@ def killed_run(rank, world_size, args, step, where):
         if where == "step" and run.progress.step == step and rank == world_size - 1:
             die()
 
-    pretrain.advance = advance
+    loop.advance = advance
     if where in ("before", "after"):  # the random states are the first file of a checkpoint, written by every process
         checkpoint._write_tensors = dying(checkpoint._write_tensors)
     if where == "rename":
@@ -130,14 +131,14 @@ def test_killed_between_renaming_and_pruning(tmp_path):
 
 def test_sigterm_saves_at_an_odd_step_and_continues_bit_for_bit(tmp_path):
     def terminated(rank, world_size, args):
-        original = pretrain.advance
+        original = loop.advance
 
         def advance(run):
             original(run)
             if run.progress.step == 5 and rank == 1:  # a scheduler that reaches only one of the processes first
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        pretrain.advance = advance
+        loop.advance = advance
         result = pretrain.run(args)
         return result.finished, result.steps
 
@@ -210,7 +211,7 @@ def test_a_full_disk_is_said_and_the_older_checkpoint_stays(tmp_path):
     """A limit on file sizes makes writing fail as a full disk does, without needing one."""
 
     def limited(rank, world_size, args):
-        original = pretrain.advance
+        original = loop.advance
 
         def advance(run):
             original(run)
@@ -218,7 +219,7 @@ def test_a_full_disk_is_said_and_the_older_checkpoint_stays(tmp_path):
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
-        pretrain.advance = advance
+        loop.advance = advance
         try:
             pretrain.run(args)
         except CheckpointError as error:

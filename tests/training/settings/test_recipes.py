@@ -13,6 +13,7 @@ from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS
 from tests.training.memory_reader import MODEL_CONFIG, MemoryReader
 from tests.training.tiny import RESNET
 from training import pretrain
+from training.loop.processes import check_engine
 from training.loop.tracking import read_metrics
 from training.settings.pretraining import PretrainingArguments, parse_arguments
 
@@ -141,5 +142,5 @@ def test_accelerate_reads_the_engines_configs(path):
 
 def test_fsdp_is_refused_with_its_reason():
     with pytest.raises(ValueError, match="BatchNorm's running statistics.*one_node.yaml.*ZeRO-2"):
-        pretrain.check_engine("FSDP")
-    pretrain.check_engine("MULTI_GPU")
+        check_engine("FSDP")
+    check_engine("MULTI_GPU")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.training.labelled_files import write_pictures
 from training.evaluation.sets import TABLE_7, Listing
-from training.finetune import distinct_labels
+from training.transfer.classifier import distinct_labels
 from training.transfer.parts import (
     content_digest,
     fingerprint,

@@ -1,0 +1,99 @@
+"""Training batches of labelled pictures; crops are functions of (seed, epoch, picture) alone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyramidclip_hf.image_processing_pyramidclip import upright_rgb
+from training.data.batches import BatchReport, DataError
+from training.data.labelled import LabelledPictures
+from training.data.loader import BatchReader
+from training.data.order import SampleOrder
+from training.data.views import crop_box, cut_view
+from training.loop.distributed import rank, world_size
+from training.settings.finetuning import FinetuneArguments
+from training.transfer.parts import Part, fingerprint
+
+ASPECT = (3 / 4, 4 / 3)
+# What is drawn for a picture in an epoch.
+_CROP, _FLIP = range(2)
+
+
+class LabelledBatches(torch.utils.data.Dataset):
+    """Makes training batches of labelled pictures; runs inside loader workers.
+
+    data: the pictures. order: `SampleOrder` over one shard of them. height, width, mean, std: of the pictures made.
+    area: shares of the picture in a crop. flip: mirror half of them. Crop and mirroring are functions of (seed, epoch,
+    picture) alone.
+    """
+
+    def __init__(self, data: LabelledPictures, order: SampleOrder, processor, area: Sequence[float], flip: bool):
+        images = processor.image_processor
+        self.data, self.order, self.area, self.flip = data, order, tuple(area), flip
+        self.height, self.width = images.crop_size["height"], images.crop_size["width"]
+        self.mean = torch.tensor(images.image_mean).view(1, 3, 1, 1)
+        self.std = torch.tensor(images.image_std).view(1, 3, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, epoch_and_positions) -> dict[str, Any]:
+        """`pixel_values` (B, 3, height, width) float32, `labels` (B,) int64, `sample_keys`, `report`.
+
+        A picture that cannot be read is named in `report`, and the batch holds nothing else then.
+        """
+        epoch, positions = epoch_and_positions
+        numbers = [self.order.locate(epoch, position)[2] for position in positions]
+        report, views = BatchReport(), []
+        for number in numbers:
+            try:
+                views.append(self.view(epoch, number))
+            except ValueError as error:
+                report.bad.append((str(number), self.data.name, "bad-picture", str(error)))
+        keys = [str(number) for number in numbers]
+        if report.bad:
+            return {"sample_keys": keys, "report": report}
+        pixels = (torch.stack(views).float() / 255 - self.mean) / self.std
+        labels = torch.tensor([self.data.labels[number] for number in numbers])
+        return {"pixel_values": pixels, "labels": labels, "sample_keys": keys, "report": report}
+
+    def view(self, epoch: int, number: int) -> torch.Tensor:
+        """uint8 (3, height, width): the random crop of a picture, perhaps mirrored."""
+        picture = np.array(upright_rgb(self.data.read(number)))
+        draws = [np.random.default_rng((self.order.seed, epoch, number, what)) for what in (_CROP, _FLIP)]
+        box = crop_box(picture.shape[1], picture.shape[0], self.area, ASPECT, draws[_CROP])
+        view = cut_view(torch.from_numpy(picture).permute(2, 0, 1)[None], box, self.height, self.width)
+        return view.flip(-1) if self.flip and draws[_FLIP].random() < 0.5 else view
+
+
+class LabelledReader(BatchReader):
+    """The training batches of this process; a picture that cannot be read ends the run with its name."""
+
+    def __init__(self, part: Part, processor, args: FinetuneArguments):
+        data = part.pictures
+        order = SampleOrder([[len(data)]], args.seed, window_shards=1)
+        super().__init__(
+            LabelledBatches(data, order, processor, args.crop_area, args.flip),
+            order,
+            args.global_batch_size,
+            rank(),
+            world_size(),
+            workers=args.dataloader_workers,
+            pin_memory=torch.cuda.is_available(),
+            # The pictures are read through functions that cannot be pickled.
+            start_method="fork",
+        )
+        self.fingerprint = fingerprint(part)
+        self.description = [{"name": part.source, "samples": len(data), "classes": len(data.class_names)}]
+
+    def _account(self, report: BatchReport, samples: int, epoch: int) -> None:
+        if report.bad:
+            self.close()
+            number, name, _, detail = report.bad[0]
+            raise DataError(
+                f"picture {number} of {name}: {detail}. Training on labelled pictures replaces none of them: repair or "
+                "remove it, and continue with --resume latest where only its pixels change"
+            )
+        self._counts["samples"] += samples

@@ -1,0 +1,103 @@
+"""A classifier on a picture encoder: its first weights, its objective, its scores."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPForImageClassification
+from training.data.labelled import LabelledPictures
+from training.evaluation.embedding import map_batches
+from training.loop.distributed import world_size
+from training.loop.initial_model import named_model
+from training.loop.objective import StepLoss
+from training.settings.finetuning import FinetuneArguments
+
+
+def distinct_labels(class_names: Sequence[str]) -> list[str]:
+    """The names, with its number behind one that several classes have, as in CLIP's list for ImageNet."""
+    count = Counter(class_names)
+    return [f"{name} ({number})" if count[name] > 1 else name for number, name in enumerate(class_names)]
+
+
+def initial_classifier(args: FinetuneArguments, class_names: Sequence[str]):
+    """(classifier in fp32 with a new head for these classes, processor): the encoder of the model that `args` name.
+
+    Parameters that pictures do not reach (those of the region branch) lose `requires_grad`.
+    """
+    encoder, processor = named_model(args.model, args.model_config, args.seed)
+    config = encoder.config
+    config.id2label = dict(enumerate(distinct_labels(class_names)))
+    config.label2id = {name: number for number, name in config.id2label.items()}
+    config.problem_type = "single_label_classification"
+    torch.manual_seed(args.seed)
+    model = PyramidCLIPForImageClassification(config)
+    model.vision_model = encoder.vision_model
+    reached = set(encoder.level_parameters(("global",)))
+    for name, parameter in model.named_parameters():
+        if not name.startswith("classifier.") and name not in reached:
+            parameter.requires_grad_(False)
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return model, processor
+
+
+class ClassificationObjective(nn.Module):
+    """Cross-entropy of a classifier; one forward a step.
+
+    model: the classifier, the submodule `model`. label_smoothing: share of the target spread over all classes.
+    autocast_dtype: of the model's forward, None for fp32. `head_only`: the encoder is a fixed function, without
+    gradient and in evaluation mode.
+    """
+
+    terms = ()
+
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0, autocast_dtype: torch.dtype | None = None):
+        super().__init__()
+        self.model, self.label_smoothing, self.autocast_dtype = model, label_smoothing, autocast_dtype
+        self.head_only = False
+        self.train()  # the model freezes its patch convolution here
+
+    def train(self, mode: bool = True) -> "ClassificationObjective":
+        """Sets the mode; with `head_only` the encoder stays in evaluation mode."""
+        super().train(mode)
+        if self.head_only:
+            self.model.vision_model.eval()
+        return self
+
+    def set_head_only(self, head_only: bool) -> None:
+        """Changes the stage."""
+        if head_only != self.head_only:
+            self.head_only = head_only
+            self.train(self.training)
+
+    def forward(self, batch: Mapping[str, torch.Tensor]) -> StepLoss:
+        """batch: `pixel_values` (B, 3, H, W), `labels` (B,) int64. The loss is the mean over this process's B; shares
+        add up to the mean over all processes, which have equally many.
+        """
+        pixels, labels = batch["pixel_values"], batch["labels"]
+        with torch.autocast(pixels.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.head_only):
+                pooled = self.model.vision_model(pixels).pooler_output
+            logits = self.model.classifier(pooled)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        return StepLoss(loss, loss.detach()[None] / world_size(), torch.zeros(0, dtype=torch.int64))
+
+
+@torch.inference_mode()
+def classify(
+    model: PyramidCLIPForImageClassification, processor, data: LabelledPictures, batch_size: int, autocast_dtype=None
+) -> torch.Tensor:
+    """(N, C) float32 logits of all pictures, resized and centre-cropped, in the model's present mode; the same on any
+    number of processes.
+    """
+
+    def scores(numbers: range) -> torch.Tensor:
+        pixels = processor.image_processor([data.read(number) for number in numbers], return_tensors="pt")
+        with torch.autocast(model.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+            return model(pixel_values=pixels["pixel_values"].to(model.device)).logits.float().cpu()
+
+    return torch.cat(map_batches(scores, len(data), batch_size, f"classifying {data.name}"))
