@@ -4,7 +4,15 @@ import ast
 import configparser
 import importlib.metadata
 import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import Parser
 from pathlib import Path
+
+import pytest
+import yaml
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 # Where the name to import differs from the name to install.
@@ -44,13 +52,30 @@ def canonical(name):
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_version_is_the_same_everywhere():
-    version = setup_cfg()["metadata"]["version"]
-    init = (CHECKOUT / "pyramidclip_hf" / "__init__.py").read_text(encoding="utf8")
-    newest = re.search(r"^## (\S+)", (CHECKOUT / "CHANGELOG.md").read_text(encoding="utf8"), re.MULTILINE)
-    assert re.search(r'^__version__ = "(.+)"', init, re.MULTILINE)[1] == version
-    assert newest[1] == version
+def test_the_version_is_written_once():
+    """`pyramidclip_hf.__version__` is the place; setuptools reads it there, and the changelog has a section for it."""
+    import pyramidclip_hf
+
+    version = pyramidclip_hf.__version__
+    assert setup_cfg()["metadata"]["version"] == "attr: pyramidclip_hf.__version__"
     assert importlib.metadata.version("pyramidclip-hf") == version
+    headings = re.findall(r"^## \[(.+?)\]", (CHECKOUT / "CHANGELOG.md").read_text(encoding="utf8"), re.MULTILINE)
+    assert headings[:2] == ["Unreleased", version]
+    elsewhere = subprocess.run(
+        ["git", "grep", "-lF", f'"{version}"', "--", "*.py", "*.cfg", "*.toml", "*.cff"],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    assert set(elsewhere) <= {"pyramidclip_hf/__init__.py"}
+
+
+def test_the_changelog_keeps_its_form():
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    changelog = (CHECKOUT / "CHANGELOG.md").read_text(encoding="utf8")
+    assert set(re.findall(r"^### (.+)", changelog, re.MULTILINE)) <= kinds
+    for heading in re.findall(r"^## (.+)", changelog, re.MULTILINE)[1:]:
+        assert re.fullmatch(r"\[\d+\.\d+\.\d+\] - (\d{4}-\d\d-\d\d|not released)", heading)
 
 
 def test_only_the_model_library_is_installed():
@@ -65,6 +90,94 @@ def test_package_data_covers_every_data_file():
     data = {path for path in package.iterdir() if path.is_file() and path.suffix not in {".py", ".pyc"}}
     assert data
     assert data == {path for pattern in patterns for path in package.glob(pattern)}
+
+
+BUILD = """
+import sys
+from setuptools import build_meta
+print(getattr(build_meta, "build_" + sys.argv[1])(sys.argv[2]))
+"""
+
+
+def built(kind, source, folder):
+    """The distribution that the build backend makes of the folder `source`: what `python -m build` runs, but here."""
+    made = subprocess.run(
+        [sys.executable, "-c", BUILD, kind, str(folder)], cwd=source, capture_output=True, text=True, timeout=300
+    )
+    assert made.returncode == 0, made.stderr
+    return folder / made.stdout.split()[-1]
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """(sdist, wheel): the sdist of the tracked files, and the wheel of what the sdist holds."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=CHECKOUT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("needs a git checkout")
+    folder = tmp_path_factory.mktemp("distributions")
+    for name in tracked.stdout.splitlines():
+        if (CHECKOUT / name).is_file():
+            copy = folder / "checkout" / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes((CHECKOUT / name).read_bytes())
+    sdist = built("sdist", folder / "checkout", folder)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    return sdist, built("wheel", unpacked, folder)
+
+
+def library_files():
+    """What is installed: the package's files and the command, as paths from the checkout."""
+    package = (CHECKOUT / "pyramidclip_hf").rglob("*")
+    files = {path.relative_to(CHECKOUT).as_posix() for path in package if path.is_file() and path.suffix != ".pyc"}
+    return files | {"pyramidclip_command.py"}
+
+
+def test_the_wheel_holds_the_library_and_nothing_else(distributions):
+    wheel = zipfile.ZipFile(distributions[1])
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert names == library_files()
+    about = {name.split(".dist-info/")[1]: name for name in wheel.namelist() if ".dist-info/" in name}
+    assert {"METADATA", "licenses/LICENSE", "licenses/NOTICE", "entry_points.txt"} <= about.keys()
+    metadata = Parser().parsestr(wheel.read(about["METADATA"]).decode())
+    assert metadata["Name"] == "pyramidclip-hf"
+    assert metadata["Version"] == importlib.metadata.version("pyramidclip-hf")
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert set(metadata.get_all("Provides-Extra")) == {canonical(name) for name in extras()}
+    assert metadata.get_payload() == (CHECKOUT / "README.md").read_text(encoding="utf8")
+    assert "pyramidclip = pyramidclip_command:main" in wheel.read(about["entry_points.txt"]).decode()
+
+
+def test_the_sdist_holds_what_the_wheel_needs(distributions):
+    with tarfile.open(distributions[0]) as archive:
+        names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    assert library_files() | {"setup.cfg", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "PKG-INFO"} <= names
+    # setuptools adds tests/test*.py by itself.
+    assert {name.split("/")[0] for name in names if "/" in name} == {
+        "pyramidclip_hf",
+        "pyramidclip_hf.egg-info",
+        "tests",
+    }
+
+
+def test_the_hooks_are_the_checks_of_lint():
+    """`.pre-commit-config.yaml` and `make lint` run the same tools with the same words."""
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (CHECKOUT / "Makefile").read_text(encoding="utf8"), re.MULTILINE)[1]
+    lint = [re.sub(r"^\$\(BIN\)/| \.$", "", line.strip()) for line in recipe.splitlines()]
+    config = yaml.safe_load((CHECKOUT / ".pre-commit-config.yaml").read_text(encoding="utf8"))
+    hooks = [hook["entry"] for repository in config["repos"] for hook in repository["hooks"]]
+    assert [hook.replace(".venv/bin/", "").replace(" --force-exclude", "") for hook in hooks] == lint
+
+
+def test_the_citation_is_the_model_cards():
+    citation = yaml.safe_load((CHECKOUT / "CITATION.cff").read_text(encoding="utf8"))
+    paper = citation["preferred-citation"]
+    card = (CHECKOUT / "MODEL_CARD.md").read_text(encoding="utf8")
+    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
+    assert f"author = {{{authors}}}" in card
+    assert f"title = {{{paper['title']}}}" in card
+    assert citation["license"] == setup_cfg()["metadata"]["license_expression"]
 
 
 def test_dependencies_are_the_core_and_dev_is_everything():
