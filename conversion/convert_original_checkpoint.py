@@ -27,7 +27,7 @@ from conversion.model_folder import (
     check_output_folder,
     file_written_aside,
     make_processor,
-    written_aside,
+    model_written_aside,
 )
 from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES, PyramidCLIPConfig
 from pyramidclip_hf.hub import AUTHORS_WEIGHTS_LICENSE, build_model_card
@@ -125,7 +125,7 @@ def convert(
         config = PyramidCLIPConfig.from_architecture(architecture)
     check_checkpoint(state_dict, config)
     say(f"{checkpoint.name}: {describe(config)}")
-    with written_aside(output_dir) as folder:
+    with model_written_aside(output_dir) as folder:
         _write_folder(folder, config, state_dict, checkpoint.name, output_dir.name, say)
         if check:
             compare_folder(folder, state_dict, config, say)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from conversion.checkpoint_file import as_float32, read_checkpoint, state_dict_of
-from conversion.model_folder import check_output_folder, written_aside
+from conversion.model_folder import check_output_folder, model_written_aside
 from pyramidclip_hf.vinvl import VinVLConfig, VinVLForObjectAttributeDetection, VinVLImageProcessor
 from pyramidclip_hf.vinvl.boxes_vinvl import cell_anchors
 
@@ -86,7 +86,7 @@ def convert(
         f"checked equal, and the anchors. {len(labels) - 1} classes, {len(attributes) - 1} attributes, "
         f"{config.feature_size} numbers a region."
     )
-    with written_aside(output_dir) as folder:
+    with model_written_aside(output_dir) as folder:
         model.save_pretrained(folder)
         VinVLImageProcessor().save_pretrained(folder)
     say(f"Written to {output_dir}.")

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from conversion.architecture import make_config
 from conversion.clip_sources import ClipSource, read_clip
 from conversion.leff_start import leff_from_mlp
-from conversion.model_folder import check_output_folder, make_processor, written_aside
+from conversion.model_folder import check_output_folder, make_processor, model_written_aside
 from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
 from pyramidclip_hf.hub import build_model_card
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
@@ -187,7 +187,7 @@ def init_from_clip(arguments: argparse.Namespace, say=print) -> None:
         limits="The region branch is untrained: embeddings of regions mean nothing yet.",
         license_text=_LICENSE,
     )
-    with written_aside(arguments.output_dir) as folder:
+    with model_written_aside(arguments.output_dir) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         card.save(folder / "README.md")

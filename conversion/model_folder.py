@@ -5,7 +5,6 @@ interrupt leaves what was there before.
 """
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
+from pyramidclip_hf.files import folder_written_aside, settle, written_aside
 from pyramidclip_hf.image_processing_pyramidclip import PyramidCLIPImageProcessor
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
@@ -40,77 +40,64 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def written_aside(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill; it becomes `folder` when the block ends, and vanishes when the block fails.
+def model_written_aside(folder: Path) -> Iterator[Path]:
+    """A folder to fill with a model; it becomes `folder` when the block ends, and vanishes when the block fails.
 
     In a `folder` that exists, files of the same name and old weights are replaced, everything else stays.
+
+    Yields:
+        The empty folder.
 
     Raises:
         OSError: the disk is full or refuses; `folder` is as it was.
     """
-    inside = folder.is_dir()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".partial" if inside else folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        for path in partial.rglob("*"):
-            _finish(path)
-        if inside:
-            _replace_files(partial, folder)
-        else:
-            partial.rename(folder)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if _is_disk_error(error):
-            raise OSError(f"{folder} could not be written, and nothing half-written stays: {error}") from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with _disk_errors_named(folder):
+        if not folder.is_dir():
+            with folder_written_aside(folder) as aside:
+                yield aside
+            return
+        aside = folder / ".partial"
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            yield aside
+            settle(aside)
+            _replace_files(aside, folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def file_written_aside(path: Path) -> Iterator[Path]:
     """The same for one file.
 
+    Yields:
+        The empty file beside it.
+
     Raises:
         OSError: the disk is full or refuses; `path` is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    with _disk_errors_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_aside(path, sole_writer=True) as aside:
+            yield aside
+
+
+@contextlib.contextmanager
+def _disk_errors_named(path: Path) -> Iterator[None]:
+    """Gives what safetensors and torch raise on a full disk the form of the system's own errors."""
+    words = ("No space left", "os error", "PytorchStreamWriter", "inline_container", "unexpected pos")
     try:
-        yield partial
-        _finish(partial)
-        partial.replace(path)
+        yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if _is_disk_error(error):
+        if isinstance(error, OSError) or any(word in str(error) for word in words):
             raise OSError(f"{path} could not be written, and nothing half-written stays: {error}") from error
         raise
-    finally:
-        partial.unlink(missing_ok=True)
 
 
-def _is_disk_error(error: Exception) -> bool:
-    # safetensors and torch wrap the system's error in their own, with its text.
-    words = ("No space left", "os error", "PytorchStreamWriter", "inline_container", "unexpected pos")
-    return isinstance(error, OSError) or any(word in str(error) for word in words)
-
-
-def _finish(path: Path) -> None:
-    """Makes a file as readable as the user's other files, which safetensors does not, and waits for the disk."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _replace_files(partial: Path, folder: Path) -> None:
+def _replace_files(aside: Path, folder: Path) -> None:
     # The configuration leaves first and arrives last: without it nothing loads, so no mixture of two models can be.
-    new = sorted(partial.iterdir(), key=lambda path: path.name == "config.json")
+    new = sorted(aside.iterdir(), key=lambda path: path.name == "config.json")
     (folder / "config.json").unlink(missing_ok=True)
     for pattern in _WEIGHTS:
         for path in folder.glob(pattern):

@@ -15,11 +15,12 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+
+from .files import write_atomically, written_aside
 
 SUFFIXES = (".parquet", ".npz")
 KINDS = ("path", "text")
@@ -116,8 +117,7 @@ class EmbeddingJob:
     def _begin(self, job: dict[str, Any]) -> None:
         self._remove_folder()
         self.folder.mkdir()
-        with written_aside(self.folder / "job.json") as file:
-            file.write(json.dumps(job).encode())
+        write_atomically(self.folder / "job.json", json.dumps(job).encode())
 
     def _refusal(self, began: dict[str, Any], settings: dict[str, Any], model_name: str) -> str:
         before, changed = began["settings"], []
@@ -142,8 +142,7 @@ class EmbeddingJob:
         """What `choose()` gave in the run that began this job."""
         path = self.folder / f"{name}.txt"
         if not path.exists():
-            with written_aside(path) as file:
-                file.write(choose().encode())
+            write_atomically(path, choose().encode())
         return path.read_text(encoding="utf8")
 
     def _part_file(self, number: int) -> Path:
@@ -170,8 +169,8 @@ class EmbeddingJob:
         """
         if len(names) != len(embeddings) or len(names) + len(skipped) != len(self.items_of(number)):
             raise RuntimeError(f"part {number}: {len(names)} names, {len(embeddings)} rows, {len(skipped)} skipped")
-        with written_aside(self._part_file(number)) as file:
-            listing = json.dumps({"names": list(names), "skipped": [list(one) for one in skipped]})
+        listing = json.dumps({"names": list(names), "skipped": [list(one) for one in skipped]})
+        with written_aside(self._part_file(number)) as aside, open(aside, "wb") as file:
             np.savez(file, embedding=np.asarray(embeddings, np.float32), listing=np.array(listing))
 
     def _load(self, number: int, array: str) -> np.ndarray:
@@ -218,26 +217,10 @@ class EmbeddingJob:
         metadata |= {name: self.settings[name] for name in ("kind", "model_sha256")}
         write = _write_parquet if self.output.suffix == ".parquet" else _write_npz
         blocks = (rows for rows in (self._load(number, "embedding") for number in self.parts) if len(rows))
-        with written_aside(self.output) as file:
+        with written_aside(self.output, sole_writer=True) as aside, open(aside, "wb") as file:
             write(file, names, blocks, metadata)
         self._remove_folder()
         return len(names), skipped
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` once the block ends well; what killed writers left is removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    for leftover in path.parent.glob(f".{path.name}.*.partial"):
-        leftover.unlink(missing_ok=True)
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_embeddings(path: str | os.PathLike) -> StoredEmbeddings:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .embedding_files import written_aside
+from .files import written_aside
 from .image_processing_pyramidclip import check_image_pixels, upright_rgb
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -126,8 +126,8 @@ def check_picture_output(path: str) -> None:
 def save_picture(picture: Image.Image, path: str) -> None:
     """Writes a picture as what its suffix says; the file is there as a whole or not at all."""
     kind = Path(path).suffix.lower().removeprefix(".")
-    with written_aside(Path(path)) as file:
-        picture.save(file, "JPEG" if kind == "jpg" else kind.upper())
+    with written_aside(path, sole_writer=True) as aside:
+        picture.save(aside, "JPEG" if kind == "jpg" else kind.upper())
 
 
 class Hit(NamedTuple):

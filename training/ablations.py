@@ -35,7 +35,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training.data.shards import read_dataset_json, write_atomically
+from pyramidclip_hf.files import write_atomically
+from training.data.shards import read_dataset_json
 from training.demo import EXIT_INTERRUPTED, EXIT_WRONG_SETTING, DemoArguments, draw_scenes, score_model
 
 EXIT_FAILED = 1

@@ -31,7 +31,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from training.data.shards import write_atomically
+from pyramidclip_hf.files import write_atomically
 
 PICTURE_SIZE, SHARD_SIZE, SEED = 96, 500, 0
 CLIP_WEIGHTS = {"global_caption": 1.0}

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from pyramidclip_hf import PyramidCLIPConfig, PyramidCLIPModel, PyramidCLIPProcessor, cli, embedding_files
+from pyramidclip_hf import PyramidCLIPConfig, PyramidCLIPModel, PyramidCLIPProcessor, cli, files
 from pyramidclip_hf.embedding_files import EmbeddingJob, read_embeddings
 from pyramidclip_hf.image_processing_pyramidclip import PyramidCLIPImageProcessor
 from pyramidclip_hf.picture_files import contact_sheet, find_pictures, read_ahead
@@ -404,7 +404,7 @@ def test_a_full_disk_keeps_what_is_complete(pictures, capsys, model_dir, tmp_pat
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(embedding_files.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     code, _, err = embed(capsys, model_dir, pictures, output)
     assert code == 1 and "disk is full" in err and "same command continues" in err
     assert sorted(os.listdir(tmp_path / "pictures.npz.parts")) == ["job.json", "linear.txt", "part-000000.npz"]

@@ -13,7 +13,7 @@ import os
 import time
 from pathlib import Path
 
-from training.data.shards import cache_folder
+from pyramidclip_hf.files import cache_folder
 
 DEFAULT_MAX_BYTES = 64 << 30
 SMALL_FILE_BYTES = 512 << 20
@@ -27,7 +27,7 @@ class DownloadError(OSError):
 class ShardCache:
     """A folder of downloaded shards of at most `max_bytes` in all.
 
-    Args: `folder` (default: `shards` in `training.data.shards.cache_folder()`), `max_bytes`, `attempts` downloads of
+    Args: `folder` (default: `shards` in `cache_folder()`), `max_bytes`, `attempts` downloads of
     one shard before `DownloadError`, `backoff` seconds before the second attempt (doubled for each further one).
     """
 

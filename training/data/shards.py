@@ -14,23 +14,18 @@ import io
 import json
 import os
 import tarfile
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from pyramidclip_hf.files import cache_folder, write_atomically
 from training.data.records import BadSample, members_from_sample
 
 INDEX_FORMAT = 1
 DATASET_FORMAT = 1
 MAX_MEMBER_BYTES = 256 << 20
 _BLOCK = 512
-
-
-def cache_folder():
-    """Where indexes and fetched shards are kept: `$PYRAMIDCLIP_CACHE`, else `~/.cache/pyramidclip`."""
-    return Path(os.environ.get("PYRAMIDCLIP_CACHE") or Path.home() / ".cache" / "pyramidclip")
 
 
 def index_path(shard):
@@ -226,28 +221,6 @@ def _index_fits(path, index):
             ):
                 return False
     return True
-
-
-def write_atomically(path, data):
-    """Writes bytes beside `path`, then renames: a reader sees the old file or the whole new one."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 class ShardWriter:

@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
-from training.data.shards import write_atomically
+from pyramidclip_hf.files import write_atomically
 
 COLUMNS = ("task", "dataset", "config", "split", "metric", "note", "value")
 

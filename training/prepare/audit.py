@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from pyramidclip_hf.configuration_pyramidclip import levels_of_kind
+from pyramidclip_hf.files import write_atomically
 from training.data.records import BadSample, has_level, level_text, sample_from_members
-from training.data.shards import write_atomically
 from training.data.sources import open_data_set
 from training.data.views import BadPicture, open_picture, upright_size
 

@@ -19,8 +19,9 @@ from typing import Literal
 
 import numpy as np
 
+from pyramidclip_hf.files import write_atomically
 from training.data.records import IMAGE_SUFFIXES, BadSample, sample_from_members
-from training.data.shards import ShardWriter, is_url, write_atomically
+from training.data.shards import ShardWriter, is_url
 from training.prepare.pictures import picture_suffix
 from training.prepare.sources import Part, SourceArguments, open_source
 from training.prepare.work import Stage, Tally, WorkArguments, describe_dataset, parse, this_worker

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
+from pyramidclip_hf.files import cache_folder
 from training.data.records import BadSample, sample_from_members
-from training.data.shards import ShardReader, cache_folder
+from training.data.shards import ShardReader
 from training.prepare.first_clause import first_clause
 from training.prepare.work import (
     Stage,

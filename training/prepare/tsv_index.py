@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.data.shards import cache_folder, write_atomically
+from pyramidclip_hf.files import cache_folder, write_atomically
 
 MAX_ROW_BYTES = 256 << 20
 _VERSION = 1

@@ -21,8 +21,9 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from pyramidclip_hf.files import write_atomically
 from training.data.records import BadSample, Sample, members_from_sample, sample_from_members
-from training.data.shards import ShardReader, ShardWriter, read_dataset_json, write_atomically, write_dataset_json
+from training.data.shards import ShardReader, ShardWriter, read_dataset_json, write_dataset_json
 
 
 @dataclass

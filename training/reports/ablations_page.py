@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.data.shards import write_atomically
+from pyramidclip_hf.files import write_atomically
 from training.reports.plots import row_panels
 
 TEMPLATE = Path(__file__).with_name("ablations_template.html")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from pyramidclip_hf.files import write_atomically
 from training.data.records import Region, Sample, phrase, tag_text
-from training.data.shards import write_atomically
 from training.evaluation.retrieval import rank_counts
 from training.reports.plots import COLOURS, class_bars, data_uri, loss_curves, loss_floor, recall_curves
 

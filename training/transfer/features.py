@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 import pyramidclip_hf
+from pyramidclip_hf.files import cache_folder, write_atomically
 from training.data.labelled import LabelledPictures
-from training.data.shards import cache_folder, write_atomically
 from training.evaluation.embedding import map_batches
 from training.loop.distributed import any_process
 from training.transfer.parts import Part, content_digest

@@ -1,0 +1,136 @@
+# Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Files and folders that are there whole or not at all; locks between processes; where caches lie.
+
+What is written goes beside its name and is renamed when it is complete and on the disk. So a full disk, an error, a
+kill or a loss of power leaves what was there before, and a reader sees the old or the new, never a part.
+"""
+
+import glob
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+def cache_folder() -> Path:
+    """Where indexes, fetched shards and features are kept: `$PYRAMIDCLIP_CACHE`, else `~/.cache/pyramidclip`."""
+    return Path(os.environ.get("PYRAMIDCLIP_CACHE") or Path.home() / ".cache" / "pyramidclip")
+
+
+@contextmanager
+def written_aside(path: str | os.PathLike[str], *, sole_writer: bool = False) -> Iterator[Path]:
+    """A file to fill that takes the place of `path` once the block ends well, and vanishes where it fails.
+
+    Args:
+        path: in a folder that exists.
+        sole_writer: no other process writes `path` now, so what killed ones left beside it is removed.
+
+    Yields:
+        The empty file beside `path`; closed again by the end of the block, or replaced by another of its name.
+
+    Raises:
+        OSError: the disk is full or refuses; `path` is as it was.
+    """
+    path = Path(path)
+    if sole_writer:
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            leftover.unlink(missing_ok=True)
+    # Several processes may write one file of a cache at a time, each beside the others.
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
+    try:
+        os.close(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        mode = aside.stat().st_mode & 0o777
+        yield aside
+        # safetensors makes a file of its own, which no other user may read.
+        aside.chmod(mode)
+        fsync(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a whole file, see `written_aside`."""
+    with written_aside(path) as aside:
+        aside.write_bytes(data)
+
+
+@contextmanager
+def folder_written_aside(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to fill that takes the place of `folder` once the block ends well, and vanishes where it fails.
+
+    One process at a time may write a folder: what a killed one left beside it is removed.
+
+    Yields:
+        The empty folder beside it.
+
+    Raises:
+        OSError: the disk is full or refuses; `folder` is as it was.
+    """
+    folder = Path(folder)
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        replace_folder(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Puts the complete folder `new` in the place of `folder`, which need not be there, on the same disk."""
+    settle(new)
+    stale = folder.with_name(f".{folder.name}.stale")
+    shutil.rmtree(stale, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, stale)
+    os.replace(new, folder)
+    shutil.rmtree(stale, ignore_errors=True)
+    fsync(folder.parent)
+
+
+def settle(folder: Path) -> None:
+    """Makes the files below `folder` as readable as the user's other files, and waits until all is on the disk."""
+    readable = folder.stat().st_mode & 0o666
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_file():
+            path.chmod(path.stat().st_mode & 0o777 | readable)
+        fsync(path)
+    fsync(folder)
+
+
+def fsync(path: str | os.PathLike[str]) -> None:
+    """Waits until a file or the entries of a folder are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str], *, wait: bool = True) -> Iterator[None]:
+    """Holds the lock file `path`, which is made where it is absent; the system lets go when the process ends.
+
+    Args:
+        path: of a file that is nothing but a lock.
+        wait: until whoever holds it lets go.
+
+    Raises:
+        BlockingIOError: another process, or another block of this one, holds it and `wait` is off.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=-1 if wait else 0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BlockingIOError(f"{path} is held by another process") from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,137 @@
+"""The way in and out that all commands share: what becomes one line and which exit code."""
+
+import argparse
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import HfArgumentParser
+
+import pyramidclip_command
+from pyramidclip_command import CommandParser, Failure, run_command
+
+
+class OwnFailure(Failure):
+    pass
+
+
+def words(argv):
+    return list(argv)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("expected a,\ngot b"), 2, "error: expected a, got b"),
+        (ImportError("pip install x"), 2, "error: pip install x"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'"),
+        (FileExistsError("x holds a model"), 2, "error: x holds a model"),
+        (NotADirectoryError("x is a file"), 2, "error: x is a file"),
+        (IsADirectoryError("x is a folder"), 2, "error: x is a folder"),
+        (PermissionError("x"), 2, "error: x"),
+        (OwnFailure("the loss is not finite"), 1, "error: the loss is not finite"),
+        (OSError(28, "No space left"), 1, "error: [Errno 28] No space left. The disk is full. Go on."),
+        (ConnectionError("reset"), 1, "error: reset. Go on."),
+        (MemoryError(), 1, "error: MemoryError. Lower --batch-size. Go on."),
+        (torch.OutOfMemoryError("no more"), 1, "error: no more. Lower --batch-size. Go on."),
+        (KeyboardInterrupt(), 130, "stopped. Go on."),
+    ],
+)
+def test_what_is_expected_to_go_wrong_is_one_line(error, code, line, capsys):
+    def run(settings):
+        raise error
+
+    assert run_command(words, run, [], advice=lambda settings: "Go on.") == code
+    assert capsys.readouterr() == ("", f"{line}\n" if code != 130 else f"\n{line}\n")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), KeyError("x"), AssertionError()])
+def test_faults_of_the_program_go_through(error):
+    def run(settings):
+        raise error
+
+    with pytest.raises(type(error)):
+        run_command(words, run, [])
+
+
+def test_what_run_returns_is_the_exit_code(monkeypatch):
+    assert run_command(words, lambda settings: None, []) == 0
+    assert run_command(words, lambda settings: 75, []) == 75
+    monkeypatch.setattr(sys, "argv", ["name", "a", "b"])
+    assert run_command(words, len) == 2
+
+
+def test_words_that_do_not_parse_exit_with_2(capsys):
+    def parse(argv):
+        raise FileNotFoundError("no recipe x.yaml")
+
+    assert run_command(parse, words, []) == 2
+    assert capsys.readouterr().err == "error: no recipe x.yaml\n"
+
+
+def test_a_pipe_that_nobody_reads_ends_quietly(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        code = run_command(words, lambda settings: print("x" * 10), [])
+        monkeypatch.undo()
+    assert code == 141 and capsys.readouterr().err == ""
+
+
+@dataclass
+class Arguments:
+    number: int = 3
+
+
+class DataclassParser(CommandParser, HfArgumentParser):
+    """Both together, as the commands whose settings are a dataclass use them."""
+
+
+@pytest.mark.parametrize(
+    "make", [lambda **kwargs: CommandParser(**kwargs), lambda **kw: DataclassParser(Arguments, **kw)]
+)
+def test_the_parser_shows_docstring_and_exit_codes(make, capsys):
+    parser = make(description="What it does.\n\n    how to call it\n", epilog="More words.", exit_codes=[75])
+    if not isinstance(parser, DataclassParser):
+        parser.add_argument("--number", type=int)
+    with pytest.raises(SystemExit) as left:
+        run_command(parser.parse_args, words, ["--help"])
+    shown = capsys.readouterr().out
+    assert left.value.code == 0 and "What it does.\n\n    how to call it\n" in shown
+    assert all(f"\n  {code} " in shown for code in (0, 1, 2, 75, 130)) and "\n  3 " not in shown
+    for argv in (["--numbr", "2"], ["--numb", "2"], ["--number", "x"], ["--number"]):
+        assert run_command(parser.parse_args, words, argv) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and "--help" in err
+
+
+def test_subcommands_have_the_same_parser(capsys):
+    parser = CommandParser(prog="tool", description="A tool.")
+    paint = parser.add_subparsers(required=True, metavar="COMMAND").add_parser("paint", description="Paints.")
+    paint.add_argument("--colour", choices=["red", "blue"])
+    for argv, expected in (
+        ([], "COMMAND"),
+        (["draw"], "paint"),
+        (["paint", "--colour", "pink"], "tool paint --help"),
+        (["paint", "--color", "red"], "--color red"),
+    ):
+        assert run_command(parser.parse_args, words, argv) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and expected in err
+    assert (
+        run_command(parser.parse_args, lambda settings: settings.colour == "red" and 7, ["paint", "--colour=red"]) == 7
+    )
+    assert isinstance(parser, argparse.ArgumentParser)
+
+
+def test_the_way_in_needs_the_standard_library_alone(checkout):
+    code = "import sys; before = set(sys.modules); import pyramidclip_command; print(*(set(sys.modules) - before))"
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    tops = {name.split(".")[0] for name in shown.stdout.split()}
+    assert tops - sys.stdlib_module_names == {"pyramidclip_command"}
+    assert pyramidclip_command.EXIT_SKIPPED == 3 and pyramidclip_command.EXIT_STOPPED == 75
