@@ -6,17 +6,16 @@
         --made-by "bottom-up-attention R101, 36 boxes" --store-dir data/regions
 
 The ten most confident regions of a picture are kept, sorted. The formats, and what each lacks, are in
-`training.prepare.region_formats` and docs/prepare.md. A malformed row is named with its line, and the sample it belongs
+`training.prepare.formats` and docs/prepare.md. A malformed row is named with its line, and the sample it belongs
 to goes on without regions.
 """
 
 from dataclasses import asdict, dataclass, field
 
 from training.data.shards import ShardWriter
+from training.prepare.formats import BadRow, ManyRows, open_format
 from training.prepare.pictures import picture_size
-from training.prepare.region_formats import ManyRows, open_format
 from training.prepare.regions import best_regions, read_names
-from training.prepare.tsv_index import BadRow
 from training.prepare.work import (
     Opened,
     Stage,
@@ -124,7 +123,7 @@ def _settings(arguments):
 
 
 class Importer:
-    """Reads the rows of one format (`training.prepare.region_formats`) into shards or into a store."""
+    """Reads the rows of one format (`training.prepare.formats`) into shards or into a store."""
 
     def __init__(self, rows, arguments, overwrite=False):
         self.rows, self.arguments = rows, arguments

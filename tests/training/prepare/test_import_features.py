@@ -10,9 +10,10 @@ import pytest
 from tests.training.prepare_files import counts, picture, problems, read_tars, records, write_tar
 from training.data.records import sample_from_members
 from training.data.shards import read_dataset_json
-from training.prepare import import_features, region_formats
+from training.prepare import import_features
+from training.prepare.formats import BadRow, scene_graph
+from training.prepare.formats.tsv_index import TsvIndex
 from training.prepare.regions import Detections, best_regions, confident_attributes, faults_of, read_names
-from training.prepare.tsv_index import TsvIndex
 from training.prepare.work import Tally
 
 
@@ -465,6 +466,6 @@ def test_confident_attributes():
 
 
 def test_size_rows():
-    assert region_formats._size_of(b"50 100") == (100, 50)
-    with pytest.raises(region_formats.BadRow, match="bad-size"):
-        region_formats._size_of(b"[]")
+    assert scene_graph._size_of(b"50 100") == (100, 50)
+    with pytest.raises(BadRow, match="bad-size"):
+        scene_graph._size_of(b"[]")
