@@ -4,8 +4,8 @@ them.
     accelerate launch -m training.prepare.detect --input-dir data/mine --detector vinvl-x152c4
     python -m training.prepare.detect --input-dir data/mine --detector PekingU/rtdetr_r50vd --feature-size 2048
 
-The detectors are in `training.prepare.detectors`. What made the regions is kept in `dataset.json`; regions of another
-maker are not replaced unless --overwrite says so.
+The detectors are in `training.prepare.steps.detectors`. What made the regions is kept in `dataset.json`; regions of
+another maker are not replaced unless --overwrite says so.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from training.data.views import BadPicture
-from training.prepare.detectors import DetectorArguments, open_detector
-from training.prepare.pictures import decoded
-from training.prepare.regions import best_regions
-from training.prepare.work import (
+from training.prepare.steps.detectors import DetectorArguments, open_detector
+from training.prepare.steps.pictures import decoded
+from training.prepare.steps.regions import best_regions
+from training.prepare.steps.work import (
     Stage,
     WorkArguments,
     describe_dataset,
@@ -54,8 +54,8 @@ def main(argv=None):
 
 
 def run(provider, arguments, top, worker, overwrite=False):
-    """Runs a provider (`training.prepare.detectors`, or your own with `detect`, `made_by` and `feature_size`) over a
-    folder of shards."""
+    """Runs a provider (`training.prepare.steps.detectors`, or your own with `detect`, `made_by` and `feature_size`)
+    over a folder of shards."""
     folder = arguments.output_dir or arguments.input_dir
     refuse_other_maker(arguments.input_dir, "regions", provider.made_by, overwrite)
     settings = {
@@ -83,7 +83,7 @@ def run(provider, arguments, top, worker, overwrite=False):
 
 
 class Change:
-    """The step on one shard (`training.prepare.work.rewrite_shards`): pictures are decoded by threads, one batch
+    """The step on one shard (`training.prepare.steps.work.rewrite_shards`): pictures are decoded by threads, one batch
     ahead."""
 
     def __init__(self, provider, arguments, top):

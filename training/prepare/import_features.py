@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field
 
 from training.data.shards import ShardWriter
 from training.prepare.formats import BadRow, ManyRows, open_format
-from training.prepare.pictures import picture_size
-from training.prepare.regions import best_regions, read_names
-from training.prepare.work import (
+from training.prepare.steps.pictures import picture_size
+from training.prepare.steps.regions import best_regions, read_names
+from training.prepare.steps.work import (
     Opened,
     Stage,
     WorkArguments,

@@ -22,9 +22,9 @@ import numpy as np
 from pyramidclip_hf.files import write_atomically
 from training.data.records import IMAGE_SUFFIXES, BadSample, sample_from_members
 from training.data.shards import ShardWriter, is_url
-from training.prepare.pictures import picture_suffix
 from training.prepare.sources import Part, SourceArguments, open_source
-from training.prepare.work import Stage, Tally, WorkArguments, describe_dataset, parse, this_worker
+from training.prepare.steps.pictures import picture_suffix
+from training.prepare.steps.work import Stage, Tally, WorkArguments, describe_dataset, parse, this_worker
 
 STAGE = "pack"
 # Keys are compared within buckets of about this many, so that 100 million of them need little memory at a time.

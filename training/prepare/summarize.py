@@ -22,8 +22,8 @@ import torch
 from pyramidclip_hf.files import cache_folder
 from training.data.records import BadSample, sample_from_members
 from training.data.shards import ShardReader
-from training.prepare.first_clause import first_clause
-from training.prepare.work import (
+from training.prepare.steps.first_clause import first_clause
+from training.prepare.steps.work import (
     Stage,
     WorkArguments,
     checkpoint_content,
@@ -131,8 +131,8 @@ def open_summarizer(config, device="cpu", cache=None):
 
 
 class FirstClause:
-    """The first clause without junk words (`training.prepare.first_clause`); no model, and it does not claim to be
-    one."""
+    """The first clause without junk words (`training.prepare.steps.first_clause`); no model, and it does not claim
+    to be one."""
 
     made_by = {"maker": NO_MODEL}
 
@@ -277,8 +277,8 @@ class ModelSummarizer:
 
 
 class Change:
-    """The step on one shard (`training.prepare.work.rewrite_shards`): all its captions first, then the samples with
-    their summaries."""
+    """The step on one shard (`training.prepare.steps.work.rewrite_shards`): all its captions first, then the samples
+    with their summaries."""
 
     def __init__(self, summarizer):
         self.summarizer = summarizer

@@ -15,7 +15,7 @@ from PIL import Image
 
 from training.data.records import BadSample, phrase, sample_from_members
 from training.data.shards import ShardReader, read_dataset_json
-from training.prepare.pictures import decoded
+from training.prepare.steps.pictures import decoded
 
 COLOURS = ("#e6194b", "#3cb44b", "#0082c8", "#f58231", "#911eb4", "#008080", "#d0a000", "#f032e6", "#7a4a1e", "#444444")
 _WIDTH = 640

@@ -12,10 +12,11 @@ from tests.training.prepare_files import counts, picture, problems, read_tars, r
 from tests.training.prepare_models import make_vinvl
 from training.data.records import sample_from_members
 from training.data.shards import read_dataset_json
-from training.prepare import detect, detectors
-from training.prepare.detectors import DetectorArguments, open_detector, prompted_name, queries_of
-from training.prepare.regions import Detections
-from training.prepare.work import Worker
+from training.prepare import detect
+from training.prepare.steps import detectors
+from training.prepare.steps.detectors import DetectorArguments, open_detector, prompted_name, queries_of
+from training.prepare.steps.regions import Detections
+from training.prepare.steps.work import Worker
 
 pytest.importorskip("torchvision")
 

@@ -13,8 +13,8 @@ from training.data.shards import read_dataset_json
 from training.prepare import import_features
 from training.prepare.formats import BadRow, scene_graph
 from training.prepare.formats.tsv_index import TsvIndex
-from training.prepare.regions import Detections, best_regions, confident_attributes, faults_of, read_names
-from training.prepare.work import Tally
+from training.prepare.steps.regions import Detections, best_regions, confident_attributes, faults_of, read_names
+from training.prepare.steps.work import Tally
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from tests.training.prepare_files import (
 from training.data.records import BadSample
 from training.data.shards import ShardReader, read_dataset_json
 from training.prepare import pack, sources
-from training.prepare.pictures import picture_suffix
+from training.prepare.steps.pictures import picture_suffix
 
 
 @pytest.fixture(autouse=True)

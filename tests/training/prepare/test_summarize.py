@@ -10,7 +10,7 @@ from tests.training.prepare_files import counts, picture, problems, read_tars, r
 from tests.training.prepare_models import make_language_model
 from training.data.shards import read_dataset_json
 from training.prepare import summarize
-from training.prepare.first_clause import first_clause
+from training.prepare.steps.first_clause import first_clause
 from training.prepare.summarize import SummaryCache, SummaryConfig, open_summarizer
 
 LONG = [

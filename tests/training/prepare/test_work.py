@@ -26,7 +26,7 @@ from tests.training.prepare_models import make_language_model, make_vinvl
 from training.data.records import Region, Sample
 from training.data.shards import ShardWriter
 from training.prepare import detect, import_features, pack, summarize, view
-from training.prepare.work import Stage, Tally, Worker
+from training.prepare.steps.work import Stage, Tally, Worker
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 from training.prepare.formats.tsv_index import BadRow
 from training.prepare.formats.tsv_rows import TsvRows, _detections, _floats, _integer
-from training.prepare.regions import confident_attributes
+from training.prepare.steps.regions import confident_attributes
 
 
 class LxmertRows(TsvRows):

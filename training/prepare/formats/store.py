@@ -7,7 +7,7 @@ import numpy as np
 from training.data.records import BadSample, sample_from_members
 from training.data.shards import ShardReader, read_dataset_json
 from training.prepare.formats.tsv_index import BadRow
-from training.prepare.regions import Detections
+from training.prepare.steps.regions import Detections
 
 
 class StoreRows:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 
 from training.prepare.formats.tsv_index import BadRow
-from training.prepare.regions import Detections
+from training.prepare.steps.regions import Detections
 
 
 class TsvRows:

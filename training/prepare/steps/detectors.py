@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from training.prepare.regions import Detections, read_names
-from training.prepare.work import checkpoint_content
+from training.prepare.steps.regions import Detections, read_names
+from training.prepare.steps.work import checkpoint_content
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""How a preparation step runs, and what it does to a sample."""
