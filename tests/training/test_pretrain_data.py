@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.training.loop.test_resume import assert_equal_runs, expect_killed, run_settings
+from tests.training.prepare.small_data import FEATURES, write_shards
 from tests.training.processes import run_in_processes
-from tests.training.scene_files import FEATURES, write_shards
 from tests.training.tiny import VIT
 from training import pretrain
 from training.data.batches import DataError

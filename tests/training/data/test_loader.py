@@ -18,7 +18,7 @@ from PIL import Image
 from pyramidclip_hf import PyramidCLIPImageProcessor, PyramidCLIPProcessor, PyramidCLIPTokenizer
 from pyramidclip_hf.configuration_pyramidclip import LEVELS
 from tests.hub_server import Repository, client_environment, running_hub
-from tests.training.scene_files import FEATURES, Served, jpeg, make_sample, write_shards
+from tests.training.prepare.small_data import FEATURES, Served, jpeg, make_sample, write_shards
 from training.data.batches import BatchReport, DataError
 from training.data.loader import TrainingReader, WorkerDied, settings_for
 from training.data.records import members_from_sample
@@ -499,7 +499,7 @@ def test_report_of_nothing_bad(shards, reader):
 READ_ALL = """
 import hashlib, sys
 from pyramidclip_hf import PyramidCLIPImageProcessor, PyramidCLIPProcessor, PyramidCLIPTokenizer
-from tests.training.scene_files import FEATURES
+from tests.training.prepare.small_data import FEATURES
 from training.data.loader import TrainingReader, settings_for
 processor = PyramidCLIPProcessor(PyramidCLIPImageProcessor(size=32), PyramidCLIPTokenizer(), roi_feature_size=FEATURES)
 settings = settings_for(processor, ("global", "roi", "caption"), roi_feature_size=FEATURES)

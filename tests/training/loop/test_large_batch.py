@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.training.scene_files import FEATURES, write_shards
+from tests.training.prepare.small_data import FEATURES, write_shards
 from training.loop.tracking import read_metrics
 from training.scale import memory_per_gpu
 from training.settings.pretraining import PretrainingArguments

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pyramidclip_hf import PyramidCLIPTokenizer
-from tests.training.scene_files import FEATURES, make_sample, write_shards
+from tests.training.prepare.small_data import FEATURES, make_sample, write_shards
 from training.data.sources import open_data_set
 from training.prepare import audit as module
 from training.prepare.audit import RepeatCounter, Tally, as_text, audit, main, summarise

@@ -8,8 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.training.prepare_files import counts, picture, problems, read_tars, records, tree, write_tar
-from tests.training.prepare_models import make_vinvl
+from tests.training.prepare.small_data import counts, make_vinvl, picture, problems, read_tars, records, tree, write_tar
 from training.data.records import sample_from_members
 from training.data.shards import read_dataset_json
 from training.prepare import detect

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.training.prepare_files import read_tars
-from tests.training.prepare_models import make_language_model, make_vinvl
+from tests.training.prepare.small_data import make_language_model, make_vinvl, read_tars
 from training.data.records import sample_from_members, tag_text
 from training.data.shards import ShardReader, read_dataset_json
 from training.prepare import detect, pack, summarize, view

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.training.prepare_files import counts, picture, problems, read_tars, records, write_tar
+from tests.training.prepare.small_data import counts, picture, problems, read_tars, records, write_tar
 from training.data.records import sample_from_members
 from training.data.shards import read_dataset_json
 from training.prepare import import_features

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.training.prepare_files import (
+from tests.training.prepare.small_data import (
     counts,
     picture,
     problems,

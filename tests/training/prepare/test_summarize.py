@@ -6,8 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.prepare_files import counts, picture, problems, read_tars, records, tree, write_tar
-from tests.training.prepare_models import make_language_model
+from tests.training.prepare.small_data import (
+    counts,
+    make_language_model,
+    picture,
+    problems,
+    read_tars,
+    records,
+    tree,
+    write_tar,
+)
 from training.data.shards import read_dataset_json
 from training.prepare import summarize
 from training.prepare.steps.first_clause import first_clause

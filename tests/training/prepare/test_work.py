@@ -13,8 +13,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from tests.training.prepare_files import (
+from tests.training.prepare.small_data import (
     counts,
+    make_language_model,
+    make_vinvl,
     picture,
     problems,
     tree,
@@ -22,7 +24,6 @@ from tests.training.prepare_files import (
     write_pictures,
     write_tar,
 )
-from tests.training.prepare_models import make_language_model, make_vinvl
 from training.data.records import Region, Sample
 from training.data.shards import ShardWriter
 from training.prepare import detect, import_features, pack, summarize, view
