@@ -92,7 +92,6 @@ KNOWN_BREAKS = {
     "training/demo.py: imports training.pretrain inside of a function",
     "training/demo.py: imports training.reports.demo_page inside of a function",
     "training/demo.py: imports training.settings.pretraining inside of a function",
-    "training/emoji/words.py: imports training.emoji.pictures inside of a function",
     "training/evaluate.py: imports pyramidclip_hf.modeling_pyramidclip inside of a function",
     "training/evaluate.py: imports pyramidclip_hf.processing_pyramidclip inside of a function",
     "training/evaluate.py: imports pyramidclip_hf.zero_shot inside of a function",
@@ -102,8 +101,6 @@ KNOWN_BREAKS = {
     "training/finetune.py: imports the command training.evaluate",
     "training/finetune.py: imports the command training.pretrain",
     "training/linear_probe.py: imports the command training.evaluate",
-    "training/prepare/audit.py: imports pyramidclip_hf inside of a function",
-    "training/prepare/detectors.py: imports pyramidclip_hf.vinvl inside of a function",
     "training/reports/ablations_page.py: imports training.reports.demo_page inside of a function",
     "training/settings/finetuning.py: imports training.transfer.parts, which is not below settings",
 }

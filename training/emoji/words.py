@@ -7,6 +7,8 @@ import hashlib
 import itertools
 from dataclasses import dataclass
 
+from training.emoji.pictures import TINTS
+
 ANIMALS = (
     "bat bear butterfly camel crab duck elephant fish flamingo fox frog giraffe lion lobster octopus owl panda parrot "
     "peacock penguin pig rabbit rooster shark snail snake tiger turtle whale zebra"
@@ -105,8 +107,6 @@ def validation_things(rng):
 
 def dress(name, rng):
     """Gives an object a size and, in a quarter of the cases, a tint."""
-    from training.emoji.pictures import TINTS
-
     size = rng.choice(("small", None, "big"))
     return Thing(name, size, rng.choice(sorted(TINTS)) if rng.random() < 0.25 else None)
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pyramidclip_hf import PyramidCLIPTokenizer
 from pyramidclip_hf.configuration_pyramidclip import levels_of_kind
 from pyramidclip_hf.files import write_atomically
 from training.data.records import BadSample, has_level, level_text, sample_from_members
@@ -222,8 +223,6 @@ _worker = {}
 
 
 def _start_worker(sources, max_image_pixels):
-    from pyramidclip_hf import PyramidCLIPTokenizer
-
     _worker.update(data=sources, tokenizer=PyramidCLIPTokenizer(), limit=max_image_pixels)
 
 

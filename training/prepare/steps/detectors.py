@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+# Importing the package registers the configuration with AutoConfig.
+from pyramidclip_hf.vinvl import VinVLForObjectAttributeDetection, VinVLImageProcessor, phrase_attributes
 from training.prepare.steps.regions import Detections, read_names
 from training.prepare.steps.work import checkpoint_content
 
@@ -63,8 +65,6 @@ def open_detector(arguments, device="cpu"):
         MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES,
     )
 
-    import pyramidclip_hf.vinvl  # noqa: F401 (registers the configuration)
-
     config = AutoConfig.from_pretrained(arguments.detector, revision=arguments.revision)
     if config.model_type == "vinvl":
         return VinVLDetector(arguments, config, device)
@@ -97,8 +97,6 @@ class VinVLDetector:
     """The VinVL object-attribute detector (`pyramidclip_hf.vinvl`)."""
 
     def __init__(self, arguments, config, device):
-        from pyramidclip_hf.vinvl import VinVLForObjectAttributeDetection, VinVLImageProcessor
-
         # Names and attributes of regions that are not kept need not be found out.
         config.max_detections = arguments.top
         config.min_detections = min(config.min_detections, arguments.top)
@@ -120,8 +118,6 @@ class VinVLDetector:
 
     def detect(self, pictures):
         """`Detections` of RGB PIL pictures."""
-        from pyramidclip_hf.vinvl import phrase_attributes
-
         inputs = self.processor(pictures, return_tensors="pt").to(self.device)
         config, detections = self.model.config, []
         for found in self.model(**inputs).detections:
