@@ -206,7 +206,7 @@ def compared_embeddings(model, processor, data: Path) -> dict[str, np.ndarray]:
 
 def reload_stage(args: DemoArguments) -> int:
     """Loads the saved pyramid in this new process, embeds again, and writes how the embeddings compare."""
-    from training.evaluate import load_model
+    from training.evaluation.loading import load_model
 
     with np.load(args.folder / "pyramid/before_saving.npz") as kept:
         before = {name: kept[name] for name in kept.files}
@@ -265,8 +265,9 @@ def score_model(folder: Path, scenes: Path) -> tuple[dict[str, Any], dict[str, n
     Returns the scores, and the (Q, I) cosines of captions and pictures and (N, C) of pictures and classes behind them.
     """
     from training.data.labelled import ShardSamples, labelled_shards
-    from training.evaluate import classification_metrics, load_model, zero_shot_scores
+    from training.evaluation.classification import classification_metrics, zero_shot_scores
     from training.evaluation.embedding import embed_levels
+    from training.evaluation.loading import load_model
     from training.evaluation.retrieval import level_metrics
 
     model, processor = load_model(str(folder))

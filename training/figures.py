@@ -28,16 +28,12 @@ from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES, class_embeddings, image
 from training.data.labelled import ShardSamples, open_picture
 from training.data.records import Sample, phrase
 from training.data.shards import read_dataset_json
-from training.evaluate import (
-    EXIT_WRONG_SETTING,
-    EvaluationArguments,
-    load_model,
-    open_labelled,
-    open_samples,
-    read_templates,
-)
+from training.evaluation.classification import read_templates
+from training.evaluation.loading import load_model
+from training.evaluation.tasks import EvaluationArguments, open_labelled, open_samples
 from training.reports.plots import INK, SOFT
 
+EXIT_WRONG_SETTING = 2
 RIGHT_COLOUR = "#17804a"
 
 

@@ -25,8 +25,8 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
-from training.evaluate import classification_metrics
-from training.evaluation.results import write_json
+from training.evaluation.classification import classification_metrics
+from training.evaluation.results import metric_results, write_json
 from training.loop.checkpoint import IDENTITY_WITHOUT
 from training.loop.distributed import broadcast_buffers, rank, sum_over_processes, world_size
 from training.loop.objective import StepLoss
@@ -38,7 +38,7 @@ from training.settings.finetuning import FinetuneArguments
 from training.settings.pretraining import parse_arguments
 from training.transfer.batches import LabelledReader
 from training.transfer.classifier import ClassificationObjective, classify, initial_classifier
-from training.transfer.parts import Part, metric_results, open_parts
+from training.transfer.parts import Part, open_parts
 
 
 @dataclass(kw_only=True)

@@ -27,11 +27,12 @@ import numpy as np
 import torch
 from huggingface_hub import EvalResult
 
-from training.evaluate import classification_metrics, load_model
-from training.evaluation.results import results_table, write_csv, write_json
+from training.evaluation.classification import classification_metrics
+from training.evaluation.loading import load_model
+from training.evaluation.results import metric_results, results_table, write_csv, write_json
 from training.evaluation.sets import TABLE_7
 from training.transfer.features import cached_features
-from training.transfer.parts import check_part_settings, metric_results, open_parts
+from training.transfer.parts import check_part_settings, open_parts
 
 EXIT_WRONG_SETTING = 2
 # The sweep (CLIP, appendix A.3): exponents of C from -6 to 6 in steps of 1/8, first every 16th of them.

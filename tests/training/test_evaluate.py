@@ -20,8 +20,10 @@ from tests.training.processes import run_in_processes
 from training.data.labelled import ShardSamples
 from training.data.records import Region, Sample, tag_text
 from training.data.shards import ShardWriter, write_dataset_json
-from training.evaluate import classification_metrics, load_model, main, read_templates, zero_shot_scores
+from training.evaluate import main
+from training.evaluation.classification import classification_metrics, read_templates, zero_shot_scores
 from training.evaluation.embedding import embed_levels, local_view
+from training.evaluation.loading import load_model
 from training.evaluation.results import read_json
 from training.evaluation.retrieval import retrieval_metrics
 from training.evaluation.sets import open_set
@@ -276,7 +278,7 @@ def test_a_model_of_the_hub_needs_its_tokenizer(model_folder, tmp_path, checkout
     files = {path.name: path.read_bytes() for path in Path(model_folder).iterdir()}
     without = {name: data for name, data in files.items() if name not in ("tokenizer.json", "vocab.json")}
     assert without.keys() != files.keys()
-    code = "import sys\nfrom training.evaluate import load_model\nload_model(sys.argv[1])"
+    code = "import sys\nfrom training.evaluation.loading import load_model\nload_model(sys.argv[1])"
     with running_hub() as hub:
         for name, content in (("whole", files), ("half", without)):
             hub.repositories[f"tester/{name}"] = Repository()

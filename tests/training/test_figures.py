@@ -16,7 +16,7 @@ from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from tests.training.prepare.small_data import FEATURES, make_sample, write_shards
 from training.data.labelled import ShardSamples
-from training.evaluate import load_model
+from training.evaluation.loading import load_model
 from training.figures import attribution_of, localisation, main, tsne_points
 
 ATTRIBUTION = "Drawn by somebody. License: CC BY-SA 4.0"

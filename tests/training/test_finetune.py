@@ -22,7 +22,7 @@ from training import finetune
 from training.data.batches import DataError
 from training.data.labelled import labelled_folder
 from training.data.order import SampleOrder
-from training.evaluate import classification_metrics
+from training.evaluation.classification import classification_metrics
 from training.evaluation.results import read_json
 from training.linear_probe import LinearProbeArguments
 from training.loop import card

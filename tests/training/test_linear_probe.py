@@ -12,7 +12,7 @@ from PIL import Image
 from tests.training.labelled_files import write_pictures
 from tests.training.memory_reader import MODEL_CONFIG
 from tests.training.processes import run_in_processes
-from training.evaluate import load_model
+from training.evaluation.loading import load_model
 from training.linear_probe import LinearProbeArguments, c_of, fit, main, probe, sweep
 from training.loop.initial_model import named_model
 from training.transfer import features as kept

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from training.evaluation.loading import load_model
+
 MODEL_TYPE = "pyramidclip"
 
 
@@ -45,8 +47,6 @@ def load_pyramidclip(model_name: str, pretrained: str = "", cache_dir: str | Non
     return embeddings (N, D), not normalised: clip-benchmark does that. pretrained, cache_dir: of no use here. Raises
     ValueError where the folder lacks a part.
     """
-    from training.evaluate import load_model
-
     model, processor = load_model(_MODEL_FOLDERS.get(model_name, model_name), device=device)
     return model, PictureTransform(processor.image_processor), TextsToIds(processor.tokenizer)
 

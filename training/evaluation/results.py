@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from pyramidclip_hf.files import write_atomically
+from training.data.labelled import LabelledPictures
 
 COLUMNS = ("task", "dataset", "config", "split", "metric", "note", "value")
 
@@ -66,6 +67,33 @@ def hub_identifier(title: str) -> str:
     owner, _, name = title.rpartition("/") if title.count("/") == 1 else ("", "", title)
     parts = [re.sub(r"[^A-Za-z0-9_-]+", "-", owner).strip("-"), re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.")]
     return "/".join(part for part in parts if part) or "local"
+
+
+def metric_results(
+    task: str,
+    data: LabelledPictures,
+    split: str | None,
+    metrics: Mapping[str, float | int],
+    config: str | None = None,
+    dataset_name: str | None = None,
+) -> list[EvalResult]:
+    """One result for each metric of a task on data. config: what was measured there, where there are several.
+    dataset_name: default: that of the data.
+    """
+    kind = data.described.get("dataset_type") if dataset_name is None else None
+    name = dataset_name or data.name
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=hub_identifier(kind or name),
+            dataset_name=name,
+            dataset_config=config,
+            dataset_split=split,
+            metric_type=metric,
+            metric_value=value,
+        )
+        for metric, value in metrics.items()
+    ]
 
 
 def write_json(

@@ -9,18 +9,16 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import EvalResult
 
 from pyramidclip_hf.image_processing_pyramidclip import upright_rgb
 from training.data.labelled import LabelledPictures, labelled_folder, labelled_shards, shard_paths
 from training.data.shards import is_url
 from training.evaluation.embedding import map_batches
-from training.evaluation.results import hub_identifier
 from training.evaluation.sets import TABLE_7, open_both_splits
 
 # Files hashed at a time by one process.
@@ -189,30 +187,3 @@ def content_digest(part: Part) -> str:
     function, items = (of_files, len(files)) if files else (of_pictures, len(part.data))
     digests = map_batches(function, items, _DIGEST_BATCH, "identity of the pictures")
     return hashlib.sha256(json.dumps([len(part.data), digests]).encode()).hexdigest()
-
-
-def metric_results(
-    task: str,
-    data: LabelledPictures,
-    split: str | None,
-    metrics: Mapping[str, float | int],
-    config: str | None = None,
-    dataset_name: str | None = None,
-) -> list[EvalResult]:
-    """One result for each metric of a task on data. config: what was measured there, where there are several.
-    dataset_name: default: that of the data.
-    """
-    kind = data.described.get("dataset_type") if dataset_name is None else None
-    name = dataset_name or data.name
-    return [
-        EvalResult(
-            task_type=task,
-            dataset_type=hub_identifier(kind or name),
-            dataset_name=name,
-            dataset_config=config,
-            dataset_split=split,
-            metric_type=metric,
-            metric_value=value,
-        )
-        for metric, value in metrics.items()
-    ]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from training.data.records import Sample
-from training.evaluate import classification_metrics
+from training.evaluation.classification import classification_metrics
 from training.evaluation.retrieval import retrieval_metrics
 from training.reports.demo_page import ReportedDemo, ReportedRun, write_report
 from training.reports.plots import loss_curves, loss_floor

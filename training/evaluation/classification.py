@@ -1,0 +1,74 @@
+"""Zero-shot classification: scores of pictures and classes, and what is counted from them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pyramidclip_hf.zero_shot import class_embeddings
+from training.data.labelled import LabelledPictures
+from training.evaluation.embedding import map_batches
+from training.evaluation.retrieval import rank_counts
+
+
+def read_templates(path: str | None) -> list[str] | None:
+    """Prompts of a file, one a line, blank lines left out; None for none. ValueError for a line without `{}`."""
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"there is no template file {path}; expected one prompt a line, {{}} for the class name"
+        )
+    templates = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    wrong = [line for line in templates if line.count("{}") != 1]
+    if wrong or not templates:
+        raise ValueError(
+            f"{path}: every prompt needs {{}} once, where the class name goes; got {wrong[:3] or 'no lines'}"
+        )
+    return templates
+
+
+@torch.inference_mode()
+def zero_shot_scores(model, processor, data: LabelledPictures, templates: Sequence[str] | None, batch_size: int):
+    """(N, C) float32 cosines of pictures and classes, the same on any number of processes.
+
+    Classes of one name (CLIP's list for ImageNet has two such pairs) get one embedding, so their scores are equal.
+    """
+    options = {} if templates is None else {"templates": templates}
+    folded = [" ".join(name.lower().split()) for name in data.class_names]
+    distinct = list(dict.fromkeys(folded))
+    first_names = [data.class_names[folded.index(name)] for name in distinct]
+
+    def encode_classes(numbers: range):
+        names = [first_names[number] for number in numbers]
+        return class_embeddings(model, processor, names, **options).float().cpu()
+
+    def encode_pictures(numbers: range):
+        pictures = processor(images=[data.read(number) for number in numbers], return_tensors="pt")
+        return model.encode_image(pictures["pixel_values"].to(model.device, model.dtype), normalize=True).float().cpu()
+
+    classes = torch.cat(map_batches(encode_classes, len(distinct), 16, "class prompts"))
+    classes = classes[[distinct.index(name) for name in folded]]
+    pictures = torch.cat(map_batches(encode_pictures, len(data), batch_size, "pictures"))
+    return (pictures.double() @ classes.double().T).float()
+
+
+def classification_metrics(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float | int]:
+    """scores: (N, C). labels: (N,) int64. Equal scores share the place among them, as in
+    `training.evaluation.retrieval`.
+
+    Returns `top_1`, `top_5`, `mean_per_class` (of top-1, over the classes met), and the numbers of `pictures` and
+    `classes`.
+    """
+    classes = scores.shape[1]
+    counts = rank_counts(scores, torch.eye(classes), labels, torch.arange(classes))
+    top_1 = counts.recall(1)
+    pictures = torch.bincount(labels, minlength=classes)
+    per_class = torch.zeros(classes, dtype=top_1.dtype).scatter_add(0, labels, top_1)[pictures > 0]
+    return {
+        "top_1": float(top_1.mean()),
+        "top_5": float(counts.recall(5).mean()),
+        "mean_per_class": float((per_class / pictures[pictures > 0]).mean()),
+        "pictures": len(labels),
+        "classes": classes,
+    }

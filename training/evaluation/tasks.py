@@ -1,0 +1,183 @@
+"""What `python -m training.evaluate` measures: its settings, the data that they name, and one function a task.
+
+A task is a function `(model, processor, args) -> list of EvalResult` in `TASKS`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub import EvalResult
+
+from training.data.labelled import LabelledPictures, ShardSamples, labelled_folder, labelled_shards
+from training.evaluation.captions import CAPTION_SETS, CaptionedPictures, captioned_folder, open_captions
+from training.evaluation.classification import classification_metrics, read_templates, zero_shot_scores
+from training.evaluation.embedding import embed_levels, levels_of_pairs
+from training.evaluation.hub import CaptionedRows, is_hub_data, labelled_hub
+from training.evaluation.results import hub_identifier
+from training.evaluation.retrieval import check_pairs, level_metrics
+from training.evaluation.sets import TABLE_7, open_set
+
+
+@dataclass(kw_only=True)
+class EvaluationArguments:
+    """Settings of `python -m training.evaluate`."""
+
+    model: str = field(metadata={"help": "folder of a saved model, or Hub id"})
+    data: str = field(
+        metadata={
+            "help": "folder of shards, one shard, a .jsonl manifest, a folder with a sub-folder a class, a data set of "
+            "the Hub (hf://datasets/OWNER/NAME), or with --dataset the folder that holds the data sets"
+        }
+    )
+    task: Literal["retrieval", "zero-shot"] = field(default="retrieval", metadata={"help": "what to measure"})
+    dataset: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"zero-shot: {', '.join(TABLE_7)}; retrieval: {', '.join(CAPTION_SETS)}; several at once"},
+    )
+    split_file: str | None = field(
+        default=None, metadata={"help": "with one --dataset: the pictures that count, lines relative/path<TAB>label"}
+    )
+    captions: str | None = field(
+        default=None,
+        metadata={
+            "help": "retrieval: captions of the pictures in --data (Karpathy's or COCO's JSON, or picture,caption)"
+        },
+    )
+    subset: str | None = field(default=None, metadata={"help": "Hub data sets: the configuration"})
+    image_column: str | None = field(default=None, metadata={"help": "Hub data sets: the column with the pictures"})
+    label_column: str | None = field(default=None, metadata={"help": "Hub data sets: the column with the classes"})
+    caption_column: str | None = field(default=None, metadata={"help": "Hub data sets: the column with the captions"})
+    levels: list[str] = field(
+        default_factory=lambda: ["global_caption"], metadata={"help": "retrieval: level pairs, named as the loss terms"}
+    )
+    local_view_area: float = field(
+        default=1.0, metadata={"help": "retrieval: middle share of the picture that serves as local view; 1: all of it"}
+    )
+    classes: str | None = field(
+        default=None, metadata={"help": "zero-shot: file with class names, one a line (folders also: folder<TAB>name)"}
+    )
+    templates: str | None = field(
+        default=None,
+        metadata={"help": "zero-shot: file with prompts, one a line, {} for the name; default: 80 templates"},
+    )
+    batch_size: int = field(default=64, metadata={"help": "samples encoded at a time by each process"})
+    chunk_size: int = field(
+        default=256, metadata={"help": "queries scored at a time; memory is chunk_size x candidates"}
+    )
+    max_samples: int | None = field(default=None, metadata={"help": "evaluate on so many samples only"})
+    dataset_name: str | None = field(default=None, metadata={"help": "name in the results; default: the folder's name"})
+    split: str | None = field(
+        default=None,
+        metadata={
+            "help": "split to read where the data has several (default: test); otherwise only named in the results"
+        },
+    )
+    output: str | None = field(default=None, metadata={"help": "JSON file for the results, a model index of the Hub"})
+    csv: str | None = field(default=None, metadata={"help": "CSV file for the results"})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "of the model"})
+    cpu: bool = field(default=False, metadata={"help": "use the CPU where there is a GPU"})
+
+    def __post_init__(self):
+        """What can be refused before anything is loaded."""
+        self.levels = check_pairs(self.levels)
+        for name in ("batch_size", "chunk_size", "max_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected a number of at least 1, got {value}")
+        if self.task == "zero-shot":
+            read_templates(self.templates)
+        known = {"zero-shot": TABLE_7, "retrieval": CAPTION_SETS}
+        for name in self.dataset:
+            if name not in known[self.task]:
+                tasks = [task for task, names in known.items() if name in names]
+                advice = f"it is for --task {tasks[0]}" if tasks else f"there are {', '.join(known[self.task])}"
+                raise ValueError(f"--dataset {name}: no data set of --task {self.task} is called so; {advice}")
+        several = [name for name in ("split_file", "classes", "dataset_name") if getattr(self, name)]
+        if len(self.dataset) > 1 and several:
+            raise ValueError(f"--{several[0].replace('_', '-')} is for one data set, --dataset names {self.dataset}")
+        if self.split_file and (not self.dataset or self.task == "retrieval"):
+            raise ValueError("--split-file goes with --task zero-shot and one --dataset")
+
+
+def open_samples(args: EvaluationArguments, dataset: str | None = None) -> Sequence:
+    """The samples for retrieval that `dataset`, or else `--captions` or `--data`, names."""
+    if dataset:
+        return open_captions(dataset, args.data, args.split, args.max_samples)
+    if args.captions:
+        return captioned_folder(args.captions, args.data, args.split, args.max_samples)
+    if is_hub_data(args.data):
+        columns = (args.image_column, args.caption_column)
+        return CaptionedRows(args.data, args.split, args.subset, *columns, args.max_samples)
+    return ShardSamples(args.data, args.max_samples)
+
+
+def evaluate_retrieval(model, processor, args: EvaluationArguments) -> list[EvalResult]:
+    """Recall at 1, 5, 10 and mean rank, both directions, for each data set and level pair of the arguments."""
+    results = []
+    for samples in [open_samples(args, name) for name in args.dataset or [None]]:
+        if isinstance(samples, (CaptionedPictures, CaptionedRows)):
+            _check_levels_of_captions(args.levels, samples.name)
+        levels = levels_of_pairs(args.levels)
+        embedded = embed_levels(model, processor, samples, levels, args.batch_size, args.local_view_area)
+        metrics = level_metrics(embedded.embeds, args.levels, embedded.present, embedded.owners, args.chunk_size)
+        results += [
+            _result(args, samples, "image-text-retrieval", metric, value, dataset_config=pair)
+            for pair, values in metrics.items()
+            for metric, value in values.items()
+        ]
+    return results
+
+
+def _check_levels_of_captions(pairs: Sequence[str], name: str) -> None:
+    impossible = [pair for pair in pairs if pair not in ("global_caption", "local_caption")]
+    if impossible:
+        raise ValueError(
+            f"{name} has pictures and captions only, so --levels {' '.join(impossible)} cannot be evaluated on it; "
+            "that takes shards with summaries, tags or regions (python -m training.prepare.pack, summarize, detect)"
+        )
+
+
+def open_labelled(args: EvaluationArguments, dataset: str | None = None) -> LabelledPictures:
+    """The pictures and class names that `dataset`, or else `--data`, names."""
+    if dataset:
+        split = args.split or "test"
+        return open_set(dataset, args.data, split, args.split_file, args.classes, args.max_samples)
+    if is_hub_data(args.data):
+        columns = (args.image_column, args.label_column)
+        return labelled_hub(args.data, args.split, args.subset, *columns, args.classes, args.max_samples)
+    is_folder_of_classes = Path(args.data).is_dir() and not any(Path(args.data).glob("*.tar"))
+    reader = labelled_folder if is_folder_of_classes else labelled_shards
+    return reader(args.data, args.classes, args.max_samples)
+
+
+def evaluate_zero_shot(model, processor, args: EvaluationArguments) -> list[EvalResult]:
+    """Top-1, top-5 and the mean over classes of top-1 for each data set, with each class the mean of its prompts."""
+    results = []
+    templates = read_templates(args.templates)
+    for data in [open_labelled(args, name) for name in args.dataset or [None]]:
+        scores = zero_shot_scores(model, processor, data, templates, args.batch_size)
+        metrics = classification_metrics(scores, torch.tensor(data.labels))
+        main, note = data.main_metric or (None, None)
+        results += [
+            _result(
+                *(args, data, "zero-shot-image-classification", metric, value),
+                metric_name=note if metric == main else None,
+            )
+            for metric, value in metrics.items()
+        ]
+    return results
+
+
+def _result(args: EvaluationArguments, data, task: str, metric: str, value: float | int, **fields) -> EvalResult:
+    """One number on `data`, which says by `name` and `described` what it is; shards are called after their folder."""
+    name = args.dataset_name or (Path(args.data).resolve().stem if isinstance(data, ShardSamples) else data.name)
+    described = {name: value for name, value in getattr(data, "described", {}).items() if value}
+    standard = {"dataset_type": name, "dataset_split": args.split} | described
+    standard["dataset_type"] = hub_identifier(standard["dataset_type"])
+    return EvalResult(**standard | fields, task_type=task, dataset_name=name, metric_type=metric, metric_value=value)
+
+
+TASKS = {"retrieval": evaluate_retrieval, "zero-shot": evaluate_zero_shot}
