@@ -1,4 +1,4 @@
-"""The README against the checkout: its file tree, its loss table, its commands and its example."""
+"""The README against the checkout: length, tree, loss table, commands, example; and the table of docs/speed.md."""
 
 import dataclasses
 import json
@@ -53,14 +53,22 @@ def folders_to_be_listed(tracked):
             yield "/".join(folder) + "/"
 
 
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 140
+
+
 def test_the_speed_table_is_the_committed_result():
     result = json.loads((CHECKOUT / "tests/bench/results/bench.json").read_text(encoding="utf8"))
-    table = re.search(r"(^\|.*\n)+", section("How fast"), re.MULTILINE)[0]
+    page = (CHECKOUT / "docs/speed.md").read_text(encoding="utf8")
+    table = re.search(r"(^\|.*\n)+", page, re.MULTILINE)[0]
     assert table == markdown_table(result)
+    ratios = re.findall(r"\d+\.\d\d x", README)
+    assert ratios
+    assert set(ratios) <= set(re.findall(r"\d+\.\d\d x", table))
 
 
 def test_every_path_of_the_tree_exists():
-    entries = tree_entries(blocks(section("Where each thing is"), "text")[0])
+    entries = tree_entries(blocks(section("Where each thing is, and what to read"), "text")[0])
     assert len(entries) > 15
     wrong = [name for name in entries if not (CHECKOUT / name).exists()]
     wrong += [name for name in entries if name.endswith("/") != (CHECKOUT / name).is_dir() and name not in wrong]
@@ -68,7 +76,7 @@ def test_every_path_of_the_tree_exists():
 
 
 def test_every_room_is_in_the_tree():
-    entries = tree_entries(blocks(section("Where each thing is"), "text")[0])
+    entries = tree_entries(blocks(section("Where each thing is, and what to read"), "text")[0])
     missing = sorted(set(folders_to_be_listed(tracked_files())) - entries.keys())
     assert not missing, f"add to the README's tree, one line each: {missing}"
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def markdown_table(result: dict) -> str:
-    """The rows of `tests.bench` as README shows them: smallest and largest ratio of a round in brackets."""
+    """The rows of `tests.bench` as docs/speed.md shows them: smallest and largest ratio of a round in brackets."""
     lines = ["| what | wanted | measured | a second: ours, the other |", "|---|---|---|---|"]
     for row in result["rows"]:
         if "ratio" in row:
