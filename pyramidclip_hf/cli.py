@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 EXIT_WRONG_USAGE = 2
 EXIT_SKIPPED = 3
@@ -38,7 +38,6 @@ skipped, each named on stderr with the reason; 130 stopped by Ctrl-C.
 _PROCESSOR_SETTINGS = ("size", "crop_size", "resample", "image_mean", "image_std")
 # A bar for fewer prompts would be gone before it is read.
 _PROMPTS_WORTH_A_BAR = 1000
-_MODEL_FILES = ["*.json", "*.safetensors", "*.txt"]
 
 
 def _pixels_ahead(paths: Iterable[str], processor: Any, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
@@ -130,84 +129,13 @@ def _lines_of(path: str, what: str) -> list[str]:
 # The model
 
 
-class _Loaded(NamedTuple):
-    model: Any
-    processor: Any
-    name: str
-    folder: Path
+def _load(args: argparse.Namespace, messages: _Messages, fuse: bool = True) -> Any:
+    """The model and processor that the arguments name, see `load_model`."""
+    from .loading import choose_device, load_model
 
-    def sha256(self) -> str:
-        """Of the weights' files: the same model under another name, or on another machine, has the same."""
-        index = self.folder / "model.safetensors.index.json"
-        names = ["model.safetensors"]
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values()))
-        digest = hashlib.sha256()
-        for name in names:
-            with open(self.folder / name, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
-
-
-def _load(args: argparse.Namespace, messages: _Messages, fuse: bool = True) -> _Loaded:
-    """The model in evaluation mode on its device, and its processor.
-
-    Raises:
-        ValueError: no such folder or id, a part of it missing, an unknown device.
-    """
-    import torch
-    from transformers.utils import logging
-
-    device = _device(args.device)
+    device = choose_device(args.device)
     _warn_of_slow_type(args.dtype, device, messages)
-    folder = _model_folder(args.model, args.revision)
-    _check_model_folder(args.model, folder)
-
-    from .modeling_pyramidclip import PyramidCLIPModel
-    from .processing_pyramidclip import PyramidCLIPProcessor
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model, info = PyramidCLIPModel.from_pretrained(
-            folder,
-            dtype=getattr(torch, args.dtype),
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-        processor = PyramidCLIPProcessor.from_pretrained(folder)
-    except Exception as error:  # on damaged files, the readers raise almost anything
-        raise ValueError(f"--model {args.model}: cannot be loaded: {error}") from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    # These would be drawn at random, and every result with them.
-    faulty = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
-    if faulty:
-        raise ValueError(f"--model {args.model}: {len(faulty)} weights are missing or of another shape: {faulty[:3]}.")
-    model = model.eval().to(device)
-    if fuse:
-        model.fuse()
-    return _Loaded(model, processor, args.model, folder)
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise ValueError("it holds no numbers")
-        torch.zeros(1, device=device)
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"--device {name}: expected auto, cpu or a device that is there, as cuda:0 ({reason})."
-        ) from error
+    return load_model(args.model, revision=args.revision, device=device, dtype=args.dtype, fuse=fuse)
 
 
 def _warn_of_slow_type(dtype: str, device: Any, messages: _Messages) -> None:
@@ -219,46 +147,6 @@ def _warn_of_slow_type(dtype: str, device: Any, messages: _Messages) -> None:
     capabilities = torch.cpu.get_capabilities()
     if not any(capabilities.get(name) for name in able[dtype]):
         messages.note(f"this processor has no {dtype} arithmetic: it works, but float32 is faster")
-
-
-def _model_folder(name: str, revision: str | None) -> Path:
-    """The folder itself, or where the Hub's files are cached."""
-    if os.path.isdir(name):
-        return Path(name)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"--model {name}: there is no such folder.")
-
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_MODEL_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"--model {name}: there is no such folder, and the Hub did not give one of that id ({reason})."
-        ) from error
-
-
-def _check_model_folder(name: str, folder: Path) -> None:
-    """ValueError where a part of what `save_pretrained` writes is missing, saying which."""
-    advice = "Expected a folder that save_pretrained of a PyramidCLIPModel and of its processor wrote"
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"--model {name}: no config.json there. {advice}.")
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf8")).get("model_type")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"--model {name}: config.json is no JSON mapping ({error}).") from error
-    if kind != "pyramidclip":
-        raise ValueError(f"--model {name}: its model_type is {kind!r}, expected 'pyramidclip'.")
-    parts = {
-        "weights": ("model.safetensors", "model.safetensors.index.json"),
-        "tokenizer": ("tokenizer.json", "vocab.json"),
-        "image processor": ("preprocessor_config.json", "processor_config.json"),
-    }
-    for part, files in parts.items():
-        if not any((folder / file).is_file() for file in files):
-            raise ValueError(f"--model {name}: the {part} is missing ({' or '.join(files)}). {advice}.")
 
 
 # classify
@@ -402,7 +290,7 @@ def _fuse_as_before(job: Any, model: Any) -> None:
     model.fuse(linear=job.remembered("linear", choose))
 
 
-def _embed_pictures(job: Any, loaded: _Loaded, args: argparse.Namespace, messages: _Messages) -> None:
+def _embed_pictures(job: Any, loaded: Any, args: argparse.Namespace, messages: _Messages) -> None:
     import numpy as np
 
     from .zero_shot import image_embeddings
@@ -426,7 +314,7 @@ def _embed_pictures(job: Any, loaded: _Loaded, args: argparse.Namespace, message
                 job.save(number, names, np.concatenate(rows), skipped)
 
 
-def _embed_texts(job: Any, loaded: _Loaded, args: argparse.Namespace, messages: _Messages) -> None:
+def _embed_texts(job: Any, loaded: Any, args: argparse.Namespace, messages: _Messages) -> None:
     from .zero_shot import text_embeddings
 
     missing = job.missing()
@@ -484,7 +372,7 @@ def run_search(args: argparse.Namespace) -> int:
     return 0
 
 
-def _best(loaded: _Loaded, stored: Any, args: argparse.Namespace) -> list[list[Any]]:
+def _best(loaded: Any, stored: Any, args: argparse.Namespace) -> list[list[Any]]:
     """The hits of each query: texts first, then pictures."""
     import torch
 

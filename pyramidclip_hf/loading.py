@@ -1,0 +1,166 @@
+# Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""A saved model and its processor, checked: the one loader of the commands, of evaluation and of training.
+
+`from_pretrained` draws weights at random where a file lacks them and says so in a warning. Here that is an error, as is
+a folder without a tokenizer, for which the processor would take the one that the package comes with.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from transformers.utils import logging
+
+from .modeling_pyramidclip import PyramidCLIPModel
+from .processing_pyramidclip import PyramidCLIPProcessor
+
+_ADVICE = "Expected a folder that save_pretrained of a PyramidCLIPModel and of its processor wrote"
+_MODEL_FILES = ["*.json", "*.safetensors", "*.txt"]
+_PARTS = {
+    "weights": ("model.safetensors", "model.safetensors.index.json"),
+    "tokenizer": ("tokenizer.json", "vocab.json"),
+    "image processor": ("preprocessor_config.json", "processor_config.json"),
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode, its processor, the name that it was asked for by, and the folder that it lies in."""
+
+    model: PyramidCLIPModel
+    processor: PyramidCLIPProcessor
+    name: str
+    folder: Path
+
+    def sha256(self) -> str:
+        """Of the weights' files: the same model under another name, or on another machine, has the same."""
+        index = self.folder / "model.safetensors.index.json"
+        names = ["model.safetensors"]
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values()))
+        digest = hashlib.sha256()
+        for name in names:
+            with open(self.folder / name, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str = torch.float32,
+    fuse: bool = False,
+    flag: str = "--model",
+) -> Loaded:
+    """The whole model that a folder or an id of the Hub names, in evaluation mode.
+
+    Args:
+        name: folder that `save_pretrained` of the model and of its processor wrote, or Hub id.
+        revision: branch, tag or commit of a Hub id.
+        device: where it is to compute; a name as `choose_device` takes it.
+        dtype: of the parameters, or its name.
+        fuse: in the form that only computes embeddings, see `PyramidCLIPModel.fuse`.
+        flag: what the messages call the name by.
+
+    Raises:
+        ValueError: no such folder or id; a part is missing, damaged or of another kind of model; a weight is missing or
+            of another shape; no such device. The message says which.
+    """
+    device = choose_device(device) if isinstance(device, str) else device
+    called = f"{flag} {name}"
+    folder = _model_folder(name, revision, called)
+    _check_folder(folder, called)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    try:
+        with quiet_transformers():
+            model, info = PyramidCLIPModel.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+            processor = PyramidCLIPProcessor.from_pretrained(folder)
+    except Exception as error:  # on damaged files, the readers raise almost anything
+        raise ValueError(f"{called}: cannot be loaded: {error}") from error
+    # These would be drawn at random, and every result with them.
+    faulty = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if faulty:
+        raise ValueError(
+            f"{called}: {len(faulty)} weights are missing or of another shape: {faulty[:3]}. Expected a whole "
+            "PyramidCLIPModel, with both towers."
+        )
+    model = model.eval().to(device)
+    if fuse:
+        model.fuse()
+    return Loaded(model, processor, name, folder)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Neither progress bars nor warnings of transformers: what they would say is checked, or of no interest."""
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `--device` names; "auto": an accelerator if there is one, else the processor.
+
+    Raises:
+        ValueError: no such device, or one that cannot hold numbers here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise ValueError("it holds no numbers")
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device {name}: expected auto, cpu or a device that is there, as cuda:0 ({reason})."
+        ) from error
+
+
+def _model_folder(name: str, revision: str | None, called: str) -> Path:
+    """The folder itself, or where the Hub's files are cached."""
+    if os.path.isdir(name):
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"{called}: there is no such folder.")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_MODEL_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{called}: there is no such folder, and the Hub did not give one of that id ({reason})."
+        ) from error
+
+
+def _check_folder(folder: Path, called: str) -> None:
+    """ValueError where a part of what `save_pretrained` writes is missing, saying which."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{called}: no config.json there. {_ADVICE}.")
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf8")).get("model_type")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{called}: config.json is no JSON mapping ({error}).") from error
+    if kind != "pyramidclip":
+        raise ValueError(f"{called}: its model_type is {kind!r}, expected 'pyramidclip'.")
+    for part, files in _PARTS.items():
+        if not any((folder / file).is_file() for file in files):
+            raise ValueError(f"{called}: the {part} is missing ({' or '.join(files)}). {_ADVICE}.")

@@ -1,0 +1,148 @@
+"""The one loader of a saved model: nothing in it may be drawn at random, and what is missing is named."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from pyramidclip_hf import PyramidCLIPConfig, PyramidCLIPForImageClassification, PyramidCLIPModel, PyramidCLIPProcessor
+from pyramidclip_hf.image_processing_pyramidclip import PyramidCLIPImageProcessor
+from pyramidclip_hf.loading import choose_device, load_model
+
+PARTS = {"model.safetensors": "weights", "tokenizer.json": "tokenizer", "preprocessor_config.json": "image processor"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folder of a tiny model, with both towers and the processor."""
+    folder = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "num_leff_layers": 1}  # fmt: skip
+    PyramidCLIPModel(PyramidCLIPConfig(projection_dim=8, text_config=text, vision_config=vision)).save_pretrained(
+        folder
+    )
+    PyramidCLIPProcessor(PyramidCLIPImageProcessor(size=16)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    """A copy to be damaged."""
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def refusal(folder, **options):
+    with pytest.raises(ValueError, match=".") as error:
+        load_model(str(folder), **options)
+    assert str(error.value).startswith(f"--model {folder}: ")
+    return str(error.value)
+
+
+def test_what_was_saved_is_loaded(saved, monkeypatch):
+    loaded = load_model(str(saved))
+    stored = safetensors.torch.load_file(saved / "model.safetensors")
+    state = loaded.model.state_dict()
+    assert stored.keys() == state.keys() and all(torch.equal(stored[name], state[name]) for name in stored)
+    assert not loaded.model.training and (loaded.name, loaded.folder) == (str(saved), saved)
+    assert loaded.processor.image_processor.crop_size.height == 16
+    half = load_model(str(saved), device=torch.device("cpu"), dtype="bfloat16", fuse=True)
+    assert half.model.dtype == torch.bfloat16 and half.model.is_fused
+
+
+def test_the_hash_is_of_the_weights_alone(saved, copy):
+    same, folder = load_model(str(saved)).sha256(), load_model(str(copy))
+    (copy / "README.md").write_text("a card")
+    assert folder.sha256() == same
+    folder.model.save_pretrained(copy, max_shard_size="5KB")
+    (copy / "model.safetensors").unlink()
+    in_shards = load_model(str(copy)).sha256()
+    assert in_shards != same and len(in_shards) == 64
+
+
+def test_a_folder_without_a_part_is_refused(copy):
+    (copy / "processor_config.json").unlink()  # it has the image processor's settings too
+    for name, part in PARTS.items():
+        content = (copy / name).read_bytes()
+        (copy / name).unlink()
+        assert f"the {part} is missing ({name}" in refusal(copy)
+        (copy / name).write_bytes(content)
+    (copy / "config.json").unlink()
+    assert "no config.json there" in refusal(copy)
+
+
+@pytest.mark.parametrize(("content", "message"), [("[1]", "no JSON mapping"), ("{", "no JSON mapping"),
+                                                  ('{"model_type": "clip"}', "its model_type is 'clip'")])  # fmt: skip
+def test_another_kind_of_model_is_refused(content, message, copy):
+    (copy / "config.json").write_text(content)
+    assert message in refusal(copy)
+
+
+def test_missing_and_misshapen_weights_are_refused(copy, capfd):
+    weights = safetensors.torch.load_file(copy / "model.safetensors")
+
+    def save(changed):
+        safetensors.torch.save_file(changed, copy / "model.safetensors", {"format": "pt"})
+
+    save({**weights, "logit_scale": torch.zeros(2)})
+    assert "1 weights are missing or of another shape: ['logit_scale']" in refusal(copy)
+    missing = {name: tensor for name, tensor in weights.items() if not name.startswith("text_model")}
+    save(missing)
+    assert f"{len(weights) - len(missing)} weights are missing" in refusal(copy)
+    assert capfd.readouterr().err == ""  # transformers would list them all
+    (copy / "model.safetensors").write_bytes(b"damaged")
+    assert "cannot be loaded" in refusal(copy)
+    torch.save(weights, copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    assert "the weights is missing (model.safetensors" in refusal(copy)
+
+
+def test_a_classifier_is_no_dual_encoder(saved, copy):
+    model = load_model(str(saved)).model
+    PyramidCLIPForImageClassification(model.config).save_pretrained(copy)
+    assert "Expected a whole PyramidCLIPModel, with both towers" in refusal(copy)
+
+
+def test_names_that_lead_nowhere(tmp_path, monkeypatch):
+    for name in (str(tmp_path / "nowhere"), "./nowhere", "~/nowhere", "a/b/c"):
+        assert "there is no such folder" in refusal(name)
+    assert "the Hub did not give one of that id" in refusal("someone/nothing")
+    with pytest.raises(ValueError, match="^--teacher a/b/c: there is no such folder"):
+        load_model("a/b/c", flag="--teacher")
+
+
+def test_a_hub_id_and_its_revision(saved, monkeypatch):
+    """From the Hub's cache, as after a download."""
+    from huggingface_hub import constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = Path(constants.HF_HUB_CACHE) / "models--someone--loaded"
+    for folder in ("refs", "snapshots"):
+        (cache / folder).mkdir(parents=True)
+    (cache / "refs" / "v1").write_text(commit)
+    os.symlink(saved, cache / "snapshots" / commit)
+    loaded = load_model("someone/loaded", revision="v1")
+    assert loaded.name == "someone/loaded" and loaded.sha256() == load_model(str(saved)).sha256()
+    assert "the Hub did not give one" in refusal("someone/loaded", revision="v2")
+
+
+def test_devices():
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type in {"cpu", "cuda", "mps"}
+    for name in ("toaster", "cuda:99", "meta"):
+        with pytest.raises(ValueError, match=f"^--device {name}: expected auto, cpu or a device that is there"):
+            choose_device(name)
+
+
+def test_the_settings_of_transformers_stay(saved):
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    load_model(str(saved))
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    assert json.loads((saved / "config.json").read_text())["model_type"] == "pyramidclip"
