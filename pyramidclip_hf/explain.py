@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+from .image_processing_pyramidclip import upright_rgb
 from .loss_pyramidclip import normalize_embeds
 from .modeling_pyramidclip import PyramidCLIPModel
 from .modeling_pyramidclip_text import PyramidCLIPAttention
@@ -69,7 +70,7 @@ class Explanation:
         """
         if not 0 <= strength <= 1:
             raise ValueError(f"strength must be between 0 and 1, got {strength!r}.")
-        picture = _upright(image)
+        picture = upright_rgb(image)
         if picture.size != self.heat.shape[::-1]:
             raise ValueError(
                 f"The heat is for a picture of {self.heat.shape[1]} x {self.heat.shape[0]} pixels (upright), got "
@@ -127,7 +128,7 @@ def explain_image(
         raise ValueError(f'A {tower} tower is explained by "{METHODS[tower]}", got method={method!r}.')
     text_embed, neutral_embed = _encode_texts(model, processor, text)
     image_processor = getattr(processor, "image_processor", processor)
-    picture = _upright(image)
+    picture = upright_rgb(image)
     with _undisturbed(model):
         pixels = image_processor(picture, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
         with torch.no_grad():
@@ -191,7 +192,7 @@ def draw_regions(image: Image.Image, boxes: Any, relevance: Any, labels: Sequenc
         raise ValueError(f"Expected {len(boxes)} labels, one a box, got {len(labels)}.")
     if not (np.isfinite(boxes).all() and (boxes >= -0.01).all() and (boxes <= 1.01).all()):
         raise ValueError("Expected boxes as fractions 0..1 of the picture's width and height, got values outside.")
-    picture = _upright(image)
+    picture = upright_rgb(image)
     if picture is image:
         picture = picture.copy()
     draw = ImageDraw.Draw(picture)
@@ -227,13 +228,6 @@ def _check_model(model: Any) -> None:
             "The model's weights were created under torch.inference_mode, which rules out gradients: load the model "
             "outside of it."
         )
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    # The towers' modules know nothing of pictures; this one has to read them exactly as the image processor does.
-    from .image_processing_pyramidclip import upright_rgb
-
-    return upright_rgb(image)
 
 
 def _encode_texts(model: PyramidCLIPModel, processor: Any, text: str) -> tuple[torch.Tensor, torch.Tensor]:

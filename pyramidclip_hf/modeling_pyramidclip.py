@@ -1,27 +1,20 @@
 # Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
 """PyramidCLIP (arXiv 2204.14095): the towers, the dual encoder, the heads.
 
-Read from the top: outputs, the base class with all initialisation, the two towers, the dual encoder
-(`PyramidCLIPModel`), the single towers with projection, the classifier. The towers' parts are in the siblings.
+Read from the top: outputs, the two towers, the dual encoder (`PyramidCLIPModel`), the single towers with projection,
+the classifier. The base class and the towers' parts are in the siblings.
 Shape letters: B batch, L tokens, K regions, D tower width, P `projection_dim`.
 """
 
-import contextlib
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
-from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
-from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -37,16 +30,10 @@ from .configuration_pyramidclip import (
     levels_of_kind,
 )
 from .loss_pyramidclip import normalize_embeds, pyramid_loss
-from .modeling_pyramidclip_resnet import (
-    PyramidCLIPAttentionPool,
-    PyramidCLIPResNet,
-    PyramidCLIPResNetBottleneck,
-    PyramidCLIPResNetStage,
-    resize_position_table,
-)
+from .modeling_pyramidclip_base import PyramidCLIPPreTrainedModel
+from .modeling_pyramidclip_resnet import PyramidCLIPAttentionPool, PyramidCLIPResNet
 from .modeling_pyramidclip_text import (
     DEVICE_ONLY,
-    PyramidCLIPAttention,
     PyramidCLIPEncoder,
     PyramidCLIPEncoderLayer,
     PyramidCLIPTextEmbeddings,
@@ -119,212 +106,6 @@ class PyramidCLIPTextModelOutput(ModelOutput):
     last_hidden_state: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-@contextlib.contextmanager
-def frozen_batch_norm_statistics(module: nn.Module):
-    """Within it, BatchNorm layers of `module` in train mode use batch statistics and leave the running ones alone."""
-    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
-    kept = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
-    for layer in layers:
-        # Momentum 0 rather than no statistics at all: a checkpointed block must save the same tensors when it reruns.
-        layer.momentum = 0.0
-        layer.num_batches_tracked = layer.num_batches_tracked.clone()
-    try:
-        yield
-    finally:
-        for layer, (momentum, num_batches_tracked) in zip(layers, kept, strict=True):
-            layer.momentum, layer.num_batches_tracked = momentum, num_batches_tracked
-
-
-class PyramidCLIPPreTrainedModel(PreTrainedModel):
-    """Base class: loading and saving, initialisation, gradient checkpointing."""
-
-    config: PyramidCLIPConfig
-    base_model_prefix = "pyramidclip"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    is_fused = False
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _no_split_modules = [
-        "PyramidCLIPTextEmbeddings",
-        "PyramidCLIPVisionEmbeddings",
-        "PyramidCLIPEncoderLayer",
-        "PyramidCLIPTextLayer",
-        "PyramidCLIPLeFFLayer",
-        "PyramidCLIPResNetStem",
-        "PyramidCLIPResNetBottleneck",
-        "PyramidCLIPResNetShortcut",
-        "PyramidCLIPAttentionPool",
-    ]
-    _can_record_outputs = {
-        "hidden_states": [PyramidCLIPEncoderLayer, PyramidCLIPResNetStage],
-        "attentions": [PyramidCLIPAttention],
-    }
-
-    def _initialize_weights(self, module, is_custom_code=False):
-        # Transformers skips the blocks of custom code that hold no tensors of their own, because such code may write
-        # over loaded weights. Ours does not (`init` leaves loaded tensors alone), and it initialises per block.
-        super()._initialize_weights(module, is_custom_code=False)
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        """The reference's initialisation (design, section 4), not Transformers' N(0, 0.02)."""
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            _init_like_torch(module)
-        elif isinstance(module, (nn.LayerNorm, _BatchNorm)):
-            super()._init_weights(module)
-        elif isinstance(module, PyramidCLIPTextEmbeddings):
-            init.normal_(module.token_embedding.weight, std=0.02)
-            init.normal_(module.position_embedding.weight, std=0.01)
-            init.copy_(module.position_ids, torch.arange(module.position_ids.shape[1])[None])
-        elif isinstance(module, PyramidCLIPAttention):
-            bound = math.sqrt(6 / (4 * module.q_proj.in_features))  # Xavier uniform over the packed (3 D, D) matrix
-            for projection in (module.q_proj, module.k_proj, module.v_proj):
-                init.uniform_(projection.weight, -bound, bound)
-                init.zeros_(projection.bias)
-            init.zeros_(module.out_proj.bias)
-        elif isinstance(module, PyramidCLIPTextLayer):
-            _init_text_layer(module)
-        elif isinstance(module, PyramidCLIPVisionEmbeddings):
-            std = module.config.hidden_size**-0.5
-            init.normal_(module.class_embedding, std=std)
-            init.normal_(module.position_embedding.weight, std=std)
-            init.normal_(module.roi_projection.weight, std=std)
-            init.copy_(module.position_ids, torch.arange(len(module.position_ids)))
-        elif isinstance(module, PyramidCLIPAttentionPool):
-            std = module.config.hidden_size**-0.5
-            init.normal_(module.position_embedding.weight, std=std)
-            for projection in (module.roi_projection, module.q_proj, module.k_proj, module.v_proj):
-                init.normal_(projection.weight, std=std)
-            init.copy_(module.position_ids, torch.arange(len(module.position_ids)))
-        elif isinstance(module, PyramidCLIPResNetBottleneck):
-            init.zeros_(module.norm3.weight)
-        for name in ("visual_projection", "text_projection"):
-            if isinstance(projection := getattr(module, name, None), nn.Linear):
-                init.normal_(projection.weight, std=projection.in_features**-0.5)
-        if isinstance(module, PyramidCLIPModel):
-            init.constant_(module.logit_scale, module.config.logit_scale_init_value)
-
-    def fuse(self, linear: str = "auto") -> "PyramidCLIPPreTrainedModel":
-        """Turns the model into its inference form, in place, and returns it: the same outputs (1e-4 in fp32), faster.
-
-        BatchNorm and QuickGELU's factor become part of the weights, see `fusion_pyramidclip.py`. Weights are frozen,
-        and train(), state_dict() and save_pretrained() raise from then on; moving to another device or dtype goes on
-        working. Other activations than QuickGELU stay as they are. A fused model stays as it is.
-
-        Args:
-            linear: `"onednn"` or `"torch"` for the fp32 products of linear layers on a CPU; `"auto"` measures (a tenth
-                of a second) and takes oneDNN where it is clearly faster.
-
-        Raises:
-            ValueError: the model is in train mode, spread over devices, quantised, has no weights yet, or has adapters
-                inside of its towers (on the projections they stay).
-        """
-        from .fusion_pyramidclip import fuse_
-
-        return fuse_(self, linear)
-
-    def _refuse_if_fused(self, what: str) -> None:
-        fused = next((module for module in self.modules() if getattr(module, "is_fused", False)), None)
-        if fused is not None:
-            raise RuntimeError(
-                f"{what} needs the plain form, but fuse() has folded BatchNorm and activations of this "
-                f"{type(fused).__name__} into its weights, which cannot be undone: load the model again with "
-                "from_pretrained."
-            )
-
-    def train(self, mode: bool = True):
-        if mode:
-            self._refuse_if_fused("train()")
-        return super().train(mode)
-
-    def state_dict(self, *args, **kwargs):
-        self._refuse_if_fused("state_dict()")
-        return super().state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args, **kwargs):
-        self._refuse_if_fused("load_state_dict()")
-        return super().load_state_dict(*args, **kwargs)
-
-    def save_pretrained(self, *args, **kwargs):
-        self._refuse_if_fused("save_pretrained()")
-        return super().save_pretrained(*args, **kwargs)
-
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, every_n_layers=1):
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
-        for module in self.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module._gradient_checkpointing_func = partial(_checkpoint_layer, gradient_checkpointing_func, module)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, image_size: int | None = None, **kwargs):
-        """As [`~transformers.PreTrainedModel.from_pretrained`]; `image_size` resizes the image tower's positions
-        (bicubic) after loading, for fine-tuning at another resolution."""
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if image_size is not None:
-            model.resize_image_positions(image_size)
-        return loaded
-
-    @torch.no_grad()
-    def resize_image_positions(self, image_size: int) -> None:
-        """Resizes the learned positions of the image tower to square pictures of `image_size` pixels, in place.
-
-        Raises:
-            ValueError: the size does not fit the tower, or the model has no image tower.
-        """
-        tower = self if isinstance(self, PyramidCLIPVisionModel) else getattr(self, "vision_model", None)
-        if tower is None:
-            raise ValueError(f"{type(self).__name__} has no image tower, so image_size cannot be given.")
-        old_size = tower.config.image_size
-        tower.config.image_size = image_size
-        try:
-            tower.config.validate_architecture()
-        except ValueError:
-            tower.config.image_size = old_size
-            raise
-        holder, grid = tower.position_holder, tower.config.grid_size
-        table = resize_position_table(holder.position_embedding.weight, grid, grid)
-        holder.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)
-        holder.position_ids = nn.Buffer(torch.arange(len(table), device=table.device), persistent=False)
-        vision_config = getattr(self.config, "vision_config", self.config)
-        vision_config.image_size = image_size
-
-
-def _checkpoint_layer(checkpoint_func, layer: nn.Module, function, *args):
-    """Runs `function` now and again in the backward pass, without counting the batch twice in BatchNorm statistics."""
-    runs = []
-
-    def run(*args):
-        again = frozen_batch_norm_statistics(layer) if runs else contextlib.nullcontext()
-        runs.append(1)
-        with again:
-            return function(*args)
-
-    return checkpoint_func(run, *args)
-
-
-def _init_like_torch(module: nn.Module) -> None:
-    """What `nn.Linear` and `nn.Conv2d` do to themselves: uniform within fan_in^-0.5."""
-    if getattr(module, "weight", None) is None:  # quantised layers hold it elsewhere
-        return
-    bound = (module.weight.shape[1] * math.prod(module.weight.shape[2:])) ** -0.5
-    init.uniform_(module.weight, -bound, bound)
-    if module.bias is not None:
-        init.uniform_(module.bias, -bound, bound)
-
-
-def _init_text_layer(layer: PyramidCLIPTextLayer) -> None:
-    width, depth = layer.self_attn.config.hidden_size, layer.self_attn.config.num_hidden_layers
-    for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
-        init.normal_(projection.weight, std=width**-0.5)
-    for projection in (layer.self_attn.out_proj, layer.mlp.fc2):
-        init.normal_(projection.weight, std=width**-0.5 * (2 * depth) ** -0.5)
-    init.normal_(layer.mlp.fc1.weight, std=(2 * width) ** -0.5)
 
 
 class PyramidCLIPTextModel(PyramidCLIPPreTrainedModel):
@@ -557,7 +338,7 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
     """The dual encoder.
 
     At inference `pixel_values` and `input_ids` are all there is, as with CLIP. In training it takes any of the six
-    levels (design, section 3) and computes the objective `config.loss_weights`.
+    levels (docs/design.md, Data) and computes the objective `config.loss_weights`.
 
         >>> model = PyramidCLIPModel.from_pretrained(folder)
         >>> similarity = model(**processor(images=pictures, text=texts, return_tensors="pt")).logits_per_image
@@ -902,5 +683,4 @@ __all__ = [
     "PyramidCLIPTextModelWithProjection",
     "PyramidCLIPVisionModel",
     "PyramidCLIPVisionModelWithProjection",
-    "frozen_batch_norm_statistics",
 ]

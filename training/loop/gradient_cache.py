@@ -26,7 +26,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
-from pyramidclip_hf.modeling_pyramidclip import frozen_batch_norm_statistics
+from pyramidclip_hf.modeling_pyramidclip_base import frozen_batch_norm_statistics
 from training.loop.objective import ContrastiveObjective, StepLoss
 
 
