@@ -89,10 +89,8 @@ KNOWN_BREAKS = {
     "training/demo.py: imports training.loop.tracking inside of a function",
     "training/demo.py: imports training.pretrain inside of a function",
     "training/demo.py: imports training.reports.demo_page inside of a function",
-    "training/demo.py: imports training.settings.pretraining inside of a function",
     "training/finetune.py: imports the command training.pretrain",
     "training/reports/ablations_page.py: imports training.reports.demo_page inside of a function",
-    "training/settings/finetuning.py: imports training.transfer.parts, which is not below settings",
 }
 
 

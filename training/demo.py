@@ -32,6 +32,8 @@ import numpy as np
 import torch
 
 from pyramidclip_hf.files import write_atomically
+from training.settings.pretraining import PretrainingArguments
+from training.settings.reading import parse_settings
 
 PICTURE_SIZE, SHARD_SIZE, SEED = 96, 500, 0
 CLIP_WEIGHTS = {"global_caption": 1.0}
@@ -163,8 +165,6 @@ def start(args: DemoArguments, stage: str, run: str, max_steps: int | None = Non
 
 def training_settings(args: DemoArguments):
     """`PretrainingArguments` of one of the three runs."""
-    from training.settings.pretraining import parse_arguments
-
     words = ["--config", args.config, "--output-dir", str(args.folder / args.training), "--resume", "latest"]
     words += ["--train-data", str(args.folder / "scenes/train")]
     words += ["--validation-data", str(args.folder / "scenes/validation")]
@@ -172,7 +172,7 @@ def training_settings(args: DemoArguments):
         words += ["--loss-weights", json.dumps(CLIP_WEIGHTS)]
     if args.max_steps:
         words += ["--max-steps", str(args.max_steps)]
-    return parse_arguments(words)
+    return parse_settings(PretrainingArguments, words)
 
 
 def train_stage(args: DemoArguments) -> int:

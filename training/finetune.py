@@ -35,7 +35,7 @@ from training.loop.processes import start_processes, synchronised_batch_norm
 from training.loop.run import AUTOCAST, Run, RunResult, complete_run, plan_steps
 from training.pretrain import run_command
 from training.settings.finetuning import FinetuneArguments
-from training.settings.pretraining import parse_arguments
+from training.settings.reading import parse_settings
 from training.transfer.batches import LabelledReader
 from training.transfer.classifier import ClassificationObjective, classify, initial_classifier
 from training.transfer.parts import Part, open_parts
@@ -207,7 +207,7 @@ def run(args: FinetuneArguments) -> RunResult:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line, runs, and returns the exit code."""
-    return run_command(lambda words: parse_arguments(words, FinetuneArguments), run, argv)
+    return run_command(lambda words: parse_settings(FinetuneArguments, words), run, argv)
 
 
 if __name__ == "__main__":

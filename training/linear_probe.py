@@ -31,8 +31,9 @@ from training.evaluation.classification import classification_metrics
 from training.evaluation.loading import load_model
 from training.evaluation.results import metric_results, results_table, write_csv, write_json
 from training.evaluation.sets import TABLE_7
+from training.settings.parts import check_part_settings
 from training.transfer.features import cached_features
-from training.transfer.parts import check_part_settings, open_parts
+from training.transfer.parts import open_parts
 
 EXIT_WRONG_SETTING = 2
 # The sweep (CLIP, appendix A.3): exponents of C from -6 to 6 in steps of 1/8, first every 16th of them.

@@ -32,7 +32,8 @@ from training.loop.processes import start_processes, synchronised_batch_norm
 from training.loop.run import AUTOCAST, Run, RunResult, complete_run, plan_steps
 from training.loop.tracking import NonFiniteLoss
 from training.loop.validation import ValidationSet
-from training.settings.pretraining import PretrainingArguments, parse_arguments
+from training.settings.pretraining import PretrainingArguments
+from training.settings.reading import parse_settings
 
 EXIT_WRONG_SETTING = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: try again later
@@ -125,7 +126,7 @@ def run(args: PretrainingArguments) -> RunResult:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line, runs, and returns the exit code."""
-    return run_command(parse_arguments, run, argv)
+    return run_command(lambda words: parse_settings(PretrainingArguments, words), run, argv)
 
 
 def run_command(parse: Callable[[Sequence[str]], Any], run: Callable[[Any], RunResult], argv: Sequence[str] | None):

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES, LEVELS, PyramidCLIPConfig
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from training.loop.objective import ContrastiveObjective
-from training.settings.pretraining import PretrainingArguments, parse_arguments
+from training.settings.pretraining import PretrainingArguments
+from training.settings.reading import parse_settings
 
 GB = 1e9
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -195,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=24, help="length of texts under pooling: eos")
     chosen = parser.parse_args(argv)
     try:
-        args = parse_arguments(["--config", chosen.config])
+        args = parse_settings(PretrainingArguments, ["--config", chosen.config])
         print(report(args, chosen.gpus, chosen.teraflops, chosen.samples, chosen.tokens))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -210,7 +210,8 @@ def scenes(tmp_path_factory):
 def test_heat_of_a_trained_model_lies_on_the_named_object(tower, scenes, tmp_path):
     """Two minutes of training are enough for at least twice the share that chance would give."""
     from training import pretrain
-    from training.settings.pretraining import parse_arguments
+    from training.settings.pretraining import PretrainingArguments
+    from training.settings.reading import parse_settings
 
     text = {"hidden_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2, "pooling": "eos"}
     words = ["--train-data", str(scenes / "train"), "--output-dir", str(tmp_path / "run"), "--precision", "fp32"]
@@ -218,7 +219,7 @@ def test_heat_of_a_trained_model_lies_on_the_named_object(tower, scenes, tmp_pat
     words += ["--model-config", json.dumps({"projection_dim": 96, "text_config": text, **TRAINED[tower]})]
     words += ["--global-batch-size", "64", "--learning-rate", "2e-3", "--warmup-fraction", "0.05"]
     words += ["--dataloader-workers", "0"]
-    assert pretrain.run(parse_arguments(words)).finished
+    assert pretrain.run(parse_settings(PretrainingArguments, words)).finished
     model, processor = load_model(str(tmp_path / "run/final"))
     found = localisation(model, processor, ShardSamples(str(scenes / "validation")))
     mass, area = np.array(found.mass), np.array(found.area)

@@ -174,7 +174,7 @@ def test_sigterm_saves_and_has_its_own_exit_code(tmp_path, monkeypatch):
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config, folder: Signalled(args))
-    monkeypatch.setattr(pretrain, "parse_arguments", lambda argv: settings(tmp_path, save_every_steps=0))
+    monkeypatch.setattr(pretrain, "parse_settings", lambda kind, argv: settings(tmp_path, save_every_steps=0))
     assert pretrain.main([]) == pretrain.EXIT_STOPPED == 75
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004"]
     assert not (tmp_path / "final").exists() and signal.getsignal(signal.SIGTERM) is before

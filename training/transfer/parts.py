@@ -19,7 +19,7 @@ from pyramidclip_hf.image_processing_pyramidclip import upright_rgb
 from training.data.labelled import LabelledPictures, labelled_folder, labelled_shards, shard_paths
 from training.data.shards import is_url
 from training.evaluation.embedding import map_batches
-from training.evaluation.sets import TABLE_7, open_both_splits
+from training.evaluation.sets import open_both_splits
 
 # Files hashed at a time by one process.
 _DIGEST_BATCH = 256
@@ -125,20 +125,6 @@ def open_parts(args) -> dict[str, Part]:
         elif fraction:
             parts["train"], parts[name] = parts["train"].split(fraction, args.seed * 2 + number)
     return parts
-
-
-def check_part_settings(args) -> None:
-    """What of `open_parts` can be refused before anything is opened."""
-    for name in ("validation_fraction", "test_fraction"):
-        if not 0 <= getattr(args, name) < 1:
-            raise ValueError(f"{name}: expected a share from 0 to below 1, got {getattr(args, name)}")
-    if not args.train_data:
-        raise ValueError("train_data: expected a folder with a sub-folder of pictures for each class, or shards")
-    if args.dataset:
-        if args.dataset not in TABLE_7:
-            raise ValueError(f"dataset: expected one of {', '.join(TABLE_7)}, got {args.dataset!r}")
-        if args.test_data or args.test_fraction:
-            raise ValueError(f"dataset {args.dataset} has its own test part: leave out test_data and test_fraction")
 
 
 def source_files(part: Part) -> list[Path]:

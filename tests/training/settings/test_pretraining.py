@@ -2,31 +2,39 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 
-from training.settings.pretraining import PretrainingArguments, argument_parser, parse_arguments
+from training.settings.fields import in_sections
+from training.settings.pretraining import PretrainingArguments
+from training.settings.reading import argument_parser, parse_settings
 
 MINIMAL = ["--max-steps", "10"]
 
+
+def parsed(words):
+    return parse_settings(PretrainingArguments, words)
+
+
 # A new setting is a decision: it needs a line here, a help text, and a place in the documentation.
 FIELDS = """
-    output_dir model model_config loss_weights label_smoothing multi_positive freeze seed
-    train_data validation_data validation_samples shuffle_window_shards max_regions allow_mixed_regions
-    global_crop_area local_crop_area max_bad_fraction max_image_pixels dataloader_workers global_batch_size
-    per_device_chunk_size gradient_accumulation_steps epochs max_steps learning_rate warmup_fraction
-    final_learning_rate_fraction weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm ema_decay precision
-    gradient_checkpointing torch_compile sync_batch_norm log_every_steps log_duplicate_rates trackers eval_every_steps
-    save_every_steps keep_checkpoints resume push_to_hub overfit_batches dry_run
+    output_dir model train_data validation_data global_batch_size epochs learning_rate precision resume max_steps
+    model_config loss_weights label_smoothing multi_positive freeze
+    seed dataloader_workers validation_samples shuffle_window_shards max_regions allow_mixed_regions global_crop_area
+    local_crop_area max_bad_fraction max_image_pixels per_device_chunk_size gradient_accumulation_steps
+    warmup_fraction final_learning_rate_fraction weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm ema_decay
+    gradient_checkpointing sync_batch_norm torch_compile
+    log_every_steps trackers save_every_steps keep_checkpoints dry_run log_duplicate_rates eval_every_steps push_to_hub
+    overfit_batches
 """.split()
 
 
 def test_the_list_of_settings_is_frozen_and_every_one_is_explained():
-    fields = dataclasses.fields(PretrainingArguments)
+    fields = [entry for section in in_sections(PretrainingArguments).values() for entry in section]
     assert [entry.name for entry in fields] == FIELDS
+    assert len(fields) == len(dataclasses.fields(PretrainingArguments))
     assert all(len(entry.metadata["help"]) > 10 for entry in fields)
-    flags = argument_parser()._option_string_actions
+    flags = argument_parser(PretrainingArguments)._option_string_actions
     assert all(f"--{name.replace('_', '-')}" in flags for name in FIELDS)
 
 
@@ -36,20 +44,23 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
         "max_steps: 100\nlearning_rate: 5e-4\ntrain_data: [a, b]\nvalidation_data: c\nsync_batch_norm: false\n"
         "loss_weights: {global_caption: 0.5, roi_tags: 0}\nmodel_config:\n  vision_config: {image_size: 64}\nseed:\n"
     )
-    args = parse_arguments(["--config", str(config), "--learning-rate", "1e-3", "--train_data", "d", "--dry-run"])
+    args = parse_settings(
+        PretrainingArguments, ["--config", str(config), "--learning-rate", "1e-3", "--train_data", "d", "--dry-run"]
+    )
     assert (args.max_steps, args.learning_rate, args.train_data, args.validation_data) == (100, 1e-3, ["d"], "c")
     assert args.loss_weights == {"global_caption": 0.5}  # a weight of 0 is not named
     assert args.model_config == {"vision_config": {"image_size": 64}}
     assert (args.sync_batch_norm, args.dry_run, args.seed, args.weight_decay) == (False, True, 0, 0.2)
-    args = parse_arguments(
-        ["--config", str(config), "--loss-weights", '{"local_caption": 1}', "--sync-batch-norm", "true"]
+    args = parse_settings(
+        PretrainingArguments,
+        ["--config", str(config), "--loss-weights", '{"local_caption": 1}', "--sync-batch-norm", "true"],
     )
     assert args.loss_weights == {"local_caption": 1.0} and args.sync_batch_norm
     assert PretrainingArguments(**args.to_dict()) == args and json.dumps(args.to_dict())
     config.write_text("trackers: []\nmax_steps: 1")
-    assert parse_arguments(["--config", str(config)]).trackers == []
-    assert parse_arguments(["--config", str(config), "--trackers", "wandb"]).trackers == ["wandb"]
-    assert parse_arguments(["--max-steps", "1", "--trackers", "none"]).trackers == []
+    assert parsed(["--config", str(config)]).trackers == []
+    assert parsed(["--config", str(config), "--trackers", "wandb"]).trackers == ["wandb"]
+    assert parsed(["--max-steps", "1", "--trackers", "none"]).trackers == []
 
 
 @pytest.mark.parametrize(
@@ -73,7 +84,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
 )
 def test_a_wrong_word_is_an_error_that_says_what_to_do(words, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        parse_arguments(MINIMAL + words)
+        parsed(MINIMAL + words)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +102,7 @@ def test_a_wrong_file_is_an_error_that_names_it(tmp_path, text, message):
     config = tmp_path / "run.yaml"
     config.write_text(text)
     with pytest.raises(ValueError, match=message):
-        parse_arguments(["--config", str(config)])
+        parsed(["--config", str(config)])
 
 
 def test_the_global_batch_is_divided_evenly_or_not_at_all():
@@ -101,12 +112,3 @@ def test_the_global_batch_is_divided_evenly_or_not_at_all():
         args.per_device_batch_size(5)
     with pytest.raises(ValueError, match=r"per_device_chunk_size 12 must divide .* 32 \(= global_batch_size 96 / 3"):
         args.per_device_batch_size(3)
-
-
-def test_the_documentation_has_every_setting_as_it_is():
-    page = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
-    for entry in dataclasses.fields(PretrainingArguments):
-        default = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
-        shown = "" if default in (None, []) else f"`{default}`"
-        text = entry.metadata["help"].replace("%%", "%").replace("|", "\\|")
-        assert f"| `{entry.name}` | {shown} | {text} |" in page

@@ -15,7 +15,8 @@ from tests.training.tiny import RESNET
 from training import pretrain
 from training.loop.processes import check_engine
 from training.loop.tracking import read_metrics
-from training.settings.pretraining import PretrainingArguments, parse_arguments
+from training.settings.pretraining import PretrainingArguments
+from training.settings.reading import parse_settings, read_settings
 
 CONFIGS = Path(pretrain.__file__).parent / "configs"
 PAPER = sorted(CONFIGS.glob("*_epochs.yaml"))
@@ -26,7 +27,7 @@ ROWS = [(table, name) for table, rows in ABLATIONS.items() for name in rows]
 def merged(recipe, row, vit):
     """The settings of an ablation row on top of a recipe."""
     changes = {name: value for name, value in row.items() if name != "vit"} | (row.get("vit", {}) if vit else {})
-    return PretrainingArguments(**{**yaml.safe_load(recipe.read_text()), **changes})
+    return PretrainingArguments(**{**read_settings(PretrainingArguments, recipe), **changes})
 
 
 def test_there_is_a_recipe_for_each_run_of_the_paper():
@@ -39,7 +40,7 @@ def test_there_is_a_recipe_for_each_run_of_the_paper():
 def test_every_value_is_marked_and_the_papers_values_are_the_papers(path):
     lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
     assert all(re.search(r"# (paper|ours)\b", line) for line in lines)
-    args = parse_arguments(["--config", str(path)])
+    args = parse_settings(PretrainingArguments, ["--config", str(path)])
     model, data, epochs = re.fullmatch(r"(\w+?)_(15m|143m)_(\d+)_epochs", path.stem).groups()
     assert args.model == {"rn50": "RN50", "vit_b_32": "ViT-B-32", "vit_b_16": "ViT-B-16"}[model]
     assert (args.epochs, args.global_batch_size) == (int(epochs), 8192 if data == "143m" else 4096)
@@ -51,7 +52,7 @@ def test_every_value_is_marked_and_the_papers_values_are_the_papers(path):
 
 
 def test_the_demo_recipe_is_readable():
-    args = parse_arguments(["--config", str(CONFIGS / "demo.yaml")])
+    args = parse_settings(PretrainingArguments, ["--config", str(CONFIGS / "demo.yaml")])
     assert args.model_config["text_config"]["pooling"] == "eos" and args.max_steps
 
 
@@ -102,7 +103,7 @@ def test_overfitting_two_batches_drives_a_recipe_to_its_floor(stem, tmp_path, mo
     monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config, folder: reader)
     vision = RESNET if stem.startswith("rn50") else MODEL_CONFIG["vision_config"]
     config = {**MODEL_CONFIG, "vision_config": vision, "projection_dim": 16}
-    settings = yaml.safe_load((CONFIGS / f"{stem}.yaml").read_text())
+    settings = read_settings(PretrainingArguments, CONFIGS / f"{stem}.yaml")
     settings |= {
         "epochs": None,
         "max_steps": 120 if stem.startswith("rn50") else 220,

@@ -1,0 +1,48 @@
+"""What settings say about labelled parts of data: the one to train on, and those to validate and test on."""
+
+from typing import Protocol
+
+from training.evaluation.sets import TABLE_7
+from training.settings.fields import check_share
+
+
+class PartSettings(Protocol):
+    """The settings from which the parts "train", "validation" and "test" are opened.
+
+    Attributes:
+        train_data: A folder with a sub-folder of pictures for each class, or labelled shards; with `dataset`, the
+            folder that holds it.
+        validation_data: The same, or None.
+        test_data: The same, or None.
+        validation_fraction: Share of each class held out of the training data where no `validation_data` are named.
+        test_fraction: The same for `test_data`; it is taken first.
+        dataset: One of `TABLE_7`, which has a test part of its own, or None.
+        classes: A file with class names, or None.
+        seed: Of what is held out.
+    """
+
+    train_data: str
+    validation_data: str | None
+    test_data: str | None
+    validation_fraction: float
+    test_fraction: float
+    dataset: str | None
+    classes: str | None
+    seed: int
+
+
+def check_part_settings(settings: PartSettings) -> None:
+    """Refuses what can be refused before anything is opened.
+
+    Raises:
+        ValueError: The message names the setting, what was expected and what came.
+    """
+    check_share("validation_fraction", settings.validation_fraction)
+    check_share("test_fraction", settings.test_fraction)
+    if not settings.train_data:
+        raise ValueError("train_data: expected a folder with a sub-folder of pictures for each class, or shards")
+    if settings.dataset:
+        if settings.dataset not in TABLE_7:
+            raise ValueError(f"dataset: expected one of {', '.join(TABLE_7)}, got {settings.dataset!r}")
+        if settings.test_data or settings.test_fraction:
+            raise ValueError(f"dataset {settings.dataset} has its own test part: leave out test_data and test_fraction")
