@@ -1,4 +1,4 @@
-"""The model of the design's section 4 written module by module, with nothing merged, skipped or reordered: what the
+"""The model (docs/design.md, Towers) written module by module, with nothing merged, skipped or reordered: what the
 towers are compared with, in values and in time.
 
 Names of modules are the package's, so that `plain_form(model)` can load its weights by name. Nothing else is shared.

@@ -1,8 +1,8 @@
-"""Takes region features that others extracted into the shards of a data set, or into a store of their own.
+r"""Takes region features that others extracted into the shards of a data set, or into a store of their own.
 
-    python -m training.prepare.import_features --input predictions.tsv --hw train.hw.tsv --made-by "VinVL X152-C4"
-    --merge-into data/mine python -m training.prepare.import_features --input obj36.tsv --objects objects.txt
-    --attributes attributes.txt \
+    python -m training.prepare.import_features --input predictions.tsv --hw train.hw.tsv \
+        --made-by "VinVL X152-C4" --merge-into data/mine
+    python -m training.prepare.import_features --input obj36.tsv --objects objects.txt --attributes attributes.txt \
         --made-by "bottom-up-attention R101, 36 boxes" --store-dir data/regions
 
 The ten most confident regions of a picture are kept, sorted. The formats, and what each lacks, are in
