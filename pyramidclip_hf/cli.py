@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
@@ -543,10 +542,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     again = " What is complete is kept: the same command continues." if args.command == "embed" else ""
     try:
-        with warnings.catch_warnings():
-            # Our limit refuses where Pillow's only warns, by the name of a class.
-            warnings.filterwarnings("ignore", message="Image size .* exceeds limit", category=Warning)
-            code = args.run(args)
+        code = args.run(args)
         sys.stdout.flush()
         return code
     except BrokenPipeError:

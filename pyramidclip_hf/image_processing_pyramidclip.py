@@ -6,9 +6,11 @@ PIL pictures). What the reference leaves to chance is fixed (design, section 3):
 dropped, palettes become RGB before resizing, and 16 bits are scaled to 8. Only PIL and numpy are used.
 """
 
+import io
 import os
 import struct
-from typing import Any
+import warnings
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -24,6 +26,10 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+# Those that Pillow reads by itself: EPS, for one, would start another program.
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# Of pictures from elsewhere, more are not decoded unless somebody asks for it.
+MAX_IMAGE_PIXELS = 100_000_000
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -37,6 +43,34 @@ _UPRIGHT = {
 _ORIENTATION_HOLDERS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 # Beyond this many times the area that the crop keeps, the rest of the resized picture is not computed.
 _WASTE_LIMIT = 16
+
+
+def open_undecoded(
+    source: str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO, max_image_pixels: int | None = None
+) -> Image.Image:
+    """Opens a picture of one of `PICTURE_FORMATS`, whoever made it, without decoding it.
+
+    Args:
+        source: path, encoded bytes, or an open file.
+        max_image_pixels: of width times height; None: PIL's own limit, which warns long before it refuses.
+
+    Raises:
+        PIL.UnidentifiedImageError: none of these formats.
+        PIL.Image.DecompressionBombError: more pixels than PIL itself allows.
+        ValueError: more than `max_image_pixels`.
+        OSError, SyntaxError, TypeError, OverflowError: a damaged header.
+    """
+    with warnings.catch_warnings():
+        if max_image_pixels is not None:  # which refuses where PIL's would only warn
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        file = io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
+        picture = Image.open(file, formats=PICTURE_FORMATS)
+    try:
+        check_image_pixels(picture, max_image_pixels)
+    except ValueError:
+        picture.close()
+        raise
+    return picture
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -173,7 +207,7 @@ class PyramidCLIPImageProcessor(PilBackend):
         if isinstance(source, (list, tuple)):
             return [self.fetch_images(one) for one in source]
         if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
-            return Image.open(source)
+            return open_undecoded(source)
         return super().fetch_images(source)
 
     def _prepare_images_structure(self, images, expected_ndims: int = 3):

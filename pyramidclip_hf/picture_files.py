@@ -13,11 +13,9 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .files import written_aside
-from .image_processing_pyramidclip import check_image_pixels, upright_rgb
+from .image_processing_pyramidclip import open_undecoded, upright_rgb
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-# Those that Pillow reads by itself: EPS, for one, would start another program.
-_PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 _CELL, _GAP, _MARGIN, _COLUMNS = 208, 16, 28, 5
@@ -78,8 +76,7 @@ def read_picture(path: str, max_image_pixels: int | None) -> Image.Image:
     """
     try:
         path.encode()
-        with Image.open(path, formats=_PICTURE_FORMATS) as picture:
-            check_image_pixels(picture, max_image_pixels)
+        with open_undecoded(path, max_image_pixels) as picture:
             picture.load()
             return upright_rgb(picture)
     except UnicodeEncodeError as error:

@@ -7,10 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 from transformers import AutoImageProcessor
 
-from pyramidclip_hf.image_processing_pyramidclip import PyramidCLIPImageProcessor, check_image_pixels, upright_rgb
+from pyramidclip_hf.image_processing_pyramidclip import (
+    PyramidCLIPImageProcessor,
+    check_image_pixels,
+    open_undecoded,
+    upright_rgb,
+)
 
 GOLDEN = Path(__file__).resolve().parents[1] / "fixtures" / "preprocess_golden.npz"
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
@@ -266,6 +271,20 @@ def test_pictures_beyond_the_limit_are_refused_before_decoding(tmp_path):
     with pytest.raises(OSError, match="truncated"):
         processor(path, max_image_pixels=120_000)
     check_image_pixels(Image.new("L", (400, 300)), None)
+
+
+def test_formats_that_other_programs_decode_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (40, 30)).save(path, "EPS")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("started a program"))
+    for source in (path, path.read_bytes()):
+        with pytest.raises(UnidentifiedImageError):
+            open_undecoded(source)
+    with pytest.raises(UnidentifiedImageError):
+        PyramidCLIPImageProcessor()(path)
+    Image.new("RGB", (40, 30)).save(path)
+    for source in (path, str(path), path.read_bytes(), memoryview(path.read_bytes())):
+        assert open_undecoded(source, 1200).size == (40, 30)
 
 
 @pytest.mark.parametrize("empty", [[], (), np.zeros((0, 8, 8, 3), np.uint8), torch.zeros(0, 3, 8, 8)])

@@ -5,7 +5,6 @@ error, because a score over fewer samples than the data set has is another score
 """
 
 import bisect
-import io
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS, open_undecoded
 from pyramidclip_hf.picture_files import PICTURE_SUFFIXES
 from training.data.records import BadSample, Sample, sample_from_members
 from training.data.shards import ShardReader, is_url, read_dataset_json
@@ -85,10 +85,13 @@ def _manifest(path: str) -> ManifestReader:
     return ManifestReader(manifest, Unit(path, len(manifest.offsets) - 1, manifest.identity))
 
 
-def open_picture(data: bytes, name: str) -> Image.Image:
-    """The decoded picture; ValueError with its name where the bytes are none."""
+def open_picture(data: bytes, name: str, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """The decoded picture; ValueError with its name where the bytes are none of an allowed format, or too many pixels.
+
+    The bytes may be anybody's, as those of the Hub.
+    """
     try:
-        picture = Image.open(io.BytesIO(data))
+        picture = open_undecoded(data, max_image_pixels)
         picture.load()
         return picture
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

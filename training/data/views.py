@@ -8,19 +8,16 @@ Decoding dominates the time, so a JPEG is decoded at 1/2, 1/4 or 1/8 of its size
 `REDUCED_MARGIN` pixels for each pixel of the result; what this changes is measured in the tests.
 """
 
-import io
 import math
 import struct
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from pyramidclip_hf.image_processing_pyramidclip import check_image_pixels, upright_rgb
+from pyramidclip_hf.image_processing_pyramidclip import PICTURE_FORMATS, open_undecoded, upright_rgb
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 REDUCED_MARGIN = 1.25
 # Before the bicubic filter, larger pictures are averaged by whole factors down to this many pixels for each pixel of
 # the result.
@@ -111,15 +108,11 @@ def open_picture(data, max_image_pixels=None):
     Raises `BadPicture` where the bytes are no picture or it has more than `max_image_pixels` pixels.
     """
     try:
-        with warnings.catch_warnings():
-            # PIL's own limit only warns; ours refuses.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
-        check_image_pixels(picture, max_image_pixels)
+        return open_undecoded(data, max_image_pixels)
     except UnidentifiedImageError:
         start = bytes(data[:8])
         raise BadPicture(
-            "no-picture-format", f"{len(data)} bytes beginning {start!r} are no {', '.join(FORMATS)}"
+            "no-picture-format", f"{len(data)} bytes beginning {start!r} are no {', '.join(PICTURE_FORMATS)}"
         ) from None
     except Image.DecompressionBombError as error:
         raise BadPicture("picture-too-large", str(error)) from None
@@ -127,7 +120,6 @@ def open_picture(data, max_image_pixels=None):
         raise BadPicture("bad-picture", f"{type(error).__name__}: {error}") from None
     except ValueError as error:
         raise BadPicture("picture-too-large", str(error)) from None
-    return picture
 
 
 def upright_size(picture):

@@ -5,7 +5,7 @@ import io
 import datasets
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from training.evaluation.hub import CaptionedRows, is_hub_data, labelled_hub
 
@@ -162,3 +162,17 @@ def test_what_counts_as_a_data_set_of_the_hub(tmp_path, monkeypatch):
     assert not is_hub_data(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="owner/name: no split 'test' of a data set could be loaded"):
         labelled_hub("owner/name")
+
+
+def test_pictures_of_others_start_no_program_and_have_a_limit(tmp_path, monkeypatch):
+    """The bytes are whoever's: a format that Pillow hands to another program, and more pixels than are decoded."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("started a program"))
+    eps = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(eps, "EPS")
+    column = [{"bytes": data, "path": None} for data in (eps.getvalue(), b"P6 12000 9000 255\n")]
+    data = datasets.Dataset.from_dict({"image": column, "label": ["cat", "dog"]})
+    pictures = labelled_hub(parquet(tmp_path / "d", data.cast_column("image", datasets.Image())))
+    with pytest.raises(ValueError, match="row 0 cannot be read: cannot identify image file"):
+        pictures.read(0)
+    with pytest.raises(ValueError, match="row 1 cannot be read: The picture has 12000 x 9000 pixels, more than"):
+        pictures.read(1)
