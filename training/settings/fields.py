@@ -188,7 +188,7 @@ def in_sections(settings: Any) -> dict[str, list[dataclasses.Field[Any]]]:
     """
     found: dict[str, list[dataclasses.Field[Any]]] = {title: [] for title in ("settings", *SECTIONS.values())}
     for entry in dataclasses.fields(settings):
-        found[SECTIONS.get(entry.metadata.get("section"), "settings")].append(entry)
+        found[SECTIONS.get(entry.metadata.get("section", ""), "settings")].append(entry)
     return {title: entries for title, entries in found.items() if entries}
 
 

@@ -25,9 +25,6 @@ class FinetuneArguments(RunSettings):
         ValueError: A value, or two together, cannot be; the message names the field, what was expected and what came.
     """
 
-    program: ClassVar[str] = "python -m training.finetune"
-    purpose: ClassVar[str] = "Fine-tunes the picture encoder of a PyramidCLIP model as a classifier."
-
     output_dir: str = changed("output_dir", "runs/finetune")
     model: str = changed(
         "model", "", "folder with saved weights or Hub id; an architecture name starts from new weights"

@@ -7,7 +7,7 @@ processes in `per_device_batch_size`.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pyramidclip_hf.loss_pyramidclip import check_loss_weights
 from training.settings.fields import Through, check_area, check_share_or_all, setting
@@ -21,9 +21,6 @@ class PretrainingArguments(RunSettings):
     Raises:
         ValueError: A value, or two together, cannot be; the message names the field, what was expected and what came.
     """
-
-    program: ClassVar[str] = "python -m training.pretrain"
-    purpose: ClassVar[str] = "Pre-trains a PyramidCLIP model."
 
     output_dir: str = changed("output_dir", "runs/pretrain")
     model: str = changed("model", "ViT-B-32")

@@ -16,23 +16,27 @@ import argparse
 import dataclasses
 import difflib
 import json
+import re
 import shutil
+import textwrap
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from pyramidclip_command import CommandParser
 from training.settings.fields import default_of, in_sections
 
 Settings = TypeVar("Settings")
 
 HELP_WIDTH = 100
+_ARGUMENT = re.compile(r"^argument [^:]*: ")
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _TRUTHS = dict.fromkeys(("yes", "true", "t", "y", "1"), True)
 _TRUTHS |= dict.fromkeys(("no", "false", "f", "n", "0"), False)
 
 
-def value_types(settings_class: type) -> dict[str, Any]:
+def value_types(settings_class: type[Any]) -> dict[str, Any]:
     """Field -> type of its value, without None."""
     hints = get_type_hints(settings_class)
     return {entry.name: _without_none(hints[entry.name]) for entry in dataclasses.fields(settings_class)}
@@ -55,21 +59,33 @@ def is_mapping(kind: Any) -> bool:
 ##################################################################################################
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
+class _Parser(CommandParser):
+    def error(self, message: str) -> NoReturn:
+        """Raises ValueError: the message, as it may be about a word of a file, not of the command line."""
         raise ValueError(message)
 
 
-class _Help(argparse.HelpFormatter):
+class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str):
-        width = min(HELP_WIDTH, shutil.get_terminal_size().columns)
-        super().__init__(prog, max_help_position=36, width=width)
+        super().__init__(prog, max_help_position=36, width=_help_width())
+
+
+def _help_width() -> int:
+    return min(HELP_WIDTH, shutil.get_terminal_size().columns)
+
+
+def _description(doc: str | None) -> str:
+    """A docstring within the width of the help; commands, which are indented, stay as they are."""
+    parts = (doc or "").strip().split("\n\n")
+    return "\n\n".join(part if part.startswith(" ") else textwrap.fill(part, _help_width()) for part in parts)
 
 
 class _Switch(argparse.Action):
     """`--flip`, `--flip false` and `--no-flip`."""
 
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
         if option_string == f"--no-{self.dest.replace('_', '-')}":
             if values is not self.const:
                 parser.error(f"argument {option_string}: expected no value")
@@ -83,21 +99,27 @@ def _truth(word: str) -> bool:
     return _TRUTHS[word.lower()]
 
 
-def argument_parser(settings_class: type) -> argparse.ArgumentParser:
-    """The parser of a command: `--config`, and a flag for each field of a dataclass.
+def argument_parser(
+    settings_class: type[Any], doc: str | None = None, *, config: bool = True, exit_codes: Sequence[int] = ()
+) -> argparse.ArgumentParser:
+    """The parser of a command, with a flag for each field of a dataclass: what is named and no defaults.
 
-    It gives what is named on the command line and no defaults. The class variables `program` and `purpose` head the
-    help.
+    Args:
+        settings_class: The dataclass. Fields that no `setting` made have their help in `metadata["help"]`.
+        doc: The docstring of the command's module, the head of the help.
+        config: Whether there is a flag `--config` for a YAML file.
+        exit_codes: See `CommandParser`.
     """
+    file, flags = ("[--config FILE] ", "[--setting value ...]") if config else ("", "[--flag value ...]")
     parser = _Parser(
-        prog=settings_class.program,
-        description=settings_class.purpose,
-        usage="%(prog)s [--config FILE] [--setting value ...]",
-        allow_abbrev=False,
+        description=_description(doc),
+        usage=f"%(prog)s {file}{flags}",
         formatter_class=_Help,
         argument_default=argparse.SUPPRESS,
+        exit_codes=exit_codes,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the settings below; flags win over it")
+    if config:
+        parser.add_argument("--config", metavar="FILE", help="YAML file with settings as below; flags win over it")
     kinds = value_types(settings_class)
     for title, entries in in_sections(settings_class).items():
         group = parser.add_argument_group(title)
@@ -108,7 +130,7 @@ def argument_parser(settings_class: type) -> argparse.ArgumentParser:
 
 def _add_flag(group: Any, entry: dataclasses.Field[Any], kind: Any) -> None:
     default, flag = default_of(entry), f"--{entry.name.replace('_', '-')}"
-    text = entry.metadata["help"]
+    text = entry.metadata["help"].replace("%%", "%")
     if default not in (None, "", [], dataclasses.MISSING) and "default:" not in text.lower():
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         text += f" (default: {str(shown).lower() if isinstance(shown, bool) else shown})"
@@ -134,21 +156,42 @@ def _add_flag(group: Any, entry: dataclasses.Field[Any], kind: Any) -> None:
 ##################################################################################################
 
 
-def parse_settings(settings_class: type[Settings], argv: Sequence[str]) -> Settings:
+def parse_settings(
+    settings_class: type[Settings],
+    argv: Sequence[str],
+    doc: str | None = None,
+    *,
+    config: bool = True,
+    exit_codes: Sequence[int] = (),
+) -> Settings:
     """The settings that the words of a command line, without the program's name, stand for.
+
+    Args:
+        settings_class: See `argument_parser`, also for `doc`, `config` and `exit_codes`.
+        argv: The words.
 
     Raises:
         ValueError: A key or flag is unknown (near ones are named), a value has the wrong type, or the dataclass refuses
             what it is given.
     """
-    parser = argument_parser(settings_class)
+    parser = argument_parser(settings_class, doc, config=config, exit_codes=exit_codes)
     given, left_over = parser.parse_known_args([_dashed(word) for word in argv])
     if left_over:
         kind = "flag" if left_over[0].startswith("-") else "word"
         raise _unknown(settings_class, kind, left_over[0].split("=")[0], "the command line")
-    flags = vars(given)
-    config = flags.pop("config", None)
-    return settings_class(**({**read_settings(settings_class, config), **flags} if config else flags))
+    values = vars(given)
+    file = values.pop("config", None) if config else None
+    if file is not None:
+        values = {**read_settings(settings_class, file), **values}
+    missing = [entry.name for entry in dataclasses.fields(cast(Any, settings_class)) if _is_required(entry)]
+    missing = [f"--{name.replace('_', '-')}" for name in missing if name not in values]
+    if missing:
+        raise ValueError(f"the following arguments are required: {', '.join(missing)}")
+    return settings_class(**values)
+
+
+def _is_required(entry: dataclasses.Field[Any]) -> bool:
+    return default_of(entry) is dataclasses.MISSING
 
 
 def _dashed(word: str) -> str:
@@ -158,14 +201,14 @@ def _dashed(word: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def _unknown(settings_class: type, kind: str, name: str, where: str) -> ValueError:
+def _unknown(settings_class: type[Any], kind: str, name: str, where: str) -> ValueError:
     known = list(value_types(settings_class))
     near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}"
     return ValueError(f"unknown {kind} {name!r} in {where}{hint}")
 
 
-def read_settings(settings_class: type, path: str | Path) -> dict[str, Any]:
+def read_settings(settings_class: type[Any], path: str | Path) -> dict[str, Any]:
     """The settings of a YAML file and of those that it extends: field -> value, for the constructor.
 
     Raises:
@@ -175,14 +218,16 @@ def read_settings(settings_class: type, path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"--config: expected a YAML file, and {path} is not one")
-    found = _read_chain(settings_class, path, ())
+    found = _read_chain(settings_class, argument_parser(settings_class), path, ())
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _read_chain(settings_class: type, path: Path, before: tuple[Path, ...]) -> dict[str, Any]:
+def _read_chain(
+    settings_class: type[Any], parser: argparse.ArgumentParser, path: Path, before: tuple[Path, ...]
+) -> dict[str, Any]:
     content = _read_mapping(path)
     base = content.pop("extends", None)
-    own = {name: _value(settings_class, path, name, value) for name, value in content.items()}
+    own = {name: _value(settings_class, parser, path, name, value) for name, value in content.items()}
     if base is None:
         return own
     if not isinstance(base, str):
@@ -192,7 +237,7 @@ def _read_chain(settings_class: type, path: Path, before: tuple[Path, ...]) -> d
         raise ValueError(f"{path}: extends: expected a YAML file, and {below} is not one")
     if below.resolve() in [file.resolve() for file in before]:
         raise ValueError(f"{path}: extends goes in a circle: {' -> '.join(map(str, (*before, below)))}")
-    return {**_read_chain(settings_class, below, before), **own}
+    return {**_read_chain(settings_class, parser, below, before), **own}
 
 
 def _read_mapping(path: Path) -> dict[Any, Any]:
@@ -207,7 +252,7 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
     return content
 
 
-def _value(settings_class: type, path: Path, name: Any, value: Any) -> Any:
+def _value(settings_class: type[Any], parser: argparse.ArgumentParser, path: Path, name: Any, value: Any) -> Any:
     """A value of a file, of the field's type; through the command line's parser, so that both take the same."""
     kinds = value_types(settings_class)
     if name not in kinds:
@@ -221,9 +266,9 @@ def _value(settings_class: type, path: Path, name: Any, value: Any) -> Any:
     flag = f"--{name.replace('_', '-')}"
     words = [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
     try:
-        found, left_over = argument_parser(settings_class).parse_known_args(words)
+        found, left_over = parser.parse_known_args(words)
     except ValueError as error:
-        raise ValueError(f"{path}: {name}: {str(error).removeprefix(f'argument {flag}: ')}") from error
+        raise ValueError(f"{path}: {name}: {_ARGUMENT.sub('', str(error))}") from error
     if left_over:
         raise ValueError(f"{path}: {name}: expected a single value, got {value}")
     return getattr(found, name)

@@ -1,0 +1,95 @@
+"""Reading settings: files that extend each other, both forms of flags, switches, plain dataclasses."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from training.settings.finetuning import FinetuneArguments
+from training.settings.pretraining import PretrainingArguments
+from training.settings.reading import argument_parser, parse_settings, read_settings
+
+
+def write(folder, **files):
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return str(folder / f"{name}.yaml")  # the last one
+
+
+def test_a_file_extends_another_one_key_by_key(tmp_path):
+    (tmp_path / "shared").mkdir()
+    write(tmp_path / "shared", base="epochs: 3\nseed: 5\nloss_weights: {global_caption: 1}\ntrain_data: [a, b]\n")
+    path = write(
+        tmp_path,
+        middle="extends: shared/base.yaml\nseed: 6\nloss_weights: {local_caption: 1}\nwarmup_fraction: 1e-2\n",
+        top="extends: middle.yaml\nepochs:\nmax_steps: 7\nsync_batch_norm: false\n",
+    )
+    found = read_settings(PretrainingArguments, path)
+    # Mappings are replaced whole, as every value is; an empty value is the default.
+    assert found == {
+        "seed": 6,
+        "loss_weights": {"local_caption": 1},
+        "train_data": ["a", "b"],
+        "warmup_fraction": 0.01,
+        "max_steps": 7,
+        "sync_batch_norm": False,
+    }
+    args = parse_settings(PretrainingArguments, ["--config", path, "--seed", "8"])
+    assert (args.epochs, args.max_steps, args.seed, args.train_data) == (None, 7, 8, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"a": "extends: b.yaml", "b": "extends: a.yaml"},
+            r"a.yaml: extends goes in a circle: \S*b.yaml -> \S*a.yaml -> ",
+        ),
+        ({"a": "extends: a.yaml"}, r"a.yaml: extends goes in a circle: \S*a.yaml -> \S*a.yaml$"),
+        ({"a": "extends: nowhere.yaml"}, r"/a.yaml: extends: expected a YAML file, and \S*/nowhere.yaml is not one"),
+        ({"a": "extends: [b.yaml]"}, r"/a.yaml: extends: expected the name of a YAML file, got \['b.yaml'\]"),
+        ({"a": "max_stepz: 1", "b": "extends: a.yaml"}, "unknown key 'max_stepz' in .*/a.yaml; did you mean max_steps"),
+        ({"a": "max_steps: many", "b": "extends: a.yaml"}, "/a.yaml: max_steps: invalid int value: 'many'"),
+        ({"a": "precision: fp8"}, "/a.yaml: precision: invalid choice: 'fp8'"),
+        ({"a": "model: [b, c]"}, r"/a.yaml: model: expected a single value, got \['b', 'c'\]"),
+        ({"a": "sync_batch_norm: maybe"}, "/a.yaml: sync_batch_norm: expected true or false, got 'maybe'"),
+        ({"a": "a: [", "b": "extends: a.yaml"}, "/a.yaml: not readable as YAML"),
+    ],
+)
+def test_what_is_wrong_in_a_chain_is_said_of_the_file_where_it_is(tmp_path, files, message):
+    with pytest.raises(ValueError, match=message):
+        read_settings(PretrainingArguments, write(tmp_path, **files))
+
+
+def test_switches_are_turned_on_and_off():
+    def flip(*words):
+        return parse_settings(FinetuneArguments, ["--model", "m", "--train_data", "d", *words]).flip
+
+    assert flip() and flip("--flip") and flip("--flip", "yes") and flip("--flip=TRUE")
+    assert not (flip("--no-flip") or flip("--no_flip") or flip("--flip", "False") or flip("--flip=0"))
+    with pytest.raises(ValueError, match="flip.*expected true or false, got 'maybe'"):
+        flip("--flip", "maybe")
+    with pytest.raises(ValueError, match="no-flip: expected no value"):
+        flip("--no-flip", "no")
+
+
+@dataclass(kw_only=True)
+class Plain:
+    data: str = field(metadata={"help": "where it is, 100%% of it"})
+    kind: Literal["a", "b"] | None = field(default=None, metadata={"help": "which"})
+    numbers: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "how many"})
+    config: str = field(default="x.yaml", metadata={"help": "a file of its own"})
+
+
+def test_a_plain_dataclass_is_a_command_line(capsys):
+    def parsed(*words):
+        return parse_settings(Plain, words, "Does it.", config=False)
+
+    found = parsed("--data", "d", "--kind", "b", "--numbers", "-3", "4")
+    assert found == Plain(data="d", kind="b", numbers=[-3, 4])
+    with pytest.raises(ValueError, match="^the following arguments are required: --data$"):
+        parsed("--kind", "a")
+    with pytest.raises(ValueError, match="unknown flag '--dat'.*did you mean data"):
+        parsed("--dat", "d")
+    text = argument_parser(Plain, "Does it.", config=False).format_help()
+    assert "100% of it" in text and "(default: 0 1)" in text and text.count("--config") == 1
