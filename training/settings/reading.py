@@ -215,32 +215,39 @@ def read_settings(settings_class: type[Any], path: str | Path) -> dict[str, Any]
         ValueError: A file is not there or not readable, a key is unknown, a value has the wrong type, or the files
             extend each other in a circle. The message names the file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"--config: expected a YAML file, and {path} is not one")
-    found = _read_chain(settings_class, argument_parser(settings_class), path, ())
+    parser, found = argument_parser(settings_class), {}
+    for file, content in reversed(read_chain(path)):
+        found |= {name: _value(settings_class, parser, file, name, value) for name, value in content.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _read_chain(
-    settings_class: type[Any], parser: argparse.ArgumentParser, path: Path, before: tuple[Path, ...]
-) -> dict[str, Any]:
-    content = _read_mapping(path)
-    base = content.pop("extends", None)
-    own = {name: _value(settings_class, parser, path, name, value) for name, value in content.items()}
-    if base is None:
-        return own
-    if not isinstance(base, str):
-        raise ValueError(f"{path}: extends: expected the name of a YAML file, got {base!r}")
-    below, before = path.parent / base, (*before, path)
-    if not below.is_file():
-        raise ValueError(f"{path}: extends: expected a YAML file, and {below} is not one")
-    if below.resolve() in [file.resolve() for file in before]:
-        raise ValueError(f"{path}: extends goes in a circle: {' -> '.join(map(str, (*before, below)))}")
-    return {**_read_chain(settings_class, parser, below, before), **own}
+def read_chain(path: str | Path) -> list[tuple[Path, dict[str, Any]]]:
+    """A YAML file, the one that it extends, and so on: (file, what it says itself) of each.
+
+    Raises:
+        ValueError: See `read_settings`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"--config: expected a YAML file, and {path} is not one")
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    while True:
+        content = _read_mapping(path)
+        base = content.pop("extends", None)
+        chain.append((path, content))
+        if base is None:
+            return chain
+        if not isinstance(base, str):
+            raise ValueError(f"{path}: extends: expected the name of a YAML file, got {base!r}")
+        below, files = path.parent / base, [file for file, _ in chain]
+        if not below.is_file():
+            raise ValueError(f"{path}: extends: expected a YAML file, and {below} is not one")
+        if below.resolve() in [file.resolve() for file in files]:
+            raise ValueError(f"{path}: extends goes in a circle: {' -> '.join(map(str, [*files, below]))}")
+        path = below
 
 
-def _read_mapping(path: Path) -> dict[Any, Any]:
+def _read_mapping(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
@@ -252,7 +259,7 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
     return content
 
 
-def _value(settings_class: type[Any], parser: argparse.ArgumentParser, path: Path, name: Any, value: Any) -> Any:
+def _value(settings_class: type[Any], parser: argparse.ArgumentParser, path: Path, name: str, value: Any) -> Any:
     """A value of a file, of the field's type; through the command line's parser, so that both take the same."""
     kinds = value_types(settings_class)
     if name not in kinds:

@@ -15,8 +15,9 @@ from tests.training.tiny import RESNET
 from training import pretrain
 from training.loop.processes import check_engine
 from training.loop.tracking import read_metrics
+from training.settings.fields import identity_of
 from training.settings.pretraining import PretrainingArguments
-from training.settings.reading import parse_settings, read_settings
+from training.settings.reading import parse_settings, read_chain, read_settings
 
 CONFIGS = Path(pretrain.__file__).parent / "configs"
 PAPER = sorted(CONFIGS.glob("*_epochs.yaml"))
@@ -38,7 +39,9 @@ def test_there_is_a_recipe_for_each_run_of_the_paper():
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
 def test_every_value_is_marked_and_the_papers_values_are_the_papers(path):
-    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    chain = [file for file, _ in read_chain(path)]
+    assert [file.name for file in chain] == [path.name, "base.yaml"]
+    lines = [line for file in chain for line in file.read_text().splitlines() if line and not line.startswith("#")]
     assert all(re.search(r"# (paper|ours)\b", line) for line in lines)
     args = parse_settings(PretrainingArguments, ["--config", str(path)])
     model, data, epochs = re.fullmatch(r"(\w+?)_(15m|143m)_(\d+)_epochs", path.stem).groups()
@@ -49,6 +52,44 @@ def test_every_value_is_marked_and_the_papers_values_are_the_papers(path):
     assert args.loss_weights == pytest.approx(DEFAULT_LOSS_WEIGHTS)
     assert len(args.train_data) == (5 if data == "143m" else 1)
     assert args.precision == "bf16" and args.learning_rate == (1e-3 if data == "143m" else 5e-4)
+
+
+# All settings of the recipes whose value is not the default; the rest of each name says what is left.
+RECIPE = {
+    "validation_data": "data/validation",
+    "loss_weights": dict.fromkeys(
+        ("global_summary", "local_caption", "roi_summary", "global_tags", "roi_caption", "local_tags"), 1 / 6
+    ),
+    "label_smoothing": 0.2,
+    "dataloader_workers": 8,
+    "eval_every_steps": 2000,
+    "keep_checkpoints": 3,
+}
+MODELS = {"rn50": "RN50", "vit_b_16": "ViT-B-16", "vit_b_32": "ViT-B-32"}
+SMALL = {"train_data": ["data/yfcc15m"], "global_batch_size": 4096, "learning_rate": 5e-4}
+LARGE = {
+    "train_data": ["data/sbu", "data/cc3m", "data/cc12m", "data/yfcc15m", "data/laion99m"],
+    "global_batch_size": 8192,
+    "learning_rate": 1e-3,
+}
+RUNS = {"15m_8": {**SMALL, "epochs": 8}, "15m_32": {**SMALL, "epochs": 32}, "143m_32": {**LARGE, "epochs": 32}}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("run", RUNS)
+def test_the_recipes_are_settings_of_these_values(model, run):
+    name = f"{model}_{run}_epochs"
+    found = parse_settings(PretrainingArguments, ["--config", str(CONFIGS / f"{name}.yaml")])
+    expected = {"output_dir": f"runs/{name}", "model": MODELS[model], **RECIPE, **RUNS[run]}
+    assert found.to_dict() == PretrainingArguments(**expected).to_dict()
+
+
+def test_the_recipes_do_not_hang_on_defaults():
+    """A default that changes changes no recipe: each says all that decides its run."""
+    said = {name for _, content in read_chain(PAPER[0]) for name in content}
+    groups = identity_of(PretrainingArguments(max_steps=1))
+    decided = {name for group in ("schedule", "optimizer") for name in groups[group]} - {"ema_decay"}
+    assert decided | {"seed", "max_regions", "global_crop_area", "local_crop_area", "precision"} <= said
 
 
 def test_the_demo_recipe_is_readable():
