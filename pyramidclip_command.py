@@ -12,11 +12,9 @@ Results go to stdout; an error is one line on stderr.
 
 import argparse
 import errno
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 EXIT_FAILED = 1
@@ -68,10 +66,21 @@ class CommandParser(argparse.ArgumentParser):
         own = f"{kwargs.pop('epilog', None) or ''}\n\nexit codes:\n{listed}\n".lstrip("\n")
         kwargs = {"formatter_class": argparse.RawDescriptionHelpFormatter, "prog": _program(), **kwargs}
         super().__init__(*args, **{**kwargs, "epilog": own, "allow_abbrev": False})
+        self.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
 
     def error(self, message: str) -> NoReturn:
         """Raises ValueError: argparse found `message` wrong with the words."""
         raise ValueError(f"{message} ({self.prog} --help says what is expected)")
+
+
+class _Version(argparse.Action):
+    """Prints the version of the installed distribution, which is looked up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *parsed: Any) -> None:
+        from importlib.metadata import version  # a third of the time that --help takes
+
+        print(f"pyramidclip-hf {version('pyramidclip-hf')}")
+        parser.exit()
 
 
 def _program() -> str | None:
@@ -140,14 +149,126 @@ def _say(text: str, advice: str, code: int) -> int:
     return code
 
 
-def main() -> int:
-    """Runs `pyramidclip_hf.cli.main` and returns its exit code."""
-    package = importlib.util.find_spec("pyramidclip_hf")
-    file = Path(package.origin).with_name("cli.py")
-    spec = importlib.util.spec_from_file_location("pyramidclip_hf.cli", file)
-    cli = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(cli)
-    return cli.main()
+# The command line of `pyramidclip`
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return number
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def build_parser() -> CommandParser:
+    """The parser of `pyramidclip`; `command` of what it returns is the subcommand's name."""
+    parser = CommandParser(
+        prog="pyramidclip",
+        description="Classify pictures, embed and search them, and see why, with a PyramidCLIP model.",
+        exit_codes=[EXIT_SKIPPED],
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        described = f"{text[0].upper()}{text[1:]}."
+        return commands.add_parser(name, help=text, description=described, exit_codes=[EXIT_SKIPPED])
+
+    _add_classify(command("classify", "name pictures by labels of your own"))
+    _add_embed(command("embed", "turn pictures or texts into a file of embeddings"))
+    _add_search(command("search", "find pictures by text or picture in a file of embeddings"))
+    _add_explain(command("explain", "show which parts of a picture speak for a text"))
+    return parser
+
+
+_PICTURES_HELP = "files, folders (with all below), globs in quotes, or - for paths on stdin, one a line"
+
+
+def _add_common(parser: argparse.ArgumentParser, model_help: str = "", batches: bool = False) -> None:
+    model_help = model_help or "folder of a saved model, or Hub id"
+    parser.add_argument("--model", required="default" not in model_help, help=model_help)
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, mps; default: an accelerator if there is one"
+    )
+    types = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", default="float32", choices=types, help="of the model (default: %(default)s)")
+    parser.add_argument(
+        "--max-image-pixels",
+        type=_at_least_one,
+        default=100_000_000,
+        help="pictures with more are not decoded (default: %(default)s; Pillow itself ends at 178956970)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no notes")
+    if batches:
+        parser.add_argument("--batch-size", type=_at_least_one, default=32, help="default: %(default)s")
+        parser.add_argument(
+            "--workers",
+            type=_at_least_one,
+            default=_processors(),
+            help="threads that decode pictures while the model computes (default: the processors, here %(default)s)",
+        )
+
+
+def _add_classify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pictures", nargs="+", help=_PICTURES_HELP)
+    labels = parser.add_mutually_exclusive_group(required=True)
+    labels.add_argument("--labels", nargs="+", metavar="LABEL", help="classes; put pictures before this flag")
+    labels.add_argument("--labels-file", metavar="FILE", help="classes, one a line")
+    parser.add_argument("--templates", metavar="FILE", help="prompts, one a line, {} for the label; default: CLIP's 80")
+    parser.add_argument("--top-k", type=_at_least_one, default=1, help="labels a picture (default: %(default)s)")
+    _add_common(parser, batches=True)
+
+
+def _add_embed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pictures", nargs="*", help=_PICTURES_HELP)
+    parser.add_argument(
+        "--texts", metavar="FILE", help="embed the lines of this file; long ones are cut to the context"
+    )
+    parser.add_argument("--output", required=True, help="NAME.parquet (needs pyarrow) or NAME.npz")
+    parser.add_argument(
+        "--part-size",
+        type=_at_least_one,
+        default=1024,
+        help="rows between two saves; a stopped job repeats at most these (default: %(default)s)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="take the place of a finished or unfinished file")
+    _add_common(parser, batches=True)
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("embeddings", help="file that `pyramidclip embed` wrote")
+    parser.add_argument("--text", nargs="+", action="extend", default=[], metavar="QUERY", help="in words")
+    parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="by example")
+    parser.add_argument("--top-k", type=_at_least_one, default=10, help="hits a query (default: %(default)s)")
+    parser.add_argument("--output", metavar="SHEET", help="contact sheet to write, a PNG, JPEG or WebP")
+    parser.add_argument("--font", metavar="FILE", help="TrueType font of the sheet, for queries beyond Latin letters")
+    _add_common(parser, "folder of a saved model, or Hub id; default: the one that the embeddings name")
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("picture", help="a file")
+    parser.add_argument("--text", required=True, help="what to look for")
+    parser.add_argument("--output", required=True, help="overlay to write, a PNG, JPEG or WebP")
+    _add_common(parser)
+
+
+def _run(args: argparse.Namespace) -> int:
+    # torch and transformers take seconds to import: help and wrong flags answer without them.
+    from pyramidclip_hf.commands import COMMANDS
+
+    return COMMANDS[args.command](args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the `pyramidclip` command."""
+    again = "What is complete is kept: the same command continues."
+    return run_command(
+        build_parser().parse_args, _run, argv, advice=lambda args: again if args.command == "embed" else ""
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from types import ModuleType
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -89,9 +90,9 @@ class EmbeddingJob:
         overwrite: bool = False,
     ):
         self.output, self.folder = output, output.with_name(f"{output.name}.parts")
-        settings = json.loads(json.dumps({**settings, "part_size": part_size}))
+        asked: dict[str, Any] = json.loads(json.dumps({**settings, "part_size": part_size}))
         began = self._began()
-        if overwrite and not (began and began["overwrites"] and began["settings"] == settings):
+        if overwrite and not (began and began["overwrites"] and began["settings"] == asked):
             began = None
         self.continues, self.complete = began is not None, False
         if began is None and output.exists() and not overwrite:
@@ -100,11 +101,13 @@ class EmbeddingJob:
             skipped = [one for one, _ in metadata["skipped"]]
             began = {**metadata, "items": _read_names(output, metadata["kind"]) + skipped}
         if began is None:
-            began = {"model": model_name, "settings": settings, "items": list(items), "overwrites": overwrite}
+            began = {"model": model_name, "settings": asked, "items": list(items), "overwrites": overwrite}
             self._begin(began)
-        elif began["settings"] != settings:
-            raise ValueError(self._refusal(began, settings, model_name))
-        self.model_name, self.settings, self.items = began["model"], began["settings"], began["items"]
+        elif began["settings"] != asked:
+            raise ValueError(self._refusal(began, asked, model_name))
+        self.model_name: str = began["model"]
+        self.settings: dict[str, Any] = began["settings"]
+        self.items: list[str] = began["items"]
         self.part_size = part_size
 
     def _began(self) -> dict[str, Any] | None:
@@ -124,7 +127,7 @@ class EmbeddingJob:
         for name in sorted(before.keys() | settings.keys()):
             then, now = before.get(name), settings.get(name)
             if then != now and name == "model_sha256":
-                changed.append(f"model then {began['model']} (sha256 {then[:12]}), now {model_name} ({now[:12]})")
+                changed.append(f"model then {began['model']} (sha256 {then!s:.12}), now {model_name} ({now!s:.12})")
             elif then != now:
                 changed.append(f"{name} then {_short(then)}, now {_short(now)}")
         what = "was made" if self.complete else "is being made by a job that began"
@@ -161,11 +164,16 @@ class EmbeddingJob:
         """The items of a part."""
         return self.items[number * self.part_size : (number + 1) * self.part_size]
 
-    def save(self, number: int, names: Sequence[str], embeddings: np.ndarray, skipped: Sequence[tuple[str, str]]):
+    def save(
+        self, number: int, names: Sequence[str], embeddings: np.ndarray, skipped: Sequence[tuple[str, str]]
+    ) -> None:
         """Marks a part as done.
 
         Args:
-            names: of its rows; embeddings: (n, D) float32. skipped: (item, reason) of those without a row.
+            number: of the part.
+            names: of its rows.
+            embeddings: (n, D) float32.
+            skipped: (item, reason) of those without a row.
         """
         if len(names) != len(embeddings) or len(names) + len(skipped) != len(self.items_of(number)):
             raise RuntimeError(f"part {number}: {len(names)} names, {len(embeddings)} rows, {len(skipped)} skipped")
@@ -308,7 +316,7 @@ def _write_npz(file: BinaryIO, names: list[str], blocks: Iterator[np.ndarray], m
     """As `np.savez`, but with one block of rows in memory at a time, and without the time of day in it."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
 
-        def member(name: str):
+        def member(name: str) -> IO[bytes]:
             return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
 
         for name, value in ((metadata["kind"], names), ("metadata", json.dumps(metadata))):
@@ -325,9 +333,11 @@ def _write_npz(file: BinaryIO, names: list[str], blocks: Iterator[np.ndarray], m
 
 def _write_parquet(file: BinaryIO, names: list[str], blocks: Iterator[np.ndarray], metadata: dict[str, Any]) -> None:
     pyarrow, parquet = _pyarrow()
-    writer, done, waiting = None, 0, []
+    writer: Any = None
+    done = 0
+    waiting: list[np.ndarray] = []
 
-    def write_group():
+    def write_group() -> None:
         nonlocal writer, done, waiting
         rows = np.concatenate(waiting)
         vectors = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(rows.reshape(-1)), rows.shape[1])
@@ -345,10 +355,11 @@ def _write_parquet(file: BinaryIO, names: list[str], blocks: Iterator[np.ndarray
             write_group()
     if waiting:
         write_group()
-    writer.close()
+    if writer is not None:
+        writer.close()
 
 
-def _pyarrow():
+def _pyarrow() -> tuple[ModuleType, ModuleType]:
     try:
         import pyarrow
         import pyarrow.parquet

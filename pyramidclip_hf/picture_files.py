@@ -5,10 +5,10 @@ import glob
 import os
 import textwrap
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -22,6 +22,9 @@ _CELL, _GAP, _MARGIN, _COLUMNS = 208, 16, 28, 5
 _CAPTION = 46
 _INK, _GREY, _PALE, _ACCENT = (28, 28, 30), (120, 122, 128), (240, 241, 243), (24, 96, 180)
 _MAX_SHEET_CELLS = 2000
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Result = TypeVar("Result")
 
 
 class UnreadablePicture(Exception):
@@ -85,20 +88,22 @@ def read_picture(path: str, max_image_pixels: int | None) -> Image.Image:
         raise UnreadablePicture(str(error) or type(error).__name__) from error
 
 
-def read_ahead(items: Iterable[str], read: Callable[[str], Any], workers: int, ahead: int) -> Iterator[tuple[str, Any]]:
+def read_ahead(
+    items: Iterable[str], read: Callable[[str], Result], workers: int, ahead: int
+) -> Generator[tuple[str, Result | UnreadablePicture], None, None]:
     """Yields (item, `read(item)` or the `UnreadablePicture` that it raised) in order.
 
     `workers` threads are up to `ahead` items in front of what was yielded. Pillow decodes and resizes without holding
     Python's lock, so threads are enough. Closing the iterator drops what is not begun.
     """
 
-    def attempt(item: str) -> Any:
+    def attempt(item: str) -> Result | UnreadablePicture:
         try:
             return read(item)
         except UnreadablePicture as error:
             return error
 
-    waiting: deque = deque()
+    waiting: deque[tuple[str, Future[Result | UnreadablePicture]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for item in items:
@@ -145,8 +150,10 @@ def contact_sheet(
     """An RGB picture with the hits of each query as a grid of thumbnails with rank, score and file name.
 
     Args:
-        queries: (title, path of the query's picture or None). found: the hits of each.
+        queries: (title, path of the query's picture or None).
+        found: the hits of each.
         below: what follows "best K" under a title.
+        max_image_pixels: pictures with more are placeholders.
         font_file: TrueType; None: Pillow's own, which has Latin letters only.
 
     Returns:
@@ -188,7 +195,14 @@ def contact_sheet(
     return sheet, absent
 
 
-def _paste_thumbnail(sheet, draw, path: str, square: tuple[int, int, int], max_image_pixels, font) -> bool:
+def _paste_thumbnail(
+    sheet: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    path: str,
+    square: tuple[int, int, int],
+    max_image_pixels: int | None,
+    font: Font,
+) -> bool:
     """Draws the picture, fitted into `square` (left, top, side), or a placeholder; returns whether it was there."""
     left, top, side = square
     box = (left, top, left + side - 1, top + side - 1)
@@ -204,7 +218,7 @@ def _paste_thumbnail(sheet, draw, path: str, square: tuple[int, int, int], max_i
     return True
 
 
-def _font(file: str | None, size: int) -> Any:
+def _font(file: str | None, size: int) -> Font:
     if file is None:
         return ImageFont.load_default(size)
     try:
@@ -213,14 +227,14 @@ def _font(file: str | None, size: int) -> Any:
         raise ValueError(f"--font {file}: expected a TrueType or OpenType file ({error}).") from error
 
 
-def _wrapped(text: str, font: Any, width: int) -> list[str]:
+def _wrapped(text: str, font: Font, width: int) -> list[str]:
     """At most three lines that fit into `width` pixels."""
     text = " ".join(text.split())
     letters = max(8, int(width / max(1.0, font.getlength(text) / max(1, len(text))) * 0.95))
     return textwrap.wrap(text, letters, max_lines=3, placeholder=" ...") or [" "]
 
 
-def _shortened(text: str, font: Any, width: int) -> str:
+def _shortened(text: str, font: Font, width: int) -> str:
     """The text, or its beginning and end with dots between, where it is wider than `width` pixels."""
     kept = len(text)
     while kept > 2 and font.getlength(shown := _middle_out(text, kept)) > width:

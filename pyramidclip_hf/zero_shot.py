@@ -192,7 +192,8 @@ def image_embeddings(
 ) -> torch.Tensor:
     """Unit embeddings (N, D) float32 on the CPU of pictures, paths, arrays or whatever else the image processor takes.
 
-    `images` may be a generator: one batch is held at a time.
+    `images` may be a generator: one batch is held at a time. Without a processor (None) they are pixel values already:
+    (N, 3, H, W), or an iterable of (3, H, W).
 
     Raises:
         ValueError: no pictures, or one that the image processor refuses.
@@ -205,8 +206,11 @@ def image_embeddings(
     pictures, parts = iter(images), []
     with _evaluation(model), logging.tqdm(total=total, unit="picture", disable=not progress) as bar:
         while batch := list(islice(pictures, _positive(batch_size))):
-            pixel_values = image_processor(batch, return_tensors="pt")["pixel_values"].to(device, model.dtype)
-            parts.append(model.encode_image(pixel_values, normalize=True).float().cpu())
+            if image_processor is None:
+                pixel_values = torch.stack(batch)
+            else:
+                pixel_values = image_processor(batch, return_tensors="pt")["pixel_values"]
+            parts.append(model.encode_image(pixel_values.to(device, model.dtype), normalize=True).float().cpu())
             bar.update(len(batch))
     if not parts:
         raise ValueError("Expected at least one picture, got none.")
@@ -230,6 +234,7 @@ def classify(
     Probabilities are the softmax over the classes of the scaled cosine similarities.
 
     Args:
+        processor: None where `images` are pixel values, see `image_embeddings`; `class_embeds` is needed then.
         class_embeds: (C, D), what `class_embeddings` gave for `names`; None: computed here.
 
     Raises:

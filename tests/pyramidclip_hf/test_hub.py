@@ -229,7 +229,7 @@ def test_exported_code_is_complete_and_nothing_else(tmp_path):
     assert {path.name for path in written} == {path.name for path in tmp_path.glob("*.py")}
     assert all(path.read_bytes() == (package / path.name).read_bytes() for path in written)
     assert {"modeling_pyramidclip_vit.py", "fusion_pyramidclip.py"} <= {path.name for path in written}
-    assert not {"hub.py", "cli.py", "__init__.py"} & {path.name for path in written}
+    assert not {"hub.py", "commands.py", "__init__.py"} & {path.name for path in written}
 
 
 def test_with_the_package_its_own_classes_win(tmp_path):

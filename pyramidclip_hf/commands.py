@@ -1,49 +1,59 @@
 # Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""The `pyramidclip` command: classify pictures, embed folders, search the embeddings, explain a similarity.
+"""What `pyramidclip classify`, `embed`, `search` and `explain` do with the arguments that `pyramidclip_command` parsed.
 
-    pyramidclip classify --model DIR pictures/ --labels cat dog
-    pyramidclip embed --model DIR pictures/ --output pictures.npz
-    pyramidclip search pictures.npz --text "a red bat" --output sheet.png
-    pyramidclip explain --model DIR picture.jpg --text "a red bat" --output overlay.png
-
-Results go to stdout, tab-separated or with `--json` one object a line; everything else goes to stderr. What is heavy
-(torch, transformers) is imported inside the subcommands, and argparse stands in for transformers' HfArgumentParser,
-so that help and wrong flags answer at once: read on at `main`, at the end.
+Results go to stdout, tab-separated or with `--json` one object a line; everything else goes to stderr.
 """
 
 import argparse
-import errno
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-EXIT_WRONG_USAGE = 2
-EXIT_SKIPPED = 3
-EXIT_STOPPED = 130
-# As a shell reports a program that SIGPIPE ended.
-EXIT_BROKEN_PIPE = 141
+import numpy as np
+import torch
+from huggingface_hub.utils import tqdm
 
-_EXIT_CODES = """\
-exit codes: 0 all done; 1 something failed on the way; 2 wrong usage, nothing was done; 3 done, but pictures were
-skipped, each named on stderr with the reason; 130 stopped by Ctrl-C.
-"""
+from pyramidclip_command import EXIT_SKIPPED
+
+from .embedding_files import EmbeddingJob, StoredEmbeddings, check_output, read_embeddings
+from .explain import explain_image
+from .fusion_pyramidclip import OneDNNLinear
+from .loading import Loaded, choose_device, load_model
+from .modeling_pyramidclip import PyramidCLIPModel
+from .picture_files import (
+    Hit,
+    UnreadablePicture,
+    check_picture_output,
+    contact_sheet,
+    find_pictures,
+    read_ahead,
+    read_picture,
+    save_picture,
+)
+from .processing_pyramidclip import PyramidCLIPProcessor
+from .zero_shot import IMAGENET_TEMPLATES, class_embeddings, classify, image_embeddings, retrieve, text_embeddings
+
 # What decides the pixels; the rest is on always.
 _PROCESSOR_SETTINGS = ("size", "crop_size", "resample", "image_mean", "image_std")
 # A bar for fewer prompts would be gone before it is read.
 _PROMPTS_WORTH_A_BAR = 1000
 
+# A picture's path, and its `pixel_values` (3, H, W) or why it has none.
+Reading = tuple[str, torch.Tensor | UnreadablePicture]
 
-def _pixels_ahead(paths: Iterable[str], processor: Any, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+
+def _pixels_ahead(
+    paths: Iterable[str], processor: PyramidCLIPProcessor, args: argparse.Namespace
+) -> Generator[Reading, None, None]:
     """`read_ahead` with `pixel_values` (3, H, W), at least one batch in front of the model."""
-    from .picture_files import UnreadablePicture, read_ahead, read_picture
 
-    def read(path: str) -> Any:
+    def read(path: str) -> torch.Tensor:
         picture = read_picture(path, args.max_image_pixels)
         try:
             return processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
@@ -53,13 +63,6 @@ def _pixels_ahead(paths: Iterable[str], processor: Any, args: argparse.Namespace
     return read_ahead(paths, read, args.workers, 2 * max(args.batch_size, args.workers))
 
 
-def _stack(pixels: list, return_tensors: str = "pt") -> dict[str, Any]:
-    """Stands in for the image processor where `read_ahead` has done its work."""
-    import torch
-
-    return {"pixel_values": torch.stack(pixels)}
-
-
 # What the user sees
 
 
@@ -67,7 +70,10 @@ class _Messages:
     """Results on stdout and all else on stderr, without breaking the progress bar; counts the skipped pictures."""
 
     def __init__(self, args: argparse.Namespace):
-        self.quiet, self.json, self.skipped, self._bar = args.quiet, args.json, 0, None
+        self.quiet: bool = args.quiet
+        self.json: bool = args.json
+        self.skipped = 0
+        self._bar: tqdm | None = None
 
     def row(self, row: dict[str, Any], columns: Sequence[Any]) -> None:
         """One result: with `--json` as an object, else its columns between tabs."""
@@ -85,7 +91,7 @@ class _Messages:
         if not self.quiet:
             self.say(text)
 
-    def skip(self, item: str, reason: Any) -> None:
+    def skip(self, item: str, reason: object) -> None:
         self.skipped += 1
         self.say(f"skipped {_printable(item)}: {reason}")
 
@@ -95,10 +101,8 @@ class _Messages:
             self.say(f"{self.skipped} of {of} were skipped")
         return EXIT_SKIPPED if self.skipped else 0
 
-    def bar(self, total: int, unit: str, initial: int = 0) -> Any:
+    def bar(self, total: int, unit: str, initial: int = 0) -> tqdm:
         """A progress bar with rate and time left; in a log, a line every ten seconds."""
-        from huggingface_hub.utils import tqdm
-
         interval = 0.1 if sys.stderr.isatty() else 10
         self._bar = tqdm(
             total=total, unit=unit, initial=initial, disable=self.quiet, mininterval=interval, file=sys.stderr
@@ -128,18 +132,14 @@ def _lines_of(path: str, what: str) -> list[str]:
 # The model
 
 
-def _load(args: argparse.Namespace, messages: _Messages, fuse: bool = True) -> Any:
+def _load(args: argparse.Namespace, messages: _Messages, fuse: bool = True) -> Loaded:
     """The model and processor that the arguments name, see `load_model`."""
-    from .loading import choose_device, load_model
-
     device = choose_device(args.device)
     _warn_of_slow_type(args.dtype, device, messages)
     return load_model(args.model, revision=args.revision, device=device, dtype=args.dtype, fuse=fuse)
 
 
-def _warn_of_slow_type(dtype: str, device: Any, messages: _Messages) -> None:
-    import torch
-
+def _warn_of_slow_type(dtype: str, device: torch.device, messages: _Messages) -> None:
     able = {"bfloat16": ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"), "float16": ("avx512_fp16", "amx_fp16", "fp16")}
     if device.type != "cpu" or dtype == "float32":
         return
@@ -153,23 +153,18 @@ def _warn_of_slow_type(dtype: str, device: Any, messages: _Messages) -> None:
 
 def run_classify(args: argparse.Namespace) -> int:
     """Prints the `--top-k` labels of each picture, batch by batch."""
-    from .picture_files import find_pictures
-    from .zero_shot import IMAGENET_TEMPLATES, class_embeddings, classify
-
     messages = _Messages(args)
     labels = _lines_of(args.labels_file, "labels") if args.labels_file else args.labels
-    templates = _lines_of(args.templates, "templates") if args.templates else None
+    templates = _lines_of(args.templates, "templates") if args.templates else IMAGENET_TEMPLATES
     paths = find_pictures(args.pictures, sys.stdin)
 
     loaded = _load(args, messages)
-    templates = IMAGENET_TEMPLATES if templates is None else templates
     bar_for_labels = not args.quiet and len(labels) * len(templates) > _PROMPTS_WORTH_A_BAR
     class_embeds = class_embeddings(loaded.model, loaded.processor, labels, templates, progress=bar_for_labels)
 
-    def print_batch(names: list[str], pixels: list) -> None:
-        found = classify(
-            loaded.model, _stack, pixels, labels, class_embeds=class_embeds, top_k=args.top_k, batch_size=len(pixels)
-        )
+    def print_batch(names: list[str], pixels: torch.Tensor) -> None:
+        options = {"class_embeds": class_embeds, "top_k": args.top_k, "batch_size": len(pixels)}
+        found = classify(loaded.model, None, pixels, labels, **options)
         for path, predictions in zip(names, found):
             rounded = [{"label": one.name, "probability": round(one.probability, 6)} for one in predictions]
             columns = [path] + [cell for one in predictions for cell in (one.name, f"{one.probability:.4f}")]
@@ -181,17 +176,20 @@ def run_classify(args: argparse.Namespace) -> int:
 
 
 def _in_batches(
-    readings: Iterable[tuple[str, Any]],
+    readings: Iterable[Reading],
     batch_size: int,
     messages: _Messages,
-    bar: Any,
-    use: Callable[[list[str], list], None],
+    bar: tqdm,
+    use: Callable[[list[str], torch.Tensor], None],
 ) -> list[tuple[str, str]]:
-    """Calls `use(names, pixels)` with full batches of what could be read, and once with the rest; returns (name,
-    reason) of what could not."""
-    from .picture_files import UnreadablePicture
+    """Calls `use(names, pixels (n, 3, H, W))` with full batches of what could be read, and once with the rest.
 
-    names, pixels, skipped = [], [], []
+    Returns:
+        (name, reason) of what could not be read.
+    """
+    names: list[str] = []
+    pixels: list[torch.Tensor] = []
+    skipped: list[tuple[str, str]] = []
     for name, reading in readings:
         if isinstance(reading, UnreadablePicture):
             messages.skip(name, reading)
@@ -200,11 +198,11 @@ def _in_batches(
             names.append(name)
             pixels.append(reading)
         if len(names) == batch_size:
-            use(names, pixels)
+            use(names, torch.stack(pixels))
             names, pixels = [], []
         bar.update()
     if names:
-        use(names, pixels)
+        use(names, torch.stack(pixels))
     return skipped
 
 
@@ -213,14 +211,12 @@ def _in_batches(
 
 def run_embed(args: argparse.Namespace) -> int:
     """Embeds pictures, or the lines of `--texts`, into one file; continues where the same command was stopped."""
-    from .embedding_files import EmbeddingJob, check_output
-
     messages = _Messages(args)
     output = check_output(args.output)
     items, inputs = _items_to_embed(args)
     loaded = _load(args, messages, fuse=False)
-    settings = {"kind": "text" if args.texts else "path", "model_sha256": loaded.sha256(), "dtype": args.dtype}
-    settings |= {"inputs": inputs}
+    kind = "text" if args.texts else "path"
+    settings = {"kind": kind, "model_sha256": loaded.sha256(), "dtype": args.dtype, "inputs": inputs}
     if not args.texts:
         processor = loaded.processor.image_processor.to_dict()
         settings["image_processor"] = {name: processor[name] for name in _PROCESSOR_SETTINGS}
@@ -240,8 +236,6 @@ def run_embed(args: argparse.Namespace) -> int:
 
 def _items_to_embed(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """What is to be embedded, and how the command named it: with the content, where that is not a place."""
-    from .picture_files import find_pictures
-
     if args.texts and args.pictures:
         raise ValueError("Expected pictures or --texts, got both: one file of embeddings holds one kind.")
     if args.texts:
@@ -258,7 +252,7 @@ def _sha256_of(lines: list[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def _say_where_it_stands(job: Any, items: list[str], messages: _Messages) -> None:
+def _say_where_it_stands(job: EmbeddingJob, items: list[str], messages: _Messages) -> None:
     """Names again what earlier runs of this job skipped, so that the run that finishes has named all."""
     if job.complete:
         messages.note(f"{job.output} is complete already; --overwrite makes it again")
@@ -274,11 +268,12 @@ def _say_where_it_stands(job: Any, items: list[str], messages: _Messages) -> Non
         messages.skip(item, reason)
 
 
-def _fuse_as_before(job: Any, model: Any) -> None:
-    """`model.fuse()` measures which library is faster, which may come out otherwise the next time; the last bits of the
-    embeddings hang on it, so a job keeps to what its first run chose."""
-    from .fusion_pyramidclip import OneDNNLinear
+def _fuse_as_before(job: EmbeddingJob, model: PyramidCLIPModel) -> None:
+    """Fuses the model with the library for matrix products that the job's first run chose.
 
+    `model.fuse()` measures which is faster, which may come out otherwise the next time, and the last bits of the
+    embeddings hang on it.
+    """
     tower = model.vision_model if job.settings["kind"] == "path" else model.text_model
 
     def choose() -> str:
@@ -289,33 +284,35 @@ def _fuse_as_before(job: Any, model: Any) -> None:
     model.fuse(linear=job.remembered("linear", choose))
 
 
-def _embed_pictures(job: Any, loaded: Any, args: argparse.Namespace, messages: _Messages) -> None:
-    import numpy as np
-
-    from .zero_shot import image_embeddings
-
+def _embed_pictures(job: EmbeddingJob, loaded: Loaded, args: argparse.Namespace, messages: _Messages) -> None:
     missing = job.missing()
     paths = (path for number in missing for path in job.items_of(number))
     left = sum(len(job.items_of(number)) for number in missing)
     total = len(job.items)
-    with closing(_pixels_ahead(paths, loaded.processor, args)) as readings:
-        with messages.bar(total, "picture", initial=total - left) as bar:
-            for number in missing:
-                names, rows = [], [np.zeros((0, loaded.model.config.projection_dim), np.float32)]
-
-                def embed(batch: list[str], pixels: list, names=names, rows=rows) -> None:
-                    names += batch
-                    rows.append(image_embeddings(loaded.model, _stack, pixels, len(pixels)).numpy())
-
-                # A batch ends with its part: the company in which a picture is encoded decides its last bits.
-                of_part = islice(readings, len(job.items_of(number)))
-                skipped = _in_batches(of_part, args.batch_size, messages, bar, embed)
-                job.save(number, names, np.concatenate(rows), skipped)
+    pixels_ahead = closing(_pixels_ahead(paths, loaded.processor, args))
+    with pixels_ahead as readings, messages.bar(total, "picture", initial=total - left) as bar:
+        for number in missing:
+            # A batch ends with its part: the company in which a picture is encoded decides its last bits.
+            of_part = islice(readings, len(job.items_of(number)))
+            job.save(number, *_embedded(of_part, loaded.model, args.batch_size, messages, bar))
 
 
-def _embed_texts(job: Any, loaded: Any, args: argparse.Namespace, messages: _Messages) -> None:
-    from .zero_shot import text_embeddings
+def _embedded(
+    readings: Iterator[Reading], model: PyramidCLIPModel, batch_size: int, messages: _Messages, bar: tqdm
+) -> tuple[list[str], np.ndarray, list[tuple[str, str]]]:
+    """Names and embeddings (n, D) of what could be read, and (name, reason) of the rest."""
+    names: list[str] = []
+    rows = [np.zeros((0, model.config.projection_dim), np.float32)]
 
+    def embed(batch: list[str], pixels: torch.Tensor) -> None:
+        names.extend(batch)
+        rows.append(image_embeddings(model, None, pixels, len(pixels)).numpy())
+
+    skipped = _in_batches(readings, batch_size, messages, bar, embed)
+    return names, np.concatenate(rows), skipped
+
+
+def _embed_texts(job: EmbeddingJob, loaded: Loaded, args: argparse.Namespace, messages: _Messages) -> None:
     missing = job.missing()
     left = sum(len(job.items_of(number)) for number in missing)
     with messages.bar(len(job.items), "text", initial=len(job.items) - left) as bar:
@@ -331,9 +328,6 @@ def _embed_texts(job: Any, loaded: Any, args: argparse.Namespace, messages: _Mes
 
 def run_search(args: argparse.Namespace) -> int:
     """Prints the best rows for each query, and draws the contact sheet."""
-    from .embedding_files import read_embeddings
-    from .picture_files import check_picture_output, contact_sheet, save_picture
-
     messages = _Messages(args)
     if not args.text and not args.image:
         raise ValueError("Expected a query: --text or --image.")
@@ -371,13 +365,8 @@ def run_search(args: argparse.Namespace) -> int:
     return 0
 
 
-def _best(loaded: Any, stored: Any, args: argparse.Namespace) -> list[list[Any]]:
+def _best(loaded: Loaded, stored: StoredEmbeddings, args: argparse.Namespace) -> list[list[Hit]]:
     """The hits of each query: texts first, then pictures."""
-    import torch
-
-    from .picture_files import Hit, UnreadablePicture, read_picture
-    from .zero_shot import image_embeddings, retrieve, text_embeddings
-
     queries = []
     if args.text:
         queries.append(text_embeddings(loaded.model, loaded.processor, args.text))
@@ -399,16 +388,12 @@ def _best(loaded: Any, stored: Any, args: argparse.Namespace) -> list[list[Any]]
 
 def run_explain(args: argparse.Namespace) -> int:
     """Writes the picture with what speaks for the text laid over it, and prints the score."""
-    from .picture_files import UnreadablePicture, check_picture_output, read_picture, save_picture
-
     messages = _Messages(args)
     check_picture_output(args.output)
     try:
         picture = read_picture(args.picture, args.max_image_pixels)
     except UnreadablePicture as error:
         raise ValueError(f"{args.picture}: cannot be read: {error}") from error
-
-    from .explain import explain_image
 
     # The relevance is read off the plain modules, which the fused form does not have.
     loaded = _load(args, messages, fuse=False)
@@ -420,151 +405,10 @@ def run_explain(args: argparse.Namespace) -> int:
     return 0
 
 
-# The command line
-
-
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return number
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser; each subcommand's function is `run` of what it returns."""
-    parser = argparse.ArgumentParser(
-        prog="pyramidclip",
-        description="Classify pictures, embed and search them, and see why, with a PyramidCLIP model.",
-        epilog=_EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(
-            name,
-            help=text,
-            description=f"{text[0].upper()}{text[1:]}.",
-            epilog=_EXIT_CODES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        added.set_defaults(run=run)
-        return added
-
-    _add_classify(command("classify", run_classify, "name pictures by labels of your own"))
-    _add_embed(command("embed", run_embed, "turn pictures or texts into a file of embeddings"))
-    _add_search(command("search", run_search, "find pictures by text or picture in a file of embeddings"))
-    _add_explain(command("explain", run_explain, "show which parts of a picture speak for a text"))
-    return parser
-
-
-_PICTURES_HELP = "files, folders (with all below), globs in quotes, or - for paths on stdin, one a line"
-
-
-def _add_common(parser: argparse.ArgumentParser, model_help: str = "", batches: bool = False) -> None:
-    model_help = model_help or "folder of a saved model, or Hub id"
-    parser.add_argument("--model", required="default" not in model_help, help=model_help)
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, mps; default: an accelerator if there is one"
-    )
-    types = ("float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", default="float32", choices=types, help="of the model (default: %(default)s)")
-    parser.add_argument(
-        "--max-image-pixels",
-        type=_at_least_one,
-        default=100_000_000,
-        help="pictures with more are not decoded (default: %(default)s; Pillow itself ends at 178956970)",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no notes")
-    if batches:
-        parser.add_argument("--batch-size", type=_at_least_one, default=32, help="default: %(default)s")
-        parser.add_argument(
-            "--workers",
-            type=_at_least_one,
-            default=_processors(),
-            help="threads that decode pictures while the model computes (default: the processors, here %(default)s)",
-        )
-
-
-def _add_classify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pictures", nargs="+", help=_PICTURES_HELP)
-    labels = parser.add_mutually_exclusive_group(required=True)
-    labels.add_argument("--labels", nargs="+", metavar="LABEL", help="classes; put pictures before this flag")
-    labels.add_argument("--labels-file", metavar="FILE", help="classes, one a line")
-    parser.add_argument("--templates", metavar="FILE", help="prompts, one a line, {} for the label; default: CLIP's 80")
-    parser.add_argument("--top-k", type=_at_least_one, default=1, help="labels a picture (default: %(default)s)")
-    _add_common(parser, batches=True)
-
-
-def _add_embed(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pictures", nargs="*", help=_PICTURES_HELP)
-    parser.add_argument(
-        "--texts", metavar="FILE", help="embed the lines of this file; long ones are cut to the context"
-    )
-    parser.add_argument("--output", required=True, help="NAME.parquet (needs pyarrow) or NAME.npz")
-    parser.add_argument(
-        "--part-size",
-        type=_at_least_one,
-        default=1024,
-        help="rows between two saves; a stopped job repeats at most these (default: %(default)s)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="take the place of a finished or unfinished file")
-    _add_common(parser, batches=True)
-
-
-def _add_search(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("embeddings", help="file that `pyramidclip embed` wrote")
-    parser.add_argument("--text", nargs="+", action="extend", default=[], metavar="QUERY", help="in words")
-    parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="by example")
-    parser.add_argument("--top-k", type=_at_least_one, default=10, help="hits a query (default: %(default)s)")
-    parser.add_argument("--output", metavar="SHEET", help="contact sheet to write, a PNG, JPEG or WebP")
-    parser.add_argument("--font", metavar="FILE", help="TrueType font of the sheet, for queries beyond Latin letters")
-    _add_common(parser, "folder of a saved model, or Hub id; default: the one that the embeddings name")
-
-
-def _add_explain(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("picture", help="a file")
-    parser.add_argument("--text", required=True, help="what to look for")
-    parser.add_argument("--output", required=True, help="overlay to write, a PNG, JPEG or WebP")
-    _add_common(parser)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code; `--help` lists the codes."""
-    args = build_parser().parse_args(argv)
-    again = " What is complete is kept: the same command continues." if args.command == "embed" else ""
-    try:
-        code = args.run(args)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        # Python would flush once more on its way out, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
-    except KeyboardInterrupt:
-        print(f"\nstopped.{again}", file=sys.stderr)
-        return EXIT_STOPPED
-    except (ValueError, ImportError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_WRONG_USAGE
-    except OSError as error:
-        full = " The disk is full." if error.errno == errno.ENOSPC else ""
-        print(f"error: {error}.{full}{again}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        print(f"error: {error}\nLower --batch-size.{again}", file=sys.stderr)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+# What `pyramidclip_command` calls by the subcommand's name.
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "classify": run_classify,
+    "embed": run_embed,
+    "search": run_search,
+    "explain": run_explain,
+}
