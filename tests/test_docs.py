@@ -86,6 +86,11 @@ def test_pages_name_what_is_there(page):
     assert not faults, "\n".join(faults)
 
 
+@pytest.mark.parametrize("page", ["speed.md", "ablations.md"])
+def test_answers_take_two_pages_at_most(page):
+    assert len((CHECKOUT / "docs" / page).read_text(encoding="utf8").splitlines()) <= 120
+
+
 def documentation(tree):
     """The docstrings of a module, its classes and functions."""
     for node in ast.walk(tree):

@@ -47,7 +47,7 @@ ASSEMBLERS = {"__init__", "hub", "loading", "commands"}
 HELPERS = {"filelock": "files", "pyramidclip_command": "commands"}
 
 # The layers of `training/` from the top: an import leads to a lower line or stays in its room. What lies directly in
-# `training/` is a command.
+# `training/` is a command, and so is what lies directly in `training/prepare/`, whose rooms hold what it is made of.
 LAYERS = (
     {"commands"},
     {"emoji"},
@@ -217,6 +217,12 @@ def room_of(module):
     return rest[0] if len(rest) > 1 or rest[0] in DEPTH else "commands"
 
 
+def is_command(module):
+    """Whether a module of `training` is one that you can type: `python -m training.NAME`, `training.prepare.NAME`."""
+    *folders, _ = module.split(".")
+    return folders in (["training"], ["training", "prepare"]) and room_of(module) is not None and not is_package(module)
+
+
 def layer_faults(tree, importer):
     """Imports of a module of `training` that do not lead down the list of layers."""
     room = room_of(importer)
@@ -225,7 +231,7 @@ def layer_faults(tree, importer):
         return
     for module in sorted({module for _, module in own_imports(tree, importer)}):
         other = room_of(module)
-        if other == "commands":
+        if is_command(module):
             if (importer, module) not in RUNS_ANOTHER:
                 yield f"imports the command {module}"
         elif other not in DEPTH:
@@ -316,7 +322,7 @@ def breaks_of_rooms():
         faults = list(hidden_imports(tree, module))
         if module.startswith("training."):
             faults += layer_faults(tree, module)
-            if room_of(module) == "commands":
+            if is_command(module):
                 faults += command_faults(tree)
         yield from (f"{shown}: {fault}" for fault in faults)
     yield from (f"circle: {circle}" for circle in circles(imports))
@@ -354,6 +360,8 @@ def test_every_room_has_a_place():
         ("training.loop.checkpoint", "from training.emoji.scenes import Recipe"),
         ("training.data.order", "from conversion.key_map import KEYS"),
         ("training.unknown_room.part", "import json"),
+        ("training.prepare.formats.store", "from training.prepare.pack import main"),
+        ("training.prepare.detect", "from training.prepare.pack import main"),
     ],
 )
 def test_layers_fire(importer, source):
