@@ -8,7 +8,7 @@ CORE_TORCH := 2.13.0
 CORE_TESTS := tests/pyramidclip_hf --ignore tests/pyramidclip_hf/vinvl tests/test_core_environment.py
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-main test-core test-all test-upstream bench lint clean
+.PHONY: help setup demo test test-main test-core test-all test-upstream bench gpu gpu-wheels lint clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -52,6 +52,17 @@ test-upstream: $(VENV)/installed  ## transformers' own common tests against thes
 
 bench: $(VENV)/installed  ## measure every row of the speed table, side by side
 	$(BIN)/python -m tests.bench
+
+# A bare machine with a GPU and its own torch needs no .venv: what is missing there lies in wheels/.
+GPU_WHEELS := ftfy wcwidth open_clip_torch webdataset braceexpand
+gpu:  ## what only a GPU can show: right, then fast, in 8 minutes (without one: a dry pass); ARGS="--parts right"
+	@if [ -x $(BIN)/python ]; then python=$(BIN)/python; \
+	elif $(PYTHON) -c 'import sys, torch, transformers; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then python=$(PYTHON); \
+	else $(MAKE) setup && python=$(BIN)/python; fi && $$python -m tests.gpu $(ARGS)
+
+gpu-wheels:  ## fetch the pure-Python wheels that a bare machine with a GPU lacks into wheels/
+	$(PYTHON) -m pip download --disable-pip-version-check --no-deps --only-binary :all: --constraint constraints.txt \
+		--dest wheels $(GPU_WHEELS)
 
 lint: $(VENV)/installed  ## ruff check and format check
 	$(BIN)/ruff check .

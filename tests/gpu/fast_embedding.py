@@ -1,0 +1,145 @@
+"""Fast: embedding pictures and texts against CLIPModel and open_clip, and from files."""
+
+import copy
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from tests.gpu.measure import Timing, in_turn
+from tests.gpu.models import clip_model, imported, open_clip_model, our_batch, our_model
+from tests.gpu.pictures import picture_folder
+from tests.gpu.right_model import saved_model
+from tests.gpu.session import Part, Session, Skipped
+from tests.plain_forms import lively
+
+Ways = dict[str, Callable[[], object]]
+
+
+def _others(session: Session, name: str, dtype: torch.dtype, text: bool, inputs: torch.Tensor) -> Ways:
+    """What people would use instead, in the same type, on the same inputs."""
+    ways: Ways = {}
+    if name.startswith("ViT"):
+        clip = clip_model(session, name).eval().to(dtype)
+        ways["CLIPModel"] = (
+            (lambda: clip.get_text_features(input_ids=inputs))
+            if text
+            else (lambda: clip.get_image_features(pixel_values=inputs))
+        )
+    try:
+        imported("open_clip")
+    except Skipped as why:
+        session.note(what="open_clip", skipped=str(why))
+    else:
+        other = open_clip_model(session, name).eval().to(dtype)
+        ways["open_clip"] = lambda: (other.encode_text if text else other.encode_image)(inputs)
+    return ways
+
+
+def pictures_of(name: str) -> Callable[[Session], None]:
+    """The part that embeds pictures by architecture `name`."""
+
+    def run(session: Session) -> None:
+        count = session.size(256, 2)
+        for dtype in (torch.bfloat16, torch.float16):
+            model = lively(our_model(session, name)).eval().to(dtype)
+            side = model.config.vision_config.image_size
+            pixels = torch.randn(count, 3, side, side, device=session.device, dtype=dtype)
+            fused = copy.deepcopy(model).fuse()
+            ways: Ways = {
+                "plain": lambda model=model, pixels=pixels: model.encode_image(pixels),
+                "fused": lambda fused=fused, pixels=pixels: fused.encode_image(pixels),
+                **_others(session, name, dtype, False, pixels),
+            }
+            _timed(session, f"{name}, pictures, {_short(dtype)}", ways, count)
+
+    run.__doc__ = f"Pictures by {name}."
+    return run
+
+
+def texts(session: Session) -> None:
+    """Texts of 16 tokens under "eos", and padded to 77, bf16."""
+    count, dtype = session.size(1024, 2), torch.bfloat16
+    model = lively(our_model(session, "ViT-B-32", "eos")).eval().to(dtype)
+    ids = our_batch(session, model.config, count)["input_ids"]
+    long = F.pad(ids, (0, 77 - ids.shape[1]))
+    fused = copy.deepcopy(model).fuse()
+    ways: Ways = {
+        "plain": lambda: model.encode_text(ids),
+        "fused": lambda: fused.encode_text(ids),
+        "77 tokens": lambda: model.encode_text(long),
+        **_others(session, "ViT-B-32", dtype, True, long),
+    }
+    _timed(session, "texts, bfloat16", ways, count)
+
+
+def compiled(session: Session) -> None:
+    """Compiled encoders against CLIPModel's, ViT-B-16, pictures, bf16."""
+    count, dtype, backend = session.size(256, 2), torch.bfloat16, session.size("inductor", "eager")
+    model = lively(our_model(session, "ViT-B-16")).eval().to(dtype)
+    side = model.config.vision_config.image_size
+    pixels = torch.randn(count, 3, side, side, device=session.device, dtype=dtype)
+    fused, clip = copy.deepcopy(model).fuse(), clip_model(session, "ViT-B-16").eval().to(dtype)
+    ours = torch.compile(model.encode_image, backend=backend)
+    ours_fused = torch.compile(fused.encode_image, backend=backend)
+    theirs = torch.compile(clip.get_image_features, backend=backend)
+    ways: Ways = {
+        "compiled": lambda: ours(pixels),
+        "CLIPModel compiled": lambda: theirs(pixel_values=pixels),
+        "fused, compiled": lambda: ours_fused(pixels),
+    }
+    times = _timed(session, "ViT-B-16, pictures, bfloat16", ways, count)
+    if {"compiled", "CLIPModel compiled"} <= times.keys():
+        ratio = times["CLIPModel compiled"].whole / min(
+            t.whole for way, t in times.items() if way != "CLIPModel compiled"
+        )
+        session.goal("ViT-B-16, compiled: times CLIPModel's pictures a second", ratio, at_least=1.0)
+
+
+def _timed(session: Session, what: str, ways: Ways, count: int) -> dict[str, Timing]:
+    with torch.inference_mode():
+        times = in_turn(session, ways, rounds=session.size(10, 1), warm=session.size(3, 1))
+    for way, timing in times.items():
+        session.note(what=f"{what}, {way}", per_s=1e3 * count / timing.whole, ms=timing.whole, host_ms=timing.host)
+    best = min((times[way].whole for way in ("plain", "fused") if way in times), default=None)
+    if best is not None and "CLIPModel" in times:
+        session.goal(f"{what}: times CLIPModel's a second", times["CLIPModel"].whole / best, at_least=1.0)
+    if {"plain", "fused"} <= times.keys():
+        session.goal(f"{what}: fused over plain", times["plain"].whole / times["fused"].whole, at_least=1.0)
+    return times
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def command(session: Session) -> None:
+    """`pyramidclip embed` from JPEG files, with what it takes to start."""
+    folder, model = picture_folder(session), saved_model(session)
+    many = session.folder / "many.txt"
+    once = [str(path) for path in sorted(folder.iterdir())]
+    # The same pictures under other names: links cost nothing, and every one is decoded again.
+    linked = session.folder / "linked"
+    linked.mkdir(exist_ok=True)
+    for number in range(session.size(8192, 8)):
+        (linked / f"{number:06d}.jpg").hardlink_to(once[number % len(once)])
+    many.unlink(missing_ok=True)
+    for count, source in ((len(once), folder), (len(list(linked.iterdir())), linked)):
+        output = session.folder / f"many-{count}.npz"
+        start = time.monotonic()
+        words = ["embed", source, "--model", model, "--output", output, "--device", session.device.type]
+        done = session.command("pyramidclip_command", *words, "--dtype", session.size("bfloat16", "float32"))
+        seconds = time.monotonic() - start
+        session.check(f"exit code{'' if done.code == 0 else ' ' + done.output[-300:]}", done.code, equals=0)
+        session.note(what="pyramidclip embed, ViT-B-32", pictures=count, seconds=seconds, per_s=count / seconds)
+
+
+PARTS = (
+    Part("fast: pictures by ViT-B-16", 25, pictures_of("ViT-B-16")),
+    Part("fast: pictures by ViT-B-32", 25, pictures_of("ViT-B-32")),
+    Part("fast: pictures by RN50", 25, pictures_of("RN50")),
+    Part("fast: texts", 15, texts),
+    Part("fast: embed from files", 60, command),
+)
+LAST = (Part("fast: compiled pictures", 100, compiled),)
