@@ -193,7 +193,7 @@ def compared_embeddings(model, processor, data: Path) -> dict[str, np.ndarray]:
 
     One thread computes them, since the last bits of a matrix product depend on how it is split.
     """
-    from training.data.labelled import ShardSamples
+    from training.data.samples import ShardSamples
     from training.evaluation.embedding import embed_levels
 
     threads = torch.get_num_threads()
@@ -264,7 +264,8 @@ def score_model(folder: Path, scenes: Path) -> tuple[dict[str, Any], dict[str, n
 
     Returns the scores, and the (Q, I) cosines of captions and pictures and (N, C) of pictures and classes behind them.
     """
-    from training.data.labelled import ShardSamples, labelled_shards
+    from training.data.labelled import labelled_shards
+    from training.data.samples import ShardSamples
     from training.evaluation.classification import classification_metrics, zero_shot_scores
     from training.evaluation.embedding import embed_levels
     from training.evaluation.loading import load_model
@@ -325,7 +326,8 @@ def reported_run(args: DemoArguments, name: str, scores: dict[str, Any]):
 def report(args: DemoArguments, stages: Stages) -> Path:
     """Collects what the stages left and writes report.html."""
     from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES
-    from training.data.labelled import ShardSamples, labelled_shards
+    from training.data.labelled import labelled_shards
+    from training.data.samples import ShardSamples
     from training.emoji.pictures import ATTRIBUTION
     from training.reports.demo_page import SCENES_SHOWN, ReportedDemo, write_report
 

@@ -25,8 +25,8 @@ import numpy as np
 from pyramidclip_hf.explain import explain_image, explain_regions
 from pyramidclip_hf.files import write_atomically
 from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES, class_embeddings, image_embeddings, retrieve, text_embeddings
-from training.data.labelled import ShardSamples, open_picture
 from training.data.records import Sample, phrase
+from training.data.samples import ShardSamples, open_picture
 from training.data.shards import read_dataset_json
 from training.evaluation.classification import read_templates
 from training.evaluation.loading import load_model

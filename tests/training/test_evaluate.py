@@ -17,8 +17,8 @@ from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPForImageClassificatio
 from tests.hub_server import Repository, client_environment, running_hub
 from tests.training.evaluation_models import FEATURES, save_tiny_model
 from tests.training.processes import run_in_processes
-from training.data.labelled import ShardSamples
 from training.data.records import Region, Sample, tag_text
+from training.data.samples import ShardSamples
 from training.data.shards import ShardWriter, write_dataset_json
 from training.evaluate import main
 from training.evaluation.classification import classification_metrics, read_templates, zero_shot_scores

@@ -15,7 +15,7 @@ from pyramidclip_hf.image_processing_pyramidclip import PyramidCLIPImageProcesso
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from tests.training.prepare.small_data import FEATURES, make_sample, write_shards
-from training.data.labelled import ShardSamples
+from training.data.samples import ShardSamples
 from training.evaluation.loading import load_model
 from training.figures import attribution_of, localisation, main, tsne_points
 

@@ -17,7 +17,8 @@ from tests.training.tiny import VIT
 from training import pretrain
 from training.data.batches import DataError
 from training.data.loader import WorkerDied
-from training.data.shards import ShardReader, ShardWriter, index_path
+from training.data.shard_index import index_path
+from training.data.shards import ShardReader, ShardWriter
 from training.loop import run as loop
 from training.loop.checkpoint import list_checkpoints
 from training.loop.tracking import read_metrics

@@ -13,8 +13,7 @@ import torch
 
 from pyramidclip_hf.configuration_pyramidclip import LEVELS, levels_of_kind
 from training.data.records import IMAGE_SUFFIXES, BadSample, level_text, sample_from_members
-from training.data.remote import ShardCache
-from training.data.sources import is_url
+from training.data.remote import ShardCache, is_url
 from training.data.views import BadPicture, ViewSettings, make_views
 
 MAX_REPLACEMENTS = 32
@@ -129,7 +128,7 @@ class BatchMaker(torch.utils.data.Dataset):
             try:
                 return self._load(epoch, *where)
             except BadSample as bad:
-                report.bad.append(bad.args)
+                report.bad.append(bad.fault)
                 last = bad
             where = self.order.replacement(epoch, position, attempt)
         raise DataError(f"{last}; the {MAX_REPLACEMENTS} samples drawn in place of it and its like are bad too")

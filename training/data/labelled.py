@@ -1,101 +1,21 @@
-"""What a model is evaluated on: samples of our shards, and pictures with class labels from folders or shards.
+"""Pictures with class labels, from folders with one sub-folder for each class or from shards.
 
-Nothing is shuffled, skipped or replaced here: item i is the same sample in every run, and one that cannot be read is an
-error, because a score over fewer samples than the data set has is another score.
+Nothing is shuffled, skipped or replaced here: picture i is the same one in every run, and one that cannot be read is an
+error, because a score over fewer pictures than the data set has is another score.
 """
 
-import bisect
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
-from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS, open_undecoded
 from pyramidclip_hf.picture_files import PICTURE_SUFFIXES
-from training.data.records import BadSample, Sample, sample_from_members
-from training.data.shards import ShardReader, is_url, read_dataset_json
-from training.data.sources import Manifest, ManifestReader, Unit
-
-
-def shard_paths(data: str) -> list[str]:
-    """The shards that `data` names: a tar, a folder of tars (in the order of their names), or a URL of either.
-
-    Raises FileNotFoundError where there is nothing, saying what is expected there.
-    """
-    if data.endswith(".tar"):
-        if not is_url(data) and not Path(data).is_file():
-            raise FileNotFoundError(f"no shard at {data}")
-        return [data]
-    if is_url(data):
-        described = read_dataset_json(data)
-        if not described or not described.get("shards"):
-            raise FileNotFoundError(f"{data} has no dataset.json that lists shards; name one shard (a URL of a .tar)")
-        return [f"{data.rstrip('/')}/{name}" for name in sorted(described["shards"])]
-    if not Path(data).is_dir():
-        raise FileNotFoundError(
-            f"there is no folder {data}. Expected a folder of shards (*.tar, as `python -m training.prepare.pack` "
-            "writes them) or, for zero-shot classification, one sub-folder of pictures for each class"
-        )
-    found = sorted(str(path) for path in Path(data).glob("*.tar"))
-    if not found:
-        raise FileNotFoundError(f"{data} has no shards (*.tar); `python -m training.prepare.pack` writes them")
-    return found
-
-
-class ShardSamples(Sequence):
-    """The samples of shards as a sequence: `len`, and item i as a `records.Sample`, read when asked for.
-
-    data: see `shard_paths`, or a `.jsonl` manifest of loose pictures (`data_sources`). max_samples: only the first so
-    many. Reading raises ValueError where a sample has no picture or is damaged, naming it.
-    """
-
-    def __init__(self, data: str, max_samples: int | None = None):
-        self.name = data
-        self._readers = [_manifest(data)] if data.endswith(".jsonl") else list(map(ShardReader, shard_paths(data)))
-        self._ends = list(itertools.accumulate(map(len, self._readers)))
-        self._length = min(self._ends[-1], max_samples or self._ends[-1])
-        if not self._length:
-            raise ValueError(f"{data} holds no samples")
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {self.name}, which has {len(self)}")
-        shard = bisect.bisect_right(self._ends, index)
-        reader = self._readers[shard]
-        row = index - (self._ends[shard] - len(reader))
-        try:
-            key = reader.key(row) if isinstance(reader, ManifestReader) else reader.keys[row]
-            return sample_from_members(reader.read(row), key, reader.name)
-        except BadSample as error:
-            hint = "; a caption without a picture cannot be evaluated" if error.reason == "no-image" else ""
-            advice = "Evaluation skips nothing: repair the data or take the sample out"
-            raise ValueError(f"{error}{hint}. {advice}") from error
-
-    def __iter__(self) -> Iterator[Sample]:
-        return map(self.__getitem__, range(len(self)))
-
-
-def _manifest(path: str) -> ManifestReader:
-    manifest = Manifest(path)
-    return ManifestReader(manifest, Unit(path, len(manifest.offsets) - 1, manifest.identity))
-
-
-def open_picture(data: bytes, name: str, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """The decoded picture; ValueError with its name where the bytes are none of an allowed format, or too many pixels.
-
-    The bytes may be anybody's, as those of the Hub.
-    """
-    try:
-        picture = open_undecoded(data, max_image_pixels)
-        picture.load()
-        return picture
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"picture {name} cannot be read: {error}") from error
+from training.data.records import Sample
+from training.data.remote import is_url
+from training.data.samples import ShardSamples, open_picture
+from training.data.shards import read_dataset_json
 
 
 @dataclass(frozen=True)
@@ -122,7 +42,15 @@ class LabelledPictures:
 
 
 def check_class_names(names: Sequence[str], source: str) -> list[str]:
-    """The names without outer blanks; ValueError where one is empty, or two are the same up to case."""
+    """The names without outer blanks.
+
+    Args:
+        names: of the classes.
+        source: where they are from, in errors.
+
+    Raises:
+        ValueError: a name is empty, or two are the same up to case.
+    """
     names = [name.strip() for name in names]
     empty = [number for number, name in enumerate(names, 1) if not name]
     if empty:
@@ -138,7 +66,15 @@ def check_class_names(names: Sequence[str], source: str) -> list[str]:
 
 
 def check_every_class_has_pictures(data: LabelledPictures, max_samples: int | None) -> LabelledPictures:
-    """The data as given; ValueError where a class has no picture, unless `max_samples` of the pictures were chosen."""
+    """The data as given.
+
+    Args:
+        data: to check.
+        max_samples: so many pictures were chosen, so classes may have none; None: all there are.
+
+    Raises:
+        ValueError: a class has no picture.
+    """
     met = set(data.labels)
     missing = [name for number, name in enumerate(data.class_names) if number not in met]
     if missing and not max_samples:
@@ -156,13 +92,23 @@ def spread_evenly(items: int, wanted: int) -> list[int]:
     return [number * items // wanted for number in range(wanted)]
 
 
+def open_pictures(data: str, classes_file: str | None = None, max_samples: int | None = None) -> LabelledPictures:
+    """The pictures of a folder of classes, or of shards; see `labelled_folder` and `labelled_shards`."""
+    has_classes = os.path.isdir(data) and not any(Path(data).glob("*.tar"))
+    return (labelled_folder if has_classes else labelled_shards)(data, classes_file, max_samples)
+
+
 def labelled_folder(folder: str, classes_file: str | None = None, max_samples: int | None = None) -> LabelledPictures:
     """Pictures in one sub-folder for each class (searched at any depth), as torchvision's ImageFolder expects them.
 
-    Class names are the folders' names with "_" read as a blank; `classes_file` gives others: lines `folder<TAB>name`,
-    or one name a line in the order of the sorted folders. `max_samples`: so many, spread evenly over the pictures.
+    Args:
+        folder: with the sub-folders, whose names with "_" read as a blank are the class names.
+        classes_file: gives others: lines `folder<TAB>name`, or one name a line in the order of the sorted folders.
+        max_samples: so many, spread evenly over the pictures.
 
-    Raises FileNotFoundError and ValueError that say what is missing and where it is expected.
+    Raises:
+        FileNotFoundError: there are no sub-folders, or no such file.
+        ValueError: splits instead of classes, names that do not fit, or a class without a picture.
     """
     root = Path(folder)
     folders = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
@@ -194,9 +140,15 @@ def labelled_folder(folder: str, classes_file: str | None = None, max_samples: i
 
 
 def names_from_file(classes_file: str, folders: list[str]) -> list[str]:
-    """The class names of a file, in the order of `folders`: lines `folder<TAB>name`, or one name for each in order.
+    """The class names of a file, in the order of `folders`.
 
-    Raises FileNotFoundError, and ValueError where the lines do not fit the folders.
+    Args:
+        classes_file: lines `folder<TAB>name`, or one name for each in order.
+        folders: the classes as the data names them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the lines do not fit the folders.
     """
     if not Path(classes_file).is_file():
         raise FileNotFoundError(f"there is no class file {classes_file}; expected one name a line, or folder<TAB>name")
@@ -221,19 +173,25 @@ def names_from_file(classes_file: str, folders: list[str]) -> list[str]:
 def labelled_shards(data: str, classes_file: str | None = None, max_samples: int | None = None) -> LabelledPictures:
     """Pictures of shards whose `KEY.json` has `class_name`, as the split "objects" of the emoji scenes.
 
-    Class names: `classes` of `dataset.json`, else the names met, sorted. `classes_file` gives others, in lines
-    `class_name<TAB>name`, or lists the `class_name`s, one a line. `max_samples`: so many, spread evenly.
-    Raises ValueError for a sample without a class, or with one that is not among the names.
+    Args:
+        data: the string that names them, see `training.data.sources`. Where it is a folder, local or behind a URL, the
+            class names are `classes` of its `dataset.json`; else those met, sorted.
+        classes_file: gives other names, in lines `class_name<TAB>name`, or lists the `class_name`s, one a line.
+        max_samples: so many, spread evenly over the samples.
+
+    Raises:
+        FileNotFoundError: there is nothing, or no such file.
+        ValueError: a sample without a class or with one that is not among the names, or a class without a picture.
     """
     samples = ShardSamples(data)
     chosen = spread_evenly(len(samples), max_samples or len(samples))
-    found = [samples[number].extra.get("class_name") for number in chosen]
-    if None in found:
-        key = samples[chosen[found.index(None)]].key
-        raise ValueError(f"{data}: sample {key!r} has no class_name in its .json; zero-shot classification needs one")
-    listed = None if data.endswith((".tar", ".jsonl")) else (read_dataset_json(data) or {}).get("classes")
+    found = [_class_of(samples[number], data) for number in chosen]
+    is_folder = os.path.isdir(data) or (is_url(data) and ".tar" not in Path(data).name and not data.endswith(".txt"))
+    listed = (read_dataset_json(data) or {}).get("classes") if is_folder else None
     names = classes = listed or sorted(set(found))
     if classes_file:
+        if not Path(classes_file).is_file():
+            raise FileNotFoundError(f"there is no class file {classes_file}; expected class_name<TAB>name a line")
         lines = Path(classes_file).read_text(encoding="utf-8").splitlines()
         if any("\t" in line for line in lines):
             names = names_from_file(classes_file, classes)
@@ -251,3 +209,14 @@ def labelled_shards(data: str, classes_file: str | None = None, max_samples: int
         read=lambda number: open_picture(samples[chosen[number]].image, samples[chosen[number]].key),
     )
     return check_every_class_has_pictures(pictures, max_samples)
+
+
+def _class_of(sample: Sample, data: str) -> str:
+    found = sample.extra.get("class_name")
+    if found is None:
+        raise ValueError(
+            f"{data}: sample {sample.key!r} has no class_name in its .json; zero-shot classification needs one"
+        )
+    if not isinstance(found, str):
+        raise ValueError(f"{data}: sample {sample.key!r}: class_name is {found!r}, expected a string")
+    return found

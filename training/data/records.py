@@ -1,4 +1,4 @@
-"""One sample of the pyramid: a picture, its caption, and the levels added to it (design section 6).
+"""One sample of the pyramid: a picture, its caption, and the levels added to it (docs/data.md).
 
 A sample is a handful of members that share a key: `jpg` (or `png`, `webp`), `txt`, `json`, `roi.npy`. The functions
 here turn members into a checked `Sample` and back; they neither decode pictures nor know about tar files. Everything
@@ -9,7 +9,9 @@ with a word that can be counted.
 import ast
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,61 +28,84 @@ BOX_TOLERANCE = 0.01
 _JSON_KEYS = ("caption", "captions", "summary", "tags", "regions")
 
 
-class BadSample(Exception):
-    """A sample that cannot be used.
+Box = tuple[float, float, float, float]
 
-    Attributes: `key` the sample's key, `where` the shard or file it came from, `reason` one short machine-readable
-    word (what counts are kept by), `detail` a sentence for people.
+
+class Fault(NamedTuple):
+    """Why a sample cannot be used.
+
+    key: the sample's; None where it is not known. where: the shard or file it came from; None where it is not known.
+    reason: one short machine-readable word, which counts are kept by. detail: a sentence for people.
     """
 
-    def __init__(self, key, where, reason, detail=""):
+    key: str | None
+    where: str | None
+    reason: str
+    detail: str = ""
+
+
+class BadSample(Exception):
+    """A sample that cannot be used; it takes and has the fields of `Fault`."""
+
+    def __init__(self, key: str | None, where: str | None, reason: str, detail: str = ""):
         super().__init__(key, where, reason, detail)
         self.key, self.where, self.reason, self.detail = key, where, reason, detail
 
-    def __str__(self):
+    @property
+    def fault(self) -> Fault:
+        """What is wrong with the sample, as a value."""
+        return Fault(self.key, self.where, self.reason, self.detail)
+
+    def __str__(self) -> str:
         return f"{self.where}: sample {self.key!r}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
 @dataclass
 class Region:
-    """One detected region. `box` is x1, y1, x2, y2 over the width and height of the uncropped picture; `attributes`
-    end with the most confident one; `score` is the detector's confidence or None."""
+    """One detected region.
 
-    box: tuple
+    box: x1, y1, x2, y2 over the width and height of the uncropped picture. score: the detector's confidence, if known.
+    attributes: the most confident one last.
+    """
+
+    box: Box
     score: float | None = None
     label: str = ""
-    attributes: list = field(default_factory=list)
+    attributes: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Sample:
-    """A checked sample. `image` are the undecoded bytes of the picture (suffix `image_suffix`), `roi` is a read-only
-    float16 (K, F) array in the order of `regions`, `extra` holds the keys of `KEY.json` that are not ours, `captions`
-    all captions where a picture has several (`caption` is then the first)."""
+    """A checked sample.
+
+    image: the undecoded bytes of the picture, of the kind `image_suffix`. roi: read-only float16 (K, F), in the order
+    of `regions`. extra: the keys of `KEY.json` that are not ours. captions: all of them where a picture has several;
+    `caption` is then the first.
+    """
 
     key: str
     image: bytes | None
     image_suffix: str
     caption: str | None = None
     summary: str | None = None
-    tags: list | None = None
-    regions: list | None = None
+    tags: list[str] | None = None
+    regions: list[Region] | None = None
     roi: np.ndarray | None = None
-    extra: dict = field(default_factory=dict)
-    captions: list | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    captions: list[str] | None = None
 
 
-def phrase(region):
+def phrase(region: Region) -> str:
     """The words for a region: its last three attributes (the most confident one last), then the noun."""
     return " ".join([*region.attributes[-MAX_ATTRIBUTES:], region.label])
 
 
-def tag_text(tags):
+def tag_text(tags: Sequence[str]) -> str:
     """The text of the tag level: phrases joined by comma and blank (paper section 3.1)."""
     return ", ".join(tags)
 
 
-def level_text(sample, level):
+def level_text(sample: Sample, level: str) -> str | None:
     """The text of one of a sample's text levels, or None where it has none."""
     found = getattr(sample, level)
     if isinstance(found, list):
@@ -88,7 +113,7 @@ def level_text(sample, level):
     return found
 
 
-def has_level(sample, level):
+def has_level(sample: Sample, level: str) -> bool:
     """Whether a sample has a level of the pyramid."""
     kind = LEVELS[level].kind
     if kind == "text":
@@ -96,16 +121,22 @@ def has_level(sample, level):
     return (sample.image if kind == "picture" else sample.roi) is not None
 
 
-def sample_from_members(members, key, where, require_image=True):
-    """Checks the members of one sample and returns a `Sample`.
+def sample_from_members(members: Mapping[str, bytes], key: str, where: str, require_image: bool = True) -> Sample:
+    """Checks the members of one sample.
 
-    Args: `members` {suffix: bytes}; `key` and `where` name the sample in errors; `require_image=False` accepts a
-    sample whose picture was not read (`image` is then None). A missing caption, summary, tags or regions is None,
-    also where it is there but blank.
+    Args:
+        members: suffix -> bytes.
+        key: names the sample in errors.
+        where: what it came from, in errors.
+        require_image: off: a sample whose picture was not read is fine, its `image` is None.
 
-    Raises `BadSample` with reason `no-image`, `text-too-large`, `bad-utf8`, `json-too-large`, `bad-json`,
-    `bad-caption`, `bad-summary`, `bad-tags`, `bad-regions`, `bad-roi` or `roi-count` (rows of `roi.npy` and number of
-    regions differ).
+    Returns:
+        The sample; a caption, summary, tags or regions that are missing or blank are None.
+
+    Raises:
+        BadSample: with reason `no-image`, `text-too-large`, `bad-utf8`, `json-too-large`, `bad-json`, `bad-caption`,
+            `bad-summary`, `bad-tags`, `bad-regions`, `bad-roi` or `roi-count` (rows of `roi.npy` and number of regions
+            differ).
     """
     suffix = next((s for s in (*IMAGE_SUFFIXES, "jpeg") if s in members), None)
     if suffix is None and require_image:
@@ -133,11 +164,14 @@ def sample_from_members(members, key, where, require_image=True):
     )
 
 
-def members_from_sample(sample):
-    """The members {suffix: bytes} of a sample, the inverse of `sample_from_members`; the same sample always gives the
-    same bytes.
+def members_from_sample(sample: Sample) -> dict[str, bytes]:
+    """The members of a sample, the inverse of `sample_from_members`; equal samples give equal bytes.
 
-    Raises `ValueError` where the sample has no picture, or `roi` and `regions` differ in length.
+    Returns:
+        Suffix -> bytes.
+
+    Raises:
+        ValueError: the sample has no picture, or `roi` and `regions` differ in length.
     """
     if sample.image is None:
         raise ValueError(f"sample {sample.key!r} has no picture: expected its encoded bytes in `image`")
@@ -175,9 +209,12 @@ def members_from_sample(sample):
     return members
 
 
-def npy_bytes(array):
-    """The bytes of a float16 `.npy` file holding `array` (K, F). Raises `ValueError` where a value is not finite in
-    float16."""
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The bytes of a float16 `.npy` file that holds `array` (K, F).
+
+    Raises:
+        ValueError: another shape, or a value that is not finite in float16.
+    """
     with np.errstate(over="ignore"):
         half = np.ascontiguousarray(array, dtype="<f2")
     if half.ndim != 2:
@@ -192,7 +229,7 @@ def npy_bytes(array):
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + half.tobytes()
 
 
-def _read_json(data, key, where):
+def _read_json(data: bytes | None, key: str, where: str) -> dict[str, Any]:
     if data is None:
         return {}
     if len(data) > MAX_JSON_BYTES:
@@ -206,29 +243,29 @@ def _read_json(data, key, where):
     return record
 
 
-def _captions(text, record, key, where):
+def _captions(text: bytes | None, record: Mapping[str, Any], key: str, where: str) -> list[str]:
     """All captions of a sample: the list `captions` where there is one, else `KEY.txt`, else `caption` of the JSON."""
     if isinstance(record.get("captions"), list):
-        found = [_text(item, "bad-caption", key, where) for item in record["captions"]]
-        found = [item for item in found if item is not None]
-        if found:
-            return found
+        listed = [_text(item, "bad-caption", key, where) for item in record["captions"]]
+        captions = [item for item in listed if item is not None]
+        if captions:
+            return captions
     if text is not None:
         if len(text) > MAX_TEXT_BYTES:
             raise BadSample(
                 key, where, "text-too-large", f"caption of {len(text)} bytes, at most {MAX_TEXT_BYTES} are read"
             )
         try:
-            found = str(bytes(text), "utf-8").strip()
+            caption = str(bytes(text), "utf-8").strip()
         except UnicodeDecodeError as error:
             raise BadSample(key, where, "bad-utf8", f"caption: {error}") from None
-        if found:
-            return [found]
+        if caption:
+            return [caption]
     found = _text(record.get("caption"), "bad-caption", key, where)
     return [found] if found else []
 
 
-def _text(value, reason, key, where):
+def _text(value: object, reason: str, key: str, where: str) -> str | None:
     """A stripped string, or None for null, NaN (how spreadsheets write a missing cell) and blanks."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
@@ -237,7 +274,7 @@ def _text(value, reason, key, where):
     return value.strip() or None
 
 
-def _tags(value, key, where):
+def _tags(value: object, key: str, where: str) -> list[str] | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if not isinstance(value, list):
@@ -246,7 +283,7 @@ def _tags(value, key, where):
     return [tag for tag in tags if tag is not None] or None
 
 
-def _regions(value, key, where):
+def _regions(value: object, key: str, where: str) -> list[Region] | None:
     if value is None:
         return None
     if not isinstance(value, list):
@@ -254,12 +291,11 @@ def _regions(value, key, where):
     return [_region(item, key, where) for item in value]
 
 
-def _region(item, key, where):
+def _region(item: object, key: str, where: str) -> Region:
     if not isinstance(item, dict):
         raise BadSample(key, where, "bad-regions", f"expected an object, found {type(item).__name__}")
     box, score = item.get("box"), item.get("score")
-    numbers = isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) and math.isfinite(v) for v in box)
-    if not numbers:
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite_number, box)):
         raise BadSample(key, where, "bad-regions", f"box {str(box)[:80]}: expected four finite numbers x1, y1, x2, y2")
     low, high = -BOX_TOLERANCE, 1 + BOX_TOLERANCE
     if not all(low <= v <= high for v in box) or box[0] > box[2] or box[1] > box[3]:
@@ -269,7 +305,7 @@ def _region(item, key, where):
             "bad-regions",
             f"box {box}: expected 0 <= x1 <= x2 <= 1 and 0 <= y1 <= y2 <= 1 (fractions of width and height)",
         )
-    if score is not None and (type(score) not in (int, float) or not math.isfinite(score)):
+    if score is not None and not _is_finite_number(score):
         raise BadSample(key, where, "bad-regions", f"score {str(score)[:80]}: expected a finite number or null")
     label, attributes = item.get("label", ""), item.get("attributes") or []
     if (
@@ -278,10 +314,20 @@ def _region(item, key, where):
         or not all(isinstance(a, str) for a in attributes)
     ):
         raise BadSample(key, where, "bad-regions", "expected `label` as a string and `attributes` as a list of strings")
-    return Region(tuple(min(max(float(v), 0.0), 1.0) for v in box), score, label, attributes)
+    x1, y1, x2, y2 = (min(max(float(v), 0.0), 1.0) for v in box)
+    return Region((x1, y1, x2, y2), score, label, attributes)
 
 
-def _roi_array(data, key, where):
+def _is_finite_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+def _roi_array(data: bytes, key: str, where: str) -> np.ndarray:
     """A read-only view (K, F) on the bytes of a `.npy` file; no copy, no pickle. float16, or float32 as it is."""
     view = memoryview(data)
     try:

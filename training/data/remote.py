@@ -1,4 +1,4 @@
-"""Remote shards, fetched whole into a bounded folder (design section 6).
+"""What lies behind a URL: shards, fetched whole into a bounded folder, and small files (docs/data.md).
 
 fsspec opens `https://`, `hf://`, `s3://` and the rest. A shard is downloaded beside its name and renamed when its
 size is the announced one, so a file under its own name is whole; processes and loader workers that want the same
@@ -7,13 +7,16 @@ readable after it has been evicted.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pyramidclip_hf.files import cache_folder
+from pyramidclip_hf.files import cache_folder, locked, written_aside
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 DEFAULT_MAX_BYTES = 64 << 30
 SMALL_FILE_BYTES = 512 << 20
@@ -24,34 +27,52 @@ class DownloadError(OSError):
     """A shard could not be fetched; the message names the URL, what went wrong and how often it was tried."""
 
 
-class ShardCache:
-    """A folder of downloaded shards of at most `max_bytes` in all.
+def is_url(name: str | os.PathLike[str]) -> bool:
+    """Whether a name goes through fsspec (`https://`, `hf://`, `s3://`, ...) rather than the file system."""
+    return "://" in os.fspath(name)
 
-    Args: `folder` (default: `shards` in `cache_folder()`), `max_bytes`, `attempts` downloads of
-    one shard before `DownloadError`, `backoff` seconds before the second attempt (doubled for each further one).
+
+class ShardCache:
+    """A folder of downloaded shards.
+
+    Args:
+        folder: default: `shards` in `cache_folder()`.
+        max_bytes: of all shards in it together.
+        attempts: downloads of one shard before `DownloadError`.
+        backoff: seconds before the second attempt, doubled for each further one.
+
+    Raises:
+        ValueError: a number that is not positive.
     """
 
-    def __init__(self, folder=None, max_bytes=DEFAULT_MAX_BYTES, attempts=4, backoff=1.0):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        attempts: int = 4,
+        backoff: float = 1.0,
+    ):
         if max_bytes <= 0 or attempts < 1:
             raise ValueError(f"max_bytes {max_bytes} and attempts {attempts}: expected positive numbers")
         self.folder = Path(folder) if folder else cache_folder() / "shards"
         self.max_bytes, self.attempts, self.backoff = max_bytes, attempts, backoff
 
-    def path_of(self, url):
+    def path_of(self, url: str) -> Path:
         """Where the shard of `url` lies once fetched."""
         digest = hashlib.sha256(url.encode()).hexdigest()[:20]
         return self.folder / f"{digest}.tar"
 
-    def fetch(self, url):
-        """Returns the local path of the shard at `url`, downloading it where it is not there.
+    def fetch(self, url: str) -> Path:
+        """The local path of the shard at `url`, which is downloaded where it is not there.
 
-        Raises `DownloadError` where every attempt failed or came out short, `ValueError` where the shard is larger
-        than the whole cache.
+        Raises:
+            DownloadError: every attempt failed or came out short.
+            ValueError: the shard is larger than the whole cache.
+            ImportError: what fsspec needs for such a URL is not installed.
         """
         path = self.path_of(url)
         if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(path.with_suffix(".lock")):
+            with locked(path.with_suffix(".lock")):
                 if not path.exists():
                     self._download_with_retries(url, path)
         stat = os.stat(path)
@@ -59,8 +80,8 @@ class ShardCache:
         os.utime(path, ns=(time.time_ns(), stat.st_mtime_ns))
         return path
 
-    def _download_with_retries(self, url, path):
-        problem = None
+    def _download_with_retries(self, url: str, path: Path) -> None:
+        problem: Exception | None = None
         for attempt in range(self.attempts):
             if attempt:
                 time.sleep(self.backoff * 2 ** (attempt - 1))
@@ -74,7 +95,7 @@ class ShardCache:
                 problem = error
         raise DownloadError(f"{url}: {type(problem).__name__}: {problem}; tried {self.attempts} times") from problem
 
-    def _download(self, url, path):
+    def _download(self, url: str, path: Path) -> None:
         system, name = _file_system(url)
         # Listings are cached by fsspec; a shard that was replaced must not be judged by its old size.
         system.invalidate_cache()
@@ -84,25 +105,19 @@ class ShardCache:
                 f"{url} has {expected} bytes, the cache holds {self.max_bytes}; raise its limit or use smaller shards"
             )
         self._make_room(expected or 0)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        received = 0
-        try:
-            with system.open(name, "rb", cache_type="none", block_size=0) as source, open(partial, "wb") as target:
+        with written_aside(path, sole_writer=True) as aside:
+            received = 0
+            with system.open(name, "rb", cache_type="none", block_size=0) as source, open(aside, "wb") as target:
                 while chunk := source.read(_CHUNK):
                     target.write(chunk)
                     received += len(chunk)
-                target.flush()
-                os.fsync(target.fileno())
             if expected is not None and received != expected:
                 raise OSError(f"received {received} of {expected} bytes")
             if received % 512 or received < 1024:
                 raise OSError(f"received {received} bytes, which is not the length of a tar")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
-    def _make_room(self, wanted):
-        with _locked(self.folder / "evict.lock"):
+    def _make_room(self, wanted: int) -> None:
+        with locked(self.folder / "evict.lock"):
             files = []
             for path in self.folder.glob("*.tar"):
                 with contextlib.suppress(FileNotFoundError):
@@ -116,19 +131,8 @@ class ShardCache:
                 used -= size
 
 
-@contextlib.contextmanager
-def _locked(path):
-    """Holds an advisory lock on a file; it is released when the process dies, however it dies."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _file_system(url):
-    """fsspec's file system for a URL and the name in it; `ImportError` naming what to install."""
+def _file_system(url: str) -> tuple["AbstractFileSystem", str]:
+    """The file system of fsspec for a URL and the name in it; `ImportError` naming what to install."""
     try:
         import fsspec
 
@@ -140,10 +144,11 @@ def _file_system(url):
         ) from error
 
 
-def read_small(url):
+def read_small(url: str) -> bytes | None:
     """The bytes of a small remote file (an index, `dataset.json`), or None where there is none.
 
-    Raises `DownloadError` where it is there and cannot be read, or is larger than 512 MiB.
+    Raises:
+        DownloadError: it is there and cannot be read, or is larger than 512 MiB.
     """
     system, name = _file_system(url)
     try:

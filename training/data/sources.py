@@ -1,10 +1,7 @@
-"""Where training samples come from: shards in folders or behind URLs, and JSONL manifests of loose pictures.
+"""The data that a string names, for training and evaluation: shards in folders or behind URLs, or loose pictures.
 
-A data set is named by one string:
-
-- a folder of `*.tar`, one tar, or a glob (`data/part-*/00*.tar`);
-- a URL of a tar, with `{00000..00099}` for a range, or of a folder that has `dataset.json` (`https://`, `hf://`, ...
-  through fsspec);
+- a folder of `*.tar`, one tar, a glob (`data/part-*/00*.tar`), or a range (`data/{00000..00099}.tar`);
+- a URL of a tar or of a range, or of a folder that has `dataset.json` (`https://`, `hf://`, ... through fsspec);
 - a text file `*.txt` with one tar, path or URL, a line;
 - a manifest `*.jsonl`: one object a line with `image` (path), `caption`, `summary`, `tags`, `regions`, `roi` (path of a
   `.npy`) and, if wanted, `key`; paths are relative to the manifest.
@@ -19,56 +16,93 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from training.data.records import MAX_JSON_BYTES, BadSample
-from training.data.remote import read_small
-from training.data.shards import (
-    MAX_MEMBER_BYTES,
-    ShardReader,
-    index_path,
-    is_url,
-    load_index,
-    parse_index_header,
-    read_dataset_json,
-    read_index_header,
-)
+from training.data.remote import ShardCache, is_url, read_small
+from training.data.shard_index import index_path, load_index, parse_index_header, read_index_header
+from training.data.shards import MAX_MEMBER_BYTES, ShardReader, read_dataset_json
 
 MANIFEST_UNIT = 1000
+EXPECTED = (
+    "a folder with shards (*.tar, as `python -m training.prepare.pack` writes them), a tar, a glob or range of tars, a "
+    "URL of these, a .txt list of tars or a .jsonl manifest; for classification also a folder with one sub-folder of "
+    "pictures for each class"
+)
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+class UnitIdentity(NamedTuple):
+    """What a unit is known by, wherever it lies: name without folder, bytes, hash of the keys or of the lines."""
+
+    name: str
+    size: int
+    digest: str
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A shard, or a stretch of a manifest: `name` path or URL, `samples` how many, `identity` what it is known by
-    (name without folder, bytes, hash of the keys), `first` the first line of a manifest's stretch."""
+    """A shard, or a stretch of a manifest.
+
+    name: path or URL. samples: how many. first: the number of the stretch's first line in the manifest.
+    """
 
     name: str
     samples: int
-    identity: tuple
+    identity: UnitIdentity
     first: int = 0
+
+
+class UnitReader(Protocol):
+    """The samples of one open unit; `ShardReader` and `ManifestReader` are such."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def key(self, i: int) -> str:
+        """The key of sample `i`."""
+        ...
+
+    def read(self, i: int, suffixes: Container[str] | None = None) -> dict[str, bytes]:
+        """The members of sample `i`, those of `suffixes` only where given; raises `BadSample`."""
+        ...
+
+    def close(self) -> None:
+        """Closes the files; reading afterwards is an error."""
+        ...
 
 
 @dataclass
 class DataSet:
-    """One data set: `units`, and `described`, the contents of the `dataset.json` beside its shards (as many as there
-    are folders that have one)."""
+    """What one string names.
+
+    name: the string. described: the contents of the `dataset.json` beside its shards, one for each folder that has one.
+    manifest: where the units are stretches of one.
+    """
 
     name: str
-    units: list
-    described: list = field(default_factory=list)
+    units: list[Unit]
+    described: list[dict[str, Any]] = field(default_factory=list)
     manifest: "Manifest | None" = None
 
     @property
-    def samples(self):
+    def samples(self) -> int:
         """Number of samples, bad ones included."""
         return sum(unit.samples for unit in self.units)
 
-    def open(self, unit, cache=None):
-        """A reader of one unit: `len`, `keys`, `read(i, suffixes)`, `close()`."""
+    def open(self, unit: Unit, cache: ShardCache | None = None) -> UnitReader:
+        """A reader of one unit.
+
+        Raises:
+            ValueError: the shard has another number of samples than were counted.
+            OSError: it is gone, or cannot be fetched.
+        """
         if self.manifest is not None:
             return ManifestReader(self.manifest, unit)
         reader = ShardReader(unit.name, cache)
@@ -81,10 +115,17 @@ class DataSet:
         return reader
 
 
-def open_data_set(name, cache=None):
-    """The `DataSet` that a string names, see the module.
+def open_data_set(name: str | os.PathLike[str], cache: ShardCache | None = None) -> DataSet:
+    """The data that a string names, see the module.
 
-    Raises `FileNotFoundError` where there is nothing, `ValueError` where it is not what is expected.
+    Args:
+        name: the string.
+        cache: for shards behind a URL that have to be fetched before their samples can be counted.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: it is not what is expected, or has no samples.
+        DownloadError: a URL cannot be read.
     """
     name = os.fspath(name)
     if name.endswith(".jsonl"):
@@ -99,92 +140,132 @@ def open_data_set(name, cache=None):
     return DataSet(name, units, [content for content in described.values() if content])
 
 
-def _folder(shard):
+def _folder(shard: str) -> str:
     return shard.rpartition("/")[0] or "."
 
 
-def _unit(shard, described, cache):
-    """Counts the samples of a shard: from its index where that fits, from `dataset.json` for a remote one, else by
-    reading it."""
+def _unit(shard: str, described: Mapping[str, Any], cache: ShardCache | None) -> Unit:
+    """Counts a shard's samples: by its index where that fits, by a remote `dataset.json`, else by reading it."""
     base = shard.rpartition("/")[2]
     if not is_url(shard):
-        header = None
-        if index_path(shard).exists():
-            try:
-                header = read_index_header(index_path(shard))
-            except ValueError:
-                header = None
         size = os.path.getsize(shard)
+        try:
+            header = read_index_header(index_path(shard))
+        except (FileNotFoundError, ValueError):
+            header = None
         if header is not None and header["tar_bytes"] == size:
-            return Unit(shard, header["samples"], (base, size, header["keys_digest"]))
+            return Unit(shard, header["samples"], UnitIdentity(base, size, header["keys_digest"]))
         index = load_index(shard)
-        return Unit(shard, len(index.keys), (base, size, index.keys_digest()))
+        return Unit(shard, len(index.keys), UnitIdentity(base, size, index.keys_digest()))
     entry = described.get("shards", {}).get(base)
-    if entry is None and (data := read_small(f"{shard}.index.json")) is not None:
+    if entry is not None:
+        return Unit(shard, entry["samples"], UnitIdentity(base, entry["bytes"], entry["keys_digest"]))
+    if (data := read_small(f"{shard}.index.json")) is not None:
         header = parse_index_header(data.decode("utf-8", "replace").partition("\n")[0], f"{shard}.index.json")
-        entry = {"samples": header["samples"], "bytes": header["tar_bytes"], "keys_digest": header["keys_digest"]}
-    if entry is None:
-        with ShardReader(shard, cache) as reader:
-            index = reader.index
-            entry = {"samples": len(reader), "bytes": index.tar_bytes, "keys_digest": index.keys_digest()}
-    return Unit(shard, entry["samples"], (base, entry["bytes"], entry["keys_digest"]))
+        return Unit(shard, header["samples"], UnitIdentity(base, header["tar_bytes"], header["keys_digest"]))
+    with ShardReader(shard, cache) as reader:
+        index = reader.index
+        return Unit(shard, len(reader), UnitIdentity(base, index.tar_bytes, index.keys_digest()))
 
 
-def shard_names(name):
-    """The shards that a string names, in a fixed order; `FileNotFoundError` where there are none."""
+def shard_names(name: str) -> list[str]:
+    """The tars, paths or URLs, that a string names, in a fixed order.
+
+    Raises:
+        FileNotFoundError: there is nothing, or one of several is missing.
+        ValueError: the string names something else beside tars.
+    """
     if name.endswith(".txt"):
-        data = read_small(name) if is_url(name) else Path(name).read_bytes()
-        if data is None:
-            raise FileNotFoundError(f"no list of shards at {name}")
-        lines = [line.strip() for line in data.decode().splitlines()]
-        base = name.rpartition("/")[0]
-        names = [
-            line if is_url(line) or os.path.isabs(line) or not base else f"{base}/{line}"
-            for line in lines
-            if line and not line.startswith("#")
-        ]
-        return [shard for line in names for shard in _expand(line)]
+        return _listed(name)
     if is_url(name):
-        if ".tar" in name.rpartition("/")[2]:
-            return _expand(name)
-        described = read_dataset_json(name)
-        if not described or not described.get("shards"):
-            raise FileNotFoundError(
-                f"{name} has no dataset.json that lists its shards: name them "
-                "(a URL with {00000..00099}.tar, or a list in a .txt file)"
-            )
-        return [f"{name.rstrip('/')}/{shard}" for shard in sorted(described["shards"])]
+        return _behind_url(name)
     if os.path.isdir(name):
         found = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
-    elif os.path.isfile(name):
-        found = [name]
-    else:
-        found = sorted(path for pattern in _expand(name) for path in glob.glob(pattern, recursive=True))
-    if not found:
+        if not found:
+            raise FileNotFoundError(f"{name} has no shards (*.tar): expected {EXPECTED}")
+        return found
+    if os.path.isfile(name):
+        return [name]
+    return sorted(path for pattern in _expand(name) for path in _matches(pattern, name))
+
+
+def _listed(name: str) -> list[str]:
+    """The tars of a .txt list; relative paths start from the list's folder."""
+    data = read_small(name) if is_url(name) else Path(name).read_bytes() if os.path.isfile(name) else None
+    if data is None:
+        raise FileNotFoundError(f"no list of shards at {name}")
+    lines = [line.strip() for line in data.decode().splitlines()]
+    base = name.rpartition("/")[0]
+    names = [
+        line if is_url(line) or os.path.isabs(line) or not base else f"{base}/{line}"
+        for line in lines
+        if line and not line.startswith("#")
+    ]
+    shards = [shard for line in names for shard in _expand(line)]
+    missing = [shard for shard in shards if not is_url(shard) and not os.path.isfile(shard)]
+    if missing:
         raise FileNotFoundError(
-            f"no data at {name}: expected a folder with *.tar, a tar, a glob, a URL, a .txt list of shards "
-            "or a .jsonl manifest"
+            f"{name}: {len(missing)} of {len(shards)} tars are not there, first {missing[0]}; expected one tar, path "
+            "or URL, a line, paths relative to the list"
+        )
+    if not shards:
+        raise ValueError(f"{name} lists nothing; expected one tar, path or URL, a line")
+    return shards
+
+
+def _behind_url(name: str) -> list[str]:
+    if "*" in name:
+        raise ValueError(f"{name}: a URL takes a range, as in {{00000..00099}}.tar, but no *")
+    if ".tar" in name.rpartition("/")[2]:
+        return _expand(name)
+    described = read_dataset_json(name)
+    if not described or not described.get("shards"):
+        raise FileNotFoundError(
+            f"{name} has no dataset.json that lists its shards: name them "
+            "(a URL of a .tar or with {00000..00099}.tar, or a list in a .txt file)"
+        )
+    return [f"{name.rstrip('/')}/{shard}" for shard in sorted(described["shards"])]
+
+
+def _matches(pattern: str, name: str) -> list[str]:
+    """The local tars that a glob matches, or the one that a plain path names; `name` is the whole string."""
+    found = glob.glob(pattern, recursive=True) if glob.has_magic(pattern) else [pattern]
+    if not found or not all(map(os.path.exists, found)):
+        what = (
+            f"{name} names {pattern}, which is not there" if pattern != name else f"there is no folder or file {name}"
+        )
+        raise FileNotFoundError(f"{what}: expected {EXPECTED}")
+    other = [path for path in found if os.path.isdir(path) or not path.endswith(".tar")]
+    # A tar may be called anything; but beside others that are called so, what is not is something else.
+    if other and (len(other) < len(found) or os.path.isdir(other[0])):
+        kind = "a folder" if os.path.isdir(other[0]) else "no tar"
+        raise ValueError(
+            f"{name} also matches {other[0]}, which is {kind}: expected a glob of tars, as in folder/*.tar"
         )
     return found
 
 
-def _expand(name):
-    """Replaces each {00..12} by its numbers, as shells and WebDataset do."""
+def _expand(name: str) -> list[str]:
+    """Replaces each {00..12} by its numbers, as shells and WebDataset do; ValueError for a range that runs down."""
     match = _RANGE.search(name)
     if not match:
         return [name]
     low, high = match.groups()
+    if int(low) > int(high):
+        raise ValueError(f"{name}: the range {match.group()} is empty, expected the smaller number first")
     numbers = range(int(low), int(high) + 1)
     return [one for n in numbers for one in _expand(f"{name[: match.start()]}{n:0{len(low)}d}{name[match.end() :]}")]
 
 
 class Manifest:
-    """A JSONL file of loose pictures. Only the offset of each line is kept.
+    """A JSONL file of loose pictures, of which only the offset of each line is kept.
 
-    Raises `FileNotFoundError` where it is absent, `ValueError` where it has no lines.
+    Raises:
+        FileNotFoundError: it is absent.
+        ValueError: it has no lines, or is behind a URL.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike[str]):
         if is_url(path):
             raise ValueError(
                 f"manifest {path}: loose pictures are read from a file system; pack remote ones into shards"
@@ -192,7 +273,8 @@ class Manifest:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"no manifest at {path}")
-        offsets, digest, position = [], hashlib.sha256(), 0
+        offsets: list[int] = []
+        digest, position = hashlib.sha256(), 0
         with open(self.path, "rb") as file:
             for line in file:
                 if line.strip():
@@ -200,11 +282,11 @@ class Manifest:
                 position += len(line)
                 digest.update(line)
         self.offsets = np.array([*offsets, position], np.int64)
-        self.identity = (self.path.name, position, digest.hexdigest()[:16])
+        self.identity = UnitIdentity(self.path.name, position, digest.hexdigest()[:16])
         if not offsets:
             raise ValueError(f"manifest {path} has no lines")
 
-    def units(self):
+    def units(self) -> list[Unit]:
         """Stretches of a thousand lines, which are shuffled as shards are."""
         count = len(self.offsets) - 1
         return [
@@ -214,28 +296,39 @@ class Manifest:
 
 
 class ManifestReader:
-    """Reads the samples of one stretch of a manifest as members {suffix: bytes}, just as `ShardReader` does."""
+    """Reads the samples of one stretch of a manifest as members, just as `ShardReader` does."""
 
-    def __init__(self, manifest, unit):
+    def __init__(self, manifest: Manifest, unit: Unit):
         self.manifest, self.unit, self.name = manifest, unit, str(manifest.path)
-        self._file = os.open(manifest.path, os.O_RDONLY)
+        self._file: int | None = os.open(manifest.path, os.O_RDONLY)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.unit.samples
 
-    def read(self, i, suffixes=None):
-        """The members of line `i` of the stretch: `json` and, where asked for, the picture and `roi.npy`.
-
-        Raises `BadSample` with `bad-json`, `no-image` or `no-roi` (a file that cannot be read), `member-too-large`.
-        """
+    def _line(self, i: int) -> tuple[int, int, int]:
+        """Number of line `i` of the stretch in the manifest, and where it starts and ends there, in bytes."""
         line = self.unit.first + i
         start, end = self.manifest.offsets[line : line + 2].tolist()
+        return line, start, end
+
+    def _bytes(self, start: int, end: int) -> bytes:
+        if self._file is None:
+            raise ValueError(f"{self.name} is closed")
+        return os.pread(self._file, end - start, start)
+
+    def read(self, i: int, suffixes: Container[str] | None = None) -> dict[str, bytes]:
+        """The members of line `i` of the stretch: `json` and, where asked for, the picture and `roi.npy`.
+
+        Raises:
+            BadSample: `bad-json`, `json-too-large`, `no-image` or `no-roi` (a file that cannot be read),
+                `member-too-large`.
+        """
+        line, start, end = self._line(i)
         where = f"{self.name}:{line + 1}"
         if end - start > MAX_JSON_BYTES:
-            raise BadSample(
-                str(line), where, "json-too-large", f"{end - start} bytes, at most {MAX_JSON_BYTES} are read"
-            )
-        data = os.pread(self._file, end - start, start)
+            detail = f"{end - start} bytes, at most {MAX_JSON_BYTES} are read"
+            raise BadSample(str(line), where, "json-too-large", detail)
+        data = self._bytes(start, end)
         try:
             record = json.loads(data)
             image = record["image"]
@@ -252,34 +345,33 @@ class ManifestReader:
             members["roi.npy"] = self._file_bytes(str(record["roi"]), key, where, "no-roi")
         return members
 
-    def key(self, i):
+    def key(self, i: int) -> str:
         """The key of line `i`: its `key`, else its `image`."""
-        line = self.unit.first + i
-        start, end = self.manifest.offsets[line : line + 2].tolist()
+        line, start, end = self._line(i)
+        data = self._bytes(start, end)
         try:
-            record = json.loads(os.pread(self._file, end - start, start))
+            record = json.loads(data)
             return str(record.get("key", record.get("image", line)))
         except (ValueError, AttributeError, RecursionError):
             return str(line)
 
-    def _file_bytes(self, name, key, where, reason):
+    def _file_bytes(self, name: str, key: str, where: str, reason: str) -> bytes:
         path = self.manifest.path.parent / name
         try:
             size = path.stat().st_size
             if size > MAX_MEMBER_BYTES:
-                raise BadSample(
-                    key, where, "member-too-large", f"{path} has {size} bytes, at most {MAX_MEMBER_BYTES} are read"
-                )
+                detail = f"{path} has {size} bytes, at most {MAX_MEMBER_BYTES} are read"
+                raise BadSample(key, where, "member-too-large", detail)
             return path.read_bytes()
         except (OSError, ValueError) as error:
             raise BadSample(key, where, reason, str(error)) from None
 
-    def close(self):
+    def close(self) -> None:
         """Closes the manifest."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
-    def __del__(self):
+    def __del__(self) -> None:
         if getattr(self, "_file", None) is not None:
             self.close()

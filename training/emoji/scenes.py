@@ -37,7 +37,8 @@ from PIL import Image
 
 from pyramidclip_hf.files import write_atomically
 from training.data.records import Region, Sample
-from training.data.shards import ShardWriter, index_path, read_dataset_json, write_dataset_json
+from training.data.shard_index import index_path
+from training.data.shards import ShardWriter, read_dataset_json, write_dataset_json
 from training.emoji import pictures, words
 
 SCENES_VERSION = 3

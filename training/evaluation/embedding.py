@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from pyramidclip_hf.configuration_pyramidclip import LEVELS, TERMS, levels_of_kind
-from training.data.labelled import ShardSamples, open_picture
 from training.data.records import Sample
+from training.data.samples import open_picture
 from training.evaluation.retrieval import check_pairs
 
 
@@ -80,7 +80,7 @@ def local_view(picture, area: float):
 def embed_levels(
     model,
     processor,
-    samples: Sequence[Sample] | ShardSamples,
+    samples: Sequence[Sample],
     levels: Sequence[str],
     batch_size: int = 64,
     local_area: float = 1.0,

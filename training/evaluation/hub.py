@@ -15,10 +15,10 @@ from training.data.labelled import (
     check_class_names,
     check_every_class_has_pictures,
     names_from_file,
-    open_picture,
     spread_evenly,
 )
 from training.data.records import Sample
+from training.data.samples import open_picture
 from training.data.shards import read_dataset_json
 
 HUB_PREFIX = "hf://datasets/"
@@ -41,7 +41,7 @@ def is_hub_data(data: str) -> bool:
     path = Path(data)
     if path.is_dir():
         return not any(path.glob("*.tar")) and any(any(path.glob(pattern)) for pattern in _FOLDERS)
-    if path.exists() or data.endswith((".tar", ".jsonl")):
+    if path.exists() or data.endswith((".tar", ".jsonl", ".txt")):
         return data.endswith(".parquet")
     # data/mine, where the folder data is there, is a slip in a path and not a name on the Hub.
     return bool(_NAME.fullmatch(data)) and not path.parent.exists()

@@ -1,6 +1,6 @@
 """The 11 classification data sets of Table 7 of the paper (appendix B.1), read from a local folder.
 
-    open_set("pets", "/data")  ->  evaluation_data.LabelledPictures
+    open_set("pets", "/data")  ->  LabelledPictures
 
 The folders are laid out as torchvision expects them, the class names are CLIP's as clip-benchmark and torchvision carry
 them; nothing is downloaded. What is read counts as Table 7's only where the numbers of pictures and classes are its
@@ -23,9 +23,9 @@ from training.data.labelled import (
     check_class_names,
     check_every_class_has_pictures,
     names_from_file,
-    open_picture,
     spread_evenly,
 )
+from training.data.samples import open_picture
 
 INSTALL = 'needs clip-benchmark and torchvision: pip install -e ".[eval]"'
 PAPER_METRIC = "the metric of Table 7"
@@ -88,7 +88,7 @@ def open_set(
 
     split: "test" or "train" (for ImageNet, "test" is its validation set, as in the paper). split_file: lines
     `relative/path<TAB>label`; the label may be left out where the library lists the picture. classes_file: see
-    `evaluation_data.labelled_folder`. max_samples: so many, spread evenly.
+    `training.data.labelled.labelled_folder`. max_samples: so many, spread evenly.
 
     Raises ValueError for an unknown name or split and for files that do not fit, FileNotFoundError where data is
     missing (with what to download, and where to put it), ImportError without torchvision or clip-benchmark.

@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from huggingface_hub import EvalResult
 
-from training.data.labelled import LabelledPictures, ShardSamples, labelled_folder, labelled_shards
+from training.data.labelled import LabelledPictures, open_pictures
+from training.data.samples import ShardSamples
 from training.evaluation.captions import CAPTION_SETS, CaptionedPictures, captioned_folder, open_captions
 from training.evaluation.classification import classification_metrics, read_templates, zero_shot_scores
 from training.evaluation.embedding import embed_levels, levels_of_pairs
@@ -28,8 +29,9 @@ class EvaluationArguments:
     model: str = field(metadata={"help": "folder of a saved model, or Hub id"})
     data: str = field(
         metadata={
-            "help": "folder of shards, one shard, a .jsonl manifest, a folder with a sub-folder a class, a data set of "
-            "the Hub (hf://datasets/OWNER/NAME), or with --dataset the folder that holds the data sets"
+            "help": "shards or a manifest as in training (folder, tar, glob, range, URL, .txt list, .jsonl), a folder "
+            "with a sub-folder a class, a data set of the Hub (hf://datasets/OWNER/NAME), or with --dataset the folder "
+            "that holds the data sets"
         }
     )
     task: Literal["retrieval", "zero-shot"] = field(default="retrieval", metadata={"help": "what to measure"})
@@ -148,9 +150,7 @@ def open_labelled(args: EvaluationArguments, dataset: str | None = None) -> Labe
     if is_hub_data(args.data):
         columns = (args.image_column, args.label_column)
         return labelled_hub(args.data, args.split, args.subset, *columns, args.classes, args.max_samples)
-    is_folder_of_classes = Path(args.data).is_dir() and not any(Path(args.data).glob("*.tar"))
-    reader = labelled_folder if is_folder_of_classes else labelled_shards
-    return reader(args.data, args.classes, args.max_samples)
+    return open_pictures(args.data, args.classes, args.max_samples)
 
 
 def evaluate_zero_shot(model, processor, args: EvaluationArguments) -> list[EvalResult]:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from pyramidclip_hf.configuration_pyramidclip import TERMS
-from training.data.labelled import ShardSamples
 from training.data.records import Sample, has_level
+from training.data.samples import ShardSamples
 from training.evaluation.embedding import embed_levels, levels_of_pairs
 from training.evaluation.retrieval import level_metrics
 from training.loop.distributed import broadcast_buffers
@@ -21,9 +21,9 @@ KEPT_METRICS = ("R@1", "R@5", "R@10", "mean_rank")
 class ValidationSet:
     """The first samples of a data set, held in memory and encoded without augmentation.
 
-    data: folder or shard, see `evaluation_data.shard_paths`. max_samples: how many from its beginning. pairs: names of
-    the level pairs to evaluate, beside `ALWAYS`; those of which fewer than two samples have both levels are left out.
-    processor: `PyramidCLIPProcessor`. max_regions: regions used of each sample, as in training.
+    data: names it, see `training.data.sources`. max_samples: how many from its beginning. pairs: names of the level
+    pairs to evaluate, beside `ALWAYS`; those of which fewer than two samples have both levels are left out. processor:
+    `PyramidCLIPProcessor`. max_regions: regions used of each sample, as in training.
     """
 
     def __init__(self, data: str, max_samples: int, pairs: Sequence[str], processor, max_regions: int):

@@ -21,7 +21,8 @@ import numpy as np
 
 from pyramidclip_hf.files import write_atomically
 from training.data.records import IMAGE_SUFFIXES, BadSample, sample_from_members
-from training.data.shards import ShardWriter, is_url
+from training.data.remote import is_url
+from training.data.shards import ShardWriter
 from training.prepare.sources import Part, SourceArguments, open_source
 from training.prepare.steps.pictures import picture_suffix
 from training.prepare.steps.work import Stage, Tally, WorkArguments, describe_dataset, parse, this_worker

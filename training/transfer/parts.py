@@ -16,19 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from pyramidclip_hf.image_processing_pyramidclip import upright_rgb
-from training.data.labelled import LabelledPictures, labelled_folder, labelled_shards, shard_paths
-from training.data.shards import is_url
+from training.data.labelled import LabelledPictures, open_pictures
+from training.data.remote import is_url
+from training.data.sources import shard_names
 from training.evaluation.embedding import map_batches
 from training.evaluation.sets import open_both_splits
 
 # Files hashed at a time by one process.
 _DIGEST_BATCH = 256
-
-
-def open_pictures(source: str, classes_file: str | None = None) -> LabelledPictures:
-    """The pictures of a source; raises as `labelled_folder` and `labelled_shards`."""
-    has_classes = Path(source).is_dir() and not any(Path(source).glob("*.tar"))
-    return (labelled_folder if has_classes else labelled_shards)(source, classes_file)
 
 
 def subset(data: LabelledPictures, numbers: Sequence[int]) -> LabelledPictures:
@@ -133,9 +128,8 @@ def source_files(part: Part) -> list[Path]:
     """
     if part.data.files is not None:
         return list(part.data.files)
-    if is_url(part.source) or part.source.endswith(".jsonl"):
-        return []
-    return [Path(path) for path in shard_paths(part.source)]
+    names = [] if is_url(part.source) or part.source.endswith(".jsonl") else shard_names(part.source)
+    return [] if any(map(is_url, names)) else [Path(name) for name in names]
 
 
 def _relative(path: Path, source: str) -> str:

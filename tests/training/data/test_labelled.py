@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.data.labelled import (
-    ShardSamples,
-    check_class_names,
-    labelled_folder,
-    labelled_shards,
-    shard_paths,
-)
+from training.data.labelled import check_class_names, labelled_folder, labelled_shards, open_pictures
 from training.data.records import Sample
 from training.data.shards import ShardWriter, write_dataset_json
 
@@ -36,27 +30,9 @@ def write_shards(folder, samples, shard_size=3, **described):
     return str(folder)
 
 
-def test_samples_in_order_over_shards(tmp_path):
-    data = write_shards(tmp_path, [sample(f"k{i}", caption=f"text {i}") for i in range(8)])
-    assert [one.caption for one in ShardSamples(data)] == [f"text {i}" for i in range(8)]
-    assert len(ShardSamples(data, 5)) == 5
-    assert ShardSamples(data)[6].key == "k6"
-    with pytest.raises(IndexError, match="sample 5 of .*, which has 5"):
-        ShardSamples(data, 5)[5]
-
-
-def test_a_caption_without_a_picture_is_refused(tmp_path):
-    with ShardWriter(tmp_path / "a.tar") as writer:
-        writer.write_members("k0", {"txt": b"a text"})
-    with pytest.raises(ValueError, match="'k0': no-image.*caption without a picture"):
-        ShardSamples(str(tmp_path))[0]
-
-
 def test_missing_data_says_what_is_expected(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere.*shards \(\*.tar.*sub-folder of pictures"):
-        shard_paths(str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="has no shards"):
-        shard_paths(str(tmp_path))
+        open_pictures(str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="one sub-folder of pictures for each class, found none"):
         labelled_folder(str(tmp_path))
 
@@ -123,9 +99,6 @@ def test_manifest_with_classes(tmp_path):
     found = labelled_shards(str(manifest))
     assert (found.name, found.class_names, found.labels) == ("pairs", ["a", "b"], [1, 0])
     assert found.read(1).getpixel((0, 0)) == (255, 0, 0)
-    manifest.write_text('{"image": "3.png", "caption": "a text"}\n')
-    with pytest.raises(ValueError, match="'3.png': no-image.*caption without a picture"):
-        ShardSamples(str(manifest))[0]
 
 
 def test_shards_with_classes(tmp_path):
@@ -149,7 +122,21 @@ def test_shards_with_classes(tmp_path):
     )
 
 
+def test_some_shards_with_classes_by_a_glob_or_a_list(tmp_path):
+    samples = [sample(f"k{i}", extra={"class_name": name}) for i, name in enumerate("bcaab")]
+    data = write_shards(tmp_path / "objects", samples, shard_size=2, classes=["c", "b", "a"])
+    found = open_pictures(f"{data}/part-00[02].tar")
+    # As for a single tar, the classes are those met: the shards left out may hold the others.
+    assert (found.class_names, found.labels) == (["a", "b", "c"], [1, 2, 0, 0])
+    (tmp_path / "some.txt").write_text("objects/part-004.tar\nobjects/part-002.tar\n")
+    assert open_pictures(str(tmp_path / "some.txt")).labels == [1, 0, 0]
+    assert open_pictures(str(tmp_path / "some.txt")).read(0).size == (12, 10)
+
+
 def test_shards_without_classes(tmp_path):
     data = write_shards(tmp_path / "objects", [sample("k0", extra={"class_name": "a"}), sample("k1", caption="x")])
     with pytest.raises(ValueError, match="sample 'k1' has no class_name"):
+        labelled_shards(data)
+    data = write_shards(tmp_path / "numbers", [sample("k0", extra={"class_name": 3})])
+    with pytest.raises(ValueError, match="sample 'k0': class_name is 3, expected a string"):
         labelled_shards(data)

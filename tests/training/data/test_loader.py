@@ -23,7 +23,8 @@ from training.data.batches import BatchReport, DataError
 from training.data.loader import TrainingReader, WorkerDied, settings_for
 from training.data.records import members_from_sample
 from training.data.remote import DownloadError, ShardCache
-from training.data.shards import ShardReader, ShardWriter, index_path
+from training.data.shard_index import index_path
+from training.data.shards import ShardReader, ShardWriter
 from training.data.sources import open_data_set, shard_names
 from training.data.views import view_boxes
 

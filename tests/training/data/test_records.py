@@ -132,6 +132,8 @@ BOX = {"box": [0, 0, 1, 1]}
         ({"jpg": b"", "json": b'{"regions": [{"box": [0.5, 0, 0.4, 1]}]}'}, "bad-regions"),
         ({"jpg": b"", "json": b'{"regions": [{"box": [0, 0, 1, NaN]}]}'}, "bad-regions"),
         ({"jpg": b"", "json": b'{"regions": [{"box": [0, 0, 1, true]}]}'}, "bad-regions"),
+        ({"jpg": b"", "json": b'{"regions": [{"box": [0, 0, 1, 1%s]}]}' % (b"0" * 400)}, "bad-regions"),
+        ({"jpg": b"", "json": b'{"regions": [{"box": [0, 0, 1, 1], "score": 1%s}]}' % (b"0" * 400)}, "bad-regions"),
         ({"jpg": b"", "json": b'{"regions": [{"box": [0, 0, 1, 1], "score": "x"}]}'}, "bad-regions"),
         ({"jpg": b"", "json": b'{"regions": [{"box": [0, 0, 1, 1], "label": 5}]}'}, "bad-regions"),
         ({"jpg": b"", "roi.npy": npy_bytes(np.ones((1, 4)))}, "roi-count"),

@@ -8,16 +8,8 @@ import numpy as np
 import pytest
 
 from training.data.records import BadSample, Region, Sample
-from training.data.shards import (
-    ShardReader,
-    ShardWriter,
-    build_index,
-    index_path,
-    load_index,
-    read_dataset_json,
-    read_index_header,
-    write_dataset_json,
-)
+from training.data.shard_index import build_index, index_path, load_index, read_index_header
+from training.data.shards import ShardReader, ShardWriter, read_dataset_json, write_dataset_json
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.training.labelled_files import write_pictures
+from training.data.labelled import open_pictures
 from training.evaluation.sets import TABLE_7, Listing
 from training.transfer.classifier import distinct_labels
 from training.transfer.parts import (
@@ -17,7 +18,6 @@ from training.transfer.parts import (
     fingerprint,
     held_out,
     open_parts,
-    open_pictures,
     with_classes_of,
 )
 

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from training.data.shards import is_url
+from training.data.remote import is_url
 from training.prepare.sources.hub import HubSource
 from training.prepare.sources.raw import Part, Raw
 from training.prepare.sources.tables import TABLE_SUFFIXES, TableSource

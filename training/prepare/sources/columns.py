@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from training.data.records import BadSample
-from training.data.shards import is_url
+from training.data.remote import is_url
 from training.prepare.sources.raw import MAX_PICTURE_BYTES
 
 _KNOWN_COLUMNS = {

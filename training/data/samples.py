@@ -1,0 +1,94 @@
+"""The samples of a data set as a sequence, for evaluation: nothing is shuffled, skipped or replaced.
+
+Item i is the same sample in every run, and one that cannot be read is an error, because a score over fewer samples than
+the data set has is another score.
+"""
+
+import bisect
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+from PIL import Image
+
+from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS, open_undecoded
+from training.data.records import BadSample, Sample, sample_from_members
+from training.data.sources import UnitReader, open_data_set
+
+# So many shards are open at a time; samples are read in their order, or nearly so.
+_OPEN_UNITS = 64
+
+
+class ShardSamples(Sequence[Sample]):
+    """The samples of a data set as a sequence, each read when it is asked for.
+
+    Args:
+        data: the string that names it, see `training.data.sources`.
+        max_samples: only the first so many.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: it is not what is expected, has no samples, or names a shard twice. Reading raises it too, where a
+            sample has no picture or is damaged, and names the sample.
+        DownloadError: a URL cannot be read.
+    """
+
+    def __init__(self, data: str, max_samples: int | None = None):
+        self.name = data
+        self._data = open_data_set(data)
+        places = [(unit.name, unit.first) for unit in self._data.units]
+        if repeated := next((name for name, first in places if places.count((name, first)) > 1), None):
+            raise ValueError(f"{data} names {repeated} twice; here every sample counts once")
+        self._ends = list(itertools.accumulate(unit.samples for unit in self._data.units))
+        self._length = min(self._ends[-1], max_samples or self._ends[-1])
+        # Per instance; a reader that falls out closes its file.
+        self._reader = functools.lru_cache(maxsize=_OPEN_UNITS)(self._open)
+
+    def _open(self, number: int) -> UnitReader:
+        return self._data.open(self._data.units[number])
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        """One sample, counted from 0, or those of a slice."""
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {self.name}, which has {len(self)}")
+        number = bisect.bisect_right(self._ends, index)
+        reader = self._reader(number)
+        row = index - (self._ends[number] - len(reader))
+        try:
+            return sample_from_members(reader.read(row), reader.key(row), reader.name)
+        except BadSample as error:
+            hint = "; a caption without a picture cannot be evaluated" if error.reason == "no-image" else ""
+            advice = "Evaluation skips nothing: repair the data or take the sample out"
+            raise ValueError(f"{error}{hint}. {advice}") from error
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self.__getitem__, range(len(self)))
+
+
+def open_picture(data: bytes | None, name: str, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """The decoded picture.
+
+    Args:
+        data: its encoded bytes, which may be anybody's, as those of the Hub.
+        name: of the picture, in errors.
+        max_image_pixels: width times height at most.
+
+    Raises:
+        ValueError: the bytes are no picture of an allowed format, are damaged, or it has too many pixels.
+    """
+    try:
+        picture = open_undecoded(data or b"", max_image_pixels)
+        picture.load()
+        return picture
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"picture {name} cannot be read: {error}") from error

@@ -1,0 +1,264 @@
+"""Where each sample of a tar shard lies: the index beside it, or one that is built once into a cache.
+
+`NAME.tar.index.json` holds the offset and size of every member, so that a sample is read without unpacking the tar. Its
+first line is a header with the number of samples, so that counting a data set does not mean parsing every offset.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Self, TypedDict
+
+import numpy as np
+
+from pyramidclip_hf.files import cache_folder, write_atomically
+
+INDEX_FORMAT = 1
+# A tar consists of blocks of so many bytes.
+BLOCK = 512
+
+
+class Span(NamedTuple):
+    """Where the bytes of a member are: offset in the tar, -1 where a sample lacks the member, and size, in bytes."""
+
+    offset: int
+    size: int
+
+
+class IndexHeader(TypedDict):
+    """The first line of an index; `tar_bytes` and `mtime_ns` are those of the tar that it was made from."""
+
+    format: int
+    samples: int
+    tar_bytes: int
+    mtime_ns: int
+    truncated: bool
+    keys_digest: str
+
+
+def index_path(shard: str | os.PathLike[str]) -> Path:
+    """The path of the index beside a shard."""
+    return Path(f"{os.fspath(shard)}.index.json")
+
+
+@dataclass
+class ShardIndex:
+    """Where each of the n samples of a shard lies.
+
+    keys: n names. suffixes: the S kinds of member. spans: (n, S, 2) int64, a `Span` for each sample and kind. tar_bytes
+    and mtime_ns: of the tar that the index was made from. truncated: the tar ends in the middle.
+    """
+
+    keys: list[str]
+    suffixes: list[str]
+    spans: np.ndarray
+    tar_bytes: int
+    mtime_ns: int
+    truncated: bool = False
+
+    def keys_digest(self) -> str:
+        """A hash of the keys in order: what makes two shards the same data to a run that continues."""
+        return hashlib.sha256("\n".join(self.keys).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+    def dumps(self) -> str:
+        """JSON whose first line holds the header."""
+        header = IndexHeader(
+            format=INDEX_FORMAT,
+            samples=len(self.keys),
+            tar_bytes=self.tar_bytes,
+            mtime_ns=self.mtime_ns,
+            truncated=self.truncated,
+            keys_digest=self.keys_digest(),
+        )
+        body = {
+            "suffixes": self.suffixes,
+            "keys": self.keys,
+            "spans": self.spans.reshape(len(self.keys), 2 * len(self.suffixes)).tolist(),
+        }
+        return f'{{"header": {json.dumps(header)},\n{json.dumps(body, separators=(",", ":"))[1:]}'
+
+    @classmethod
+    def loads(cls, text: str) -> Self:
+        """The index of what `dumps` gave.
+
+        Raises:
+            ValueError: anything that is not a consistent index.
+        """
+        try:
+            data = json.loads(text)
+            header, keys, suffixes = data["header"], data["keys"], data["suffixes"]
+            if header["format"] != INDEX_FORMAT or header["samples"] != len(keys):
+                raise ValueError(f"format {header['format']!r} with {len(keys)} keys")
+            spans = np.array(data["spans"], np.int64).reshape(len(keys), len(suffixes), 2)
+            return cls(keys, suffixes, spans, header["tar_bytes"], header["mtime_ns"], header["truncated"])
+        except (KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"not a shard index: {error!r}") from None
+
+
+def read_index_header(path: str | os.PathLike[str]) -> IndexHeader:
+    """The header of an index file, of which only the first line is read.
+
+    Raises:
+        ValueError: the file is no index.
+        FileNotFoundError: it is absent.
+    """
+    with open(path, encoding="utf-8") as file:
+        return parse_index_header(file.readline(4096), os.fspath(path))
+
+
+def parse_index_header(line: str, name: str) -> IndexHeader:
+    """The header from the first line of an index called `name`.
+
+    Raises:
+        ValueError: the line is none.
+    """
+    try:
+        header = json.loads(line.rstrip().removesuffix(",") + "}")["header"]
+        if header["format"] != INDEX_FORMAT:
+            raise ValueError(f"format {header['format']!r}")
+        return header
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} is not a shard index: {error}") from None
+
+
+def build_index(path: str | os.PathLike[str]) -> ShardIndex:
+    """The index of the tar at `path`, from the headers in it.
+
+    A tar that ends in the middle gives the samples up to there, the cut one included (reading it raises `BadSample`),
+    with `truncated` set. Links, folders and devices are ignored.
+
+    Raises:
+        ValueError: the file is not an uncompressed tar.
+    """
+    stat = os.stat(path)
+    keys: list[str] = []
+    samples: list[dict[str, Span]] = []
+    truncated = False
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while True:
+                try:
+                    member = tar.next()
+                except tarfile.ReadError:
+                    truncated = True
+                    break
+                if member is None:
+                    break
+                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+                if not member.isreg() or member.issparse():
+                    continue
+                key, suffix = split_name(member.name)
+                if not suffix:
+                    continue
+                if not keys or keys[-1] != key or suffix in samples[-1]:
+                    keys.append(key)
+                    samples.append({})
+                samples[-1][suffix] = Span(member.offset_data, member.size)
+                truncated |= member.offset_data + member.size > stat.st_size
+    except tarfile.ReadError as error:
+        if stat.st_size:
+            raise ValueError(
+                f"{os.fspath(path)} is not an uncompressed tar ({error}); shards must not be gzipped, unpack them first"
+            ) from None
+        truncated = True
+    suffixes = sorted({suffix for sample in samples for suffix in sample})
+    truncated = truncated or not _has_end(path, stat.st_size)
+    return ShardIndex(keys, suffixes, span_table(samples, suffixes), stat.st_size, stat.st_mtime_ns, truncated)
+
+
+def span_table(samples: list[dict[str, Span]], suffixes: list[str]) -> np.ndarray:
+    """The spans {suffix: span} of n samples as an int64 array (n, S, 2)."""
+    absent = Span(-1, -1)
+    table = [[spans.get(suffix, absent) for suffix in suffixes] for spans in samples]
+    return np.array(table, np.int64).reshape(len(samples), len(suffixes), 2)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and suffix of a member's name, cut at the first dot of its last component, as WebDataset does.
+
+    Returns:
+        The key with its folders, and the suffix in lower case, empty where there is no dot.
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix.lower()
+
+
+def _has_end(path: str | os.PathLike[str], size: int) -> bool:
+    """Whether a tar ends with the two empty blocks that closing it writes."""
+    if size < 2 * BLOCK:
+        return False
+    with open(path, "rb") as file:
+        file.seek(size - 2 * BLOCK)
+        return not any(file.read())
+
+
+def load_index(path: str | os.PathLike[str]) -> ShardIndex:
+    """The index of the local tar at `path`: the one beside it, else a cached one, else newly built and cached.
+
+    The index beside a shard counts where the tar's size is the recorded one and the first and last members lie where
+    it says (copying a data set changes times, so time does not count there). It also counts where the tar is shorter
+    but starts the same: a truncated shard keeps its order, and what is cut off raises `BadSample` when read. A cached
+    index counts for exactly the size and time it was made from.
+
+    Raises:
+        ValueError: the file is not an uncompressed tar.
+    """
+    index = _read_index(index_path(path))
+    if index is not None and _index_fits(path, index):
+        return index
+    stat = os.stat(path)
+    name = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:24]
+    cached = cache_folder() / "indexes" / f"{name}.json"
+    index = _read_index(cached)
+    if index is not None and (index.tar_bytes, index.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+        return index
+    index = build_index(path)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(cached, index.dumps().encode("utf-8", "surrogateescape"))
+    return index
+
+
+def _read_index(path: Path) -> ShardIndex | None:
+    """The index in a file, or None where there is none that this version can read."""
+    if not path.exists():
+        return None
+    try:
+        return ShardIndex.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+    except ValueError:
+        return None
+
+
+def _index_fits(path: str | os.PathLike[str], index: ShardIndex) -> bool:
+    size = os.path.getsize(path)
+    if size > index.tar_bytes:
+        return False
+    if not index.keys:
+        return size == index.tar_bytes
+    rows = (0, -1) if size == index.tar_bytes else (0,)
+    with open(path, "rb") as file:
+        for row in rows:
+            there = (
+                (suffix, int(offset)) for suffix, (offset, _) in zip(index.suffixes, index.spans[row]) if offset >= 0
+            )
+            suffix, offset = next(there, ("", 0))
+            if not suffix:
+                return False
+            file.seek(offset - BLOCK)
+            try:
+                found = tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "surrogateescape").name
+            except tarfile.HeaderError:
+                return False
+            if not _names_agree(found, f"{index.keys[row]}.{suffix}"):
+                return False
+    return True
+
+
+def _names_agree(found: str, expected: str) -> bool:
+    """Whether the name in a plain header is the expected one; long names are cut there, the full one lies before it."""
+    if found.lower() == expected.lower():
+        return True
+    return len(expected.encode()) > 100 and expected.lower().startswith(found.lower()[:80])
