@@ -6,6 +6,7 @@ are the last two of the vocabulary, as in CLIP.
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -26,7 +27,8 @@ def config_from_shapes(
 
     Args:
         state_dict: tensors under the released names.
-        vision_heads, text_heads: attention heads, which no shape tells; by default width / 64.
+        vision_heads: attention heads of the image tower, which no shape tells; by default width / 64.
+        text_heads: those of the text tower.
 
     Raises:
         ValueError: the checkpoint is of another model.
@@ -53,7 +55,7 @@ def config_from_shapes(
     )
 
 
-def make_config(**sections) -> PyramidCLIPConfig:
+def make_config(**sections: Any) -> PyramidCLIPConfig:
     """A configuration; ValueError, and not huggingface_hub's own class of errors, where its parts do not fit."""
     try:
         return PyramidCLIPConfig(**sections)
@@ -66,7 +68,7 @@ def token_ids(vocab_size: int) -> dict[str, int]:
     return {"pad_token_id": 0, "bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1}
 
 
-def _vit_config(state_dict) -> dict:
+def _vit_config(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     width, _, patch_size, _ = _shape(state_dict, "visual.conv1.weight", 4)
     first, second = "visual.transformer.resblocks1", "visual.transformer.resblocks2"
     return {
@@ -81,7 +83,7 @@ def _vit_config(state_dict) -> dict:
     }
 
 
-def _resnet_config(state_dict) -> dict:
+def _resnet_config(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     return {
         "tower": "resnet",
         "layers": tuple(_depth(state_dict, f"visual.layer{stage}") for stage in range(1, 5)),
@@ -91,7 +93,7 @@ def _resnet_config(state_dict) -> dict:
     }
 
 
-def _shape(state_dict, name: str, rank: int) -> tuple[int, ...]:
+def _shape(state_dict: Mapping[str, torch.Tensor], name: str, rank: int) -> tuple[int, ...]:
     shape = tuple(state_dict[name].shape)
     if len(shape) != rank:
         raise ValueError(f"This is no PyramidCLIP checkpoint: {name} has shape {shape}, expected {rank} dimensions.")
@@ -107,19 +109,19 @@ def grid_side(state_dict: Mapping[str, torch.Tensor], name: str) -> int:
     return side
 
 
-def _depth(state_dict, *prefixes: str) -> int:
+def _depth(state_dict: Mapping[str, torch.Tensor], *prefixes: str) -> int:
     patterns = [re.compile(re.escape(prefix) + r"\.(\d+)\.") for prefix in prefixes]
     return sum(len({found[1] for name in state_dict if (found := pattern.match(name))}) for pattern in patterns)
 
 
-def _inner_width(state_dict, prefix: str) -> int | None:
+def _inner_width(state_dict: Mapping[str, torch.Tensor], prefix: str) -> int | None:
     """Width of the feed-forward part; `None`, four times the width, where there is no block."""
     names = sorted(name for name in state_dict if name.startswith(prefix))
     found = [name for name in names if name.endswith(("mlp.c_fc.weight", "mlp.linear1.weight"))]
     return state_dict[found[0]].shape[0] if found else None
 
 
-def _other_model(state_dict) -> str:
+def _other_model(state_dict: Mapping[str, torch.Tensor]) -> str:
     names = " ".join(state_dict)
     if "transformer.resblocks.0." in names or "vision_model." in names:
         return " It looks like a plain CLIP model: start from it with `python -m conversion.init_from_clip`."

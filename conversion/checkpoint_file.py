@@ -4,7 +4,7 @@ import codecs
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch
 
 # Checkpoints of other programs may hold a NumPy number (a best score, say) beside the weights. These names only build
 # numbers and arrays.
-_NUMPY_GLOBALS = [
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+_NUMPY_SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]  # private, but what pickles name
+_NUMPY_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
     (codecs.encode, "_codecs.encode"),
     np.dtype,
     *{type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64", "bool")},

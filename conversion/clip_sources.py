@@ -45,8 +45,11 @@ _FREE_MODEL = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text
 class ClipSource:
     """A CLIP model as a PyramidCLIP model without LeFF, pooling at the end token.
 
-    config: its configuration. state_dict: fp32 tensors under our names, all but the region branch. image_settings: what
-    the image processor needs beside the size. notes: what the user should know.
+    Attributes:
+        config: its configuration.
+        state_dict: fp32 tensors under our names, all but the region branch.
+        image_settings: what the image processor needs beside the size.
+        notes: what the user should know.
     """
 
     config: PyramidCLIPConfig
@@ -70,8 +73,9 @@ def read_clip(
         model: a folder or Hub id with a Transformers `CLIPModel` or an open_clip model, or a file of weights under
             open_clip's and OpenAI's names.
         config_file: open_clip's JSON for a file of weights; without it sizes come from the shapes.
-        hidden_act, vision_heads, text_heads: for a file of weights without a JSON; "quick_gelu" and width / 64 by
-            default, as in OpenAI's models.
+        hidden_act: for a file of weights without a JSON; "quick_gelu" by default, as in OpenAI's models.
+        vision_heads: the same; width / 64 by default.
+        text_heads: the same; width / 64 by default.
         allow_torchscript: open TorchScript archives, see `checkpoint_file.read_checkpoint`.
 
     Raises:
@@ -123,7 +127,9 @@ def _model_file(model: str | Path, name: str) -> Path | None:
     except HFValidationError as error:
         raise FileNotFoundError(f"There is no file or folder {model}, and it is no Hub id either.") from error
     except LocalEntryNotFoundError as error:
-        raise OSError(f"There is no file or folder {model}, and the Hub cannot be asked for it: {error}") from error
+        raise FileNotFoundError(
+            f"There is no file or folder {model}, and the Hub cannot be asked for it: {error}"
+        ) from error
     except EntryNotFoundError:
         return None
 
@@ -138,7 +144,8 @@ def _widening_notes(widened: int) -> list[str]:
 def _from_transformers(model: str | Path) -> ClipSource:
     from transformers import CLIPModel
 
-    clip, info = CLIPModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = CLIPModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+    clip, info = loaded
     incomplete = {kind: sorted(info[kind]) for kind in ("missing_keys", "mismatched_keys") if info[kind]}
     if incomplete:
         raise ValueError(f"{model} is incomplete: {incomplete}.")
@@ -184,7 +191,7 @@ def _transformers_image_settings(model: str | Path) -> tuple[dict[str, Any], lis
             found = content.get("image_processor", content) if isinstance(content, dict) else {}
             if "image_mean" in found:
                 break
-    settings = {name: found[name] for name in ("image_mean", "image_std", "resample") if name in found}
+    settings: dict[str, Any] = {name: found[name] for name in ("image_mean", "image_std", "resample") if name in found}
     if not found:
         return settings, ["The model came without image settings; the processor has CLIP's."]
     size = found.get("size")
@@ -250,7 +257,7 @@ class _Settings:
     eos_token_id: int | None = None
 
 
-def _shape_settings(hidden_act, vision_heads, text_heads) -> tuple[_Settings, str]:
+def _shape_settings(hidden_act: str | None, vision_heads: int | None, text_heads: int | None) -> tuple[_Settings, str]:
     settings = _Settings(hidden_act or "quick_gelu", vision_heads, None, text_heads)
     return settings, (
         f"Shapes do not tell the activation and the heads: taken as {settings.hidden_act} and "

@@ -12,7 +12,7 @@ the fp32 values.
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +29,13 @@ from conversion.model_folder import (
     make_processor,
     model_written_aside,
 )
+from pyramidclip_command import CommandParser, run_command
 from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES, PyramidCLIPConfig
 from pyramidclip_hf.hub import AUTHORS_WEIGHTS_LICENSE, build_model_card
+from pyramidclip_hf.loading import load_dual_encoder
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+
+Say = Callable[[str], object]
 
 MAX_DIFFERENCE = 1e-4
 # Rows of the key table compared at a time; the mapped file is let go in between, which bounds the memory.
@@ -52,12 +56,13 @@ class CheckFailed(ValueError):
     """A converted folder does not hold what the checkpoint holds; the message lists the differences."""
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; wrong combinations end the program with a message."""
-    parser = argparse.ArgumentParser(
-        prog="python -m conversion.convert_original_checkpoint",
-        description="Converts released PyramidCLIP checkpoints to Transformers folders, and back.",
-    )
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        ValueError: wrong words or combinations of them.
+    """
+    parser = CommandParser(prog="python -m conversion.convert_original_checkpoint", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, help="released checkpoint (.pth.tar, .pt)")
     parser.add_argument("--output-dir", type=Path, help="folder to write")
     parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), help="by default read off the shapes")
@@ -70,9 +75,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="with --reverse: folder or Hub id")
     parser.add_argument("--output", type=Path, help="with --reverse: checkpoint file to write")
     arguments = parser.parse_args(argv)
-    needed, foreign = ("checkpoint", "output_dir"), ("model", "output")
+    needed, foreign = ["checkpoint", "output_dir"], ["model", "output"]
     if arguments.reverse:
-        needed, foreign = foreign, (*needed, "architecture", "check", "vision_heads", "text_heads")
+        needed, foreign = foreign, [*needed, "architecture", "check", "vision_heads", "text_heads"]
     for name in needed:
         if getattr(arguments, name) is None:
             parser.error(f"--{name.replace('_', '-')} is needed{' with --reverse' if arguments.reverse else ''}")
@@ -93,21 +98,23 @@ def convert(
     text_heads: int | None = None,
     check: bool | str | Path = False,
     overwrite: bool = False,
-    say=print,
+    say: Say = print,
 ) -> PyramidCLIPConfig:
-    """Converts one checkpoint file; see the module for `check`.
+    """Converts one checkpoint file.
 
     Args:
         checkpoint: file with `{"state_dict": {...}}` or the tensors themselves, under the released names, optionally
             behind `module.` or `_orig_mod.`.
         output_dir: folder to write; it appears whole or not at all.
         architecture: a named one; by default the shapes decide.
-        vision_heads, text_heads: attention heads, by default width / 64.
+        vision_heads: attention heads of the image tower, by default width / 64.
+        text_heads: those of the text tower.
+        check: see the module.
         overwrite: replace a model in `output_dir`.
         say: receives the messages.
 
     Returns:
-        the model's configuration.
+        The model's configuration.
 
     Raises:
         ValueError: the file is no such checkpoint (every missing, unused and misshapen tensor is listed), or a check
@@ -136,7 +143,9 @@ def convert(
     return config
 
 
-def _write_folder(folder: Path, config, state_dict, source: str, name: str, say) -> None:
+def _write_folder(
+    folder: Path, config: PyramidCLIPConfig, state_dict: dict[str, torch.Tensor], source: str, name: str, say: Say
+) -> None:
     # transformers would cast nothing here, and the tensors stay where they are mapped until they are written.
     model = assemble_model(config, to_transformers(state_dict, config))
     model.save_pretrained(folder)
@@ -158,13 +167,17 @@ def _write_folder(folder: Path, config, state_dict, source: str, name: str, say)
     card.save(folder / "README.md")
 
 
-def compare_folder(folder: Path, state_dict: Mapping[str, torch.Tensor], config: PyramidCLIPConfig, say=print) -> None:
+def compare_folder(
+    folder: Path, state_dict: Mapping[str, torch.Tensor], config: PyramidCLIPConfig, say: Say = print
+) -> None:
     """Turns the folder's weights back and compares with the checkpoint bit for bit.
 
     Raises:
         CheckFailed: the differing tensors.
     """
-    table, differing, seen = key_table(config), [], set()
+    table = key_table(config)
+    differing: list[str] = []
+    seen: set[str] = set()
     for start in range(0, len(table), _ROWS_AT_A_TIME):
         rows = table[start : start + _ROWS_AT_A_TIME]
         with safe_open(folder / "model.safetensors", "pt") as weights:
@@ -186,7 +199,7 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
-def check_loaded(folder: Path, stored: Path | None, say=print) -> None:
+def check_loaded(folder: Path, stored: Path | None, say: Say = print) -> None:
     """Loads the folder as users do, looks at every value, and compares outputs with stored ones.
 
     Raises:
@@ -248,20 +261,23 @@ def _largest_difference(ours: torch.Tensor, wanted: torch.Tensor, where: str) ->
     return (ours.double() - wanted.double()).abs().max().item()
 
 
-def reverse(model: str | Path, output: str | Path, *, overwrite: bool = False, say=print) -> None:
+def reverse(model: str | Path, output: str | Path, *, overwrite: bool = False, say: Say = print) -> None:
     """Writes `{"epoch": 0, "state_dict": {...}}` under the released names; the folder does not keep the epoch.
 
     Args:
-        model: folder or Hub id. output: file to write; it appears whole or not at all.
+        model: folder or Hub id.
+        output: file to write; it appears whole or not at all.
+        overwrite: replace `output`.
+        say: receives the messages.
 
     Raises:
-        OSError: no model there, the file exists and `overwrite` is off, or the disk is full.
-        ValueError: the model has tensors that a released checkpoint does not have.
+        OSError: the file exists and `overwrite` is off, or the disk is full.
+        ValueError: no model there, or not a whole one; tensors that a released checkpoint does not have.
     """
     output = Path(output)
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists; choose another file, or pass --overwrite to replace it.")
-    loaded = PyramidCLIPModel.from_pretrained(model)
+    loaded, _ = load_dual_encoder(str(model))
     state_dict = to_original(loaded.state_dict(), loaded.config)
     # contiguous() and not clone(): a tensor that the file maps is written from where it is.
     state_dict = {name: tensor.detach().contiguous() for name, tensor in state_dict.items()}
@@ -270,25 +286,26 @@ def reverse(model: str | Path, output: str | Path, *, overwrite: bool = False, s
     say(f"{len(state_dict)} tensors written to {output}.")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; an error ends the program with its message and status 1."""
-    arguments = parse_arguments(argv)
-    try:
-        if arguments.reverse:
-            reverse(arguments.model, arguments.output, overwrite=arguments.overwrite)
-        else:
-            convert(
-                arguments.checkpoint,
-                arguments.output_dir,
-                architecture=arguments.architecture,
-                vision_heads=arguments.vision_heads,
-                text_heads=arguments.text_heads,
-                check=arguments.check,
-                overwrite=arguments.overwrite,
-            )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+def run(arguments: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    if arguments.reverse:
+        reverse(arguments.model, arguments.output, overwrite=arguments.overwrite)
+        return
+    convert(
+        arguments.checkpoint,
+        arguments.output_dir,
+        architecture=arguments.architecture,
+        vision_heads=arguments.vision_heads,
+        text_heads=arguments.text_heads,
+        check=arguments.check,
+        overwrite=arguments.overwrite,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(parse_arguments, run, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,13 +11,14 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from conversion.checkpoint_file import as_float32, read_checkpoint, state_dict_of
 from conversion.model_folder import check_output_folder, model_written_aside
+from pyramidclip_command import CommandParser, run_command
 from pyramidclip_hf.vinvl import VinVLConfig, VinVLForObjectAttributeDetection, VinVLImageProcessor
 from pyramidclip_hf.vinvl.boxes_vinvl import cell_anchors
 
@@ -35,12 +36,13 @@ _FOURTH_STAGE_AGAIN = "attribute.feature_extractor.head.layer4."
 _ANCHORS = "rpn.anchor_generator.cell_anchors.0"
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m conversion.convert_vinvl",
-        description="Converts the released VinVL object-attribute detector to a Transformers folder.",
-    )
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        ValueError: wrong words.
+    """
+    parser = CommandParser(prog="python -m conversion.convert_vinvl", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="vinvl_vg_x152c4.pth")
     parser.add_argument("--labelmap", type=Path, required=True, help="VG-SGG-dicts-vgoi6-clipped.json")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder to write")
@@ -49,7 +51,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def convert(
-    checkpoint: str | Path, labelmap: str | Path, output_dir: str | Path, *, overwrite: bool = False, say=print
+    checkpoint: str | Path,
+    labelmap: str | Path,
+    output_dir: str | Path,
+    *,
+    overwrite: bool = False,
+    say: Callable[[str], object] = print,
 ) -> VinVLConfig:
     """Converts one checkpoint file.
 
@@ -62,7 +69,7 @@ def convert(
         say: receives the messages.
 
     Returns:
-        the model's configuration.
+        The model's configuration.
 
     Raises:
         ValueError: not such a checkpoint (every missing, unused and misshapen tensor is listed), no such label map, or
@@ -103,7 +110,7 @@ def read_label_map(path: str | Path) -> tuple[dict[int, str], dict[int, str]]:
         content = json.loads(Path(path).read_text(encoding="utf8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON file: {error}") from error
-    found = []
+    found: list[dict[int, str]] = []
     for key, zero in (("label_to_idx", "__background__"), ("attribute_to_idx", "__no_attribute__")):
         mapping = content.get(key) if isinstance(content, Mapping) else None
         if not isinstance(mapping, Mapping) or not all(type(i) is int for i in mapping.values()):
@@ -112,7 +119,8 @@ def read_label_map(path: str | Path) -> tuple[dict[int, str], dict[int, str]]:
         if not names or list(names) != list(range(1, len(mapping) + 1)):
             raise ValueError(f"{path}: the ids under {key!r} must be 1 to {len(mapping)}, each once.")
         found.append({0: zero, **names})
-    return tuple(found)
+    labels, attributes = found
+    return labels, attributes
 
 
 def config_from_shapes(
@@ -122,13 +130,14 @@ def config_from_shapes(
 
     Args:
         state_dict: tensors under the released names.
-        labels, attributes: names by id, 0 included.
+        labels: names of the classes by id, 0 included.
+        attributes: those of the attributes.
 
     Raises:
         ValueError: another model, or names that do not fit it.
     """
 
-    def size(name, axis=0):
+    def size(name: str, axis: int = 0) -> int:
         if name not in state_dict or state_dict[name].dim() <= axis:
             raise ValueError(
                 f"This is no VinVL detector with attributes: {name!r} is missing or has too few dimensions. The first "
@@ -161,13 +170,13 @@ def config_from_shapes(
     )
 
 
-def _depth(state_dict, prefix: str) -> int:
+def _depth(state_dict: Mapping[str, torch.Tensor], prefix: str) -> int:
     """Blocks of a stage; at least 1, so that an absent stage is reported as missing tensors."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
     return max(1, len({found[1] for name in state_dict if (found := pattern.match(name))}))
 
 
-def released_names(names) -> dict[str, str]:
+def released_names(names: Iterable[str]) -> dict[str, str]:
     """Our name -> the released one, for each tensor of the model."""
     found = {}
     for name in names:
@@ -217,14 +226,15 @@ def check_checkpoint(state_dict: Mapping[str, torch.Tensor], config: VinVLConfig
         )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; an error ends the program with its message and status 1."""
-    arguments = parse_arguments(argv)
-    try:
-        convert(arguments.checkpoint, arguments.labelmap, arguments.output_dir, overwrite=arguments.overwrite)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+def run(arguments: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    convert(arguments.checkpoint, arguments.labelmap, arguments.output_dir, overwrite=arguments.overwrite)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(parse_arguments, run, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

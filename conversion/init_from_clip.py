@@ -13,7 +13,7 @@ import argparse
 import itertools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from conversion.architecture import make_config
 from conversion.clip_sources import ClipSource, read_clip
 from conversion.leff_start import leff_from_mlp
 from conversion.model_folder import check_output_folder, make_processor, model_written_aside
+from pyramidclip_command import CommandParser, run_command
 from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
 from pyramidclip_hf.hub import build_model_card
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
@@ -33,11 +34,13 @@ _LICENSE = (
 )
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m conversion.init_from_clip", description="Starts a PyramidCLIP model from a CLIP model."
-    )
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        ValueError: wrong words.
+    """
+    parser = CommandParser(prog="python -m conversion.init_from_clip", description=__doc__)
     parser.add_argument("--model", required=True, help="Transformers or open_clip model (folder or Hub id), or a file "
                         "of weights under open_clip's and OpenAI's names")  # fmt: skip
     parser.add_argument("--output-dir", type=Path, required=True, help="folder to write")
@@ -66,12 +69,13 @@ def start_model(
 
     Args:
         source: of `read_clip`.
-        num_leff_layers: blocks, from the first, whose MLP becomes LeFF. pooling: of the text.
+        num_leff_layers: blocks, from the first, whose MLP becomes LeFF.
+        pooling: of the text.
         roi_feature_size: width of region features without their boxes.
         seed: of the new parameters that start at random.
 
     Returns:
-        the model in eval mode, the names of its new tensors, the names of those that were changed to make room.
+        The model in eval mode, the names of its new tensors, the names of those that were changed to make room.
 
     Raises:
         ValueError: LeFF in a ResNet, or in more blocks than there are.
@@ -94,7 +98,9 @@ def start_model(
     return model.eval(), new, changed
 
 
-def _target_config(config: PyramidCLIPConfig, num_leff_layers, pooling, roi_feature_size) -> PyramidCLIPConfig:
+def _target_config(
+    config: PyramidCLIPConfig, num_leff_layers: int, pooling: str, roi_feature_size: int
+) -> PyramidCLIPConfig:
     sections = config.to_dict()
     if config.vision_config.tower == "resnet" and num_leff_layers:
         raise ValueError(
@@ -143,15 +149,15 @@ def summarise(names: Sequence[str]) -> list[str]:
         folded.setdefault(re.sub(r"\.layers\.\d+\.", ".layers.{}.", name), []).extend([int(found[1])] if found else [])
     lines = []
     for name, numbers in folded.items():
-        for _, run in itertools.groupby(enumerate(numbers), key=lambda place: place[1] - place[0]):
-            run = [number for _, number in run]
-            lines.append(name.format(f"{run[0]}-{run[-1]}" if len(run) > 1 else run[0]))
+        for _, places in itertools.groupby(enumerate(numbers), key=lambda place: place[1] - place[0]):
+            together = [number for _, number in places]
+            lines.append(name.format(f"{together[0]}-{together[-1]}" if len(together) > 1 else together[0]))
         if not numbers:
             lines.append(name)
     return lines
 
 
-def init_from_clip(arguments: argparse.Namespace, say=print) -> None:
+def init_from_clip(arguments: argparse.Namespace, say: Callable[[str], object] = print) -> None:
     """What the command line asks for.
 
     Raises:
@@ -194,7 +200,9 @@ def init_from_clip(arguments: argparse.Namespace, say=print) -> None:
     say(f"Written to {arguments.output_dir}.")
 
 
-def _report(model: PyramidCLIPModel, source: ClipSource, new: list[str], changed: list[str], say) -> None:
+def _report(
+    model: PyramidCLIPModel, source: ClipSource, new: list[str], changed: list[str], say: Callable[[str], object]
+) -> None:
     say("New:")
     for line in summarise(new):
         say(f"  {line}")
@@ -206,13 +214,10 @@ def _report(model: PyramidCLIPModel, source: ClipSource, new: list[str], changed
         say(f"{name} features: cosine with the CLIP model's {cosines.mean():.4f} (lowest {cosines.min():.4f})")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; an error ends the program with its message and status 1."""
-    try:
-        init_from_clip(parse_arguments(argv))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(parse_arguments, init_from_clip, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

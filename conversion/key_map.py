@@ -5,6 +5,7 @@ two axes of a matrix, `stack` joins q, k, v along the first axis. The table foll
 is complete: a tensor that it does not name is an error, and so is a name without a tensor.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,7 +65,7 @@ class Row:
         return tensor.T.contiguous() if self.operation == "transpose" else tensor
 
 
-def _rows(original: str, ours: str, names) -> list[Row]:
+def _rows(original: str, ours: str, names: Iterable[tuple[str, str, tuple[str, ...]]]) -> list[Row]:
     return [Row(f"{original}{a}.{leaf}", (f"{ours}{b}.{leaf}",)) for a, b, leaves in names for leaf in leaves]
 
 

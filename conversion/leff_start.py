@@ -22,12 +22,18 @@ features with the CLIP model's 0.93 in eval mode and 0.89 in train mode; with un
 all BatchNorms at weight 1 and bias 0 instead 0.59 and 0.62; with norm3's weight at 0 0.49.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from transformers.activations import ACT2FN
 
 CLASS_TOKEN_SHARE = 0.1
 _EPS = 1e-5  # of nn.BatchNorm
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+# Values (units, nodes) at the nodes of a quadrature, and the nodes' weights (nodes,).
+Quadrature = tuple[torch.Tensor, torch.Tensor]
 
 
 @torch.no_grad()
@@ -43,7 +49,7 @@ def leff_from_mlp(
         class_token_share: factor of `layer_norm2`; 1 leaves it.
 
     Returns:
-        these six under the same names, changed, and `mlp.norm1`, `mlp.depthwise`, `mlp.norm2`, `mlp.norm3`.
+        These six under the same names, changed, and `mlp.norm1`, `mlp.depthwise`, `mlp.norm2`, `mlp.norm3`.
     """
     activation = ACT2FN[hidden_act]
     scale, shift = block["layer_norm2.weight"].double(), block["layer_norm2.bias"].double()
@@ -77,7 +83,9 @@ def leff_from_mlp(
     return {name: tensor if tensor.dtype == torch.int64 else tensor.float() for name, tensor in started.items()}
 
 
-def _batch_norm(name: str, mean, variance, factor: float, centre) -> dict[str, torch.Tensor]:
+def _batch_norm(
+    name: str, mean: torch.Tensor, variance: torch.Tensor, factor: float, centre: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """A BatchNorm that, in eval mode, maps x to factor * (x - mean) + centre, whatever its statistics are."""
     return {
         f"{name}.weight": factor * (variance + _EPS).sqrt(),
@@ -88,10 +96,10 @@ def _batch_norm(name: str, mean, variance, factor: float, centre) -> dict[str, t
     }
 
 
-def _activated(mean: torch.Tensor, variance: torch.Tensor, activation):
-    """Normal numbers after one and after two activations, as (values at quadrature nodes, weights of the nodes)."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(64)
-    weights = torch.from_numpy(weights / weights.sum())
+def _activated(mean: torch.Tensor, variance: torch.Tensor, activation: Activation) -> tuple[Quadrature, Quadrature]:
+    """Normal numbers (units,) after one and after two activations."""
+    nodes, areas = np.polynomial.hermite_e.hermegauss(64)
+    weights = torch.from_numpy(areas / areas.sum())
     once = activation(mean[:, None] + variance.sqrt()[:, None] * torch.from_numpy(nodes))
     return (once, weights), (activation(once), weights)
 
@@ -101,7 +109,7 @@ def _moments(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor,
     return mean, (values - mean[:, None]).square() @ weights
 
 
-def _fitted_line(inputs, outputs) -> tuple[torch.Tensor, torch.Tensor]:
+def _fitted_line(inputs: Quadrature, outputs: Quadrature) -> tuple[torch.Tensor, torch.Tensor]:
     """Least squares, unit by unit: outputs = slope * inputs + intercept."""
     (x, weights), (y, _) = inputs, outputs
     (mean_x, variance_x), (mean_y, _) = _moments(x, weights), _moments(y, weights)
@@ -112,7 +120,7 @@ def _fitted_line(inputs, outputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.enable_grad()
-def _straightest_point(activation) -> tuple[float, float]:
+def _straightest_point(activation: Activation) -> tuple[float, float]:
     """Where the activation is steepest, which is its inflection point, and how steep it is there."""
     points = torch.linspace(0.0, 4.0, 4001, dtype=torch.float64, requires_grad=True)
     (steepness,) = torch.autograd.grad(activation(points).sum(), points)

@@ -8,6 +8,7 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -118,7 +119,7 @@ def assemble_model(config: PyramidCLIPConfig, state_dict: dict[str, torch.Tensor
     return model.eval()
 
 
-def make_processor(config: PyramidCLIPConfig, **image_settings) -> tuple[PyramidCLIPProcessor, str | None]:
+def make_processor(config: PyramidCLIPConfig, **image_settings: Any) -> tuple[PyramidCLIPProcessor, str | None]:
     """The processor that belongs to a model, and a warning where its tokenizer does not fit the vocabulary.
 
     Args:

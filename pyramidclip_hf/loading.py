@@ -8,7 +8,7 @@ a folder without a tokenizer, for which the processor would take the one that th
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,15 +77,36 @@ def load_model(
     """
     device = choose_device(device) if isinstance(device, str) else device
     called = f"{flag} {name}"
+    model, folder = load_dual_encoder(name, revision=revision, dtype=dtype, flag=flag)
+    _check_parts(folder, ("tokenizer", "image processor"), called)
+    try:
+        processor = PyramidCLIPProcessor.from_pretrained(folder)
+    except Exception as error:  # on damaged files, the readers raise almost anything
+        raise ValueError(f"{called}: cannot be loaded: {error}") from error
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps it without types
+    if fuse:
+        model.fuse()
+    return Loaded(model, processor, name, folder)
+
+
+def load_dual_encoder(
+    name: str, *, revision: str | None = None, dtype: torch.dtype | str = torch.float32, flag: str = "--model"
+) -> tuple[PyramidCLIPModel, Path]:
+    """The model alone, on the processor, and the folder that it lies in; see `load_model`.
+
+    Raises:
+        ValueError: as `load_model`, but nobody asks for tokenizer and image processor.
+    """
+    called = f"{flag} {name}"
     folder = _model_folder(name, revision, called)
-    _check_folder(folder, called)
+    _check_config(folder, called)
+    _check_parts(folder, ("weights",), called)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     try:
         with quiet_transformers():
             model, info = PyramidCLIPModel.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
             )
-            processor = PyramidCLIPProcessor.from_pretrained(folder)
     except Exception as error:  # on damaged files, the readers raise almost anything
         raise ValueError(f"{called}: cannot be loaded: {error}") from error
     # These would be drawn at random, and every result with them.
@@ -95,10 +116,7 @@ def load_model(
             f"{called}: {len(faulty)} weights are missing or of another shape: {faulty[:3]}. Expected a whole "
             "PyramidCLIPModel, with both towers."
         )
-    model = model.eval().to(device)
-    if fuse:
-        model.fuse()
-    return Loaded(model, processor, name, folder)
+    return model.eval(), folder
 
 
 @contextmanager
@@ -151,8 +169,8 @@ def _model_folder(name: str, revision: str | None, called: str) -> Path:
         ) from error
 
 
-def _check_folder(folder: Path, called: str) -> None:
-    """ValueError where a part of what `save_pretrained` writes is missing, saying which."""
+def _check_config(folder: Path, called: str) -> None:
+    """ValueError where there is no configuration of this kind of model."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{called}: no config.json there. {_ADVICE}.")
     try:
@@ -161,6 +179,11 @@ def _check_folder(folder: Path, called: str) -> None:
         raise ValueError(f"{called}: config.json is no JSON mapping ({error}).") from error
     if kind != "pyramidclip":
         raise ValueError(f"{called}: its model_type is {kind!r}, expected 'pyramidclip'.")
-    for part, files in _PARTS.items():
+
+
+def _check_parts(folder: Path, parts: Iterable[str], called: str) -> None:
+    """ValueError where a part of what `save_pretrained` writes is missing, saying which."""
+    for part in parts:
+        files = _PARTS[part]
         if not any((folder / file).is_file() for file in files):
             raise ValueError(f"{called}: the {part} is missing ({' or '.join(files)}). {_ADVICE}.")

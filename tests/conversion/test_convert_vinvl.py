@@ -90,8 +90,12 @@ def labelmap(tmp_path):
     return path
 
 
-def run(checkpoint, labelmap, output, *more):
-    main(["--checkpoint", str(checkpoint), "--labelmap", str(labelmap), "--output-dir", str(output), *more])
+def words(checkpoint, labelmap, output, *more):
+    return ["--checkpoint", str(checkpoint), "--labelmap", str(labelmap), "--output-dir", str(output), *more]
+
+
+def run(*arguments):
+    assert main(words(*arguments)) == 0
 
 
 def test_the_full_size_model_has_exactly_the_released_entries():
@@ -166,14 +170,12 @@ def test_half_precision_becomes_fp32_and_is_said(small_checkpoint, labelmap, tmp
     assert "fp16" in capsys.readouterr().out
 
 
-def test_missing_unused_and_misshapen_are_all_listed(small_checkpoint, labelmap, tmp_path):
+def test_missing_unused_and_misshapen_are_all_listed(small_checkpoint, labelmap, tmp_path, refused):
     del small_checkpoint["rpn.head.conv.bias"], small_checkpoint[AGAIN + "0.bn1.weight"]
     small_checkpoint["backbone.body.layer1.0.bn1.num_batches_tracked"] = torch.tensor(1)
     small_checkpoint["attribute.predictor.fc_attr.bias"] = torch.zeros(7)
     torch.save(small_checkpoint, tmp_path / "vinvl.pth")
-    with pytest.raises(SystemExit) as error:
-        run(tmp_path / "vinvl.pth", labelmap, tmp_path / "out")
-    text = str(error.value)
+    text = refused(main, words(tmp_path / "vinvl.pth", labelmap, tmp_path / "out"), "one consistent size")
     assert f"missing: {AGAIN}0.bn1.weight, rpn.head.conv.bias" in text
     assert "unused: backbone.body.layer1.0.bn1.num_batches_tracked" in text
     assert "misshapen: attribute.predictor.fc_attr.bias is (7,), expected (6,)" in text
@@ -209,38 +211,33 @@ def test_what_is_dropped_must_be_what_it_should_be(small_checkpoint, labelmap, n
         ([], "label_to_idx"),
     ],
 )
-def test_label_maps_that_do_not_fit(small_checkpoint, labelmap, tmp_path, content, message):
+def test_label_maps_that_do_not_fit(small_checkpoint, labelmap, tmp_path, refused, content, message):
     labelmap.write_text(json.dumps(content))
     torch.save(small_checkpoint, tmp_path / "vinvl.pth")
-    with pytest.raises(SystemExit, match=message):
-        run(tmp_path / "vinvl.pth", labelmap, tmp_path / "out")
+    refused(main, words(tmp_path / "vinvl.pth", labelmap, tmp_path / "out"), message)
     assert not (tmp_path / "out").exists()
 
 
-def test_other_files_are_named(small_checkpoint, labelmap, tmp_path):
+def test_other_files_are_named(small_checkpoint, labelmap, tmp_path, refused):
     torch.save({"visual.proj": torch.zeros(2, 2)}, tmp_path / "clip.pth")
-    with pytest.raises(SystemExit, match="no VinVL detector"):
-        run(tmp_path / "clip.pth", labelmap, tmp_path / "out")
-    with pytest.raises(SystemExit, match="nothing"):
-        run(tmp_path / "absent.pth", labelmap, tmp_path / "out")
+    refused(main, words(tmp_path / "clip.pth", labelmap, tmp_path / "out"), "no VinVL detector")
+    refused(main, words(tmp_path / "absent.pth", labelmap, tmp_path / "out"), "nothing")
     torch.save(small_checkpoint, tmp_path / "vinvl.pth")
     (tmp_path / "labels.txt").write_text("zebra")
-    with pytest.raises(SystemExit, match="no JSON"):
-        run(tmp_path / "vinvl.pth", tmp_path / "labels.txt", tmp_path / "out")
+    refused(main, words(tmp_path / "vinvl.pth", tmp_path / "labels.txt", tmp_path / "out"), "no JSON")
 
 
-def test_a_checkpoint_with_code_in_it_is_not_run(small_checkpoint, labelmap, tmp_path):
+def test_a_checkpoint_with_code_in_it_is_not_run(small_checkpoint, labelmap, tmp_path, refused):
     class Trap:
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
 
     torch.save({"model": small_checkpoint, "optimizer": Trap()}, tmp_path / "vinvl.pth")
-    with pytest.raises(SystemExit, match="nothing"):
-        run(tmp_path / "vinvl.pth", labelmap, tmp_path / "out")
+    refused(main, words(tmp_path / "vinvl.pth", labelmap, tmp_path / "out"), "nothing")
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
 
 
-def test_a_model_in_the_folder_stays_unless_asked(small_checkpoint, labelmap, tmp_path):
+def test_a_model_in_the_folder_stays_unless_asked(small_checkpoint, labelmap, tmp_path, refused):
     torch.save(small_checkpoint, tmp_path / "vinvl.pth")
     output = tmp_path / "out"
     run(tmp_path / "vinvl.pth", labelmap, output)
@@ -248,8 +245,7 @@ def test_a_model_in_the_folder_stays_unless_asked(small_checkpoint, labelmap, tm
     before = (output / "model.safetensors").read_bytes()
     small_checkpoint["rpn.head.conv.bias"] += 1
     torch.save(small_checkpoint, tmp_path / "vinvl.pth")
-    with pytest.raises(SystemExit, match="--overwrite"):
-        run(tmp_path / "vinvl.pth", labelmap, output)
+    refused(main, words(tmp_path / "vinvl.pth", labelmap, output), "--overwrite")
     assert (output / "model.safetensors").read_bytes() == before
     run(tmp_path / "vinvl.pth", labelmap, output, "--overwrite")
     model = VinVLForObjectAttributeDetection.from_pretrained(output)

@@ -84,7 +84,7 @@ def assert_same_features(folder, wanted_pictures, wanted_texts, pixels, ids):
 
 
 def test_features_of_transformers_clip(transformers_folder, tmp_path, capsys):
-    main(["--model", str(transformers_folder), "--output-dir", str(tmp_path / "start")])
+    assert main(["--model", str(transformers_folder), "--output-dir", str(tmp_path / "start")]) == 0
     clip = CLIPModel.from_pretrained(transformers_folder)
     pixels, ids = inputs(32)
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_end_token_2_of_old_configurations_means_the_highest_id(transformers_fol
     clip = CLIPModel.from_pretrained(transformers_folder)
     clip.config.text_config.eos_token_id = 2
     clip.save_pretrained(tmp_path / "old")
-    main(["--model", str(tmp_path / "old"), "--output-dir", str(tmp_path / "start")])
+    assert main(["--model", str(tmp_path / "old"), "--output-dir", str(tmp_path / "start")]) == 0
     pixels, ids = inputs(32)
     old = CLIPModel.from_pretrained(tmp_path / "old")
     assert old.config.text_config.eos_token_id == 2
@@ -122,7 +122,7 @@ def test_features_of_open_clip_folders(tower, quick_gelu, tmp_path):
     folder.mkdir()
     torch.save(clip.state_dict(), folder / "open_clip_pytorch_model.bin")
     (folder / "open_clip_config.json").write_text(json.dumps(open_clip_json(tower, quick_gelu)), encoding="utf8")
-    main(["--model", str(folder), "--output-dir", str(tmp_path / "start")])
+    assert main(["--model", str(folder), "--output-dir", str(tmp_path / "start")]) == 0
     pixels, ids = inputs(OPEN_CLIP_VISION[tower]["image_size"])
     with torch.no_grad():
         wanted = clip.encode_image(pixels), clip.encode_text(ids)
@@ -134,7 +134,7 @@ def test_features_of_open_clip_folders(tower, quick_gelu, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["json", "flags", "text in a class of its own", "half", "torchscript"])
-def test_features_of_weight_files(kind, tmp_path):
+def test_features_of_weight_files(kind, tmp_path, refused):
     clip = open_clip_model("vit", quick_gelu=kind != "json", custom_text=kind.startswith("text"))
     path, more = tmp_path / "clip.pt", ["--vision-heads", "4", "--text-heads", "3"]
     tensors = clip.state_dict()
@@ -149,15 +149,15 @@ def test_features_of_weight_files(kind, tmp_path):
         holder = script_holder(tensors | {"input_resolution": torch.tensor(32), "context_length": torch.tensor(LENGTH),
                                           "vocab_size": torch.tensor(VOCABULARY)})  # fmt: skip
         torch.jit.script(holder).save(path)
-        with pytest.raises(SystemExit, match="TorchScript archive.*--allow-torchscript"):
-            main(["--model", str(path), "--output-dir", str(tmp_path / "start"), *more])
+        words = ["--model", path, "--output-dir", tmp_path / "start", *more]
+        refused(main, words, "TorchScript archive.*--allow-torchscript")
         more.append("--allow-torchscript")
     else:
         if kind == "half":
             clip.half().float()
             tensors = {name: tensor.half() for name, tensor in tensors.items()}
         torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()}}, path)
-    main(["--model", str(path), "--output-dir", str(tmp_path / "start"), *more])
+    assert main(["--model", str(path), "--output-dir", str(tmp_path / "start"), *more]) == 0
     pixels, ids = inputs(32)
     with torch.no_grad():
         wanted = clip.encode_image(pixels), clip.encode_text(ids)
@@ -251,51 +251,55 @@ def test_names_are_folded():
     assert summarise(names) == ["layers.x.layers.0-2.a", "layers.x.layers.4.a", "roi.b"]
 
 
-def refused(arguments, match, tmp_path):
-    with pytest.raises(SystemExit, match=match):
-        main(["--output-dir", str(tmp_path / "start"), *map(str, arguments)])
-    assert not (tmp_path / "start").exists()
+@pytest.fixture
+def not_started(refused, tmp_path):
+    """As `refused`, and no folder may appear."""
+
+    def check(arguments, match):
+        refused(main, ["--output-dir", tmp_path / "start", *arguments], match)
+        assert not (tmp_path / "start").exists()
+
+    return check
 
 
-def test_leff_does_not_go_into_a_resnet_or_too_many_blocks(tmp_path):
+def test_leff_does_not_go_into_a_resnet_or_too_many_blocks(tmp_path, not_started):
     torch.save(open_clip_model("resnet").state_dict(), tmp_path / "clip.pt")
     heads = ["--vision-heads", 8, "--text-heads", 3]
-    refused(["--model", tmp_path / "clip.pt", *heads, "--num-leff-layers", 1], "LeFF is for the ViT", tmp_path)
+    not_started(["--model", tmp_path / "clip.pt", *heads, "--num-leff-layers", 1], "LeFF is for the ViT")
     torch.save(open_clip_model("vit").state_dict(), tmp_path / "clip.pt")
-    refused(["--model", tmp_path / "clip.pt", *heads, "--num-leff-layers", 4], "between 0 and num_hidden", tmp_path)
+    not_started(["--model", tmp_path / "clip.pt", *heads, "--num-leff-layers", 4], "between 0 and num_hidden")
 
 
 @pytest.mark.parametrize(
     "vision", [{"timm_model_name": "resnet50"}, {"attentional_pool": True}, {"pool_type": "avg"}, {"no_ln_pre": True},
                {"some_new_option": 3}]
 )  # fmt: skip
-def test_open_clip_models_that_compute_something_else(vision, tmp_path):
+def test_open_clip_models_that_compute_something_else(vision, tmp_path, not_started):
     torch.save(open_clip_model("vit").state_dict(), tmp_path / "clip.pt")
     (tmp_path / "clip.json").write_text(json.dumps(open_clip_json("vit", **vision)), encoding="utf8")
     arguments = ["--model", tmp_path / "clip.pt", "--config", tmp_path / "clip.json"]
-    refused(arguments, f"vision_cfg asks for .*{next(iter(vision))}", tmp_path)
+    not_started(arguments, f"vision_cfg asks for .*{next(iter(vision))}")
 
 
-def test_what_is_no_clip_model(tmp_path):
+def test_what_is_no_clip_model(tmp_path, not_started):
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}', encoding="utf8")
-    refused(["--model", tmp_path / "bert"], "is no CLIP model", tmp_path)
+    not_started(["--model", tmp_path / "bert"], "is no CLIP model")
     torch.save({"a": torch.ones(2)}, tmp_path / "x.pt")
-    refused(["--model", tmp_path / "x.pt"], "no weights of a CLIP model", tmp_path)
+    not_started(["--model", tmp_path / "x.pt"], "no weights of a CLIP model")
     state_dict = open_clip_model("vit").state_dict()
     torch.save(state_dict | {"visual.extra": torch.ones(2)}, tmp_path / "x.pt")
-    refused(["--model", tmp_path / "x.pt", "--text-heads", "3"], r"unused \['visual.extra'\]", tmp_path)
-    refused(["--model", tmp_path / "bert", "--hidden-act", "gelu"], "are for a file of weights", tmp_path)
-    refused(["--model", tmp_path / "nowhere.pt"], "found nothing", tmp_path)
-    refused(["--model", tmp_path / "nowhere"], "no file or folder", tmp_path)
-    refused(["--model", "some/model"], "the Hub cannot be asked", tmp_path)
+    not_started(["--model", tmp_path / "x.pt", "--text-heads", "3"], r"unused \['visual.extra'\]")
+    not_started(["--model", tmp_path / "bert", "--hidden-act", "gelu"], "are for a file of weights")
+    not_started(["--model", tmp_path / "nowhere.pt"], "found nothing")
+    not_started(["--model", tmp_path / "nowhere"], "no file or folder")
+    not_started(["--model", "some/model"], "the Hub cannot be asked")
 
 
-def test_folder_with_a_model_needs_overwrite(transformers_folder, tmp_path):
+def test_folder_with_a_model_needs_overwrite(transformers_folder, tmp_path, refused):
     arguments = ["--model", str(transformers_folder), "--output-dir", str(tmp_path / "start")]
-    main(arguments)
-    with pytest.raises(SystemExit, match="already holds a model"):
-        main(arguments)
-    main([*arguments, "--overwrite", "--pooling", "max"])
+    assert main(arguments) == 0
+    refused(main, arguments, "already holds a model")
+    assert main([*arguments, "--overwrite", "--pooling", "max"]) == 0
     assert PyramidCLIPConfig.from_pretrained(tmp_path / "start").text_config.pooling == "max"
     assert os.listdir(tmp_path) == ["start"]
