@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import create_mask
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from .modeling_pyramidclip_resnet import (
@@ -203,23 +204,14 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _scale_and_shift(norm: _BatchNorm) -> tuple[torch.Tensor, torch.Tensor]:
-    """`norm` in eval mode is `x * scale + shift`."""
-    scale = (_wide(norm.running_var) + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * _wide(norm.weight)
-    shift = -_wide(norm.running_mean) * scale
-    return scale, shift if norm.bias is None else shift + _wide(norm.bias)
-
-
 def _folded(layer: nn.Linear | nn.Conv2d, norm: _BatchNorm | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of `layer` with `norm` behind it."""
     weight = _wide(layer.weight)
     bias = weight.new_zeros(len(weight)) if layer.bias is None else _wide(layer.bias)
     if norm is None:
         return weight, bias
-    scale, shift = _scale_and_shift(norm)
-    return weight * scale.view(-1, *[1] * (weight.ndim - 1)), bias * scale + shift
+    fold = fuse_conv_bn_weights if isinstance(layer, nn.Conv2d) else fuse_linear_bn_weights
+    return fold(weight, bias, norm.running_mean, _wide(norm.running_var), norm.eps, norm.weight, norm.bias)
 
 
 def _activation(function: nn.Module) -> tuple[nn.Module, float]:
