@@ -9,7 +9,7 @@
 import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -102,7 +102,7 @@ def levels_of_kind(kind: Literal["picture", "regions", "text"], among: Collectio
     return tuple(name for name, level in LEVELS.items() if level.kind == kind and name in among)
 
 
-def _reject_unknown_keys(config: PreTrainedConfig, kwargs: dict) -> None:
+def _reject_unknown_keys(config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> None:
     allowed = _BASE_CONFIG_KEYS | set(GenerationConfig._get_default_generation_params())
     unknown = [key for key in kwargs if key not in allowed and not key.startswith("_")]
     if unknown:
@@ -120,6 +120,20 @@ def _check_heads(name: str, hidden_size: int, num_attention_heads: int) -> None:
         )
 
 
+# Fields that follow from others where they are not given: `None` or a dictionary may come in, which transformers'
+# check of types needs to hear; code that reads a configuration finds what the second name says.
+_NOT_GIVEN: Any = None
+if TYPE_CHECKING:
+    Derived: TypeAlias = int
+    TextConfig: TypeAlias = "PyramidCLIPTextConfig"
+    VisionConfig: TypeAlias = "PyramidCLIPVisionConfig"
+    LossWeights: TypeAlias = dict[str, float]
+else:
+    Derived = int | None
+    TextConfig = VisionConfig = dict | PreTrainedConfig | None
+    LossWeights = dict | None
+
+
 @strict
 class PyramidCLIPTextConfig(PreTrainedConfig):
     """The text tower: a causal pre-LN transformer (CLIP's names and defaults).
@@ -129,8 +143,10 @@ class PyramidCLIPTextConfig(PreTrainedConfig):
             released weights need it; `"eos"` takes the end-of-text position, as the paper describes it.
         pad_token_id: what padded positions hold; under `"max"` it is part of the function, so it is 0 as in CLIP.
         projection_dim: width of the shared embedding space; inside a [`PyramidCLIPConfig`] it follows the composed one.
-        bos_token_id, eos_token_id: the vocabulary's last two entries when not given, as CLIP orders them.
-        num_attention_heads: `hidden_size / 64` when not given; `intermediate_size`: four times `hidden_size`.
+        bos_token_id: the vocabulary's last entry but one when not given, as CLIP orders them.
+        eos_token_id: the last one when not given.
+        num_attention_heads: `hidden_size / 64` when not given.
+        intermediate_size: four times `hidden_size` when not given.
     """
 
     model_type = "pyramidclip_text_model"
@@ -138,20 +154,20 @@ class PyramidCLIPTextConfig(PreTrainedConfig):
 
     vocab_size: int = 49408
     hidden_size: int = 512
-    intermediate_size: int | None = None
+    intermediate_size: Derived = _NOT_GIVEN
     projection_dim: int = 512
     num_hidden_layers: int = 12
-    num_attention_heads: int | None = None
+    num_attention_heads: Derived = _NOT_GIVEN
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float | int = 1e-5
     attention_dropout: float | int = 0.0
     pooling: Literal["max", "eos"] = "max"
     pad_token_id: int | None = 0
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    bos_token_id: Derived = _NOT_GIVEN
+    eos_token_id: Derived = _NOT_GIVEN
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         _reject_unknown_keys(self, kwargs)
         self.bos_token_id = self.vocab_size - 2 if self.bos_token_id is None else self.bos_token_id
         self.eos_token_id = self.vocab_size - 1 if self.eos_token_id is None else self.eos_token_id
@@ -159,7 +175,7 @@ class PyramidCLIPTextConfig(PreTrainedConfig):
         self.num_attention_heads = self.num_attention_heads or max(1, self.hidden_size // 64)
         super().__post_init__(**kwargs)
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Cross-field checks; run by `@strict` at construction and on saving."""
         _check_heads("text_config", self.hidden_size, self.num_attention_heads)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -181,9 +197,11 @@ class PyramidCLIPVisionConfig(PreTrainedConfig):
         num_leff_layers: how many blocks, from the first, have the locally-enhanced feed-forward; the region branch
             runs through the blocks behind them (paper, section 3.3).
         freeze_patch_embedding: keep the patch convolution at its initial value in training, as the reference does.
-        layers, width: blocks per stage and stem width of the ResNet.
+        layers: blocks per stage of the ResNet.
+        width: stem width of the ResNet.
         roi_feature_size: width of a region's feature; 4 box numbers are appended to it.
-        num_attention_heads: `hidden_size / 64` when not given; `intermediate_size`: four times `hidden_size`.
+        num_attention_heads: `hidden_size / 64` when not given.
+        intermediate_size: four times `hidden_size` when not given.
     """
 
     model_type = "pyramidclip_vision_model"
@@ -192,13 +210,13 @@ class PyramidCLIPVisionConfig(PreTrainedConfig):
     tower: Literal["vit", "resnet"] = "vit"
     image_size: int = 224
     num_channels: int = 3
-    hidden_size: int | None = None
-    intermediate_size: int | None = None
+    hidden_size: Derived = _NOT_GIVEN
+    intermediate_size: Derived = _NOT_GIVEN
     projection_dim: int = 512
-    num_hidden_layers: int | None = None
-    num_attention_heads: int | None = None
+    num_hidden_layers: Derived = _NOT_GIVEN
+    num_attention_heads: Derived = _NOT_GIVEN
     patch_size: int = 16
-    num_leff_layers: int | None = None
+    num_leff_layers: Derived = _NOT_GIVEN
     freeze_patch_embedding: bool = True
     layers: list[int] | tuple[int, ...] = (3, 4, 6, 3)
     width: int = 64
@@ -207,7 +225,7 @@ class PyramidCLIPVisionConfig(PreTrainedConfig):
     layer_norm_eps: float | int = 1e-5
     attention_dropout: float | int = 0.0
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         _reject_unknown_keys(self, kwargs)
         vit = self.tower == "vit"
         self.hidden_size = self.hidden_size or (768 if vit else 32 * self.width)
@@ -218,7 +236,7 @@ class PyramidCLIPVisionConfig(PreTrainedConfig):
         self.num_attention_heads = self.num_attention_heads or max(1, self.hidden_size // 64)
         super().__post_init__(**kwargs)
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Cross-field checks; run by `@strict` at construction and on saving."""
         _check_heads("vision_config", self.hidden_size, self.num_attention_heads)
         if self.roi_feature_size < 1:
@@ -250,12 +268,16 @@ class PyramidCLIPVisionConfig(PreTrainedConfig):
         return self.image_size // (self.patch_size if self.tower == "vit" else 32)
 
 
+TowerConfig: TypeAlias = PyramidCLIPTextConfig | PyramidCLIPVisionConfig
+
+
 @strict
 class PyramidCLIPConfig(PreTrainedConfig):
     """A dual encoder: text tower, image tower, and the objective as data.
 
     Args:
-        text_config, vision_config: a configuration, a dictionary of one, or `None` for the defaults.
+        text_config: a configuration, a dictionary of one, or `None` for the defaults.
+        vision_config: the same for the image tower.
         projection_dim: width of the shared embedding space; both towers' `projection_dim` follow it.
         logit_scale_init_value: initial logarithm of the softmax scale; ln(1 / 0.07).
         loss_weights: term name -> weight, used as given; `{"global_caption": 1.0}` is CLIP.
@@ -263,16 +285,23 @@ class PyramidCLIPConfig(PreTrainedConfig):
     """
 
     model_type = "pyramidclip"
-    sub_configs_defaults = {"vision_config": PyramidCLIPVisionConfig, "text_config": PyramidCLIPTextConfig}
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        "vision_config": PyramidCLIPVisionConfig,
+        "text_config": PyramidCLIPTextConfig,
+    }
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
+    text_config: TextConfig = _NOT_GIVEN
+    vision_config: VisionConfig = _NOT_GIVEN
     projection_dim: int = 512
     logit_scale_init_value: float | int = 2.6592600369327779
-    loss_weights: dict | None = None
+    loss_weights: LossWeights = _NOT_GIVEN
     label_smoothing: float | int = 0.2
 
-    def __post_init__(self, **kwargs):
+    if TYPE_CHECKING:  # the towers' configurations may be given as dictionaries
+
+        def __init__(self, **kwargs: Any) -> None: ...
+
+    def __post_init__(self, **kwargs: Any) -> None:
         _reject_unknown_keys(self, kwargs)
         if self.loss_weights is None:
             self.loss_weights = dict(DEFAULT_LOSS_WEIGHTS)
@@ -280,7 +309,7 @@ class PyramidCLIPConfig(PreTrainedConfig):
         for tower in (self.text_config, self.vision_config):
             tower.projection_dim = self.projection_dim
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Cross-field checks; run by `@strict` at construction and on saving."""
         check_loss_weights(self.loss_weights)
         if not 0 <= self.label_smoothing < 1:
@@ -289,7 +318,7 @@ class PyramidCLIPConfig(PreTrainedConfig):
             raise ValueError(f"projection_dim must be positive, got {self.projection_dim}.")
 
     @classmethod
-    def from_architecture(cls, name: str, **kwargs) -> "PyramidCLIPConfig":
+    def from_architecture(cls, name: str, **kwargs: Any) -> "PyramidCLIPConfig":
         """The configuration of a named architecture, e.g. `"RN50"` or `"ViT-B-16"`.
 
         Args:
@@ -310,18 +339,18 @@ class PyramidCLIPConfig(PreTrainedConfig):
         )
 
 
-def _resnet(layers: tuple[int, ...], image_size: int, width: int) -> dict:
+def _resnet(layers: tuple[int, ...], image_size: int, width: int) -> dict[str, Any]:
     return {"tower": "resnet", "layers": layers, "image_size": image_size, "width": width}
 
 
-def _vit(hidden_size: int, num_hidden_layers: int, patch_size: int, image_size: int = 224) -> dict:
+def _vit(hidden_size: int, num_hidden_layers: int, patch_size: int, image_size: int = 224) -> dict[str, Any]:
     return {"tower": "vit", "hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers,
             "patch_size": patch_size, "image_size": image_size}  # fmt: skip
 
 
 # CLIP's dimensions: name -> (projection_dim, vision fields, text fields). RN50x64: the reference's file says a text
 # width of 512, which contradicts its own weights; CLIP's is 1024.
-ARCHITECTURES: dict[str, tuple[int, dict, dict]] = {
+ARCHITECTURES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "RN50": (1024, _resnet((3, 4, 6, 3), 224, 64), {"hidden_size": 512}),
     "RN101": (512, _resnet((3, 4, 23, 3), 224, 64), {"hidden_size": 512}),
     "RN50x4": (640, _resnet((4, 6, 10, 6), 288, 80), {"hidden_size": 640}),

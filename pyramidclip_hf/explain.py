@@ -15,7 +15,7 @@ has no need of neutral ones. A map says what moved this model's score; it is no 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,10 +48,11 @@ _REGION_COLOUR, _QUIET_COLOUR = (230, 60, 30), (150, 150, 150)
 class Explanation:
     """Where a picture speaks for a text.
 
-    heat: (height, width) float32 over the upright original picture, 0 where nothing speaks for the text and outside of
-        the centre crop, 1 at the maximum; all 0 where the method finds nothing that does.
-    score: cosine of picture and text, as the model computes it without explanation.
-    method: "grad_cam" or "attention_gradient".
+    Attributes:
+        heat: (height, width) float32 over the upright original picture, 0 where nothing speaks for the text and outside
+            of the centre crop, 1 at the maximum; all 0 where the method finds nothing that does.
+        score: cosine of picture and text, as the model computes it without explanation.
+        method: "grad_cam" or "attention_gradient".
     """
 
     heat: np.ndarray
@@ -90,9 +91,10 @@ class Explanation:
 class RegionExplanation:
     """Which regions speak for a text.
 
-    relevance: (K,) float32, by how much the score falls when the region is left out; negative where the region speaks
-        against the text, 0 for regions that are masked.
-    score: cosine of the region sequence and the text.
+    Attributes:
+        relevance: (K,) float32, by how much the score falls when the region is left out; negative where the region
+            speaks against the text, 0 for regions that are masked.
+        score: cosine of the region sequence and the text.
     """
 
     relevance: np.ndarray
@@ -112,6 +114,7 @@ def explain_image(
         model: not fused, compiled or quantised.
         processor: a `PyramidCLIPProcessor`, the one saved beside the model.
         image: a PIL picture of any mode and size.
+        text: what to look for.
         method: None: the tower's ("grad_cam" for the ResNet, "attention_gradient" for the ViT).
 
     Raises:
@@ -150,6 +153,8 @@ def explain_regions(
     neither is missed much, so both get little.
 
     Args:
+        model: fused or not.
+        processor: a `PyramidCLIPProcessor` or its tokenizer.
         roi_features: (K, `roi_feature_size` + 4) or (1, K, ...) array or tensor: features and x1, y1, x2, y2 in 0..1 of
             the picture's width and height, as `processor(regions=...)` gives them.
         text: see `explain_image`.
@@ -178,6 +183,7 @@ def draw_regions(image: Image.Image, boxes: Any, relevance: Any, labels: Sequenc
     """The upright picture as RGB with a frame a region: red and the thicker the more relevant, grey where nothing.
 
     Args:
+        image: the picture that the regions are of.
         boxes: (K, 4) x1, y1, x2, y2 in 0..1 of the picture's width and height; zero-size ones are not drawn.
         relevance: (K,), see `RegionExplanation`.
         labels: K names, written at the frames with the share of the greatest relevance.
@@ -210,7 +216,9 @@ def draw_regions(image: Image.Image, boxes: Any, relevance: Any, labels: Sequenc
     return picture
 
 
-def _write_label(draw: ImageDraw.ImageDraw, label: str, corner: tuple[float, float], colour, size: int) -> None:
+def _write_label(
+    draw: ImageDraw.ImageDraw, label: str, corner: tuple[float, float], colour: tuple[int, ...], size: int
+) -> None:
     """Writes on a plate inside the box's upper left corner."""
     corner = (corner[0] + size / 5, corner[1] + size / 5)
     plate = draw.textbbox(corner, label, font_size=size)
@@ -285,7 +293,7 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked(modules: Sequence[torch.nn.Module], keep) -> Iterator[list[torch.Tensor]]:
+def _hooked(modules: Sequence[torch.nn.Module], keep: Callable[[Any], torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """The list of `keep(output)` of each call of the modules, while the block runs."""
     kept: list[torch.Tensor] = []
     with ExitStack() as stack:
@@ -295,7 +303,13 @@ def _hooked(modules: Sequence[torch.nn.Module], keep) -> Iterator[list[torch.Ten
         yield kept
 
 
-def _gradients(model: PyramidCLIPModel, pixels: torch.Tensor, contrast: torch.Tensor, modules, keep):
+def _gradients(
+    model: PyramidCLIPModel,
+    pixels: torch.Tensor,
+    contrast: torch.Tensor,
+    modules: Sequence[torch.nn.Module],
+    keep: Callable[[Any], torch.Tensor],
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """What `keep` takes from the modules' outputs, and the gradient of picture embedding . contrast for each."""
     # The pixels require it, so that a model whose parameters are all frozen has gradients too.
     pixels = pixels.detach().clone().requires_grad_()
@@ -304,8 +318,8 @@ def _gradients(model: PyramidCLIPModel, pixels: torch.Tensor, contrast: torch.Te
     usable = [isinstance(one, torch.Tensor) and one.requires_grad for one in kept]
     if len(kept) != len(modules) or not all(usable):
         raise ValueError(f"{_NO_GRADIENTS} ({sum(usable)} of {len(modules)} layers gave them.)")
-    gradients = torch.autograd.grad((normalize_embeds(embed)[0] * contrast).sum(), kept, allow_unused=True)
-    gradients = [torch.zeros_like(one) if grad is None else grad for one, grad in zip(kept, gradients)]
+    found = torch.autograd.grad((normalize_embeds(embed)[0] * contrast).sum(), kept, allow_unused=True)
+    gradients = [torch.zeros_like(one) if grad is None else grad for one, grad in zip(kept, found)]
     return [one.detach().float() for one in kept], [grad.float() for grad in gradients]
 
 
@@ -339,7 +353,8 @@ def _attention_gradient(model: PyramidCLIPModel, pixels: torch.Tensor, contrast:
     finally:
         for config, implementation in zip(configs, implementations):
             config._attn_implementation = implementation
-    patches = sum((weight * grad)[0, :, 0, 1:].sum(dim=0) for weight, grad in zip(weights, gradients))
+    products = ((weight * grad)[0, :, 0, 1:].sum(dim=0) for weight, grad in zip(weights, gradients))
+    patches = sum(products, start=torch.zeros((), device=pixels.device))
     patch_size = model.config.vision_config.patch_size
     return _support(patches.view(*(side // patch_size for side in pixels.shape[2:])), pixels.dtype)
 

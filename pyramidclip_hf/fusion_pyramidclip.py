@@ -16,7 +16,7 @@ Shape letters: B batch, L tokens, D width, H heads, d = D / H.
 import time
 from collections.abc import Iterator
 from functools import cache, partial
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ from .modeling_pyramidclip_resnet import (
 )
 from .modeling_pyramidclip_text import (
     QUICK_GELU_SLOPE,
+    AttentionMask,
     PyramidCLIPAttention,
     PyramidCLIPEncoder,
     PyramidCLIPEncoderLayer,
@@ -48,6 +49,7 @@ from .modeling_pyramidclip_text import (
 from .modeling_pyramidclip_vit import PyramidCLIPLeFF, PyramidCLIPLeFFLayer
 
 LinearBackend = Literal["auto", "torch", "onednn"]
+Model = TypeVar("Model", bound=PreTrainedModel)
 # What oneDNN must save before it replaces torch's own choice: timings on a busy machine vary by about a tenth.
 _CLEARLY_FASTER = 0.85
 # Whose layers end up in others, and what these layers may be.
@@ -60,10 +62,11 @@ _TAKEN_APART = (
     PyramidCLIPResNetBottleneck,
     PyramidCLIPAttentionPool,
 )
+# Where a plain part is `Any` below, `_check` has looked at what it holds: a list of modules knows no type of its items.
 _PLAIN_LAYERS = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.Embedding)
 
 
-def fuse_(model: PreTrainedModel, linear: LinearBackend = "auto") -> PreTrainedModel:
+def fuse_(model: Model, linear: LinearBackend = "auto") -> Model:
     """See [`PyramidCLIPPreTrainedModel.fuse`]."""
     if linear not in ("auto", "torch", "onednn"):
         raise ValueError(f'linear must be "auto", "torch" or "onednn", got {linear!r}.')
@@ -77,9 +80,8 @@ def fuse_(model: PreTrainedModel, linear: LinearBackend = "auto") -> PreTrainedM
             _fuse_parts(module, linear)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.is_fused = True
             # The recorders of hidden states and attentions sat on modules that are gone: the next call sets new ones.
-            module._output_capturing_hooks_installed = False
+            vars(module).update(is_fused=True, _output_capturing_hooks_installed=False)
     return model.requires_grad_(False)
 
 
@@ -122,7 +124,7 @@ def _fuse_parts(module: nn.Module, linear: LinearBackend) -> None:
             fused = FusedLeFFLayer if isinstance(layer, PyramidCLIPLeFFLayer) else FusedLayer
             module.layers[index] = fused(layer, linear)
     elif isinstance(module, PyramidCLIPResNet):
-        module.stem = FusedStem(module.stem)
+        module.add_module("stem", FusedStem(module.stem))
         for index, stage in enumerate(module.stages):
             module.stages[index] = FusedStage(stage)
     for name, child in module.named_children():
@@ -170,7 +172,7 @@ def _onednn_is_faster(width: int, threads: int, tokens: int = 512) -> bool:
     with torch.inference_mode():
         ones = partial(torch.ones, dtype=torch.float32, device="cpu")  # whatever the defaults are
         states, weight = ones(tokens, width), ones(4 * width, width)
-        seconds = {"torch": [], "onednn": []}
+        seconds: dict[str, list[float]] = {"torch": [], "onednn": []}
         for _ in range(4):
             for name, run in (
                 ("torch", lambda: F.linear(states, weight)),
@@ -189,7 +191,8 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None, like: torch.Tensor,
         and (like.device.type, like.dtype) == ("cpu", torch.float32)
         and _onednn_is_faster(min(weight.shape), torch.get_num_threads())
     )
-    layer = (OneDNNLinear if use_onednn else nn.Linear)(*weight.shape[::-1], bias=bias is not None, device="meta")
+    kind, (width_out, width_in) = OneDNNLinear if use_onednn else nn.Linear, weight.shape
+    layer = kind(width_in, width_out, bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.to(like.dtype).contiguous())
     if bias is not None:
         layer.bias = nn.Parameter(bias.to(like.dtype))
@@ -210,8 +213,10 @@ def _folded(layer: nn.Linear | nn.Conv2d, norm: _BatchNorm | None = None) -> tup
     bias = weight.new_zeros(len(weight)) if layer.bias is None else _wide(layer.bias)
     if norm is None:
         return weight, bias
+    mean: Any = norm.running_mean  # it and the variance are there: `_check` has looked
+    variance: Any = norm.running_var
     fold = fuse_conv_bn_weights if isinstance(layer, nn.Conv2d) else fuse_linear_bn_weights
-    return fold(weight, bias, norm.running_mean, _wide(norm.running_var), norm.eps, norm.weight, norm.bias)
+    return fold(weight, bias, mean, _wide(variance), norm.eps, norm.weight, norm.bias)
 
 
 def _activation(function: nn.Module) -> tuple[nn.Module, float]:
@@ -224,14 +229,27 @@ def _activation(function: nn.Module) -> tuple[nn.Module, float]:
 # ------------------------------------------------------------------------------------------------- transformer blocks
 
 
-def attend_from_one_token(query, tokens, key_weight, value_weight, value_bias, scaling, mask=None):
+def attend_from_one_token(
+    query: torch.Tensor,
+    tokens: torch.Tensor,
+    key_weight: torch.Tensor,
+    value_weight: torch.Tensor,
+    value_bias: torch.Tensor,
+    scaling: float,
+    mask: AttentionMask = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one query a row without computing keys and values.
 
     `q . (K x + c)` is `(K^T q) . x` plus a number that is the same for all x, which softmax ignores; and a weighted
     mean of `V x + e` is V times the weighted mean of x, plus e.
 
     Args:
-        query: (B, H, d), projected. tokens: (B, L, D). key_weight, value_weight: (D, D). value_bias: (D,).
+        query: (B, H, d), projected.
+        tokens: (B, L, D).
+        key_weight: (D, D).
+        value_weight: (D, D).
+        value_bias: (D,).
+        scaling: factor of the scores.
         mask: (B or 1, 1, 1, L), bool (True = seen) or to be added to the scores; or flash attention's (B, L), or flex
             attention's BlockMask.
 
@@ -243,7 +261,7 @@ def attend_from_one_token(query, tokens, key_weight, value_weight, value_bias, s
     scores = torch.matmul(looked_for, tokens.transpose(1, 2)) * scaling
     if mask is not None:
         if not isinstance(mask, torch.Tensor):
-            mask = create_mask(mask.mask_mod, *scores.shape[:1], 1, 1, tokens.shape[1], device=tokens.device)
+            mask = create_mask(mask.mask_mod, len(scores), 1, 1, tokens.shape[1], device=tokens.device)
         mask = mask[:, None].bool() if mask.ndim == 2 else mask[:, 0]
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(tokens.dtype)
@@ -264,7 +282,13 @@ class FusedAttention(PyramidCLIPAttention):
         self.qkv_proj = _linear(weight, bias, plain.q_proj.weight, linear)
         self.out_proj = _linear(*_folded(plain.out_proj), plain.q_proj.weight, linear)
 
-    def forward(self, hidden_states, attention_mask=None, query_states=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: AttentionMask = None,
+        query_states: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As [`PyramidCLIPAttention`]."""
         if query_states is not None:
             return self._attend_from_one(hidden_states, attention_mask, query_states)
@@ -274,7 +298,9 @@ class FusedAttention(PyramidCLIPAttention):
         output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
         return self.out_proj(output.reshape(hidden_states.shape)), weights
 
-    def _attend_from_one(self, hidden_states, mask, query_states):
+    def _attend_from_one(
+        self, hidden_states: torch.Tensor, mask: AttentionMask, query_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         weights, biases = self.qkv_proj.weight.chunk(3), self.qkv_proj.bias.chunk(3)
         query = F.linear(query_states[:, 0], weights[0], biases[0]).unflatten(-1, (-1, self.head_dim))
         output, seen = attend_from_one_token(
@@ -286,14 +312,14 @@ class FusedAttention(PyramidCLIPAttention):
 class FusedLayer(PyramidCLIPEncoderLayer):
     """A block without LeFF."""
 
-    def __init__(self, plain: PyramidCLIPEncoderLayer, linear: LinearBackend):
+    def __init__(self, plain: Any, linear: LinearBackend):
         nn.Module.__init__(self)
         self.self_attn = FusedAttention(plain.self_attn, linear)
         self.layer_norm1, self.layer_norm2 = plain.layer_norm1, plain.layer_norm2
         self._take_feed_forward(plain.mlp, linear)
         self.eval()
 
-    def _take_feed_forward(self, mlp: nn.Module, linear: LinearBackend) -> None:
+    def _take_feed_forward(self, mlp: Any, linear: LinearBackend) -> None:
         self.activation, slope = _activation(mlp.activation_fn)
         like = mlp.fc1.weight
         weight, bias = _folded(mlp.fc1)
@@ -301,11 +327,20 @@ class FusedLayer(PyramidCLIPEncoderLayer):
         weight, bias = _folded(mlp.fc2)
         self.fc2 = _linear(weight / slope, bias, like, linear)
 
-    def _add_feed_forward(self, hidden_states, normed, grid_size) -> torch.Tensor:
+    def _add_feed_forward(
+        self, hidden_states: torch.Tensor, normed: torch.Tensor, grid_size: tuple[int, int] | None
+    ) -> torch.Tensor:
         """Adds to `hidden_states` in place."""
         return hidden_states.add_(self.fc2(self.activation(self.fc1(normed))))
 
-    def forward(self, hidden_states, attention_mask=None, grid_size=None, query_at=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: AttentionMask = None,
+        grid_size: tuple[int, int] | None = None,
+        query_at: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         """As [`PyramidCLIPEncoderLayer`]. What it is given stays as it was: somebody may keep hidden states."""
         normed, queries = self.layer_norm1(hidden_states), None
         if query_at is not None:
@@ -323,7 +358,7 @@ class FusedLayer(PyramidCLIPEncoderLayer):
 class FusedLeFFLayer(FusedLayer):
     """A block with LeFF: three BatchNorms in the weights, three activations in place, tokens always channels-last."""
 
-    def _take_feed_forward(self, mlp: nn.Module, linear: LinearBackend) -> None:
+    def _take_feed_forward(self, mlp: Any, linear: LinearBackend) -> None:
         self.activation, self.slope = _activation(mlp.activation_fn)
         like, slope = mlp.fc1.weight, self.slope
         weight, bias = _folded(mlp.fc1, mlp.norm1)
@@ -334,7 +369,7 @@ class FusedLeFFLayer(FusedLayer):
         weight, bias = _folded(mlp.fc2, mlp.norm3)
         self.fc2 = _linear(weight, slope * bias, like, linear)
 
-    def _add_feed_forward(self, hidden_states, normed, grid_size) -> torch.Tensor:
+    def _add_feed_forward(self, hidden_states: torch.Tensor, normed: torch.Tensor, grid_size: Any) -> torch.Tensor:
         batch, width = hidden_states.shape[0], hidden_states.shape[2]
         tokens = self.activation(self.fc1(normed[:, 1:].reshape(-1, width)))
         grid = tokens.view(batch, *grid_size, -1).permute(0, 3, 1, 2)
@@ -350,10 +385,9 @@ class FusedLeFFLayer(FusedLayer):
 
 def _convolution(plain: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor, like: torch.Tensor) -> nn.Conv2d:
     """`plain` with these values, channels-last, in the dtype of `like`."""
-    layer = nn.Conv2d(
-        plain.in_channels, plain.out_channels, plain.kernel_size, plain.stride, plain.padding, plain.dilation,
-        plain.groups, device="meta",
-    )  # fmt: skip
+    names = ("kernel_size", "stride", "padding", "dilation", "groups")
+    options: dict[str, Any] = {name: getattr(plain, name) for name in names}
+    layer = nn.Conv2d(plain.in_channels, plain.out_channels, **options, device="meta")
     layer.weight = nn.Parameter(weight.to(like.dtype).contiguous(memory_format=torch.channels_last))
     layer.bias = nn.Parameter(bias.to(like.dtype))
     return layer.eval()
@@ -368,7 +402,9 @@ class FusedConvolution(nn.Module):
         self.post_operations = _has_operations("_convolution_pointwise", "_convolution_pointwise_")
         self.eval()
 
-    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, relu: bool = True):
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None, relu: bool = True
+    ) -> torch.Tensor:
         """(B, C, H, W) channels-last -> the same; `residual` is overwritten with the result."""
         if not self._can_post_operate(hidden_states):
             output = self.convolution(hidden_states)
@@ -398,7 +434,7 @@ class FusedConvolution(nn.Module):
 class FusedStem(nn.Module):
     """As [`PyramidCLIPResNetStem`]."""
 
-    def __init__(self, plain: nn.Module):
+    def __init__(self, plain: PyramidCLIPResNetStem):
         super().__init__()
         self.conv1 = FusedConvolution(plain.conv1, plain.norm1)
         self.conv2 = FusedConvolution(plain.conv2, plain.norm2)
@@ -413,7 +449,7 @@ class FusedStem(nn.Module):
 class FusedBottleneck(nn.Module):
     """As [`PyramidCLIPResNetBottleneck`]; without a shortcut of its own it overwrites its input."""
 
-    def __init__(self, plain: PyramidCLIPResNetBottleneck):
+    def __init__(self, plain: Any):
         super().__init__()
         self.stride = plain.stride
         self.conv1 = FusedConvolution(plain.conv1, plain.norm1)
@@ -437,7 +473,7 @@ class FusedBottleneck(nn.Module):
 class FusedStage(PyramidCLIPResNetStage):
     """As [`PyramidCLIPResNetStage`]. Its first block has a shortcut of its own, so that its input stays as it was."""
 
-    def __init__(self, plain: PyramidCLIPResNetStage):
+    def __init__(self, plain: Any):
         nn.Module.__init__(self)
         self.layers = nn.ModuleList(FusedBottleneck(layer) for layer in plain.layers)
         self.eval()
@@ -454,7 +490,7 @@ class FusedAttentionPool(PyramidCLIPAttentionPool):
             setattr(self, name, child)
         self.eval()
 
-    def _attend(self, tokens: torch.Tensor, mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    def _attend(self, tokens: torch.Tensor, mask: AttentionMask, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         query = self.q_proj(tokens[:, 0]).unflatten(-1, (-1, self.head_dim))
         value = self.v_proj
         return attend_from_one_token(query, tokens, self.k_proj.weight, value.weight, value.bias, self.scaling, mask)

@@ -100,11 +100,17 @@ def build_model_card(
         config: the model's configuration; sizes, objective and the number of parameters come from it.
         model_name: title, and the model's name in the metadata of the results.
         repo_id: what the example code loads; `model_name` when not given.
-        provenance, intended_use, training_data, limits, license_text: sentences for their sections, Markdown.
+        provenance: sentences for the section of this name, Markdown; so are the next two.
+        intended_use: what the weights are for.
+        training_data: what they were trained on.
         training: settings worth showing, name -> value.
         results: `huggingface_hub.EvalResult`s; they become the table and the metadata.
+        limits: sentences, Markdown.
         license: an identifier that the Hub knows, e.g. "apache-2.0"; "unknown" where none was stated.
-        base_model, datasets: ids on the Hub. language: ISO 639-1.
+        license_text: sentences, Markdown.
+        base_model: id on the Hub.
+        datasets: ids on the Hub.
+        language: ISO 639-1.
         remote_code: the folder carries the code (`export_remote_code`).
 
     Raises:
@@ -179,15 +185,16 @@ def _cell(value: Any) -> str:
 
 
 def export_remote_code(
-    model: PreTrainedModel, processor: ProcessorMixin | None, folder: str | Path, **save_options
+    model: PreTrainedModel, processor: ProcessorMixin | None, folder: str | Path, **save_options: Any
 ) -> list[Path]:
-    """Saves a model and its processor so that the Auto classes load them with `trust_remote_code=True` and without
-    this package: the Python files lie beside the weights and the `auto_map`s name them.
+    """Saves a model and its processor so that the Auto classes load them without this package.
 
-    The classes themselves are left alone: what the process saves later carries no code.
+    The Python files lie beside the weights, the `auto_map`s name them, and `trust_remote_code=True` reads them. The
+    classes themselves are left alone: what the process saves later carries no code.
 
     Args:
-        model: `PyramidCLIPModel`, a head, or a tower. processor: `None` where there is none.
+        model: `PyramidCLIPModel`, a head, or a tower.
+        processor: `None` where there is none.
         folder: it is made where it is not there.
         **save_options: for `model.save_pretrained`, e.g. `max_shard_size`.
 
@@ -203,6 +210,12 @@ def export_remote_code(
 
 def add_remote_code(folder: str | Path) -> list[Path]:
     """Makes a saved folder loadable with `trust_remote_code=True`, see `export_remote_code`; weights are not read.
+
+    Args:
+        folder: what `save_pretrained` wrote.
+
+    Returns:
+        the Python files written.
 
     Raises:
         ValueError: the folder holds no PyramidCLIP model.
@@ -266,11 +279,13 @@ def publish_folder(
 
     Args:
         folder: with `config.json` and weights. Hidden files and `__pycache__` are left out.
-        repo_id: "user/name". private: visibility of a repository made here.
+        repo_id: "user/name".
         card: published as `README.md` in place of the folder's.
         remote_code: publish the code too, see `add_remote_code`.
         token: by default the one of `hf auth login` or HF_TOKEN. It appears in no message.
+        private: visibility of a repository made here.
         revision: an existing branch; by default the main one.
+        commit_message: its first line.
 
     Returns:
         the address of the commit.
@@ -307,7 +322,14 @@ def _staged(folder: Path, card: ModelCard | None, remote_code: bool) -> Iterator
         yield staged
 
 
-def _push(files: Mapping[str, Path], repo_id: str, token, private, revision, commit_message) -> str:
+def _push(
+    files: Mapping[str, Path],
+    repo_id: str,
+    token: str | None,
+    private: bool | None,
+    revision: str | None,
+    commit_message: str,
+) -> str:
     api, done = HfApi(token=token), "nothing was sent"
     try:
         # A card that the Hub would refuse is found before the repository exists.
@@ -315,13 +337,13 @@ def _push(files: Mapping[str, Path], repo_id: str, token, private, revision, com
             ModelCard.load(files["README.md"], ignore_metadata_errors=False).validate()
         api.create_repo(repo_id, private=private, exist_ok=True)
         done = "the repository exists and its files are as they were"
-        before = api.repo_info(repo_id, revision=revision)
+        before = api.model_info(repo_id, revision=revision)
         present = [sibling.rfilename for sibling in before.siblings or ()]
         stale = [name for name in present if name not in files and _is_weight_file(name)]
-        operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
-        operations += [CommitOperationDelete(name) for name in stale]
+        added = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        deleted = [CommitOperationDelete(name) for name in stale]
         commit = api.create_commit(
-            repo_id, operations, commit_message=commit_message, revision=revision, parent_commit=before.sha
+            repo_id, [*added, *deleted], commit_message=commit_message, revision=revision, parent_commit=before.sha
         )
         return str(commit.commit_url)
     except Exception as error:

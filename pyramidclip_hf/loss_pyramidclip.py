@@ -15,12 +15,15 @@ in place of the partner.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 
 from .configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS, check_loss_weights, levels_of
+
+# Keys of a process's texts (n,) and of the global batch's (N,), int64: equal texts have equal keys.
+Groups: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 # Entries of z held at once. 2^22 fp32 numbers are 16 MiB: large enough for full-speed matrix products.
 _BLOCK_ENTRIES = 1 << 22
@@ -45,7 +48,7 @@ class _RowLogSumExp(torch.autograd.Function):
     """logsumexp_j of `rows @ columns.T` over the present columns, in blocks of both, recomputed in backward."""
 
     @staticmethod
-    def forward(ctx, rows, columns, present):
+    def forward(ctx: Any, rows: torch.Tensor, columns: torch.Tensor, present: torch.Tensor | None) -> torch.Tensor:
         result = rows.new_full((len(rows),), float("-inf"))
         for part, others in _blocks(len(rows), len(columns)):
             logits = rows[part] @ columns[others].T
@@ -57,7 +60,7 @@ class _RowLogSumExp(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         rows, columns, present, result = ctx.saved_tensors
         grad_rows, grad_columns = torch.zeros_like(rows), torch.zeros_like(columns)
         with torch.autocast(rows.device.type, enabled=False):  # where backward() is called inside of an autocast block
@@ -84,10 +87,20 @@ def _blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
             yield slice(start, start + height), slice(first, first + width)
 
 
-def _direction(rows, columns, own, scale, smoothing, row_present, column_present, count, groups):
+def _direction(
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    own: torch.Tensor,
+    scale: torch.Tensor,
+    smoothing: float | torch.Tensor,
+    row_present: torch.Tensor | None,
+    column_present: torch.Tensor | None,
+    count: torch.Tensor,
+    groups: Groups | None,
+) -> torch.Tensor:
     """Sum of the softened cross-entropies of `rows` (n, D) against `columns` (N, D); `own` (n, D) are the partners."""
     rows = rows * scale
-    partners = 1
+    partners: int | torch.Tensor = 1
     if groups is not None:
         own, partners = _group_means(columns, column_present, *groups)
         smoothing = smoothing * (partners < count).to(rows.dtype)  # nobody else is there to take the negatives' mass
@@ -98,7 +111,9 @@ def _direction(rows, columns, own, scale, smoothing, row_present, column_present
     return (loss if row_present is None else loss.where(row_present, 0)).sum()
 
 
-def _group_means(columns, column_present, row_keys, column_keys):
+def _group_means(
+    columns: torch.Tensor, column_present: torch.Tensor | None, row_keys: torch.Tensor, column_keys: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """For each row, the mean (n, D) of the present columns with its key, and how many they are (n,), at least 1."""
     ordered, order = column_keys.sort()
     starts = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).long()]).cumsum(0)
@@ -120,16 +135,18 @@ def softened_info_nce(
     image_columns: torch.Tensor | None = None,
     text_columns: torch.Tensor | None = None,
     columns_present: torch.Tensor | None = None,
-    groups: tuple[torch.Tensor, torch.Tensor] | None = None,
+    groups: Groups | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softened InfoNCE of one level pair, both directions.
 
     Args:
-        image_embeds, text_embeds: (n, D) unit vectors of this process's pairs.
+        image_embeds: (n, D) unit vectors of this process's pictures.
+        text_embeds: (n, D) unit vectors of their texts.
         logit_scale: scalar, the softmax scale itself (not its logarithm).
         label_smoothing: `a`, the mass on the negatives.
         present: (n,) bool, the pairs that take part; `None` means all.
-        image_columns, text_columns: (N, D) unit vectors of the global batch; `None` means this process is alone.
+        image_columns: (N, D) unit vectors of the global batch; `None` means this process is alone.
+        text_columns: (N, D), given together with `image_columns`.
         columns_present: (N,) bool for the global batch.
         groups: keys (n,) of this process's pairs and (N,) of the global batch, int64; pairs with equal keys are each
             other's positives. `None`: a pair has itself alone.
@@ -138,10 +155,10 @@ def softened_info_nce(
         This process's share of the loss (its rows, divided by the global number of present pairs N_t; summed over
         processes it is the loss), and N_t. Below two present pairs the share is exactly 0, with zero gradients.
     """
-    alone = image_columns is None
-    image_columns, text_columns, columns_present = (
-        (image_embeds, text_embeds, present) if alone else (image_columns, text_columns, columns_present)
-    )
+    if image_columns is None or text_columns is None:
+        if image_columns is not text_columns:
+            raise ValueError("image_columns and text_columns belong together: one of them is missing.")
+        image_columns, text_columns, columns_present = image_embeds, text_embeds, present
     count = columns_present.sum() if columns_present is not None else torch.full(
         (), len(image_columns), device=image_columns.device, dtype=torch.int64
     )  # fmt: skip
@@ -169,7 +186,7 @@ def pyramid_loss(
     present: Mapping[str, torch.Tensor | None] | None = None,
     columns: Mapping[str, torch.Tensor] | None = None,
     columns_present: Mapping[str, torch.Tensor | None] | None = None,
-    groups: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    groups: Mapping[str, Groups] | None = None,
 ) -> PyramidLoss:
     """The weighted sum over level pairs.
 
@@ -179,8 +196,9 @@ def pyramid_loss(
         loss_weights: term name -> weight, used as given.
         label_smoothing: `a` in [0, 1).
         present: level name -> (n,) bool, samples that have the level; a missing or `None` entry means all.
-        columns, columns_present: the same for the global batch of N = processes x n samples, gathered with gradient;
-            `None` when this process is alone.
+        columns: as `embeds`, for the global batch of N = processes x n samples, gathered with gradient; `None` when
+            this process is alone.
+        columns_present: as `present`, for the global batch.
         groups: text level name -> keys of this process's texts (n,) and of the global batch's (N,), int64, where pairs
             with equal texts are to be each other's positives; `None` (the paper) means no two pairs are.
 
@@ -217,7 +235,8 @@ def pyramid_loss(
                 columns_present=None if columns is None else _pair_presence(columns_present, image, text),
                 groups=(groups or {}).get(text),
             )
-        loss = sum(weight * terms[name] for name, weight in weights.items())
+        weighted = (weight * terms[name] for name, weight in weights.items())
+        loss = sum(weighted, start=torch.zeros((), device=logit_scale.device))
     return PyramidLoss(loss, terms, counts)
 
 

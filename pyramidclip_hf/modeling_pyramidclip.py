@@ -7,16 +7,18 @@ Shape letters: B batch, L tokens, K regions, D tower width, P `projection_dim`.
 """
 
 import math
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import PrefixChange
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
-from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -33,24 +35,19 @@ from .loss_pyramidclip import normalize_embeds, pyramid_loss
 from .modeling_pyramidclip_base import PyramidCLIPPreTrainedModel
 from .modeling_pyramidclip_resnet import PyramidCLIPAttentionPool, PyramidCLIPResNet
 from .modeling_pyramidclip_text import (
-    DEVICE_ONLY,
+    AttentionMask,
     PyramidCLIPEncoder,
     PyramidCLIPEncoderLayer,
     PyramidCLIPTextEmbeddings,
     PyramidCLIPTextLayer,
     canonical_input_ids,
-    check_input_ids,
+    checked_input_ids,
     end_positions,
     is_traced,
+    mask_of_keys,
     take_position,
 )
 from .modeling_pyramidclip_vit import PyramidCLIPLeFFLayer, PyramidCLIPVisionEmbeddings
-
-try:  # absent before transformers 5; without it a tower cannot be read out of a full checkpoint
-    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-    from transformers.core_model_loading import PrefixChange
-except ImportError:
-    register_checkpoint_conversion_mapping = None
 
 MAX_LOGIT_SCALE = math.log(100.0)
 
@@ -64,27 +61,32 @@ class PyramidCLIPOutput(ModelOutput):
         loss_terms: loss term name -> unweighted scalar, with `return_loss=True`.
         logits_per_image: (B_image, B_text) fp32, scaled cosine of `image_embeds` and `text_embeds`.
         logits_per_text: its transpose.
-        image_embeds, local_image_embeds, roi_embeds: (B, P) fp32 unit vectors of the global picture, the local crop,
-            the regions.
-        text_embeds, summary_embeds, tag_embeds: (B, P) fp32 unit vectors of caption, summary, tags.
-        text_model_output, vision_model_output: tower outputs for the caption and the global picture, with the
-            projected, not normalised embedding as `pooler_output`.
+        image_embeds: (B, P) fp32 unit vectors of the global picture.
+        local_image_embeds: (B, P) of the local crop.
+        roi_embeds: (B, P) of the regions.
+        text_embeds: (B, P) fp32 unit vectors of the caption.
+        summary_embeds: (B, P) of the summary.
+        tag_embeds: (B, P) of the tags.
+        text_model_output: the tower's output for the caption, with the projected, not normalised embedding as
+            `pooler_output`.
+        vision_model_output: the same for the global picture.
     """
 
-    loss: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
     loss_terms: dict[str, torch.Tensor] | None = None
-    logits_per_image: torch.FloatTensor | None = None
-    logits_per_text: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
-    local_image_embeds: torch.FloatTensor | None = None
-    roi_embeds: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-    summary_embeds: torch.FloatTensor | None = None
-    tag_embeds: torch.FloatTensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    local_image_embeds: torch.Tensor | None = None
+    roi_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    summary_embeds: torch.Tensor | None = None
+    tag_embeds: torch.Tensor | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
     vision_model_output: BaseModelOutputWithPooling | None = None
 
-    def to_tuple(self) -> tuple[Any]:
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The values that are there, outputs of the towers as tuples."""
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
@@ -92,27 +94,27 @@ class PyramidCLIPOutput(ModelOutput):
 class PyramidCLIPVisionModelOutput(ModelOutput):
     """`image_embeds` (B, P): projected, not normalised; the rest as the image tower gives it."""
 
-    image_embeds: torch.FloatTensor | None = None
-    last_hidden_state: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_embeds: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
 class PyramidCLIPTextModelOutput(ModelOutput):
     """`text_embeds` (B, P): projected, not normalised; the rest as the text tower gives it."""
 
-    text_embeds: torch.FloatTensor | None = None
-    last_hidden_state: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    text_embeds: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class PyramidCLIPTextModel(PyramidCLIPPreTrainedModel):
     """The text tower without projection."""
 
     config: PyramidCLIPTextConfig
-    input_modalities = ("text",)
+    input_modalities = ["text"]
     _input_embed_layer = "token_embedding"
 
     def __init__(self, config: PyramidCLIPTextConfig):
@@ -126,12 +128,12 @@ class PyramidCLIPTextModel(PyramidCLIPPreTrainedModel):
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         pooled_only: bool = False,
         cut_padding: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Hidden states (B, L, D) after the final LayerNorm, and the pooled vector (B, D).
 
@@ -143,11 +145,12 @@ class PyramidCLIPTextModel(PyramidCLIPPreTrainedModel):
             pooled_only: compute nothing that `pooler_output` does not need; there is no `last_hidden_state` then.
             cut_padding: under `"eos"` and with `pooled_only`, cut off what is behind the longest text. It reads a
                 number off the device, so a training step would have to wait for it.
+            **kwargs: transformers' own, such as `output_hidden_states`.
 
         Raises:
             ValueError: no ids, no texts, or more tokens than positions.
         """
-        check_input_ids(input_ids, self.config)
+        input_ids = checked_input_ids(input_ids, self.config)
         ends = end_positions(input_ids, attention_mask, self.config) if self.config.pooling == "eos" else None
         if cut_padding and pooled_only and ends is not None:
             length = int(ends.max()) + 1
@@ -174,12 +177,10 @@ class PyramidCLIPTextModel(PyramidCLIPPreTrainedModel):
             last_hidden_state=None if pooled_only else hidden_states, pooler_output=pooled
         )
 
-    def _mask_behind(self, ends: torch.Tensor, hidden_states: torch.Tensor):
+    def _mask_behind(self, ends: torch.Tensor, hidden_states: torch.Tensor) -> AttentionMask:
         """What causal attention lets the one query at `ends` (B,) see."""
         keys = torch.arange(hidden_states.shape[1], device=ends.device) <= ends[:, None]
-        return create_bidirectional_mask(
-            self.config, hidden_states[:, :1], keys, encoder_hidden_states=hidden_states, **DEVICE_ONLY
-        )
+        return mask_of_keys(self.config, hidden_states[:, :1], keys, hidden_states)
 
 
 class PyramidCLIPVisionModel(PyramidCLIPPreTrainedModel):
@@ -187,7 +188,7 @@ class PyramidCLIPVisionModel(PyramidCLIPPreTrainedModel):
 
     config: PyramidCLIPVisionConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
 
     def __init__(self, config: PyramidCLIPVisionConfig):
         super().__init__(config)
@@ -205,7 +206,7 @@ class PyramidCLIPVisionModel(PyramidCLIPPreTrainedModel):
         self.post_init()
 
     @property
-    def position_holder(self) -> nn.Module:
+    def position_holder(self) -> PyramidCLIPVisionEmbeddings | PyramidCLIPAttentionPool:
         """The module with `position_embedding` and `position_ids`."""
         return self.embeddings if self.config.tower == "vit" else self.attention_pool
 
@@ -213,13 +214,15 @@ class PyramidCLIPVisionModel(PyramidCLIPPreTrainedModel):
         """The convolution that sees the pixels."""
         return self.embeddings.patch_embedding if self.config.tower == "vit" else self.trunk.stem.conv1
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
+        """Replaces the convolution that sees the pixels."""
         if self.config.tower == "vit":
             self.embeddings.patch_embedding = value
         else:
             self.trunk.stem.conv1 = value
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode; a patch convolution that is to stay as it is gets no gradient."""
         # Here, not in __init__: loading replaces parameters, and ends with a call of eval().
         if self.config.tower == "vit" and self.config.freeze_patch_embedding:
             self.embeddings.patch_embedding.requires_grad_(False)
@@ -229,12 +232,12 @@ class PyramidCLIPVisionModel(PyramidCLIPPreTrainedModel):
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
-        pixel_values: torch.FloatTensor | None = None,
-        roi_features: torch.FloatTensor | None = None,
-        roi_mask: torch.BoolTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        roi_features: torch.Tensor | None = None,
+        roi_mask: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         pooled_only: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Tokens (B, L, D), the first one global, and the pooled vector (B, D).
 
@@ -247,18 +250,19 @@ class PyramidCLIPVisionModel(PyramidCLIPPreTrainedModel):
             roi_mask: (B, K) bool, True on real regions; `None` means all.
             interpolate_pos_encoding: resize the positions (bicubic) to the picture's own grid.
             pooled_only: compute nothing that `pooler_output` does not need; there is no `last_hidden_state` then.
+            **kwargs: transformers' own, such as `output_hidden_states`.
 
         Raises:
             ValueError: neither or both inputs, an empty batch, or a shape that does not fit the configuration.
         """
-        if (pixel_values is None) == (roi_features is None):
-            raise ValueError("The image tower needs pixel_values or roi_features, one of the two.")
-        if pixel_values is not None:
+        if pixel_values is not None and roi_features is None:
             self._check_pixels(pixel_values, interpolate_pos_encoding)
             inputs = {"pixel_values": pixel_values.to(self.dtype)}
-        else:
-            roi_features, roi_mask = self._check_regions(roi_features, roi_mask)
+        elif roi_features is not None and pixel_values is None:
+            roi_features, roi_mask = self._checked_regions(roi_features, roi_mask)
             inputs = {"roi_features": roi_features}
+        else:
+            raise ValueError("The image tower needs pixel_values or roi_features, one of the two.")
         if self.config.tower == "vit":
             return self._forward_vit(inputs, roi_mask, interpolate_pos_encoding, pooled_only, **kwargs)
         if "pixel_values" in inputs:
@@ -268,10 +272,17 @@ class PyramidCLIPVisionModel(PyramidCLIPPreTrainedModel):
         )
         return BaseModelOutputWithPooling(last_hidden_state=None if pooled_only else tokens, pooler_output=pooled)
 
-    def _forward_vit(self, inputs, roi_mask, interpolate_pos_encoding, pooled_only, **kwargs):
+    def _forward_vit(
+        self,
+        inputs: dict[str, torch.Tensor],
+        roi_mask: torch.Tensor | None,
+        interpolate_pos_encoding: bool,
+        pooled_only: bool,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
         hidden_states = self.embeddings(**inputs, interpolate_pos_encoding=interpolate_pos_encoding)
         hidden_states = self.pre_layernorm(hidden_states)
-        first, mask = 0, None
+        first, mask = 0, None  # the first block that runs, and what its tokens see
         # A last block with LeFF reads the patch tokens: the class token passes it, BatchNorm's statistics do not.
         if pooled_only and self.config.num_leff_layers < self.config.num_hidden_layers:
             kwargs["query_at"] = hidden_states.new_zeros(hidden_states.shape[0], dtype=torch.long)
@@ -279,10 +290,8 @@ class PyramidCLIPVisionModel(PyramidCLIPPreTrainedModel):
             first = self.config.num_leff_layers
             if roi_mask is not None:
                 keys = F.pad(roi_mask, (1, 0), value=True)
-                mask = create_bidirectional_mask(self.config, hidden_states, keys, **DEVICE_ONLY)
-                kwargs["query_mask"] = create_bidirectional_mask(
-                    self.config, hidden_states[:, :1], keys, encoder_hidden_states=hidden_states, **DEVICE_ONLY
-                )
+                mask = mask_of_keys(self.config, hidden_states, keys)
+                kwargs["query_mask"] = mask_of_keys(self.config, hidden_states[:, :1], keys, hidden_states)
         else:
             height, width = inputs["pixel_values"].shape[2:]
             kwargs["grid_size"] = (height // self.config.patch_size, width // self.config.patch_size)
@@ -310,7 +319,9 @@ class PyramidCLIPVisionModel(PyramidCLIPPreTrainedModel):
         if height % stride or width % stride:
             raise ValueError(f"Height and width ({height} x {width}) must be multiples of {stride}.")
 
-    def _check_regions(self, roi_features: torch.Tensor, roi_mask: torch.Tensor | None):
+    def _checked_regions(
+        self, roi_features: torch.Tensor, roi_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         width = self.config.roi_feature_size + 4
         if roi_features.ndim != 3 or roi_features.shape[2] != width or 0 in roi_features.shape:
             raise ValueError(
@@ -344,6 +355,8 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
         >>> similarity = model(**processor(images=pictures, text=texts, return_tensors="pt")).logits_per_image
     """
 
+    config: PyramidCLIPConfig
+
     def __init__(self, config: PyramidCLIPConfig):
         super().__init__(config)
         self.text_model = PyramidCLIPTextModel._from_config(config.text_config)
@@ -356,11 +369,11 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
     @can_return_tuple
     def get_text_features(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | BaseModelOutputWithPooling:
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...] | BaseModelOutputWithPooling:
         """The text tower's output, with the projected, not normalised embedding (B, P) as `pooler_output`."""
         outputs = self.text_model(input_ids, attention_mask, position_ids, return_dict=True, **kwargs)
         outputs.pooler_output = self.text_projection(outputs.pooler_output)
@@ -369,10 +382,10 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
     @can_return_tuple
     def get_image_features(
         self,
-        pixel_values: torch.FloatTensor,
+        pixel_values: torch.Tensor,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | BaseModelOutputWithPooling:
+        **kwargs: Any,
+    ) -> tuple[Any, ...] | BaseModelOutputWithPooling:
         """The image tower's output, with the projected, not normalised embedding (B, P) as `pooler_output`."""
         outputs = self.vision_model(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
@@ -380,7 +393,7 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
         outputs.pooler_output = self.visual_projection(outputs.pooler_output)
         return outputs
 
-    def encode_image(self, pixel_values: torch.Tensor, normalize: bool = False, **kwargs) -> torch.Tensor:
+    def encode_image(self, pixel_values: torch.Tensor, normalize: bool = False, **kwargs: Any) -> torch.Tensor:
         """Picture embeddings (B, P); unit vectors in fp32 with `normalize=True`.
 
         The last block computes the class token only, so this is faster than `get_image_features`.
@@ -389,7 +402,11 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
         return normalize_embeds(embeds) if normalize else embeds
 
     def encode_text(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, normalize: bool = False, **kwargs
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        normalize: bool = False,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """Text embeddings (B, P); unit vectors in fp32 with `normalize=True`.
 
@@ -404,7 +421,11 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
         return normalize_embeds(embeds) if normalize else embeds
 
     def encode_rois(
-        self, roi_features: torch.Tensor, roi_mask: torch.Tensor | None = None, normalize: bool = False, **kwargs
+        self,
+        roi_features: torch.Tensor,
+        roi_mask: torch.Tensor | None = None,
+        normalize: bool = False,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """Embeddings (B, P) of region sequences (B, K, `roi_feature_size` + 4); unit vectors with `normalize=True`."""
         outputs = self.vision_model(roi_features=roi_features, roi_mask=roi_mask, pooled_only=True, **kwargs)
@@ -412,7 +433,7 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
         embeds = self.visual_projection(pooled)
         return normalize_embeds(embeds) if normalize else embeds
 
-    def encode_levels(self, levels, **batch) -> dict[str, torch.Tensor]:
+    def encode_levels(self, levels: Collection[str], **batch: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Embeddings (B, P), not normalised, of the named levels only.
 
         Pictures go through the tower one level after the other, global first, because in training each is a
@@ -426,23 +447,25 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
         Raises:
             ValueError: a level's input is missing.
         """
-        missing = {level: LEVELS[level].input for level in levels if batch.get(LEVELS[level].input) is None}
+        found = {level: batch.get(LEVELS[level].input) for level in levels}
+        inputs = {level: tensor for level, tensor in found.items() if tensor is not None}
+        missing = {level: LEVELS[level].input for level in levels if level not in inputs}
         if missing:
             raise ValueError(f"These levels lack their input (level: input): {missing}.")
-        embeds = {level: self.encode_image(batch[LEVELS[level].input]) for level in levels_of_kind("picture", levels)}
+        embeds = {level: self.encode_image(inputs[level]) for level in levels_of_kind("picture", levels)}
         for level in levels_of_kind("regions", levels):
-            embeds[level] = self.encode_rois(batch[LEVELS[level].input], batch.get(LEVELS[level].mask))
+            embeds[level] = self.encode_rois(inputs[level], batch.get(LEVELS[level].mask or ""))
         by_length: dict[int, list[str]] = {}
         for level in levels_of_kind("text", levels):
-            by_length.setdefault(batch[LEVELS[level].input].shape[1], []).append(level)
+            by_length.setdefault(inputs[level].shape[1], []).append(level)
         for group in by_length.values():
-            ids = [batch[LEVELS[level].input] for level in group]
+            ids = [inputs[level] for level in group]
             encoded = self.get_text_features(torch.cat(ids), pooled_only=True).pooler_output
             encoded = encoded.split([len(part) for part in ids])
             embeds.update(zip(group, encoded, strict=True))
         return {level: embeds[level] for level in levels}
 
-    def level_parameters(self, levels) -> list[str]:
+    def level_parameters(self, levels: Iterable[str]) -> list[str]:
         """Names of the parameters that these levels' embeddings and the loss depend on."""
         kinds = {LEVELS[level].kind for level in levels}
         prefixes = ["logit_scale"]
@@ -471,38 +494,53 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         return_loss: bool | None = None,
-        local_pixel_values: torch.FloatTensor | None = None,
-        roi_features: torch.FloatTensor | None = None,
-        roi_mask: torch.BoolTensor | None = None,
-        summary_input_ids: torch.LongTensor | None = None,
-        has_summary: torch.BoolTensor | None = None,
-        tag_input_ids: torch.LongTensor | None = None,
-        has_tags: torch.BoolTensor | None = None,
+        local_pixel_values: torch.Tensor | None = None,
+        roi_features: torch.Tensor | None = None,
+        roi_mask: torch.Tensor | None = None,
+        summary_input_ids: torch.Tensor | None = None,
+        has_summary: torch.Tensor | None = None,
+        tag_input_ids: torch.Tensor | None = None,
+        has_tags: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> PyramidCLIPOutput:
         """Embeds whatever levels are given; logits where picture and caption are; the objective on demand.
 
         Args:
-            input_ids: (B, L) caption ids; `summary_input_ids`, `tag_input_ids`: the other text levels.
-            pixel_values: (B, 3, H, W) global crop; `local_pixel_values`: the local crop.
-            attention_mask, position_ids: for the caption, see [`PyramidCLIPTextModel`].
+            input_ids: (B, L) ids of the caption.
+            pixel_values: (B, 3, H, W) the global crop.
+            attention_mask: for the caption, see [`PyramidCLIPTextModel`].
+            position_ids: for the caption.
             return_loss: compute `config.loss_weights` over this batch (one process).
-            roi_features: (B, K, `roi_feature_size` + 4); `roi_mask`: (B, K) bool, True on real regions.
-            has_summary, has_tags: (B,) bool; `None` means all present.
+            local_pixel_values: (B, 3, H, W) the local crop.
+            roi_features: (B, K, `roi_feature_size` + 4).
+            roi_mask: (B, K) bool, True on real regions; `None` means all.
+            summary_input_ids: (B, L) ids of the summary.
+            has_summary: (B,) bool; `None` means all.
+            tag_input_ids: (B, L) ids of the tags.
+            has_tags: (B,) bool; `None` means all.
             interpolate_pos_encoding: for `pixel_values` only.
+            **kwargs: transformers' own, for the towers' outputs of global crop and caption.
 
         Raises:
             ValueError: no input at all, inputs of wrong shape, or `return_loss` without an input of a named term.
         """
-        batch = {"pixel_values": pixel_values, "local_pixel_values": local_pixel_values, "roi_features": roi_features,
-                 "roi_mask": roi_mask, "summary_input_ids": summary_input_ids, "has_summary": has_summary,
-                 "input_ids": input_ids, "tag_input_ids": tag_input_ids, "has_tags": has_tags}  # fmt: skip
+        batch = {
+            "pixel_values": pixel_values,
+            "local_pixel_values": local_pixel_values,
+            "roi_features": roi_features,
+            "roi_mask": roi_mask,
+            "summary_input_ids": summary_input_ids,
+            "has_summary": has_summary,
+            "input_ids": input_ids,
+            "tag_input_ids": tag_input_ids,
+            "has_tags": has_tags,
+        }
         given = [name for name, level in LEVELS.items() if batch[level.input] is not None]
         if not given:
             raise ValueError(f"The model needs at least one of {[level.input for level in LEVELS.values()]}, got none.")
@@ -511,19 +549,19 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
         output = PyramidCLIPOutput()
         embeds: dict[str, torch.Tensor] = {}
         if "global" in given:
-            output.vision_model_output = self.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
-            embeds["global"] = output.vision_model_output.pooler_output
+            image = self.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
+            output.vision_model_output, embeds["global"] = image, image.pooler_output
         if "caption" in given:
-            output.text_model_output = self.get_text_features(input_ids, attention_mask, position_ids, **kwargs)
-            embeds["caption"] = output.text_model_output.pooler_output
+            text = self.get_text_features(input_ids, attention_mask, position_ids, **kwargs)
+            output.text_model_output, embeds["caption"] = text, text.pooler_output
         embeds |= self.encode_levels([level for level in given if level not in embeds], **batch)
         embeds = {level: normalize_embeds(embed) for level, embed in embeds.items()}
         if {"global", "caption"} <= set(embeds):
-            text, image = embeds["caption"], embeds["global"]
-            with torch.autocast(text.device.type, enabled=False):
-                scale = self.logit_scale.to(text.device, text.dtype).exp()
-                output.logits_per_text = scale * text @ image.to(text.device).T
-            output.logits_per_image = output.logits_per_text.T
+            captions, pictures = embeds["caption"], embeds["global"]
+            with torch.autocast(captions.device.type, enabled=False):
+                scale = self.logit_scale.to(captions.device, captions.dtype).exp()
+                logits = scale * captions @ pictures.to(captions.device).T
+            output.logits_per_text, output.logits_per_image = logits, logits.T
         if return_loss:
             device = next(iter(embeds.values())).device
             masks = {name: _sample_mask(batch[level.mask]) for name, level in LEVELS.items() if level.mask}
@@ -559,7 +597,7 @@ class PyramidCLIPTextModelWithProjection(PyramidCLIPPreTrainedModel):
 
     config: PyramidCLIPTextConfig
     base_model_prefix = "text_model"
-    input_modalities = ("text",)
+    input_modalities = ["text"]
 
     def __init__(self, config: PyramidCLIPTextConfig):
         super().__init__(config)
@@ -576,10 +614,10 @@ class PyramidCLIPTextModelWithProjection(PyramidCLIPPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> PyramidCLIPTextModelOutput:
         """As [`PyramidCLIPTextModel`], with `text_embeds` (B, P), not normalised."""
         outputs = self.text_model(input_ids, attention_mask, position_ids, **kwargs)
@@ -597,7 +635,7 @@ class PyramidCLIPVisionModelWithProjection(PyramidCLIPPreTrainedModel):
     config: PyramidCLIPVisionConfig
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
 
     def __init__(self, config: PyramidCLIPVisionConfig):
         super().__init__(config)
@@ -611,9 +649,9 @@ class PyramidCLIPVisionModelWithProjection(PyramidCLIPPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> PyramidCLIPVisionModelOutput:
         """As [`PyramidCLIPVisionModel`], with `image_embeds` (B, P), not normalised."""
         outputs = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
@@ -628,15 +666,16 @@ class PyramidCLIPVisionModelWithProjection(PyramidCLIPPreTrainedModel):
 class PyramidCLIPForImageClassification(PyramidCLIPPreTrainedModel):
     """The image tower with a linear classifier on its pooled vector, for fine-tuning (paper, appendix E)."""
 
+    config: PyramidCLIPConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
 
     def __init__(self, config: PyramidCLIPConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vision_model = PyramidCLIPVisionModel._from_config(config.vision_config)
-        width = config.vision_config.hidden_size
-        self.classifier = nn.Linear(width, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        width, labels = config.vision_config.hidden_size, config.num_labels or 0
+        self.classifier = nn.Linear(width, labels) if labels else nn.Identity()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -645,10 +684,10 @@ class PyramidCLIPForImageClassification(PyramidCLIPPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> ImageClassifierOutput:
         """Logits (B, num_labels); with `labels` (B,) the loss that `config.problem_type` names."""
         recorded = ("output_hidden_states", "output_attentions")
@@ -667,11 +706,9 @@ class PyramidCLIPForImageClassification(PyramidCLIPPreTrainedModel):
         )
 
 
-if register_checkpoint_conversion_mapping is not None:
-    # A tower's own class reads its part out of a dual encoder's checkpoint; transformers knows this of its own
-    # models only.
-    for _tower, _prefix in (("PyramidCLIPVisionModel", "vision_model"), ("PyramidCLIPTextModel", "text_model")):
-        register_checkpoint_conversion_mapping(_tower, [PrefixChange(prefix_to_remove=_prefix)], overwrite=True)
+# A tower's own class reads its part out of a dual encoder's checkpoint; transformers knows this of its own models only.
+for _tower, _prefix in (("PyramidCLIPVisionModel", "vision_model"), ("PyramidCLIPTextModel", "text_model")):
+    register_checkpoint_conversion_mapping(_tower, [PrefixChange(prefix_to_remove=_prefix)], overwrite=True)
 
 
 __all__ = [

@@ -6,7 +6,10 @@ The base class comes first, what it needs stands below it. It knows the towers' 
 
 import contextlib
 import math
+import os
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -17,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_pyramidclip import PyramidCLIPConfig
-from .fusion_pyramidclip import fuse_
+from .fusion_pyramidclip import LinearBackend, fuse_
 from .modeling_pyramidclip_resnet import (
     PyramidCLIPAttentionPool,
     PyramidCLIPResNetBottleneck,
@@ -36,9 +39,9 @@ from .modeling_pyramidclip_vit import PyramidCLIPVisionEmbeddings
 class PyramidCLIPPreTrainedModel(PreTrainedModel):
     """Base class: loading and saving, initialisation, gradient checkpointing."""
 
-    config: PyramidCLIPConfig
+    config_class = PyramidCLIPConfig
     base_model_prefix = "pyramidclip"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     is_fused = False
     _supports_sdpa = True
@@ -61,13 +64,13 @@ class PyramidCLIPPreTrainedModel(PreTrainedModel):
         "attentions": [PyramidCLIPAttention],
     }
 
-    def _initialize_weights(self, module, is_custom_code=False):
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # Transformers skips the blocks of custom code that hold no tensors of their own, because such code may write
         # over loaded weights. Ours does not (`init` leaves loaded tensors alone), and it initialises per block.
         super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         """The reference's initialisation (docs/design.md, Towers), not Transformers' N(0, 0.02)."""
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             _init_like_torch(module)
@@ -100,12 +103,12 @@ class PyramidCLIPPreTrainedModel(PreTrainedModel):
         elif isinstance(module, PyramidCLIPResNetBottleneck):
             init.zeros_(module.norm3.weight)
         for name in ("visual_projection", "text_projection"):
-            if isinstance(projection := getattr(module, name, None), nn.Linear):
-                init.normal_(projection.weight, std=projection.in_features**-0.5)
-        if isinstance(getattr(module, "logit_scale", None), nn.Parameter):
-            init.constant_(module.logit_scale, module.config.logit_scale_init_value)
+            if isinstance(head := getattr(module, name, None), nn.Linear):
+                init.normal_(head.weight, std=head.in_features**-0.5)
+        if isinstance(scale := getattr(module, "logit_scale", None), nn.Parameter):
+            init.constant_(scale, self.config.logit_scale_init_value)
 
-    def fuse(self, linear: str = "auto") -> "PyramidCLIPPreTrainedModel":
+    def fuse(self, linear: LinearBackend = "auto") -> Self:
         """Turns the model into its inference form, in place, and returns it: the same outputs (1e-4 in fp32), faster.
 
         BatchNorm and QuickGELU's factor become part of the weights, see `fusion_pyramidclip.py`. Weights are frozen,
@@ -131,33 +134,54 @@ class PyramidCLIPPreTrainedModel(PreTrainedModel):
                 "from_pretrained."
             )
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         if mode:
             self._refuse_if_fused("train()")
         return super().train(mode)
 
-    def state_dict(self, *args, **kwargs):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_if_fused("state_dict()")
         return super().state_dict(*args, **kwargs)
 
-    def load_state_dict(self, *args, **kwargs):
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_if_fused("load_state_dict()")
         return super().load_state_dict(*args, **kwargs)
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         self._refuse_if_fused("save_pretrained()")
         return super().save_pretrained(*args, **kwargs)
 
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, every_n_layers=1):
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
         for module in self.modules():
             if isinstance(module, GradientCheckpointingLayer):
-                module._gradient_checkpointing_func = partial(_checkpoint_layer, gradient_checkpointing_func, module)
+                run = partial(_checkpoint_layer, gradient_checkpointing_func, module)
+                module._gradient_checkpointing_func = run  # type: ignore[assignment]  # a function, says transformers
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, image_size: int | None = None, **kwargs):
-        """As [`~transformers.PreTrainedModel.from_pretrained`]; `image_size` resizes the image tower's positions
-        (bicubic) after loading, for fine-tuning at another resolution."""
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *model_args: Any,
+        image_size: int | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """As [`~transformers.PreTrainedModel.from_pretrained`], for another resolution where `image_size` is given.
+
+        Args:
+            pretrained_model_name_or_path: folder or id on the Hub.
+            *model_args: as in the base class.
+            image_size: side of the pictures in pixels; the image tower's positions are resized (bicubic) to it.
+            **kwargs: as in the base class.
+
+        Raises:
+            ValueError: `image_size` does not fit the tower, or the model has no image tower.
+        """
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if image_size is not None:
@@ -171,7 +195,7 @@ class PyramidCLIPPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the size does not fit the tower, or the model has no image tower.
         """
-        tower = self if hasattr(self, "position_holder") else getattr(self, "vision_model", None)
+        tower: Any = self if hasattr(self, "position_holder") else getattr(self, "vision_model", None)
         if tower is None:
             raise ValueError(f"{type(self).__name__} has no image tower, so image_size cannot be given.")
         old_size = tower.config.image_size
@@ -189,11 +213,13 @@ class PyramidCLIPPreTrainedModel(PreTrainedModel):
         vision_config.image_size = image_size
 
 
-def _checkpoint_layer(checkpoint_func, layer: nn.Module, function, *args):
+def _checkpoint_layer(
+    checkpoint_func: Callable[..., Any], layer: nn.Module, function: Callable[..., Any], *args: Any
+) -> Any:
     """Runs `function` now and again in the backward pass, without counting the batch twice in BatchNorm statistics."""
-    runs = []
+    runs: list[int] = []
 
-    def run(*args):
+    def run(*args: Any) -> Any:
         again = frozen_batch_norm_statistics(layer) if runs else contextlib.nullcontext()
         runs.append(1)
         with again:
@@ -202,7 +228,7 @@ def _checkpoint_layer(checkpoint_func, layer: nn.Module, function, *args):
     return checkpoint_func(run, *args)
 
 
-def _init_like_torch(module: nn.Module) -> None:
+def _init_like_torch(module: nn.Linear | nn.Conv2d) -> None:
     """What `nn.Linear` and `nn.Conv2d` do to themselves: uniform within fan_in^-0.5."""
     if getattr(module, "weight", None) is None:  # quantised layers hold it elsewhere
         return
@@ -222,14 +248,15 @@ def _init_text_layer(layer: PyramidCLIPTextLayer) -> None:
 
 
 @contextlib.contextmanager
-def frozen_batch_norm_statistics(module: nn.Module):
+def frozen_batch_norm_statistics(module: nn.Module) -> Iterator[None]:
     """Within it, BatchNorm layers of `module` in train mode use batch statistics and leave the running ones alone."""
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
     kept = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
-    for layer in layers:
+    for layer, (_, num_batches_tracked) in zip(layers, kept, strict=True):
         # Momentum 0 rather than no statistics at all: a checkpointed block must save the same tensors when it reruns.
         layer.momentum = 0.0
-        layer.num_batches_tracked = layer.num_batches_tracked.clone()
+        if num_batches_tracked is not None:
+            layer.num_batches_tracked = num_batches_tracked.clone()
     try:
         yield
     finally:

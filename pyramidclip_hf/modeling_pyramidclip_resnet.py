@@ -7,20 +7,22 @@ The output projection of the attention pooling is the dual encoder's visual proj
 Shape letters: B batch, C channels, T tokens, K regions, D = 32 x `width`.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .modeling_pyramidclip_text import DEVICE_ONLY, eager_attention_forward
+from .configuration_pyramidclip import PyramidCLIPVisionConfig
+from .modeling_pyramidclip_text import AttentionMask, eager_attention_forward, mask_of_keys
 
 
 class PyramidCLIPResNetStem(nn.Module):
     """(B, 3, H, W) -> (B, width, H / 4, W / 4)."""
 
-    def __init__(self, config):
+    def __init__(self, config: PyramidCLIPVisionConfig):
         super().__init__()
         half = config.width // 2
         self.conv1 = nn.Conv2d(config.num_channels, half, kernel_size=3, stride=2, padding=1, bias=False)
@@ -100,7 +102,7 @@ class PyramidCLIPResNetStage(nn.Module):
 class PyramidCLIPResNet(nn.Module):
     """The convolution trunk: (B, 3, H, W) -> (B, D, H / 32, W / 32)."""
 
-    def __init__(self, config):
+    def __init__(self, config: PyramidCLIPVisionConfig):
         super().__init__()
         self.stem = PyramidCLIPResNetStem(config)
         stages, in_channels = [], config.width
@@ -136,7 +138,7 @@ class PyramidCLIPAttentionPool(nn.Module):
     Pictures get learned positions; regions get an own LayerNorm in their place (`ln_pre` of the reference).
     """
 
-    def __init__(self, config):
+    def __init__(self, config: PyramidCLIPVisionConfig):
         super().__init__()
         self.config = config
         dim = config.hidden_size
@@ -158,7 +160,7 @@ class PyramidCLIPAttentionPool(nn.Module):
         roi_features: torch.Tensor | None = None,
         roi_mask: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Tokens (B, 1 + T, D) with the mean in front, the pooled vector (B, D), the weights (B, H, 1, 1 + T)."""
         if roi_features is not None:
@@ -167,14 +169,13 @@ class PyramidCLIPAttentionPool(nn.Module):
             tokens = self._embed_map(feature_map, interpolate_pos_encoding)
         mask = None
         if roi_mask is not None:
-            keys = F.pad(roi_mask, (1, 0), value=True)
-            mask = create_bidirectional_mask(
-                self.config, tokens[:, :1], keys, encoder_hidden_states=tokens, **DEVICE_ONLY
-            )
+            mask = mask_of_keys(self.config, tokens[:, :1], F.pad(roi_mask, (1, 0), value=True), tokens)
         pooled, weights = self._attend(tokens, mask, **kwargs)
         return tokens, pooled, weights
 
-    def _embed_map(self, feature_map: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
+    def _embed_map(self, feature_map: torch.Tensor | None, interpolate_pos_encoding: bool) -> torch.Tensor:
+        if feature_map is None:
+            raise ValueError("The attention pooling needs a feature map or region features, got neither.")
         rows, columns = feature_map.shape[2:]
         tokens = feature_map.flatten(2).transpose(1, 2)
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
@@ -193,7 +194,9 @@ class PyramidCLIPAttentionPool(nn.Module):
             mean = tokens.masked_fill(~roi_mask[..., None], 0.0).sum(dim=1, keepdim=True) / count
         return self.roi_layernorm(torch.cat([mean.to(tokens.dtype), tokens], dim=1))
 
-    def _attend(self, tokens: torch.Tensor, mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _attend(
+        self, tokens: torch.Tensor, mask: AttentionMask, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = (tokens.shape[0], -1, self.config.num_attention_heads, self.head_dim)
         query = self.q_proj(tokens[:, :1]).view(shape).transpose(1, 2)
         key = self.k_proj(tokens).view(shape).transpose(1, 2)

@@ -2,20 +2,28 @@
 """The text tower's parts, and the attention block that the ViT shares with it.
 
 Read from the top: attention, MLP, block, then the text embeddings, what pooling makes of token ids and hidden states.
-The model classes themselves, and all initialisation, are in `modeling_pyramidclip.py`.
+The model classes are in `modeling_pyramidclip.py`, all initialisation is in `modeling_pyramidclip_base.py`.
 Shape letters: B batch, L tokens, D width, H heads.
 """
+
+from collections.abc import Iterable
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .configuration_pyramidclip import PyramidCLIPTextConfig, TowerConfig
+
 QUICK_GELU_SLOPE = 1.702
-# For `create_bidirectional_mask`: a mask that hides nothing could be left out, but the host would have to read it.
-DEVICE_ONLY = {"allow_is_bidirectional_skip": False}
+# What an attention backend takes: bool (True = seen) or added to the scores, (B or 1, 1, Q, L); flash attention's
+# (B, L); flex attention's own; None where every token sees all.
+AttentionMask: TypeAlias = torch.Tensor | BlockMask | None
 
 
 class PyramidCLIPQuickGELU(nn.Module):
@@ -37,7 +45,29 @@ def activation_named(name: str) -> nn.Module:
     return PyramidCLIPQuickGELU() if name == "quick_gelu" else ACT2FN[name]
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def mask_of_keys(
+    config: TowerConfig, queries: torch.Tensor, keys: torch.Tensor, states: torch.Tensor | None = None
+) -> AttentionMask:
+    """The mask that lets `queries` (B, Q, D) see the tokens where `keys` (B, L) is True.
+
+    `states` (B, L, D) are these tokens where they are not the queries themselves.
+    """
+    # A mask that hides nothing could be left out, but the host would have to read it off the device.
+    return create_bidirectional_mask(
+        config, queries, keys, encoder_hidden_states=states, allow_is_bidirectional_skip=False
+    )
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out; q, k, v are (B, H, L, D / H). Returns (B, L, H, D / H) and the weights (B, H, L, L)."""
     scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
     if attention_mask is not None:
@@ -50,7 +80,7 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 class PyramidCLIPAttention(nn.Module):
     """Multi-head self-attention through transformers' attention interface."""
 
-    def __init__(self, config):
+    def __init__(self, config: TowerConfig):
         super().__init__()
         self.config = config
         self.head_dim = config.hidden_size // config.num_attention_heads
@@ -65,10 +95,10 @@ class PyramidCLIPAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: AttentionMask = None,
         query_states: torch.Tensor | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, L, D) -> (B, L, D) and the weights (B, H, L, L), `None` where the backend has none.
 
         `query_states` (B, Q, D) are the tokens that look at all L; then Q stands in place of the first L. All L look
@@ -90,7 +120,7 @@ class PyramidCLIPAttention(nn.Module):
 class PyramidCLIPMLP(nn.Module):
     """The feed-forward part: (B, L, D) -> (B, L, D)."""
 
-    def __init__(self, config):
+    def __init__(self, config: TowerConfig):
         super().__init__()
         self.activation_fn = activation_named(config.hidden_act)
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -103,7 +133,9 @@ class PyramidCLIPMLP(nn.Module):
 class PyramidCLIPEncoderLayer(GradientCheckpointingLayer):
     """A pre-LN transformer block. Subclasses change the feed-forward part only."""
 
-    def __init__(self, config):
+    mlp: nn.Module
+
+    def __init__(self, config: TowerConfig):
         super().__init__()
         self.self_attn = PyramidCLIPAttention(config)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -116,10 +148,10 @@ class PyramidCLIPEncoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: AttentionMask = None,
         grid_size: tuple[int, int] | None = None,
         query_at: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """(B, L, D) -> (B, L, D), or (B, 1, D) where `query_at` names the only positions (B,) that are wanted.
 
@@ -136,11 +168,13 @@ class PyramidCLIPEncoderLayer(GradientCheckpointingLayer):
 class PyramidCLIPTextLayer(PyramidCLIPEncoderLayer):
     """A block of the text tower: the same computation under another initialisation (see `_init_weights`)."""
 
+    mlp: PyramidCLIPMLP
+
 
 class PyramidCLIPEncoder(nn.Module):
     """A stack of blocks, built by the tower that owns it."""
 
-    def __init__(self, layers):
+    def __init__(self, layers: Iterable[PyramidCLIPEncoderLayer]):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.gradient_checkpointing = False
@@ -148,11 +182,11 @@ class PyramidCLIPEncoder(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask=None,
+        attention_mask: AttentionMask = None,
         first: int = 0,
         query_at: torch.Tensor | None = None,
-        query_mask=None,
-        **kwargs,
+        query_mask: AttentionMask = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """Runs the blocks from number `first` on: (B, L, D) -> (B, L, D).
 
@@ -172,7 +206,7 @@ class PyramidCLIPEncoder(nn.Module):
 class PyramidCLIPTextEmbeddings(nn.Module):
     """Token plus learned positional embedding: (B, L) ids -> (B, L, D)."""
 
-    def __init__(self, config):
+    def __init__(self, config: PyramidCLIPTextConfig):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -184,8 +218,12 @@ class PyramidCLIPTextEmbeddings(nn.Module):
         return self.token_embedding(input_ids) + self.position_embedding(position_ids)
 
 
-def check_input_ids(input_ids: torch.Tensor | None, config) -> None:
-    """Refuses what the tower cannot encode: no ids, another rank, no texts, more positions than there are."""
+def checked_input_ids(input_ids: torch.Tensor | None, config: PyramidCLIPTextConfig) -> torch.Tensor:
+    """The ids, refused where the tower cannot encode them: none, another rank, no texts, more than there are positions.
+
+    Raises:
+        ValueError: with what was expected and what came.
+    """
     if input_ids is None:
         raise ValueError("The text tower needs input_ids of shape (batch_size, sequence_length), got None.")
     if input_ids.ndim != 2 or 0 in input_ids.shape:
@@ -197,10 +235,13 @@ def check_input_ids(input_ids: torch.Tensor | None, config) -> None:
             f"input_ids holds {input_ids.shape[1]} tokens, the model has {config.max_position_embeddings} positions: "
             "tokenize with truncation=True (the processor's default), which keeps the end token."
         )
+    return input_ids
 
 
-def canonical_input_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config) -> torch.Tensor:
-    """What maximum pooling sees: the same ids whoever padded, and with whatever (design, section 4).
+def canonical_input_ids(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: PyramidCLIPTextConfig
+) -> torch.Tensor:
+    """What maximum pooling sees: the same ids whoever padded, and with whatever (docs/design.md, Towers).
 
     Everything behind the first end-of-text id, and everything the attention mask hides, becomes `pad_token_id`; the
     row is filled with it to `max_position_embeddings`, because the maximum runs over the padded positions too.
@@ -209,11 +250,14 @@ def canonical_input_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor | 
     behind_end = is_end.int().cumsum(1) - is_end.int() > 0
     if attention_mask is not None:
         behind_end = behind_end | (attention_mask == 0)
-    input_ids = input_ids.masked_fill(behind_end, config.pad_token_id)
-    return F.pad(input_ids, (0, config.max_position_embeddings - input_ids.shape[1]), value=config.pad_token_id)
+    padding = config.pad_token_id or 0  # never None under "max"
+    input_ids = input_ids.masked_fill(behind_end, padding)
+    return F.pad(input_ids, (0, config.max_position_embeddings - input_ids.shape[1]), value=padding)
 
 
-def end_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config) -> torch.Tensor:
+def end_positions(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: PyramidCLIPTextConfig
+) -> torch.Tensor:
     """(B,) the first end-of-text id of each row; a row without it: its last unmasked position."""
     is_end = (input_ids == config.eos_token_id).int()
     steps = torch.arange(input_ids.shape[1], device=input_ids.device)

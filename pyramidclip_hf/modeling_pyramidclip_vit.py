@@ -8,6 +8,7 @@ Shape letters: B batch, L tokens, D width.
 import torch
 from torch import nn
 
+from .configuration_pyramidclip import PyramidCLIPVisionConfig
 from .modeling_pyramidclip_resnet import resize_position_table
 from .modeling_pyramidclip_text import PyramidCLIPEncoderLayer, activation_named
 
@@ -19,7 +20,7 @@ class PyramidCLIPLeFF(nn.Module):
     what a channels-last convolution reads, so nothing is copied.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: PyramidCLIPVisionConfig):
         super().__init__()
         self.activation_fn = activation_named(config.hidden_act)
         inner = config.intermediate_size
@@ -44,11 +45,11 @@ class PyramidCLIPLeFF(nn.Module):
 class PyramidCLIPLeFFLayer(PyramidCLIPEncoderLayer):
     """A block whose feed-forward is LeFF on the patch tokens; the class token passes it unchanged."""
 
-    def __init__(self, config):
+    def __init__(self, config: PyramidCLIPVisionConfig):
         super().__init__(config)
         self.mlp = PyramidCLIPLeFF(config)
 
-    def feed_forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    def feed_forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int] | None) -> torch.Tensor:
         patches = self.mlp(hidden_states[:, 1:], grid_size)
         return torch.cat([hidden_states[:, :1], patches], dim=1)
 
@@ -56,7 +57,7 @@ class PyramidCLIPLeFFLayer(PyramidCLIPEncoderLayer):
 class PyramidCLIPVisionEmbeddings(nn.Module):
     """Class token and positions in front of patches; the same class token, without positions, in front of regions."""
 
-    def __init__(self, config):
+    def __init__(self, config: PyramidCLIPVisionConfig):
         super().__init__()
         self.config = config
         self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))

@@ -9,10 +9,11 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 
 from .configuration_pyramidclip import LEVELS
@@ -33,22 +34,32 @@ class PyramidCLIPTextKwargs(TextKwargs, total=False):
 class PyramidCLIPProcessorKwargs(ProcessingKwargs, total=False):
     """`text_kwargs` may hold `return_truncation`."""
 
-    text_kwargs: PyramidCLIPTextKwargs
+    text_kwargs: PyramidCLIPTextKwargs  # type: ignore[misc]  # narrowed, as each of transformers' processors does
 
 
 class PyramidCLIPProcessor(ProcessorMixin):
-    """The tokenizer and the image processor in one object, and the batch of the three levels (design, section 3).
+    """The tokenizer and the image processor in one object, and the batch of the six levels (docs/design.md, Names).
 
     Args:
         image_processor: None: `PyramidCLIPImageProcessor()`.
         tokenizer: None: `PyramidCLIPTokenizer()`.
         roi_feature_size: width of region features without their boxes; the model's `vision_config.roi_feature_size`.
+        **kwargs: as in the base class.
+
+    Raises:
+        ValueError: a `roi_feature_size` that is no positive integer.
     """
 
-    valid_processor_kwargs = PyramidCLIPProcessorKwargs
+    valid_processor_kwargs: type[Any] = PyramidCLIPProcessorKwargs
     text_kwargs = {"padding": True}
 
-    def __init__(self, image_processor=None, tokenizer=None, roi_feature_size: int = 2048, **kwargs: Any):
+    def __init__(
+        self,
+        image_processor: PyramidCLIPImageProcessor | None = None,
+        tokenizer: PyramidCLIPTokenizer | None = None,
+        roi_feature_size: int = 2048,
+        **kwargs: Any,
+    ):
         if not isinstance(roi_feature_size, int) or roi_feature_size < 1:
             raise ValueError(f"roi_feature_size must be a positive integer, got {roi_feature_size!r}.")
         super().__init__(
@@ -60,11 +71,11 @@ class PyramidCLIPProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images=None,
+        images: ImageInput | None = None,
         text: str | list[str] | None = None,
         summary: str | Sequence[str | None] | None = None,
         tags: str | Sequence[str | Sequence[str] | None] | None = None,
-        local_images=None,
+        local_images: ImageInput | None = None,
         regions: Sequence[Any] | None = None,
         **kwargs: Unpack[PyramidCLIPProcessorKwargs],
     ) -> BatchFeature:
@@ -85,7 +96,7 @@ class PyramidCLIPProcessor(ProcessorMixin):
                 bool; K is the longest of the batch, at least 1. A sample is a tuple `(features (K, F), boxes (K, 4))`,
                 a mapping with these two keys, or one (K, F + 4) array; boxes are x1, y1, x2, y2 over width and height
                 of the uncropped picture.
-            kwargs: `return_tensors`, and what tokenizer or image processor take, flat or as `text_kwargs` and
+            **kwargs: `return_tensors`, and what tokenizer or image processor take, flat or as `text_kwargs` and
                 `images_kwargs`.
 
         Raises:
@@ -94,7 +105,8 @@ class PyramidCLIPProcessor(ProcessorMixin):
         if all(level is None for level in (images, text, summary, tags, local_images, regions)):
             raise ValueError("Expected at least one of images, text, summary, tags, local_images and regions.")
         one_text = isinstance(text, str) or (text is None and isinstance(summary, str))
-        tags = [tags] if isinstance(tags, str) or (one_text and tags is not None) else tags
+        if isinstance(tags, str) or (one_text and tags is not None):
+            tags = cast("Sequence[str | Sequence[str] | None]", [tags])  # beside one text, a list is its phrases
         summary = [summary] if isinstance(summary, str) else summary
         regions = regions if regions is None or isinstance(regions, list) else [regions]
         _check_lengths(text=text, summary=summary, tags=tags)
@@ -118,12 +130,14 @@ class PyramidCLIPProcessor(ProcessorMixin):
             data.update(self._region_arrays(regions))
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _optional_texts(self, name: str, texts, text_kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _optional_texts(self, name: str, texts: Sequence[str | None], text_kwargs: dict[str, Any]) -> dict[str, Any]:
         level = LEVELS[name]
         texts = [None if one is None or (isinstance(one, str) and not one.strip()) else one for one in texts]
         present = [one is not None for one in texts]
         encoded = self.tokenizer(_checked_texts(name, ["" if one is None else one for one in texts]), **text_kwargs)
-        named = {level.input: encoded["input_ids"], level.mask: np.array(present)}
+        named = {level.input: encoded["input_ids"]}
+        if level.mask:
+            named[level.mask] = np.array(present)
         if "truncated" in encoded:
             named[level.input.replace("input_ids", "truncated")] = encoded["truncated"]
         return named
@@ -145,7 +159,7 @@ class PyramidCLIPProcessor(ProcessorMixin):
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
-def _check_lengths(**levels) -> None:
+def _check_lengths(**levels: Any) -> None:
     lengths = {
         name: 1 if isinstance(level, str) else len(level)
         for name, level in levels.items()

@@ -96,14 +96,14 @@ def _packaged_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
         )
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         next(lines)
-        merges = [tuple(line.split()) for line in lines]
+        merges = [(first, second) for first, second in map(str.split, lines)]
     symbols = _byte_symbols()
     tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, merges), BOS_TOKEN, EOS_TOKEN]
     return {token: index for index, token in enumerate(tokens)}, merges
 
 
 class PyramidCLIPTokenizer(TokenizersBackend):
-    """CLIP's tokenizer as PyramidCLIP's weights need it (design, section 3; paper, section 4.1).
+    """CLIP's tokenizer as PyramidCLIP's weights need it (paper, section 4.1).
 
     Differs from `CLIPTokenizer` in that texts are cleaned as the reference cleans them, padding is id 0 without "!"
     being special, texts are cut to `model_max_length` (77) unless `truncation=False`, the end token always kept, and
@@ -116,8 +116,10 @@ class PyramidCLIPTokenizer(TokenizersBackend):
     Args:
         vocab: token -> id, or a path to `vocab.json`. None: CLIP's vocabulary from the package, no network.
         merges: pairs, or a path to `merges.txt`.
-        unk_token, bos_token, eos_token: as in CLIP.
-        kwargs: passed to `TokenizersBackend`; `model_max_length` is 77 by default and `pad_token` is ignored.
+        unk_token: as in CLIP.
+        bos_token: as in CLIP.
+        eos_token: as in CLIP.
+        **kwargs: passed to `TokenizersBackend`; `model_max_length` is 77 by default and `pad_token` is ignored.
 
     Raises:
         ValueError: merges without a vocabulary or the other way round; an empty batch; a text that is no string.
@@ -125,7 +127,7 @@ class PyramidCLIPTokenizer(TokenizersBackend):
 
     vocab_files_names = {"vocab_file": "vocab.json", "merges_file": "merges.txt", "tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
-    model = BPE
+    model = BPE  # type: ignore[assignment]  # the base class says None and means "set it"
 
     def __init__(
         self,
@@ -152,7 +154,7 @@ class PyramidCLIPTokenizer(TokenizersBackend):
         super().__init__(unk_token=unk_token, bos_token=bos_token, eos_token=eos_token, **kwargs)
 
     @staticmethod
-    def _build_backend(vocab, merges, unk_token: str, bos_token: str, eos_token: str) -> Tokenizer:
+    def _build_backend(vocab: Any, merges: Any, unk_token: str, bos_token: str, eos_token: str) -> Tokenizer:
         backend = Tokenizer(BPE(vocab, merges, unk_token=unk_token, end_of_word_suffix="</w>"))
         # Changes nothing that `clean_text` has cleaned; for programs that read tokenizer.json without this class.
         backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -178,9 +180,10 @@ class PyramidCLIPTokenizer(TokenizersBackend):
     @property
     def pad_token(self) -> str:
         """The token of id 0: "!" in CLIP's vocabulary. Not among `all_special_tokens`."""
-        return self.convert_ids_to_tokens(PAD_TOKEN_ID)
+        token: Any = self.convert_ids_to_tokens(PAD_TOKEN_ID)
+        return token
 
-    def __setattr__(self, key: str, value: Any):
+    def __setattr__(self, key: str, value: Any) -> None:
         if key not in ("pad_token", "pad_token_id"):
             super().__setattr__(key, value)
         elif value is not None and str(value) != str(getattr(self, key)):
@@ -189,20 +192,24 @@ class PyramidCLIPTokenizer(TokenizersBackend):
                 "positions sees the pads."
             )
 
-    def add_special_tokens(self, special_tokens_dict: dict[str, Any], **kwargs: Any) -> int:
+    def add_special_tokens(self, special_tokens_dict: dict[str, Any], *args: Any, **kwargs: Any) -> int:
         """As in the base class; a `pad_token` is not added, and refused unless it is the token of id 0."""
         if "pad_token" in special_tokens_dict:
-            self.pad_token = special_tokens_dict["pad_token"]
+            setattr(self, "pad_token", special_tokens_dict["pad_token"])  # noqa: B010  a property that checks
         special_tokens_dict = {key: value for key, value in special_tokens_dict.items() if key != "pad_token"}
-        return super().add_special_tokens(special_tokens_dict, **kwargs)
+        return super().add_special_tokens(special_tokens_dict, *args, **kwargs)
 
-    def _get_padding_truncation_strategies(self, padding=False, truncation=None, **kwargs):
+    def _get_padding_truncation_strategies(
+        self, padding: Any = False, truncation: Any = None, *args: Any, **kwargs: Any
+    ) -> tuple[Any, ...]:
         # The zero-shot pipeline asks for no truncation, and its labels may be of any length.
         return super()._get_padding_truncation_strategies(
-            padding=padding, truncation=True if truncation is None else truncation, **kwargs
+            padding, True if truncation is None else truncation, *args, **kwargs
         )
 
-    def _encode_plus(self, text, text_pair=None, *args, return_truncation: bool = False, **kwargs) -> BatchEncoding:
+    def _encode_plus(
+        self, text: Any, text_pair: Any = None, *args: Any, return_truncation: bool = False, **kwargs: Any
+    ) -> BatchEncoding:
         encoding = super()._encode_plus(_cleaned(text), _cleaned(text_pair), *args, **kwargs)
         truncated = [bool(row.overflowing) for row in encoding.encodings or ()]
         self.num_truncated += sum(truncated)
@@ -212,22 +219,22 @@ class PyramidCLIPTokenizer(TokenizersBackend):
             encoding.convert_to_tensors(kwargs.get("return_tensors"))
         return encoding
 
-    def _decode(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> str:
+    def _decode(self, token_ids: Any, skip_special_tokens: bool = False, *args: Any, **kwargs: Any) -> str:
         if isinstance(token_ids, dict):
             token_ids = token_ids["input_ids"]
         token_ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
         if self.eos_token_id in token_ids:
             token_ids = token_ids[: token_ids.index(self.eos_token_id) + 1]
-        return super()._decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs).strip()
+        return super()._decode(token_ids, skip_special_tokens, *args, **kwargs).strip()
 
-    def _save_pretrained(self, *args, **kwargs) -> tuple[str, ...]:
+    def _save_pretrained(self, *args: Any, **kwargs: Any) -> tuple[str, ...]:
         # Padding and truncation belong to the call that set them; the same tokenizer always writes the same file.
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+        self.backend_tokenizer.no_padding()
+        self.backend_tokenizer.no_truncation()
         return super()._save_pretrained(*args, **kwargs)
 
 
-def _cleaned(text):
+def _cleaned(text: Any) -> Any:
     """Cleans a text, a batch, or a batch of pre-split texts; None stays None."""
     if text is None:
         return None

@@ -10,7 +10,7 @@ as float32 unit vectors on the CPU, so that only one batch is ever on the model'
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
@@ -151,10 +151,10 @@ def class_embeddings(
     _check_names(names)
     templates = _checked_templates(templates)
     prompts = [template.replace("{}", name) for name in names for template in templates]
-    sums = None
+    sums = torch.zeros(0)
     with _evaluation(model):
         for places, embeds in _encoded_texts(model, processor, prompts, batch_size, device, progress):
-            if sums is None:
+            if not len(sums):
                 sums = embeds.new_zeros(len(names), embeds.shape[1])
             sums.index_add_(0, places // len(templates), embeds)
     return torch.nn.functional.normalize(sums, dim=-1)
@@ -168,15 +168,18 @@ def text_embeddings(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> torch.Tensor:
-    """Unit embeddings (N, D) float32 on the CPU; see `class_embeddings` for the arguments.
+    """Unit embeddings of texts; see `class_embeddings` for the arguments.
+
+    Returns:
+        (N, D) float32 on the CPU, in the order of `texts`.
 
     Raises:
         ValueError: no texts, or something that is no text.
     """
-    result = None
+    result = torch.zeros(0)
     with _evaluation(model):
         for places, embeds in _encoded_texts(model, processor, texts, batch_size, device, progress):
-            if result is None:
+            if not len(result):
                 result = embeds.new_empty(len(texts), embeds.shape[1])
             result[places] = embeds
     return result
@@ -190,10 +193,13 @@ def image_embeddings(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> torch.Tensor:
-    """Unit embeddings (N, D) float32 on the CPU of pictures, paths, arrays or whatever else the image processor takes.
+    """Unit embeddings of pictures, paths, arrays or whatever else the image processor takes.
 
     `images` may be a generator: one batch is held at a time. Without a processor (None) they are pixel values already:
-    (N, 3, H, W), or an iterable of (3, H, W).
+    (N, 3, H, W), or an iterable of (3, H, W). See `class_embeddings` for the other arguments.
+
+    Returns:
+        (N, D) float32 on the CPU.
 
     Raises:
         ValueError: no pictures, or one that the image processor refuses.
@@ -202,7 +208,7 @@ def image_embeddings(
         raise ValueError(f"Expected a list of pictures, got one {type(images).__name__}; put it into a list.")
     image_processor = getattr(processor, "image_processor", processor)
     device = model.device if device is None else device
-    total = len(images) if hasattr(images, "__len__") else None
+    total = len(images) if isinstance(images, Sized) else None
     pictures, parts = iter(images), []
     with _evaluation(model), logging.tqdm(total=total, unit="picture", disable=not progress) as bar:
         while batch := list(islice(pictures, _positive(batch_size))):
@@ -264,7 +270,8 @@ def retrieve(queries: torch.Tensor, candidates: torch.Tensor, k: int = 10) -> Ma
     fairly, see `training.evaluation.retrieval`.
 
     Args:
-        queries: (Q, D). candidates: (C, D). On one device.
+        queries: (Q, D).
+        candidates: (C, D), on the same device.
         k: how many; fewer come back where there are fewer candidates.
 
     Raises:
@@ -286,7 +293,12 @@ def retrieve(queries: torch.Tensor, candidates: torch.Tensor, k: int = 10) -> Ma
 
 
 def _encoded_texts(
-    model, processor, texts, batch_size, device, progress
+    model: Any,
+    processor: Any,
+    texts: Sequence[str],
+    batch_size: int,
+    device: torch.device | str | None,
+    progress: bool,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields places (n,) in `texts` and unit embeddings (n, D), long texts first: alike lengths need little padding."""
     if isinstance(texts, str) or not texts:

@@ -6,8 +6,11 @@ decoding and clipping keep to that; overlaps do not add 1, like `torchvision.ops
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
+
+from .configuration_vinvl import VinVLConfig
 
 # Cells of the feature map are this many pixels apart.
 FEATURE_STRIDE = 16
@@ -15,14 +18,18 @@ FEATURE_STRIDE = 16
 MAX_LOG_SCALE = math.log(1000 / FEATURE_STRIDE)
 
 
-def cell_anchors(sizes, ratios):
+def cell_anchors(sizes: Sequence[float], ratios: Sequence[float]) -> list[tuple[float, float, float, float]]:
     """Anchors around the first cell, ratio by ratio, each in the order of `sizes`.
 
     The sides for a ratio are rounded for a box of 16 x 16 pixels and only then scaled, as the first Faster R-CNN did;
     anchors computed otherwise are some pixels off.
 
+    Args:
+        sizes: sides in pixels.
+        ratios: height over width.
+
     Returns:
-        `list[tuple[float, float, float, float]]` of `len(ratios) * len(sizes)` boxes.
+        `len(ratios) * len(sizes)` boxes.
     """
     centre = (FEATURE_STRIDE - 1) / 2
     anchors = []
@@ -36,7 +43,9 @@ def cell_anchors(sizes, ratios):
     return anchors
 
 
-def grid_anchors(anchors, height, width, device=None):
+def grid_anchors(
+    anchors: Sequence[tuple[float, float, float, float]], height: int, width: int, device: torch.device | None = None
+) -> torch.Tensor:
     """The anchors of a whole feature map, by row, then column, then anchor: (height * width * len(anchors), 4)."""
     base = torch.tensor(anchors, dtype=torch.float32, device=device)
     y, x = torch.meshgrid(
@@ -48,15 +57,16 @@ def grid_anchors(anchors, height, width, device=None):
     return (shifts[:, :, None] + base).reshape(-1, 4)
 
 
-def decode_boxes(deltas, boxes, weights):
+def decode_boxes(deltas: torch.Tensor, boxes: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
     """Applies deltas (dx, dy, dw, dh) to boxes.
 
     Args:
-        deltas (`Tensor` (..., 4)), boxes (`Tensor` (..., 4)): broadcast against each other.
-        weights (four numbers): divisors of the deltas.
+        deltas: (..., 4).
+        boxes: (..., 4), broadcast against the deltas.
+        weights: four divisors of the deltas.
 
     Returns:
-        `Tensor` (..., 4), not clipped.
+        (..., 4), not clipped.
     """
     x1, y1, x2, y2 = boxes.unbind(-1)
     widths, heights = x2 - x1 + 1, y2 - y1 + 1
@@ -76,13 +86,13 @@ def decode_boxes(deltas, boxes, weights):
     )
 
 
-def clip_boxes(boxes, height, width):
+def clip_boxes(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Moves corners outside the picture to its outermost pixels, 0 .. width - 1 and 0 .. height - 1."""
     x, y = boxes[..., 0::2].clamp(0, width - 1), boxes[..., 1::2].clamp(0, height - 1)
     return torch.stack((x[..., 0], y[..., 0], x[..., 1], y[..., 1]), dim=-1)
 
 
-def box_overlaps(boxes, others):
+def box_overlaps(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Intersection over union, broadcast over the leading dimensions; 0/0 is NaN, which exceeds no threshold."""
     corner = torch.maximum(boxes[..., :2], others[..., :2])
     sides = (torch.minimum(boxes[..., 2:], others[..., 2:]) - corner).clamp(min=0)
@@ -91,7 +101,9 @@ def box_overlaps(boxes, others):
     return shared / (areas + other_areas - shared)
 
 
-def suppress_per_class(probabilities, boxes, threshold, floor=0.0):
+def suppress_per_class(
+    probabilities: torch.Tensor, boxes: torch.Tensor, threshold: float, floor: float = 0.0
+) -> torch.Tensor:
     """Non-maximum suppression within each class, for all classes at once.
 
     Walks down the ranks, the classes side by side: step r strikes out what overlaps the r-th most likely region of each
@@ -100,13 +112,13 @@ def suppress_per_class(probabilities, boxes, threshold, floor=0.0):
     be left out without changing the others.
 
     Args:
-        probabilities (`Tensor` (N, C) float32).
-        boxes (`Tensor` (N, 4), shared by all classes, or (N, C, 4) float32).
-        threshold (`float`): overlap above which the less likely of two regions is struck out.
-        floor (`float`): pairs of a lower probability, or of 0, are left out.
+        probabilities: (N, C) float32.
+        boxes: (N, 4), shared by all classes, or (N, C, 4) float32.
+        threshold: overlap above which the less likely of two regions is struck out.
+        floor: pairs of a lower probability, or of 0, are left out.
 
     Returns:
-        `Tensor` (N, C) bool: which regions keep which class; False for what is left out.
+        (N, C) bool: which regions keep which class; False for what is left out.
     """
     considered = (probabilities >= floor) & (probabilities > 0)
     classes = considered.any(dim=0).nonzero().squeeze(1)
@@ -126,7 +138,9 @@ def suppress_per_class(probabilities, boxes, threshold, floor=0.0):
     return kept_pairs
 
 
-def select_detections(probabilities, boxes, config):
+def select_detections(
+    probabilities: torch.Tensor, boxes: torch.Tensor, config: VinVLConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """From proposals to detections, by "filter 1" of the published code: at most one detection a proposal.
 
     A proposal takes the likeliest of the classes that it keeps after the suppression. Those whose score reaches
@@ -134,12 +148,12 @@ def select_detections(probabilities, boxes, config):
     proposals keep a class).
 
     Args:
-        probabilities (`Tensor` (N, C) float32): column 0 is the background.
-        boxes (`Tensor` (N, 4) or (N, C, 4) float32): clipped boxes.
-        config (`VinVLConfig`).
+        probabilities: (N, C) float32; column 0 is the background.
+        boxes: (N, 4) or (N, C, 4) float32, clipped.
+        config: its thresholds and limits.
 
     Returns:
-        `tuple`: indices of the proposals, scores and labels of the detections, by falling score.
+        indices of the proposals, scores and labels of the detections, by falling score.
     """
     classes, class_boxes = probabilities[:, 1:], boxes if boxes.dim() == 2 else boxes[:, 1:]
     # Whoever keeps one of the likeliest pairs outranks whoever keeps none of them, so most pairs need no suppression.

@@ -2,6 +2,7 @@
 """Configuration of the VinVL object-attribute detector. The defaults are the released X152-C4 model."""
 
 import difflib
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -13,11 +14,23 @@ COMMON_ATTRIBUTES = (
 )  # fmt: skip
 
 
+# Mappings that are filled in where they are not given: `None` and string keys may come in, which transformers' check
+# of types needs to hear; code that reads a configuration finds what the second name says.
+_NOT_GIVEN: Any = None
+if TYPE_CHECKING:
+    NamesOfIds: TypeAlias = dict[int, str]
+    Merged: TypeAlias = dict[str, str]
+else:
+    NamesOfIds = dict[int, str] | dict[str, str] | None
+    Merged = dict[str, str] | None
+
+
 @strict
 class VinVLConfig(PreTrainedConfig):
-    r"""
-    Configuration of [`VinVLForObjectAttributeDetection`] (VinVL, arXiv 2101.00529; `vinvl_x152c4.yaml` of the published
-    scene-graph benchmark, with the settings of its feature extraction command).
+    r"""Configuration of [`VinVLForObjectAttributeDetection`] (VinVL, arXiv 2101.00529).
+
+    The defaults are `vinvl_x152c4.yaml` of the published scene-graph benchmark, with the settings of its feature
+    extraction command.
 
     Trunk. The model is a ResNeXt whose first three stages (stride 16) give the one feature map and whose fourth
     stage runs on each region. Stage `i` has bottlenecks of width `groups * width_per_group * 2**i` and gives
@@ -85,15 +98,15 @@ class VinVLConfig(PreTrainedConfig):
     attribute_hidden_size: int = 512
     attribute_threshold: float | int = 0.05
     max_attributes_per_object: int = 16
-    id2attribute: dict[int, str] | dict[str, str] | None = None
+    id2attribute: NamesOfIds = _NOT_GIVEN
 
     phrase_max_attributes: int = 3
     phrase_attribute_threshold: float | int = 0.01
     phrase_common_threshold: float | int = 0.1
     phrase_common_attributes: list[str] | tuple[str, ...] = COMMON_ATTRIBUTES
-    phrase_merged_attributes: dict[str, str] | None = None
+    phrase_merged_attributes: Merged = _NOT_GIVEN
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         own_fields = [name for name in type(self).__dataclass_fields__ if not hasattr(PreTrainedConfig, name)]
         for key in kwargs.keys() - {"num_labels", "num_attributes"}:
             meant = difflib.get_close_matches(key, own_fields, 1, cutoff=0.8)
@@ -132,7 +145,7 @@ class VinVLConfig(PreTrainedConfig):
         """Length of the feature vector of a region."""
         return self.stem_channels * 32
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Part of `@strict`: run on construction and before saving."""
         if len(self.layers) != 4 or min(self.layers) < 1:
             raise ValueError(f"layers must be four positive block counts, got {self.layers}.")
@@ -151,7 +164,7 @@ class VinVLConfig(PreTrainedConfig):
                 f"Expected 0 <= min_detections <= max_detections, got {self.min_detections} and {self.max_detections}."
             )
 
-    def validate_names(self):
+    def validate_names(self) -> None:
         """Part of `@strict`: ids must be 0 .. n-1, since they index the heads' outputs."""
         for field in ("id2label", "id2attribute"):
             ids = sorted(getattr(self, field))

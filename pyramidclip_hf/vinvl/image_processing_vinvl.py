@@ -1,23 +1,24 @@
 # Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Pictures -> what the VinVL detector reads: short side 600, BGR in 0..255 less the mean, padded to one size."""
 
+from typing import Any
+
 import numpy as np
 from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import PILImageResampling
+from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 
 class VinVLImageProcessorKwargs(ImagesKwargs, total=False):
-    """`max_image_pixels` (`int`): larger pictures are refused before they are decoded."""
+    """`max_image_pixels`: larger pictures are refused before they are decoded."""
 
     max_image_pixels: int | None
 
 
 class VinVLImageProcessor(PilBackend):
-    r"""
-    Prepares pictures for [`VinVLForObjectAttributeDetection`], as the published detector does it.
+    r"""Prepares pictures for [`VinVLForObjectAttributeDetection`], as the published detector does it.
 
     `processor(images)` takes one picture or a list: PIL images, or uint8 arrays or tensors, grey or RGB, of shape
     (H, W), (H, W, 3) or (3, H, W). EXIF rotation is applied, alpha dropped, 16-bit grey scaled to 8 bits. It returns
@@ -28,10 +29,11 @@ class VinVLImageProcessor(PilBackend):
     - `original_sizes` (B, 2) int64, height and width of the pictures as given (after the EXIF rotation).
 
     Args:
-        size (`dict`): `shortest_edge` and `longest_edge` in pixels; see [`resized_size`].
-        image_mean, image_std (`tuple` of 3): in BGR order, on the scale 0..255.
-        max_image_pixels (`int`): larger pictures raise ValueError.
-        do_resize, do_normalize (`bool`), resample (`int`): as in every image processor.
+        size: `shortest_edge` and `longest_edge` in pixels; see [`resized_size`].
+        image_mean: three numbers in BGR order, on the scale 0..255.
+        image_std: three numbers in BGR order, on the scale 0..255.
+        max_image_pixels: larger pictures raise ValueError.
+        **kwargs: `do_resize`, `do_normalize`, `resample`: as in every image processor.
     """
 
     resample = PILImageResampling.BILINEAR
@@ -40,16 +42,18 @@ class VinVLImageProcessor(PilBackend):
     image_std = (1.0, 1.0, 1.0)
     do_resize = True
     do_normalize = True
-    rescale_factor = None
+    rescale_factor = None  # type: ignore[assignment]  # values stay in 0..255
     default_to_square = False
     max_image_pixels = 178_956_970
     model_input_names = ["pixel_values", "image_sizes", "original_sizes"]
     valid_kwargs = VinVLImageProcessorKwargs
 
     def __init__(self, **kwargs: Unpack[VinVLImageProcessorKwargs]):
-        super().__init__(**kwargs)
+        super().__init__(**kwargs)  # type: ignore[misc]  # the base class keeps any keyword
 
-    def process_image(self, image, max_image_pixels=None, **kwargs):
+    def process_image(  # type: ignore[override]  # resizing needs pictures, not arrays
+        self, image: Any, max_image_pixels: int | None = None, **kwargs: Any
+    ) -> Image.Image:
         """Any accepted picture -> RGB PIL image, upright."""
         if not isinstance(image, Image.Image):
             image = _image_from_array(np.asarray(image))
@@ -65,21 +69,31 @@ class VinVLImageProcessor(PilBackend):
             image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
         return image.convert("RGB")
 
-    def _preprocess(
-        self, images, size, resample, image_mean, image_std, do_resize, do_normalize, return_tensors, **kwargs
-    ):
-        if do_resize and not (size.shortest_edge and size.longest_edge):
+    def _preprocess(  # type: ignore[override]  # see process_image; transformers passes all by keyword
+        self,
+        images: list[Image.Image],
+        size: SizeDict,
+        resample: int,
+        image_mean: tuple[float, float, float],
+        image_std: tuple[float, float, float],
+        do_resize: bool,
+        do_normalize: bool,
+        return_tensors: str | None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        shortest, longest = size.shortest_edge, size.longest_edge
+        if do_resize and not (shortest and longest):
             raise ValueError(f"size must give shortest_edge and longest_edge, got {size}.")
         prepared, original_sizes = [], []
         for image in images:
             original_sizes.append((image.height, image.width))
-            if do_resize:
-                target = resized_size(image.height, image.width, size.shortest_edge, size.longest_edge)
+            if do_resize and shortest and longest:
+                target = resized_size(image.height, image.width, shortest, longest)
                 if target != (image.height, image.width):
                     image = image.resize(target[::-1], resample)
-            values = np.asarray(image)[..., ::-1].astype(np.float32)
+            values: np.ndarray = np.asarray(image)[..., ::-1].astype(np.float32)
             if do_normalize:
-                values = (values - np.float32(image_mean)) / np.float32(image_std)
+                values = (values - np.asarray(image_mean, np.float32)) / np.asarray(image_std, np.float32)
             prepared.append(values)
         image_sizes = np.array([values.shape[:2] for values in prepared])
         pixel_values = np.zeros((len(prepared), 3, *image_sizes.max(axis=0)), dtype=np.float32)
@@ -93,9 +107,10 @@ class VinVLImageProcessor(PilBackend):
         return BatchFeature(data=data, tensor_type=return_tensors)
 
 
-def resized_size(height, width, shortest_edge, longest_edge):
-    """Height and width after resizing: the short side becomes `shortest_edge`, or less where the long side would pass
-    `longest_edge`. The rounding is the detector's (the long side is cut off, so 1920 x 1080 gives 999 x 562).
+def resized_size(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
+    """Height and width after resizing, as the detector rounds: 1920 x 1080 gives 999 x 562.
+
+    The short side becomes `shortest_edge`, or less where the long side would pass `longest_edge`, which is cut off.
 
     Raises:
         ValueError: a picture so narrow that its short side would vanish.
@@ -114,7 +129,7 @@ def resized_size(height, width, shortest_edge, longest_edge):
     return (long, shortest_edge) if height > width else (shortest_edge, long)
 
 
-def _image_from_array(array):
+def _image_from_array(array: np.ndarray) -> Image.Image:
     if array.dtype != np.uint8:
         raise ValueError(f"Pictures that are not PIL images must be uint8 in 0..255, got {array.dtype}.")
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
