@@ -69,12 +69,6 @@ def shared_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def golden_dir() -> Path:
-    """`../shared/golden`, numbers computed by the published reference implementation; skips where it is absent."""
-    return _shared_folder("golden")
-
-
-@pytest.fixture(scope="session")
 def data_dir() -> Path:
     """`../shared/data`, vocabularies and sample files that are not committed; skips where it is absent."""
     return _shared_folder("data")

@@ -127,12 +127,16 @@ def test_the_full_size_model_has_exactly_the_released_entries():
     assert round(numbers / 1e6, 1) == 148.3 and round(numbers * 4 / 2**20) == 566
 
 
-def test_the_configuration_of_the_released_file_is_the_default(data_dir):
+def test_the_released_names_are_read_in_order(data_dir):
     labels, attributes = read_label_map(data_dir / "vg_vinvl_labelmap.json")
-    tensors = {name: torch.empty(shape, device="meta") for name, shape in released_entries().items()}
-    config = config_from_shapes(tensors, labels, attributes)
     assert (len(labels), len(attributes)) == (1595, 525)
     assert (labels[1], labels[1594], attributes[1], attributes[524]) == ("ad", "zucchini", "above", "young")
+
+
+def test_the_configuration_of_the_released_file_is_the_default():
+    labels, attributes = ({number: f"name {number}" for number in range(count)} for count in (1595, 525))
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in released_entries().items()}
+    config = config_from_shapes(tensors, labels, attributes)
     difference = config.to_diff_dict().keys() - {"model_type", "transformers_version"}
     assert {
         name for name in difference if getattr(config, name, None) != getattr(VinVLConfig(), name, None)

@@ -29,14 +29,7 @@ from pyramidclip_hf import (
     PyramidCLIPTokenizer,
     PyramidCLIPVisionModel,
 )
-
-TOWERS = {
-    "vit": {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
-            "num_leff_layers": 2, "roi_feature_size": 6},
-    "resnet": {"tower": "resnet", "image_size": 64, "layers": (1, 1, 1, 1), "width": 4, "num_attention_heads": 4,
-               "roi_feature_size": 6},
-}  # fmt: skip
-BOTH = pytest.mark.parametrize("tower", TOWERS)
+from tests.pyramidclip_hf.tiny import BOTH, TOWERS
 
 
 def tiny_config(tower, pooling="max"):

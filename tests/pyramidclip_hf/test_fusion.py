@@ -16,7 +16,7 @@ from pyramidclip_hf import (
 )
 from tests.golden import NAMES, OUTPUTS, golden_batch, golden_model, golden_vectors
 from tests.plain_forms import lively, plain_form
-from tests.pyramidclip_hf.test_modeling import BOTH, make_batch, tiny
+from tests.pyramidclip_hf.tiny import BOTH, make_batch, tiny
 
 LINEAR = pytest.mark.parametrize("linear", ["torch", "onednn"])
 FIELDS = ("image_embeds", "local_image_embeds", "roi_embeds", "text_embeds", "summary_embeds", "tag_embeds",

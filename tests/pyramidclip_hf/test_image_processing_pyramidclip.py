@@ -63,12 +63,6 @@ def test_golden_pictures(processor, name):
     assert np.abs(result[0, :, ::4, ::4] - np.load(GOLDEN)[name].astype(np.float32)).mean() <= 1e-3
 
 
-def test_fixture_is_the_shared_golden_file(golden_dir):
-    shared, here = np.load(golden_dir / "preprocess.npz"), np.load(GOLDEN)
-    assert shared.files == here.files
-    assert all(np.array_equal(shared[name], here[name]) for name in here.files)
-
-
 def test_equals_torchvision_at_every_remainder_of_the_crop(small):
     transforms = pytest.importorskip("torchvision.transforms")
     reference = transforms.Compose(

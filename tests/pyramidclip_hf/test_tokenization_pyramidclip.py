@@ -105,15 +105,13 @@ def test_golden_strings_after_saving_and_loading(saved, golden):
     assert auto(texts)["input_ids"] == ids
 
 
-def test_fixture_is_the_shared_golden_file(golden, golden_dir):
-    assert golden == json.loads((golden_dir / "tokenizer.json").read_text(encoding="utf-8"))
-
-
-def test_packaged_merges_are_the_reference_files_first_48894(data_dir):
-    original = gzip.decompress((data_dir / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode("utf-8").split("\n")
+def test_packaged_merges_are_the_reference_files_first_48894():
     packaged = gzip.decompress(Path(module.__file__).with_name(module.MERGES_FILE).read_bytes()).decode("utf-8")
-    assert packaged.splitlines()[1:] == original[1:48895]
-    assert "MIT License" in packaged.splitlines()[0]
+    note, *merges = packaged.splitlines()
+    # Of lines 2 to 48,895 of CLIP's bpe_simple_vocab_16e6.txt, joined by line feeds.
+    digest = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
+    assert len(merges) == 48894 and hashlib.sha256("\n".join(merges).encode()).hexdigest() == digest
+    assert "MIT License" in note
 
 
 def test_the_same_tokenizer_writes_the_same_file(tokenizer, saved, tmp_path):
