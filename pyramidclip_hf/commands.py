@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from pyramidclip_command import EXIT_SKIPPED
 
 from .embedding_files import EmbeddingJob, StoredEmbeddings, check_output, read_embeddings
 from .explain import explain_image
-from .fusion_pyramidclip import OneDNNLinear
+from .fusion_pyramidclip import LinearBackend, OneDNNLinear
 from .loading import Loaded, choose_device, load_model
 from .modeling_pyramidclip import PyramidCLIPModel
 from .picture_files import (
@@ -281,7 +281,7 @@ def _fuse_as_before(job: EmbeddingJob, model: PyramidCLIPModel) -> None:
         return "onednn" if any(isinstance(module, OneDNNLinear) for module in tower.modules()) else "torch"
 
     # Fused already where this is the first run; then it stays as it is.
-    model.fuse(linear=job.remembered("linear", choose))
+    model.fuse(linear=cast("LinearBackend", job.remembered("linear", choose)))
 
 
 def _embed_pictures(job: EmbeddingJob, loaded: Loaded, args: argparse.Namespace, messages: _Messages) -> None:

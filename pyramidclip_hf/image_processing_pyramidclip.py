@@ -2,15 +2,16 @@
 """Pictures to `pixel_values`: upright RGB, bicubic resize of the shorter side, centre crop, CLIP's normalisation.
 
 On plain RGB and grey pictures this equals the reference (torchvision's Resize, CenterCrop, ToTensor and Normalize on
-PIL pictures). What the reference leaves to chance is fixed (design, section 3): the EXIF rotation is applied, alpha is
-dropped, palettes become RGB before resizing, and 16 bits are scaled to 8. Only PIL and numpy are used.
+PIL pictures). What the reference leaves to chance is fixed (docs/design.md, Names): the EXIF rotation is applied, alpha
+is dropped, palettes become RGB before resizing, and 16 bits are scaled to 8. Only PIL and numpy are used.
 """
 
 import io
 import os
 import struct
 import warnings
-from typing import Any, BinaryIO
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -20,11 +21,16 @@ from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
     ChannelDimension,
+    ImageInput,
     PILImageResampling,
     SizeDict,
     infer_channel_dimension_format,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import TensorType
+
+# left, upper, right, lower, in pixels
+Box: TypeAlias = tuple[float, float, float, float]
 
 # Those that Pillow reads by itself: EPS, for one, would start another program.
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -108,7 +114,7 @@ def check_image_pixels(image: Image.Image, max_image_pixels: int | None) -> None
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION))
+        turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
     except (SyntaxError, ValueError, TypeError, KeyError, struct.error, OSError):
         # Broken metadata says nothing about the pixels.
         turn = None
@@ -187,21 +193,23 @@ class PyramidCLIPImageProcessor(PilBackend):
         super().__init__(**self._with_crop(kwargs))
 
     @staticmethod
-    def _with_crop(kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _with_crop(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         if kwargs.get("size") is not None and kwargs.get("crop_size") is None:
             return {**kwargs, "crop_size": _crop_for_size(kwargs["size"])}
-        return kwargs
+        return dict(kwargs)
 
     @classmethod
-    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any):
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in the base class; `size=` without `crop_size=` overrides both."""
         return super().from_dict(image_processor_dict, **cls._with_crop(kwargs))
 
-    def preprocess(self, images, *args, **kwargs: Unpack[PyramidCLIPImageProcessorKwargs]) -> BatchFeature:
+    def preprocess(
+        self, images: ImageInput, *args: Any, **kwargs: Unpack[PyramidCLIPImageProcessorKwargs]
+    ) -> BatchFeature:
         """One picture or a list of them -> BatchFeature with `pixel_values`; see the class for the inputs."""
         return super().preprocess(images, *args, **self._with_crop(kwargs))
 
-    def fetch_images(self, image_url_or_urls):
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Opens paths without decoding them, so that their size can be checked; URLs are downloaded."""
         source = image_url_or_urls
         if isinstance(source, (list, tuple)):
@@ -210,7 +218,7 @@ class PyramidCLIPImageProcessor(PilBackend):
             return open_undecoded(source)
         return super().fetch_images(source)
 
-    def _prepare_images_structure(self, images, expected_ndims: int = 3):
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> Any:
         if hasattr(images, "__len__") and len(images) == 0:
             raise ValueError("Expected at least one picture, got an empty batch.")
         images = self.fetch_images(images)
@@ -220,7 +228,13 @@ class PyramidCLIPImageProcessor(PilBackend):
             images = images[None]
         return super()._prepare_images_structure(images, expected_ndims)
 
-    def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs) -> np.ndarray:
+    def process_image(
+        self,
+        image: Any,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
         """One picture as (C, H, W); uint8 RGB unless `do_convert_rgb` or `do_rescale` is off."""
         if isinstance(image, Image.Image):
             check_image_pixels(image, kwargs.get("max_image_pixels"))
@@ -239,11 +253,11 @@ class PyramidCLIPImageProcessor(PilBackend):
             image = _eight_bit(image)
         return super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format, **kwargs)
 
-    def resize(self, image: np.ndarray, size: SizeDict, resample=None, **kwargs) -> np.ndarray:
+    def resize(self, image: np.ndarray, size: SizeDict, resample: Any = None, *args: Any, **kwargs: Any) -> np.ndarray:
         """Resizes (C, H, W); the sizes are torchvision's, the filter is PIL's."""
-        target = self._target_size(image.shape[-2:], size)
+        target = self._target_size((image.shape[-2], image.shape[-1]), size)
         if target is None or image.dtype != np.uint8 or len(image) != 3 or not isinstance(resample, int):
-            return super().resize(image=image, size=size, resample=resample, **kwargs)
+            return super().resize(image, size, resample, *args, **kwargs)
         return self._pil_resize(image, target, resample)
 
     @staticmethod
@@ -258,30 +272,36 @@ class PyramidCLIPImageProcessor(PilBackend):
         return (size.shortest_edge, long) if height <= width else (long, size.shortest_edge)
 
     @staticmethod
-    def _pil_resize(image: np.ndarray, target: tuple[int, int], resample: int, box=None) -> np.ndarray:
+    def _pil_resize(image: np.ndarray, target: tuple[int, int], resample: int, box: Box | None = None) -> np.ndarray:
         picture = Image.fromarray(np.ascontiguousarray(np.moveaxis(image, 0, -1)))
         return np.moveaxis(np.asarray(picture.resize(target[::-1], resample, box=box)), -1, 0)
 
-    def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:
+    def center_crop(  # type: ignore[override]  # a `SizeDict`, as in transformers' own backends
+        self, image: np.ndarray, size: SizeDict, **kwargs: Any
+    ) -> np.ndarray:
         """Crops (C, H, W) around the centre as torchvision does; what is too small is padded with 0 first."""
         if size.height is None or size.width is None:
             raise ValueError(f"crop_size needs height and width, got {dict(size)}.")
         missing = [max(0, wanted - have) for wanted, have in zip((size.height, size.width), image.shape[-2:])]
         if any(missing):
             image = np.pad(image, [(0, 0), *((gap // 2, gap - gap // 2) for gap in missing)])
-        top, left = self._crop_start(image.shape[-2:], (size.height, size.width))
+        top, left = self._crop_start((image.shape[-2], image.shape[-1]), (size.height, size.width))
         return image[:, top : top + size.height, left : left + size.width]
 
     @staticmethod
     def _crop_start(shape: tuple[int, int], crop: tuple[int, int]) -> tuple[int, int]:
         # Rounded half to even; transformers' own crop floors, which differs when (shape - crop) % 4 == 3.
-        return tuple(round((have - wanted) / 2) for have, wanted in zip(shape, crop))
+        return round((shape[0] - crop[0]) / 2), round((shape[1] - crop[1]) / 2)
 
-    def _resized_centre(self, image: np.ndarray, size: SizeDict, crop_size: SizeDict, resample) -> np.ndarray:
+    def _resized_centre(
+        self, image: np.ndarray, size: SizeDict, crop_size: SizeDict, resample: PILImageResampling | None
+    ) -> np.ndarray:
         """`center_crop(resize(image))` for very long pictures, without computing what the crop throws away."""
-        target, crop = self._target_size(image.shape[-2:], size), (crop_size.height, crop_size.width)
+        target = self._target_size((image.shape[-2], image.shape[-1]), size)
+        crop = (crop_size.height or 0, crop_size.width or 0)
         if (
             target is None
+            or 0 in crop
             or image.dtype != np.uint8
             or len(image) != 3
             or not isinstance(resample, int)
@@ -295,9 +315,29 @@ class PyramidCLIPImageProcessor(PilBackend):
         return self._pil_resize(image, crop, resample, box)
 
     def _preprocess(
-        self, images, do_resize, size, resample, do_center_crop, crop_size, do_pad, pad_size, return_tensors, **kwargs
+        self,
+        images: list[np.ndarray],
+        do_resize: bool,
+        size: SizeDict,
+        resample: PILImageResampling | None,
+        do_center_crop: bool,
+        crop_size: SizeDict,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: Any,
+        image_std: Any,
+        do_pad: bool | None,
+        pad_size: Any,
+        return_tensors: str | TensorType | None,
+        **kwargs: Any,
     ) -> BatchFeature:
-        pictures = []
+        def scaled(values: np.ndarray) -> np.ndarray:
+            if do_rescale:
+                values = self.rescale(values, rescale_factor)
+            return self.normalize(values, image_mean, image_std) if do_normalize else values
+
+        prepared = []
         for image in images:
             if do_resize and do_center_crop:
                 image = self._resized_centre(image, size, crop_size, resample)
@@ -305,27 +345,22 @@ class PyramidCLIPImageProcessor(PilBackend):
                 image = self.resize(image, size, resample)
             elif do_center_crop:
                 image = self.center_crop(image, crop_size)
-            pictures.append(self._scaled(image, **kwargs))
-        if do_pad:
-            pictures = self.pad(pictures, pad_size=pad_size)
+            prepared.append(_by_table(image, scaled) if image.dtype == np.uint8 and do_rescale else scaled(image))
+        pictures: Any = self.pad(prepared, pad_size=pad_size) if do_pad else prepared
         if return_tensors is not None and len({picture.shape for picture in pictures}) == 1:
             pictures = np.stack(pictures)
         return BatchFeature(data={"pixel_values": pictures}, tensor_type=return_tensors)
 
-    def _scaled(self, image, do_rescale, rescale_factor, do_normalize, image_mean, image_std, **kwargs) -> np.ndarray:
-        def scaled(values: np.ndarray) -> np.ndarray:
-            if do_rescale:
-                values = self.rescale(values, rescale_factor)
-            return self.normalize(values, image_mean, image_std) if do_normalize else values
 
-        if image.dtype != np.uint8 or not do_rescale:
-            return scaled(image)
-        # Each channel has 256 values: computing those and looking them up gives the same floats, sooner.
-        table = scaled(np.broadcast_to(np.arange(256, dtype=np.uint8), (len(image), 1, 256)))
-        result = np.empty(image.shape, dtype=table.dtype)
-        for channel, (values, levels) in enumerate(zip(image, table)):
-            np.take(levels[0], values, out=result[channel])
-        return result
+def _by_table(image: np.ndarray, scaled: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """`scaled(image)` of uint8 (C, H, W): each channel has 256 values, so computing those and looking them up gives
+    the same floats, sooner.
+    """
+    table = scaled(np.broadcast_to(np.arange(256, dtype=np.uint8), (len(image), 1, 256)))
+    result = np.empty(image.shape, dtype=table.dtype)
+    for channel, (values, levels) in enumerate(zip(image, table)):
+        np.take(levels[0], values, out=result[channel])
+    return result
 
 
 __all__ = ["PyramidCLIPImageProcessor"]

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeAlias, overload
 
 import torch
 from torch import nn
@@ -34,6 +34,8 @@ from .modeling_pyramidclip_text import (
     PyramidCLIPTextLayer,
 )
 from .modeling_pyramidclip_vit import PyramidCLIPVisionEmbeddings
+
+Source: TypeAlias = str | os.PathLike[str] | None
 
 
 class PyramidCLIPPreTrainedModel(PreTrainedModel):
@@ -163,14 +165,30 @@ class PyramidCLIPPreTrainedModel(PreTrainedModel):
                 run = partial(_checkpoint_layer, gradient_checkpointing_func, module)
                 module._gradient_checkpointing_func = run  # type: ignore[assignment]  # a function, says transformers
 
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Source, *model_args: Any, output_loading_info: Literal[True], **kwargs: Any
+    ) -> tuple[Self, dict[str, Any]]: ...
+
+    @overload
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        pretrained_model_name_or_path: Source,
+        *model_args: Any,
+        output_loading_info: Literal[False] = ...,
+        **kwargs: Any,
+    ) -> Self: ...
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Source,
         *model_args: Any,
         image_size: int | None = None,
         **kwargs: Any,
-    ) -> Self:
+    ) -> Any:
         """As [`~transformers.PreTrainedModel.from_pretrained`], for another resolution where `image_size` is given.
 
         Args:
