@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pyramidclip_hf import PyramidCLIPConfig, PyramidCLIPModel, PyramidCLIPProcessor, cli
+import pyramidclip_command
+from pyramidclip_hf import PyramidCLIPConfig, PyramidCLIPModel, PyramidCLIPProcessor
 from pyramidclip_hf.embedding_files import read_embeddings
 from pyramidclip_hf.image_processing_pyramidclip import PyramidCLIPImageProcessor
 from tests.bench.paired import compare
@@ -76,7 +77,7 @@ def main():
         words = [str(word) for word in [*argv, "--device", "cpu", "--overwrite", "--quiet"]]
 
         def command():
-            assert cli.main(words) == 0
+            assert pyramidclip_command.main(words) == 0
 
         if args.accelerator_ms is not None:
             PyramidCLIPModel.encode_image = lambda self, pixels, normalize: waited(
