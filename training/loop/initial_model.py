@@ -7,6 +7,7 @@ import torch
 
 from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES, PyramidCLIPConfig
 from pyramidclip_hf.image_processing_pyramidclip import PyramidCLIPImageProcessor
+from pyramidclip_hf.loading import load_model
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.settings.pretraining import PretrainingArguments
@@ -59,5 +60,5 @@ def _trained_model(name, changes):
             f"model_config changes an architecture's sizes, but model {name} has trained weights of a "
             f"fixed size; leave it out"
         )
-    model = PyramidCLIPModel.from_pretrained(name, dtype=torch.float32)
-    return model, PyramidCLIPProcessor.from_pretrained(name)
+    loaded = load_model(name)
+    return loaded.model, loaded.processor
