@@ -9,135 +9,138 @@ statistics stay as they were trained; a ViT's patch convolution stays frozen thr
 
 Loop, checkpoints, log and exit codes are those of `training.pretrain` (0 finished, 2 a setting or the data is wrong, 75
 stopped by SIGTERM after saving, 1 anything else). `docs/transfer.md` explains settings and results.
-
-Read from the bottom: `main` parses, `build` makes the parts, `FinetuneRun` is what differs from pre-training.
 """
 
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
+from pyramidclip_command import EXIT_STOPPED, run_command
+from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.evaluation.classification import classification_metrics
 from training.evaluation.results import metric_results, write_json
-from training.loop.checkpoint import IDENTITY_WITHOUT
-from training.loop.distributed import broadcast_buffers, rank, sum_over_processes, world_size
-from training.loop.objective import StepLoss
-from training.loop.optim import build_optimizer, set_learning_rate
-from training.loop.processes import start_processes, synchronised_batch_norm
-from training.loop.run import AUTOCAST, Run, RunResult, complete_run, plan_steps
-from training.pretrain import run_command
+from training.loop.checkpoint import IDENTITY_WITHOUT, Identity
+from training.loop.distributed import broadcast_buffers, sum_over_processes, world_size
+from training.loop.run import RunResult, complete_run
+from training.loop.task import AUTOCAST, Batch, Metrics, Plan, Reader, StepLoss, Task, plan_steps
+from training.settings.fields import identity_of
 from training.settings.finetuning import FinetuneArguments
 from training.settings.reading import parse_settings
 from training.transfer.batches import LabelledReader
 from training.transfer.classifier import ClassificationObjective, classify, initial_classifier
 from training.transfer.parts import Part, open_parts
 
+KEPT_METRICS = ("top_1", "top_5", "mean_per_class")
 
-@dataclass(kw_only=True)
-class FinetuneRun(Run):
-    """A run of pre-training's loop with a classifier in it. parts: "train", and "validation", "test" where named."""
 
-    parts: dict[str, Part]
+@dataclass
+class ClassificationTask(Task):
+    """A classifier on the picture encoder, in two stages.
+
+    Attributes:
+        settings: Those of the run.
+        objective: The classifier under cross-entropy.
+        processor: Saved beside the model.
+        reader: The training data of this process.
+        plan: How long the run is.
+        parts: "train", and "validation", "test" where named.
+    """
+
+    settings: FinetuneArguments
+    objective: ClassificationObjective
+    processor: PyramidCLIPProcessor
+    reader: Reader
+    plan: Plan
+    parts: Mapping[str, Part]
 
     name = "finetune"
-    logit_scale = None
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Goes to the stage that the epoch belongs to."""
+        self.objective.set_head_only(epoch < self.settings.head_epochs)
+
+    def backward(self, accelerator: Any, wrapped: nn.Module, batch: Batch) -> StepLoss:
+        """Of everything, or of the head alone."""
+        if not self.objective.head_only:
+            return super().backward(accelerator, wrapped, batch)
+        # Around DDP, which expects gradients of everything that it was built with.
+        losses = self.objective(batch)
+        accelerator.backward(losses.loss)
+        for parameter in self.objective.model.classifier.parameters():
+            parameter.grad.copy_(sum_over_processes(parameter.grad) / world_size())
+        return losses
+
+    def identity(self) -> Identity:
+        """What the settings say, and what is known of pictures, classes and model once they are there."""
+        said, names = identity_of(self.settings), self.parts["train"].data.class_names
+        model = self.objective.model.config.to_dict()
+        for name in (*IDENTITY_WITHOUT, "id2label", "label2id"):
+            model.pop(name, None)
+        data = {
+            "fingerprint": self.reader.fingerprint,
+            "samples": self.plan.samples,
+            "classes": f"{len(names)}: {hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}",
+        }
+        return said | {
+            "data": data | said["data"],
+            "schedule": {"total_steps": self.plan.total_steps, **said["schedule"]},
+            "model": model,
+        }
 
     @property
     def eval_every_steps(self) -> int:
-        return self.args.eval_every_epochs * self.plan.steps_per_epoch
+        """After so many epochs as set."""
+        return self.settings.eval_every_epochs * self.plan.steps_per_epoch
 
-    def identity(self) -> dict[str, Any]:
-        args, config = self.args, self.model.config.to_dict()
-        for name in (*IDENTITY_WITHOUT, "id2label", "label2id"):
-            config.pop(name, None)
-        names = self.parts["train"].data.class_names
-
-        def chosen(names: str) -> dict[str, Any]:
-            return {name: getattr(args, name) for name in names.split()}
-
-        return {
-            "data": {
-                "fingerprint": self.reader.fingerprint,
-                "samples": self.plan.samples,
-                "classes": f"{len(names)}: {hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}",
-                **chosen("seed crop_area flip"),
-            },
-            "objective": chosen("label_smoothing"),
-            "schedule": {
-                "total_steps": self.plan.total_steps,
-                **chosen("head_epochs global_batch_size learning_rate warmup_fraction final_learning_rate_fraction"),
-            },
-            "optimizer": chosen("weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm"),
-            "model": config,
-            "how": chosen("precision sync_batch_norm gradient_checkpointing"),
-        }
-
-    def take_step(self, batch: dict[str, torch.Tensor], learning_rate: float) -> tuple[StepLoss, torch.Tensor]:
-        """One step of the stage that the epoch belongs to."""
-        objective, accelerator = self.objective, self.accelerator
-        objective.set_head_only(self.progress.epoch < self.args.head_epochs)
-        set_learning_rate(self.optimizer, learning_rate)
-        self.optimizer.zero_grad()
-        if objective.head_only:
-            # Around DDP, which expects gradients of everything that it was built with.
-            losses = objective(batch)
-            accelerator.backward(losses.loss)
-            for parameter in self.model.classifier.parameters():
-                parameter.grad.copy_(sum_over_processes(parameter.grad) / world_size())
-        else:
-            losses = self.wrapped(batch)
-            accelerator.backward(losses.loss)
-        norm = accelerator.clip_grad_norm_(objective.parameters(), self.args.max_grad_norm or float("inf"))
-        self.optimizer.step()
-        return losses, torch.as_tensor(norm, device=losses.shares.device)
-
-    def batch_metrics(self, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    def batch_metrics(self, batch: Batch) -> Metrics:
+        """`head_only`: 1 in the first stage, 0 in the second."""
         return {"head_only": float(self.objective.head_only)}
 
-    def measured(self, name: str) -> dict[str, float]:
-        """`NAME/METRIC` of a part, logged; empty where there is no such part. See `classification_metrics`."""
-        if name not in self.parts:
-            return {}
-        pictures = self.parts[name].pictures
-        broadcast_buffers(self.model)
-        self.objective.eval()
-        autocast = AUTOCAST[self.args.precision]
-        scores = classify(self.model, self.processor, pictures, self.args.eval_batch_size, autocast)
-        self.objective.train()
-        metrics = classification_metrics(scores, torch.tensor(pictures.labels))
-        metrics = {f"{name}/{metric}": metrics[metric] for metric in ("top_1", "top_5", "mean_per_class")}
-        self.log.write(self.progress.step, metrics)
-        return metrics
-
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> Metrics:
+        """`validation/METRIC`."""
         return self.measured("validation")
 
-    def final_metrics(self) -> dict[str, float]:
+    def final_metrics(self) -> Metrics:
+        """`test/METRIC`."""
         return self.measured("test")
 
-    def record(self, metrics: dict[str, float]) -> dict[str, Any]:
-        return super().record(metrics) | {
-            "task": "image-classification",
-            "pictures": {name: len(part.numbers) for name, part in self.parts.items()},
-        }
+    def measured(self, name: str) -> Metrics:
+        """`NAME/METRIC` of a part; empty where there is no such part. See `classification_metrics`."""
+        if name not in self.parts:
+            return {}
+        pictures, model = self.parts[name].pictures, self.objective.model
+        broadcast_buffers(model)
+        self.objective.eval()
+        autocast = AUTOCAST[self.settings.precision]
+        scores = classify(model, self.processor, pictures, self.settings.eval_batch_size, autocast)
+        metrics = classification_metrics(scores, torch.tensor(pictures.labels))
+        return {f"{name}/{metric}": metrics[metric] for metric in KEPT_METRICS}
 
-    def write_card(self, folder: Path, record: dict[str, Any]) -> None:
+    def describe_objective(self) -> str:
+        """Classes, smoothing and stages."""
+        args, classes = self.settings, self.objective.model.config.num_labels
+        return (
+            f"cross-entropy over {classes} classes, label smoothing {args.label_smoothing}; "
+            f"{args.head_epochs} of {args.epochs} epochs the head alone"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What the model does, and the size of each part."""
+        pictures = {name: len(part.numbers) for name, part in self.parts.items()}
+        return {"task": "image-classification", "pictures": pictures}
+
+    def write_card(self, folder: Path, record: Mapping[str, Any]) -> None:
         """README.md, and `results.json` as `training.evaluate` writes it."""
-        results = []
-        for split in ("validation", "test"):
-            found = {name.split("/")[1]: v for name, v in record["metrics"].items() if name.startswith(f"{split}/")}
-            if found:
-                data = self.parts[split].data
-                results += metric_results("image-classification", data, split, found, config="fine-tuned")
-        name = self.folder.name
+        args, name = self.settings, Path(self.settings.output_dir).name
+        results = self.results(record["metrics"])
         write_json(results, folder / "results.json", name, {"settings": record["settings"]})
         data = ModelCardData(
             model_name=name if results else None,
@@ -146,68 +149,59 @@ class FinetuneRun(Run):
             tags=["pyramidclip"],
             eval_results=results or None,
         )
+        classes = self.objective.model.config.num_labels
         names = ", ".join(self.parts["train"].data.class_names[:10])
         rows = "\n".join(f"| {metric} | {value:.4f} |" for metric, value in record["metrics"].items())
         ModelCard(
-            f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nA classifier of {self.model.config.num_labels} classes ({names}"
-            f"{', ...' if self.model.config.num_labels > 10 else ''}): the picture encoder of a PyramidCLIP model "
-            f"({record['settings']['model']}), fine-tuned with `training.finetune` for {self.args.epochs} epochs, the "
-            f"first {self.args.head_epochs} of them the head alone.\n\n```python\nimport pyramidclip_hf\n"
+            f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nA classifier of {classes} classes ({names}"
+            f"{', ...' if classes > 10 else ''}): the picture encoder of a PyramidCLIP model "
+            f"({args.model}), fine-tuned with `training.finetune` for {args.epochs} epochs, the "
+            f"first {args.head_epochs} of them the head alone.\n\n```python\nimport pyramidclip_hf\n"
             'from transformers import pipeline\n\nclassify = pipeline("image-classification", model=FOLDER)\n```\n\n'
             f"| metric | value |\n|---|---|\n{rows}\n\nAll settings are in training.json.\n"
         ).save(folder / "README.md")
 
-    def describe_objective(self) -> str:
-        return (
-            f"cross-entropy over {self.model.config.num_labels} classes, label smoothing {self.args.label_smoothing}; "
-            f"{self.args.head_epochs} of {self.args.epochs} epochs the head alone"
-        )
+    def results(self, metrics: Metrics) -> list[EvalResult]:
+        """What was measured of each part, as the Hub keeps it."""
+        results: list[EvalResult] = []
+        for split in ("validation", "test"):
+            found = {name.split("/")[1]: value for name, value in metrics.items() if name.startswith(f"{split}/")}
+            if found:
+                data = self.parts[split].data
+                results += metric_results("image-classification", data, split, found, config="fine-tuned")
+        return results
 
 
-def build(args: FinetuneArguments, folder: Path) -> FinetuneRun:
-    """All parts of the run, not yet resumed."""
-    accelerator = start_processes(args, folder)
+def classification_task(args: FinetuneArguments, accelerator: Any, folder: Path) -> ClassificationTask:
+    """The task of these settings; `accelerator` decides the device."""
     if accelerator.distributed_type == "DEEPSPEED":
         raise ValueError("fine-tuning runs under DDP, not DeepSpeed: its first epochs train a part of the model alone")
-    args.per_device_batch_size(accelerator.num_processes)  # refused before any data is opened
     parts = open_parts(args)
     model, processor = initial_classifier(args, parts["train"].data.class_names)
-    plan = plan_steps(args, len(parts["train"].numbers), accelerator.num_processes)
+    plan = plan_steps(len(parts["train"].numbers), args.global_batch_size, epochs=args.epochs)
     reader = LabelledReader(parts["train"], processor, args)
-    if synchronised_batch_norm(args):
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     objective = ClassificationObjective(model, args.label_smoothing, AUTOCAST[args.precision]).to(accelerator.device)
-    betas = (args.adam_beta1, args.adam_beta2)
-    optimizer = build_optimizer(objective, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
-    wrapped, optimizer = accelerator.prepare(objective, optimizer)
-    torch.manual_seed(args.seed * 1_000_003 + rank())  # each process its own dropout, if the model has any
-    return FinetuneRun(
-        args=args,
-        accelerator=accelerator,
-        folder=folder,
-        processor=processor,
-        reader=reader,
-        plan=plan,
-        objective=objective,
-        wrapped=wrapped,
-        optimizer=optimizer,
-        cache=None,
-        average=None,
-        validation=None,
-        parts=parts,
-    )
+    return ClassificationTask(args, objective, processor, reader, plan, parts)
+
+
+def parse(words: Sequence[str]) -> FinetuneArguments:
+    """The settings that the words of a command line stand for."""
+    return parse_settings(FinetuneArguments, words, __doc__, exit_codes=(EXIT_STOPPED,))
 
 
 def run(args: FinetuneArguments) -> RunResult:
-    """The whole run, in this process and those that `accelerate launch` started beside it; raises as
-    `training.pretrain.run`.
-    """
-    return complete_run(args, build)
+    """The whole run, see `training.loop.run.complete_run`."""
+    return complete_run(args, classification_task)
+
+
+def run_to_exit_code(args: FinetuneArguments) -> int:
+    """0, or 75 where the run was stopped before its end."""
+    return 0 if run(args).finished or args.dry_run else EXIT_STOPPED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line, runs, and returns the exit code."""
-    return run_command(lambda words: parse_settings(FinetuneArguments, words), run, argv)
+    return run_command(parse, run_to_exit_code, argv)
 
 
 if __name__ == "__main__":

@@ -5,49 +5,146 @@
 One process runs it as well (`python -m training.pretrain ...`). `docs/training.md` explains the settings, the folder
 of a run, and what happens when something goes wrong. Exit codes: 0 finished; 2 a setting is wrong; 75 stopped by
 SIGTERM after saving a checkpoint, to be continued with `--resume latest`; 1 anything else.
-
-Read from the bottom: `main` parses, `build` makes the parts, `training.loop.run` is the loop.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from pyramidclip_hf.configuration_pyramidclip import levels_of
-from training.data.batches import DataError
+from pyramidclip_command import EXIT_STOPPED, run_command
+from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig, levels_of
+from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.loader import TrainingReader, settings_for
-from training.loop.checkpoint import (
-    CheckpointError,
-)
+from training.loop.card import write_card
+from training.loop.checkpoint import IDENTITY_WITHOUT, Identity, Stateful
 from training.loop.distributed import rank, world_size
 from training.loop.gradient_cache import GradientCache
 from training.loop.initial_model import initial_model
 from training.loop.objective import ContrastiveObjective
-from training.loop.optim import MovingAverage, build_optimizer
-from training.loop.processes import start_processes, synchronised_batch_norm
-from training.loop.run import AUTOCAST, Run, RunResult, complete_run, plan_steps
-from training.loop.tracking import NonFiniteLoss
+from training.loop.optim import MovingAverage
+from training.loop.processes import NOT_UNDER_DEEPSPEED
+from training.loop.run import RunResult, complete_run
+from training.loop.task import AUTOCAST, Batch, Metrics, Plan, Reader, StepLoss, Task, plan_steps
+from training.loop.tracking import duplicate_rates
 from training.loop.validation import ValidationSet
+from training.settings.fields import identity_of
 from training.settings.pretraining import PretrainingArguments
 from training.settings.reading import parse_settings
 
-EXIT_WRONG_SETTING = 2
-EXIT_STOPPED = 75  # EX_TEMPFAIL: try again later
+
+@dataclass
+class ContrastiveTask(Task):
+    """Pre-training: the pyramid's levels pulled together and apart.
+
+    Attributes:
+        settings: Those of the run.
+        objective: The dual encoder under its loss.
+        processor: Saved beside the model.
+        reader: The training data of this process.
+        plan: How long the run is.
+        validation: Retrieval while training, or None.
+        average: Of the weights, or None.
+    """
+
+    settings: PretrainingArguments
+    objective: ContrastiveObjective
+    processor: PyramidCLIPProcessor
+    reader: Reader
+    plan: Plan
+    validation: ValidationSet | None
+    average: MovingAverage | None
+
+    name = "pretrain"
+
+    def backward(self, accelerator: Any, wrapped: nn.Module, batch: Batch) -> StepLoss:
+        """All pairs at once, or in chunks of `per_device_chunk_size` with the same gradients."""
+        if chunk_size := self.settings.per_device_chunk_size:
+            return GradientCache(accelerator, wrapped, chunk_size).forward_backward(batch)
+        return super().backward(accelerator, wrapped, batch)
+
+    def after_step(self) -> None:
+        """Bounds the softmax scale, and takes the new weights into the average."""
+        self.objective.model.clamp_logit_scale_()
+        if self.average is not None:
+            self.average.update(self.objective.model)
+
+    def identity(self) -> Identity:
+        """What the settings say, and what is known of data, objective and model once they are there."""
+        objective, said = self.objective, identity_of(self.settings)
+        model = objective.model.config.to_dict()
+        for name in (*IDENTITY_WITHOUT, "loss_weights", "label_smoothing"):
+            model.pop(name, None)
+        told = {"loss_weights": dict(objective.loss_weights), "label_smoothing": objective.label_smoothing}
+        return said | {
+            "data": {"fingerprint": self.reader.fingerprint, "samples": self.plan.samples, **said["data"]},
+            "objective": said["objective"] | told,
+            "schedule": {"total_steps": self.plan.total_steps, **said["schedule"]},
+            "model": model,
+        }
+
+    @property
+    def kept(self) -> Mapping[str, Stateful]:
+        """The average."""
+        return {} if self.average is None else {"moving_average": self.average}
+
+    @property
+    def logit_scale(self) -> torch.Tensor:
+        """The logarithm of the softmax scale."""
+        return self.objective.model.logit_scale
+
+    @property
+    def eval_every_steps(self) -> int:
+        """As set."""
+        return self.settings.eval_every_steps
+
+    def batch_metrics(self, batch: Batch) -> Metrics:
+        """`duplicates/LEVEL`, where asked for."""
+        return duplicate_rates(batch) if self.settings.log_duplicate_rates else {}
+
+    def evaluate(self) -> Metrics:
+        """Retrieval on the validation set; empty without one."""
+        if self.validation is None:
+            return {}
+        return self.validation.metrics(self.objective.model, AUTOCAST[self.settings.precision])
+
+    def describe_objective(self) -> str:
+        """Each term and its weight."""
+        return ", ".join(f"{name} {weight:.3g}" for name, weight in self.objective.loss_weights.items())
+
+    @property
+    def variants(self) -> Mapping[str, AbstractContextManager[None]]:
+        """The average of the weights."""
+        return {} if self.average is None else {"average": self.average.swapped_into(self.objective.model)}
+
+    def write_card(self, folder: Path, record: Mapping[str, Any]) -> None:
+        """README.md as it is before the model is published."""
+        write_card(folder, record)
+
+    @property
+    def repository(self) -> str | None:
+        """As set by `push_to_hub`."""
+        return self.settings.push_to_hub
 
 
-def build(args: PretrainingArguments, folder: Path) -> Run:
-    """All parts of the run, not yet resumed."""
-    accelerator = start_processes(args, folder)
+def contrastive_task(args: PretrainingArguments, accelerator: Any, folder: Path) -> ContrastiveTask:
+    """The task of these settings; `accelerator` decides the device, bad samples are named in `folder`."""
+    if args.per_device_chunk_size and accelerator.distributed_type == "DEEPSPEED":
+        raise ValueError(NOT_UNDER_DEEPSPEED)
     model, processor = initial_model(args)
-    args.per_device_batch_size(accelerator.num_processes)  # refused before any data is opened
     reader = open_reader(args, processor, model.config, folder)
-    plan = plan_steps(args, reader.samples, accelerator.num_processes)
-    if synchronised_batch_norm(args):
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    plan = plan_steps(
+        reader.samples,
+        args.global_batch_size,
+        epochs=args.epochs,
+        max_steps=args.max_steps,
+        overfit_batches=args.overfit_batches,
+    )
     objective = ContrastiveObjective(
         model,
         model.config.loss_weights,
@@ -55,36 +152,21 @@ def build(args: PretrainingArguments, folder: Path) -> Run:
         args.freeze,
         AUTOCAST[args.precision],
         args.multi_positive,
-    )
+    ).to(accelerator.device)
     if args.torch_compile:
         objective.encode = torch.compile(objective.encode)
-    betas = (args.adam_beta1, args.adam_beta2)
-    objective.to(accelerator.device)
-    optimizer = build_optimizer(objective, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
-    wrapped, optimizer = accelerator.prepare(objective, optimizer)
     validation = None
     if args.validation_data:
         validation = ValidationSet(
             args.validation_data, args.validation_samples, objective.terms, processor, args.max_regions
         )
-    torch.manual_seed(args.seed * 1_000_003 + rank())  # each process its own dropout, if the model has any
-    return Run(
-        args=args,
-        accelerator=accelerator,
-        folder=folder,
-        processor=processor,
-        reader=reader,
-        plan=plan,
-        objective=objective,
-        wrapped=wrapped,
-        optimizer=optimizer,
-        cache=GradientCache(accelerator, wrapped, args.per_device_chunk_size) if args.per_device_chunk_size else None,
-        average=MovingAverage(model, args.ema_decay) if args.ema_decay else None,
-        validation=validation,
-    )
+    average = MovingAverage(model, args.ema_decay) if args.ema_decay else None
+    return ContrastiveTask(args, objective, processor, reader, plan, validation, average)
 
 
-def open_reader(args: PretrainingArguments, processor, config, folder: Path):
+def open_reader(
+    args: PretrainingArguments, processor: PyramidCLIPProcessor, config: PyramidCLIPConfig, folder: Path
+) -> TrainingReader:
     """The training data of this process; only the levels that the objective names are read."""
     settings = settings_for(
         processor,
@@ -115,36 +197,24 @@ def open_reader(args: PretrainingArguments, processor, config, folder: Path):
     )
 
 
-def run(args: PretrainingArguments) -> RunResult:
-    """The whole run, in this process and those that `accelerate launch` started beside it.
+def parse(words: Sequence[str]) -> PretrainingArguments:
+    """The settings that the words of a command line stand for."""
+    return parse_settings(PretrainingArguments, words, __doc__, exit_codes=(EXIT_STOPPED,))
 
-    Raises ValueError for settings and data that do not fit, CheckpointError, NonFiniteLoss, and what reading data
-    raises.
-    """
-    return complete_run(args, build)
+
+def run(args: PretrainingArguments) -> RunResult:
+    """The whole run, see `training.loop.run.complete_run`."""
+    return complete_run(args, contrastive_task)
+
+
+def run_to_exit_code(args: PretrainingArguments) -> int:
+    """0, or 75 where the run was stopped before its end."""
+    return 0 if run(args).finished or args.dry_run else EXIT_STOPPED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line, runs, and returns the exit code."""
-    return run_command(lambda words: parse_settings(PretrainingArguments, words), run, argv)
-
-
-def run_command(parse: Callable[[Sequence[str]], Any], run: Callable[[Any], RunResult], argv: Sequence[str] | None):
-    """The exit code of a command that trains, see the module's docstring; errors go to stderr as one line."""
-    try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_WRONG_SETTING
-    try:
-        result = run(args)
-    except (ValueError, ImportError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_WRONG_SETTING
-    except (CheckpointError, NonFiniteLoss, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0 if result.finished or args.dry_run else EXIT_STOPPED
+    return run_command(parse, run_to_exit_code, argv)
 
 
 if __name__ == "__main__":

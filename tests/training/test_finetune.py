@@ -14,10 +14,8 @@ from safetensors.torch import load_file
 
 from pyramidclip_hf import PyramidCLIPForImageClassification, PyramidCLIPModel, PyramidCLIPProcessor
 from tests.training.labelled_files import write_pictures
-from tests.training.loop.test_resume import TIMES
-from tests.training.memory_reader import MODEL_CONFIG
 from tests.training.processes import run_in_processes
-from tests.training.test_pretrain import NO_BATCH_NORM
+from tests.training.runs import MODEL_CONFIG, NO_BATCH_NORM, TIMES, after_step, assert_equal_runs
 from training import finetune
 from training.data.batches import DataError
 from training.data.labelled import labelled_folder
@@ -204,24 +202,9 @@ def test_two_processes_do_what_one_does(tmp_path, data, monkeypatch):
         )
 
 
-def outcome(folder):
-    last = list_checkpoints(folder)[-1]
-    optimizer = torch.load(last / "optimizer.pt", weights_only=True)["state"]
-    tensors = {f"{i}.{name}": value for i, state in optimizer.items() for name, value in state.items()}
-    lines = [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(folder / "metrics.jsonl")]
-    return tensors | load_file(folder / "final" / "model.safetensors"), lines
-
-
 def disturbed(rank, world_size, args, step, kind):
     """Runs until a signal after a step."""
-    original = loop.advance
-
-    def advance(run):
-        original(run)
-        if run.progress.step == step:
-            os.kill(os.getpid(), kind)
-
-    loop.advance = advance
+    after_step(step, lambda: os.kill(os.getpid(), kind))
     return finetune.run(args).finished
 
 
@@ -236,9 +219,8 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, data):
             run_in_processes(disturbed, 1, again, step, signal.SIGKILL)
         assert list_checkpoints(killed)[-1].name == "step-00000004"
     run_in_processes(run_settings, 1, settings(killed, data, resume="latest", dataloader_workers=1, **changes))
-    (tensors, lines), (other, other_lines) = outcome(plain), outcome(killed)
-    assert tensors.keys() == other.keys() and lines == other_lines and len(lines) == 15
-    assert not [name for name in tensors if not torch.equal(tensors[name], other[name])]
+    assert_equal_runs(plain, killed, kept=())
+    assert len(read_metrics(plain / "metrics.jsonl")) == 15
 
 
 def test_sigterm_saves_and_the_exit_code_says_so(tmp_path, data, monkeypatch):

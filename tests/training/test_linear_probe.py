@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from tests.training.labelled_files import write_pictures
-from tests.training.memory_reader import MODEL_CONFIG
 from tests.training.processes import run_in_processes
+from tests.training.runs import MODEL_CONFIG
 from training.evaluation.loading import load_model
 from training.linear_probe import LinearProbeArguments, c_of, fit, main, probe, sweep
 from training.loop.initial_model import named_model

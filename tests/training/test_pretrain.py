@@ -1,76 +1,25 @@
-"""A whole run in this process on made-up data: what it writes, what it refuses, and how it stops."""
+"""Pre-training on made-up data: its losses and gradients, what it refuses, what it leaves."""
 
 import functools
-import json
 import math
-import os
-import signal
-import sys
 
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyramidclip_hf import PyramidCLIPModel
-from pyramidclip_hf.loss_pyramidclip import DEFAULT_LOSS_WEIGHTS
-from tests.training.memory_reader import MODEL_CONFIG, MemoryReader
 from tests.training.processes import run_in_processes
+from tests.training.runs import MODEL_CONFIG, NO_BATCH_NORM, MemoryReader, logged, run_settings, settings, use_memory
 from tests.training.tiny import RESNET, TEXT, VIT
 from training import pretrain
 from training.loop import run as loop
-from training.loop.checkpoint import list_checkpoints, quiet_transformers
-from training.loop.optim import learning_rate_at
-from training.loop.tracking import MetricsLog, NonFiniteLoss, duplicate_rates, read_metrics
-from training.settings.pretraining import PretrainingArguments
-
-NO_BATCH_NORM = {**MODEL_CONFIG, "vision_config": {**VIT, "num_leff_layers": 0}}
-
-
-def settings(folder, **changes):
-    chosen = {
-        "output_dir": str(folder),
-        "model": "ViT-B-32",
-        "model_config": MODEL_CONFIG,
-        "global_batch_size": 8,
-        "max_steps": 8,
-        "learning_rate": 1e-3,
-        "precision": "fp32",
-        "log_every_steps": 4,
-        "save_every_steps": 3,
-        "trackers": ["none"],
-    }
-    return PretrainingArguments(**{**chosen, **changes})
+from training.loop.checkpoint import quiet_transformers
 
 
 @pytest.fixture(autouse=True)
 def made_up_data(monkeypatch):
-    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config, folder: MemoryReader(args))
-
-
-def logged(folder, name):
-    return [line[name] for line in read_metrics(folder / "metrics.jsonl") if name in line]
-
-
-def test_a_run_leaves_a_model_metrics_and_the_newest_checkpoints(tmp_path):
-    folder = tmp_path / "run"
-    result = pretrain.run(settings(folder, trackers=["tensorboard"], keep_checkpoints=2))
-    assert result.finished and result.steps == 8 and result.final == folder / "final"
-    assert [path.name for path in list_checkpoints(folder)] == ["step-00000006", "step-00000008"]
-    assert list(folder.glob("tensorboard/**/events.*"))
-    lines = read_metrics(folder / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [4, 8]
-    for name in DEFAULT_LOSS_WEIGHTS:
-        assert 0 < lines[0][f"chance/{name}"] <= math.log(8)
-    assert lines[0]["chance/local_caption"] == pytest.approx(math.log(8))
-    assert lines[0]["temperature"] == pytest.approx(1 / lines[0]["logit_scale"])
-    assert 0 <= lines[0]["data_wait_share"] < 1 and lines[0]["samples_per_second"] > 0
-    assert lines[1]["learning_rate"] == learning_rate_at(7, 8, 1e-3, 0.02)
-    weights = PyramidCLIPModel.from_pretrained(result.final).state_dict()
-    last = PyramidCLIPModel.from_pretrained(folder / "checkpoints" / "step-00000008" / "model").state_dict()
-    assert weights.keys() == last.keys() and all(torch.equal(weights[name], last[name]) for name in weights)
-    assert json.loads((result.final / "training.json").read_text())["samples_seen"] == 64
+    use_memory(monkeypatch)
 
 
 def test_the_logged_losses_are_those_of_the_objective(tmp_path):
@@ -112,85 +61,8 @@ def test_what_cannot_be_run_is_refused_before_it_starts(tmp_path, changes, messa
         pretrain.run(settings(tmp_path, **changes))
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
-    pretrain.run(settings(tmp_path, max_steps=1))
-    with pytest.raises(ValueError, match="already holds a run .*step-00000001.*--resume latest"):
-        pretrain.run(settings(tmp_path, max_steps=1))
-    assert pretrain.main(["--max-steps", "1", "--output-dir", str(tmp_path), "--model", "x"]) == 2
-    assert pretrain.main(["--no-such-flag"]) == 2
-
-
-class PoisonedReader(MemoryReader):
-    """One sample's regions are NaN; it is met at the fifth step."""
-
-    def batches(self, epoch, position):
-        for number, batch in enumerate(super().batches(epoch, position)):
-            if number == 4:
-                batch["roi_features"][2, 0, 0] = math.nan
-                batch["roi_mask"][2] = True
-            yield batch
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_terms_and_keys(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config, folder: PoisonedReader(args))
-    with pytest.raises(NonFiniteLoss, match=r"step 5: loss nan .*local_caption \d.*roi_summary nan.*keys of this"):
-        pretrain.run(settings(tmp_path, log_every_steps=8, save_every_steps=4))
-    (record,) = (tmp_path / "nonfinite").glob("*.json")
-    record = json.loads(record.read_text())
-    assert record["step"] == 5 and len(record["sample_keys"]) == 8
-    assert record["sample_keys"] == list(MemoryReader(settings(tmp_path)).batches(0, 0))[4]["sample_keys"]
-    (kept,) = list_checkpoints(tmp_path)
-    weights = PyramidCLIPModel.from_pretrained(kept / "model").state_dict()
-    assert kept.name == "step-00000004" and all(torch.isfinite(tensor).all() for tensor in weights.values())
-
-
-class ShortReader(MemoryReader):
-    """The second process gets one pair less from the third step on."""
-
-    def batches(self, epoch, position):
-        for number, batch in enumerate(super().batches(epoch, position)):
-            short = number >= 2 and pretrain.rank() == 1
-            yield {name: value[: len(value) - short] for name, value in batch.items()}
-
-
-def test_a_process_with_a_smaller_batch_stops_before_pairs_are_matched_wrongly(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config, folder: ShortReader(args))
-    with pytest.raises(AssertionError, match="(?s)process 1 got 3 pairs at step 3, expected 4 as every process"):
-        run_in_processes(run_settings, 2, settings(tmp_path))
-
-
-def run_settings(rank, world_size, args):
-    result = pretrain.run(args)
-    return result.steps, result.finished
-
-
-def test_sigterm_saves_and_has_its_own_exit_code(tmp_path, monkeypatch):
-    class Signalled(MemoryReader):
-        def batches(self, epoch, position):
-            for number, batch in enumerate(super().batches(epoch, position)):
-                if number == 3:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                yield batch
-
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config, folder: Signalled(args))
-    monkeypatch.setattr(pretrain, "parse_settings", lambda kind, argv: settings(tmp_path, save_every_steps=0))
-    assert pretrain.main([]) == pretrain.EXIT_STOPPED == 75
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004"]
-    assert not (tmp_path / "final").exists() and signal.getsignal(signal.SIGTERM) is before
-
-
-def test_a_dry_run_takes_two_steps_and_leaves_nothing(tmp_path, capsys):
-    result = pretrain.run(settings(tmp_path / "run", dry_run=True, max_steps=1000))
-    assert result.steps == 2 and not result.finished and not (tmp_path / "run").exists()
-    said = capsys.readouterr().out
-    assert "8 = 1 processes x 8" in said and "1,000 steps, 8,000 samples" in said
-
-
 def test_overfitting_two_batches_reaches_the_smoothing_floor(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        pretrain, "open_reader", lambda args, processor, config, folder: MemoryReader(args, 16, missing=False)
-    )
+    use_memory(monkeypatch, samples=16, missing=False)
     weights = {"local_caption": 0.5, "roi_tags": 0.5}
     pretrain.run(
         settings(
@@ -259,18 +131,17 @@ def test_the_host_reads_nothing_off_the_device_in_a_step(tmp_path, monkeypatch, 
     config = {**MODEL_CONFIG, "text_config": {**TEXT, "pooling": changes.pop("pooling", "eos")}}
     config["vision_config"] = changes.pop("tower", VIT)
     size = config["vision_config"]["image_size"]
-    monkeypatch.setattr(pretrain, "open_reader", lambda args, *rest: MemoryReader(args, missing=False, image_size=size))
+    use_memory(monkeypatch, missing=False, image_size=size)
     args = settings(tmp_path, model_config=config, ema_decay=0.5, **changes)
     with loop.termination_noticed(), quiet_transformers():
-        run = pretrain.build(args, tmp_path)
-        loop.resume(run)
-    run.objective.train()
-    tensors = next(iter(run.reader.batches(0, 0)))
+        run = loop.start(args, pretrain.contrastive_task, tmp_path)
+    run.task.objective.train()
+    tensors = next(iter(run.task.reader.batches(0, 0)))
     keys = tensors.pop("sample_keys")
-    run.take_step(tensors, 1e-3)  # the optimizer's state is made
+    loop.optimizer_step(run, tensors, 1e-3)  # the optimizer's state is made
     with HostReads() as reads:
-        losses, norm = run.take_step(tensors, 1e-3)
-        run.window.add(1, losses, norm, run.logit_scale, 1e-3, keys, 8, 0.0)
+        losses, norm = loop.optimizer_step(run, tensors, 1e-3)
+        run.window.add(1, losses, norm, run.task.logit_scale, 1e-3, keys, 8, 0.0)
     assert not reads.found
     with reads:
         assert math.isfinite(losses.loss.item())
@@ -287,39 +158,6 @@ def test_a_model_continues_from_a_folder_and_freezes_a_tower(tmp_path):
     changed = {n for n, t in after.state_dict().items() if not torch.equal(t, before.state_dict()[n])}
     assert changed and not [name for name in changed if name.startswith(("vision_model.", "visual_projection."))]
     assert after.config.loss_weights == {"global_caption": 1.0} and after.config.label_smoothing == 0.0
-
-
-def test_a_log_that_cannot_be_written_is_named(tmp_path):
-    class Main:
-        is_main_process = True
-
-    log = MetricsLog(tmp_path / "run", Main())
-    log.path.unlink()
-    log.path.mkdir()  # as unwritable as a full disk, for root too
-    with pytest.raises(OSError, match="the run stops at step 7; make room.*metrics.jsonl"):
-        log.write(7, {"loss/total": 1.0})
-
-
-def test_a_missing_package_names_its_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(ImportError, match=r"pip install -e \"\.\[train\]\""):
-        pretrain.run(settings(tmp_path))
-
-
-def duplicates(rank, world_size):
-    PartialState(cpu=True)  # as a run does first
-    row = [5, 6, 7, 0]
-    batch = {
-        "input_ids": torch.tensor([row + [0] * rank, [rank + 1, 2, 3, 4] + [0] * rank]),
-        "tag_input_ids": torch.tensor([row, row]),
-        "has_tags": torch.tensor([True, rank == 0]),
-    }
-    return duplicate_rates(batch)
-
-
-def test_duplicates_are_counted_over_the_global_batch_whatever_the_padding():
-    expected = {"duplicates/caption": 1 / 4, "duplicates/tags": 2 / 3}
-    assert run_in_processes(duplicates, 2) == [pytest.approx(expected)] * 2
 
 
 @pytest.mark.slow

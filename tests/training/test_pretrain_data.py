@@ -10,16 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.loop.test_resume import assert_equal_runs, expect_killed, run_settings
 from tests.training.prepare.small_data import FEATURES, write_shards
 from tests.training.processes import run_in_processes
+from tests.training.runs import after_step, assert_equal_runs, expect_killed, run_settings
 from tests.training.tiny import VIT
 from training import pretrain
 from training.data.batches import DataError
 from training.data.loader import WorkerDied
 from training.data.shard_index import index_path
 from training.data.shards import ShardReader, ShardWriter
-from training.loop import run as loop
 from training.loop.checkpoint import list_checkpoints
 from training.loop.tracking import read_metrics
 from training.settings.pretraining import PretrainingArguments
@@ -127,15 +126,11 @@ def test_a_dead_worker_ends_the_run_and_nothing_is_lost(tmp_path, shards):
     import torch.multiprocessing as multiprocessing
 
     def run(rank, world_size, args):
-        original = loop.advance
+        def kill_the_workers():
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGKILL)
 
-        def advance(run):
-            original(run)
-            if run.progress.step == 5:
-                for child in multiprocessing.active_children():
-                    os.kill(child.pid, signal.SIGKILL)
-
-        loop.advance = advance
+        after_step(5, kill_the_workers)
         try:
             pretrain.run(args)
         except WorkerDied as error:

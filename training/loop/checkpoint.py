@@ -1,9 +1,9 @@
 """Checkpoints that are complete or absent, and the identity of the run they belong to.
 
     RUN/checkpoints/step-00001000/
-        model/                  config.json, model.safetensors: `from_pretrained` reads it; BatchNorm statistics
-        included
-        optimizer.pt            AdamW's moments; scaler.pt and moving_average.safetensors where the run has them
+        model/                  config.json, model.safetensors: `from_pretrained` reads it; with BatchNorm's statistics
+        optimizer.pt            AdamW's moments; scaler.pt where the run has a scaler
+        NAME.safetensors        what else the task keeps; pre-training: moving_average
         process-00000.pt        random states of one process, and the counts of its reader
         run.json                position in the data, counts, identity of the run; written last
 
@@ -13,22 +13,23 @@ safetensors, the rest is read with `weights_only=True`.
 """
 
 import json
-import os
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from transformers import PreTrainedModel
 
+from pyramidclip_command import Failure
+from pyramidclip_hf.files import replace_folder
 from training.loop.distributed import any_process, rank, world_size
 
 FORMAT = 1
@@ -36,8 +37,11 @@ FORMAT = 1
 IDENTITY_WITHOUT = ("transformers_version", "_name_or_path", "dtype", "architectures")
 _NAME = re.compile(r"step-(\d{8,})")
 
+# Group ("data", "objective", "schedule", "optimizer", "model", "how") -> name -> value.
+Identity = Mapping[str, Mapping[str, Any]]
 
-class CheckpointError(RuntimeError):
+
+class CheckpointError(Failure):
     """A checkpoint could not be written or read; the message says which file, why, and what is still there."""
 
 
@@ -45,19 +49,33 @@ class IdentityError(ValueError):
     """A checkpoint belongs to another run; the message lists what differs."""
 
 
+class Stateful(Protocol):
+    """What a checkpoint can keep in a file of tensors: a module, an average of weights, a queue."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Name -> tensor."""
+
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> Any:
+        """Takes what `state_dict` gave; KeyError or RuntimeError where names differ."""
+
+
 @dataclass
 class Progress:
     """Where a run is.
 
-    step: optimizer steps done. epoch: passes over the data done. position: samples of this pass that all processes
-    together have consumed. window: the per-step rows of the log since the last line. reader: what the data side wants
-    to keep (counts of bad samples by reason and the like). seconds: training time so far.
+    Attributes:
+        step: Optimizer steps done.
+        epoch: Passes over the data done.
+        position: Samples of this pass that all processes together have consumed.
+        window: The per-step rows of the log since the last line.
+        reader: What the data side wants to keep: counts of bad samples by reason and the like.
+        seconds: Training time so far.
     """
 
     step: int = 0
     epoch: int = 0
     position: int = 0
-    window: list[dict] = field(default_factory=list)
+    window: list[dict[str, Any]] = field(default_factory=list)
     reader: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -66,15 +84,22 @@ class Progress:
 class TrainingState:
     """What a checkpoint holds beside the progress: the live objects, written from and read into.
 
-    model: the bare `PyramidCLIPModel`. optimizer: torch's (under DeepSpeed None: `engine` has it). scaler: of fp16.
-    average: `MovingAverage`. engine: the DeepSpeed engine. identity: see `compare_identity`.
+    Attributes:
+        model: The bare model.
+        optimizer: torch's; None under DeepSpeed, where `engine` has it.
+        identity: See `compare_identity`.
+        defaults: What a checkpoint means that does not name a value yet, because its version did not know it.
+        scaler: Of fp16.
+        kept: File name, without suffix -> what else the task keeps.
+        engine: The DeepSpeed engine.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     optimizer: torch.optim.Optimizer | None
-    identity: dict[str, Any]
+    identity: Identity
+    defaults: Identity = field(default_factory=dict)
     scaler: Any = None
-    average: Any = None
+    kept: Mapping[str, Stateful] = field(default_factory=dict)
     engine: Any = None
 
 
@@ -91,13 +116,14 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of this run, oldest first. Looks at `RUN/checkpoints/step-*` and nowhere else."""
     folder = Path(run_dir) / "checkpoints"
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and (path / "run.json").is_file()]
-    return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name).group(1)))
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
     """The checkpoint that `--resume` means: None for "latest" of a run that has none yet.
 
-    Raises CheckpointError where a folder was named that is no complete checkpoint.
+    Raises:
+        CheckpointError: A folder was named that is no complete checkpoint.
     """
     complete = list_checkpoints(run_dir)
     if resume == "latest":
@@ -117,10 +143,13 @@ def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
 
 
 def write_checkpoint(run_dir: Path, state: TrainingState, progress: Progress, keep: int) -> Path:
-    """Writes a checkpoint and removes all but the newest `keep`. All processes call it together.
+    """Writes a checkpoint and removes all but the newest `keep`.
 
-    The processes share the file system of `run_dir`. Raises CheckpointError, on every process, when one of them could
-    not write (disk full, folder gone): what was half written is removed, earlier checkpoints are untouched.
+    All processes call it together; they share the file system of `run_dir`.
+
+    Raises:
+        CheckpointError: On every process, when one of them could not write (disk full, folder gone). What was half
+            written is removed, earlier checkpoints are untouched.
     """
     target = checkpoint_path(run_dir, progress.step)
     partial = target.with_name(f".{target.name}.partial")
@@ -138,13 +167,13 @@ def write_checkpoint(run_dir: Path, state: TrainingState, progress: Progress, ke
             f"{kept[-1] if kept else 'none'})"
         )
     if rank() == 0:
-        _move_into_place(partial, target)
+        replace_folder(partial, target)
         _prune(run_dir, keep)
     any_process(False)  # nobody goes on before the new checkpoint is in place
     return target
 
 
-def _attempt(write, *arguments) -> str | None:
+def _attempt(write: Callable[..., None], *arguments: Any) -> str | None:
     """Runs `write`; the text of the error where the file system refused (torch: a full disk is a RuntimeError)."""
     try:
         write(*arguments)
@@ -153,13 +182,13 @@ def _attempt(write, *arguments) -> str | None:
     return None
 
 
-def _make_empty(folder: Path):
+def _make_empty(folder: Path) -> None:
     for left_over in folder.parent.glob(".step-*"):
         shutil.rmtree(left_over)
     folder.mkdir(parents=True)
 
 
-def _write_files(folder: Path, state: TrainingState, progress: Progress):
+def _write_files(folder: Path, state: TrainingState, progress: Progress) -> None:
     _write_tensors(folder / f"process-{rank():05d}.pt", {"random": random_state(), "reader": progress.reader})
     if state.engine is not None:
         state.engine.save_checkpoint(str(folder / "engine"), tag="state")
@@ -171,8 +200,8 @@ def _write_files(folder: Path, state: TrainingState, progress: Progress):
         _write_tensors(folder / "optimizer.pt", state.optimizer.state_dict())
     if state.scaler is not None:
         _write_tensors(folder / "scaler.pt", state.scaler.state_dict())
-    if state.average is not None:
-        save_file(state.average.tensors, folder / "moving_average.safetensors")
+    for name, part in state.kept.items():
+        save_file(part.state_dict(), folder / f"{name}.safetensors")
     common = {name: value for name, value in asdict(progress).items() if name != "reader"}
     record = {"format": FORMAT, "processes": world_size(), "identity": state.identity, "progress": common}
     (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -192,35 +221,12 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _write_tensors(path: Path, content: Any):
+def _write_tensors(path: Path, content: Any) -> None:
     with open(path, "wb") as file:
         torch.save(content, file)
 
 
-def _move_into_place(partial: Path, target: Path):
-    for path in sorted(partial.rglob("*"), reverse=True):
-        _flush(path)
-    _flush(partial)
-    if target.exists():  # the same step of an earlier attempt, continued from before it
-        stale = target.with_name(f".{target.name}.stale")
-        target.rename(stale)
-        partial.rename(target)
-        shutil.rmtree(stale)
-    else:
-        partial.rename(target)
-    _flush(target.parent)
-
-
-def _flush(path: Path):
-    """Waits until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _prune(run_dir: Path, keep: int):
+def _prune(run_dir: Path, keep: int) -> None:
     for path in list_checkpoints(run_dir)[:-keep]:
         (path / "run.json").unlink()  # first, so that a half removed one does not count as complete
         shutil.rmtree(path)
@@ -231,15 +237,19 @@ def _prune(run_dir: Path, keep: int):
 
 
 def read_checkpoint(path: Path, state: TrainingState) -> tuple[Progress, list[str]]:
-    """Fills the live objects of `state` from a checkpoint; returns the progress and messages for the user.
+    """Fills the live objects of `state` from a checkpoint.
 
-    Raises IdentityError where the checkpoint belongs to another run (see `compare_identity`), CheckpointError where a
-    file is missing or unreadable.
+    Returns:
+        The progress, and messages for the user.
+
+    Raises:
+        IdentityError: The checkpoint belongs to another run, see `compare_identity`.
+        CheckpointError: A file is missing or unreadable.
     """
     record = json.loads((path / "run.json").read_text(encoding="utf-8"))
     if record["format"] != FORMAT:
         raise CheckpointError(f"{path}: written in format {record['format']}, this version reads format {FORMAT}")
-    messages = compare_identity(record["identity"], state.identity, path)
+    messages = compare_identity(record["identity"], state.identity, path, state.defaults)
     try:
         state.model.load_state_dict(load_file(path / "model" / "model.safetensors"))
         if state.engine is not None:
@@ -248,8 +258,8 @@ def read_checkpoint(path: Path, state: TrainingState) -> tuple[Progress, list[st
             state.optimizer.load_state_dict(_read_tensors(path / "optimizer.pt"))
         if state.scaler is not None:
             state.scaler.load_state_dict(_read_tensors(path / "scaler.pt"))
-        if state.average is not None:
-            state.average.load(load_file(path / "moving_average.safetensors"))
+        for name, part in state.kept.items():
+            part.load_state_dict(load_file(path / f"{name}.safetensors"))
         processes = [_read_tensors(path / f"process-{i:05d}.pt") for i in range(record["processes"])]
         if len(processes) == world_size():
             set_random_state(processes[rank()]["random"])
@@ -271,7 +281,7 @@ def read_checkpoint(path: Path, state: TrainingState) -> tuple[Progress, list[st
 
 def _summed(states: list[dict[str, Any]]) -> dict[str, Any]:
     """One state of the readers of all processes: numbers are added, lists are joined."""
-    total = {}
+    total: dict[str, Any] = {}
     for state in states:
         for name, value in state.items():
             if isinstance(value, Mapping):
@@ -311,15 +321,26 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 # identity
 
 
-def compare_identity(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> list[str]:
+def compare_identity(saved: Identity, now: Identity, path: Path, defaults: Identity | None = None) -> list[str]:
     """Checks that a checkpoint may be continued by this run.
 
-    Both are mappings of mappings. Everything under "how" (number of processes, precision, chunk size) may change,
-    which gives a message each. Any other difference raises IdentityError with a line for each: what it was, and what
-    it is now.
+    Args:
+        saved: What the checkpoint says.
+        now: What the run says.
+        path: Of the checkpoint, for messages.
+        defaults: What the checkpoint means where it does not name a value.
+
+    Returns:
+        A message for each difference under "how" (precision, chunk size), which may change.
+
+    Raises:
+        IdentityError: Something else differs; a line for each, what it was and what it is now.
     """
     # Through JSON, as the stored one went: tuples are lists there.
-    saved_values, now_values = (_flat(json.loads(json.dumps(identity))) for identity in (saved, now))
+    default_values, saved_values, now_values = (
+        _flat(json.loads(json.dumps(identity))) for identity in (defaults or {}, saved, now)
+    )
+    saved_values = default_values | saved_values
     differing = [
         (name, saved_values.get(name), now_values.get(name))
         for name in sorted({*saved_values, *now_values})
@@ -341,7 +362,7 @@ def compare_identity(saved: Mapping[str, Any], now: Mapping[str, Any], path: Pat
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, Mapping):
         return {prefix: value}
-    items = {}
+    items: dict[str, Any] = {}
     for name, inner in value.items():
         items |= _flat(inner, f"{prefix}.{name}" if prefix else str(name))
     return items

@@ -27,7 +27,8 @@ import torch
 from torch import nn
 
 from pyramidclip_hf.modeling_pyramidclip_base import frozen_batch_norm_statistics
-from training.loop.objective import ContrastiveObjective, StepLoss
+from training.loop.objective import ContrastiveObjective
+from training.loop.task import StepLoss
 
 
 class RandomState:

@@ -7,7 +7,6 @@ multiplied by their number.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,22 +15,10 @@ from torch import nn
 from pyramidclip_hf.configuration_pyramidclip import LEVELS, check_loss_weights, levels_of, levels_of_kind
 from pyramidclip_hf.loss_pyramidclip import pyramid_loss
 from training.loop.distributed import gather_rows, world_size
+from training.loop.task import Objective, StepLoss
 
 
-class StepLoss(NamedTuple):
-    """Losses of one step.
-
-    loss: scalar with gradient, this process's share times the number of processes. shares: (1 + terms,) float,
-    without gradient: this process's share of the global loss, then of each term; their sums over processes are the
-    global means. counts: (terms,) int64, pairs N_t that the term ran on, global.
-    """
-
-    loss: torch.Tensor
-    shares: torch.Tensor
-    counts: torch.Tensor
-
-
-class ContrastiveObjective(nn.Module):
+class ContrastiveObjective(Objective):
     """A `PyramidCLIPModel` under the objective that a mapping term -> weight names.
 
     model: the dual encoder; becomes the submodule `model`. loss_weights: mapping of section 5, zero weights dropped.

@@ -1,7 +1,7 @@
 """Parameter groups, AdamW, the learning rate as a function of the step, and the moving average of the weights."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -93,6 +93,15 @@ class MovingAverage:
             if not tensor.is_floating_point():
                 self.tensors[name].copy_(tensor)
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """`tensors`."""
+        return self.tensors
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes stored averages; KeyError where names differ."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(state[name])
+
     @contextmanager
     def swapped_into(self, model: nn.Module) -> Iterator[None]:
         """Inside, the model has the averages; afterwards its own weights again."""
@@ -102,8 +111,3 @@ class MovingAverage:
             yield
         finally:
             model.load_state_dict(own)
-
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes stored averages; KeyError where names differ."""
-        for name, tensor in self.tensors.items():
-            tensor.copy_(tensors[name])

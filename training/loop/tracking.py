@@ -27,12 +27,13 @@ from typing import Any
 
 import torch
 
+from pyramidclip_command import Failure
 from pyramidclip_hf.configuration_pyramidclip import LEVELS, levels_of_kind
 from training.loop.distributed import any_process, rank, sum_over_processes
-from training.loop.objective import StepLoss
+from training.loop.task import StepLoss
 
 
-class NonFiniteLoss(FloatingPointError):
+class NonFiniteLoss(Failure):
     """A loss or gradient norm was NaN or infinite; the message has the step, each term, and where the sample keys
     are.
     """

@@ -7,7 +7,6 @@ torchvision's defaults.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from training.evaluation.sets import TABLE_7
 from training.settings.fields import Through, check_area, setting
@@ -110,11 +109,6 @@ class FinetuneArguments(RunSettings):
         identity=None,
         at_least=0,
     )
-
-    # What the loop of pre-training asks for, and a classifier does not have.
-    max_steps: ClassVar[None] = None
-    overfit_batches: ClassVar[int] = 0
-    per_device_chunk_size: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         """Checks each field, then what fields say about each other."""

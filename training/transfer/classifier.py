@@ -12,7 +12,7 @@ from training.data.labelled import LabelledPictures
 from training.evaluation.embedding import map_batches
 from training.loop.distributed import world_size
 from training.loop.initial_model import named_model
-from training.loop.objective import StepLoss
+from training.loop.task import Objective, StepLoss
 from training.settings.finetuning import FinetuneArguments
 
 
@@ -44,7 +44,7 @@ def initial_classifier(args: FinetuneArguments, class_names: Sequence[str]):
     return model, processor
 
 
-class ClassificationObjective(nn.Module):
+class ClassificationObjective(Objective):
     """Cross-entropy of a classifier; one forward a step.
 
     model: the classifier, the submodule `model`. label_smoothing: share of the target spread over all classes.

@@ -97,5 +97,5 @@ def test_the_moving_average_covers_buffers_and_comes_back():
         torch.testing.assert_close(average.tensors[name], 0.75 * start[name] + 0.25 * model.state_dict()[name])
     assert average.tensors["1.num_batches_tracked"] == 1
     other = MovingAverage(model, 0.75)
-    other.load(average.tensors)
+    other.load_state_dict(average.tensors)
     assert all(torch.equal(other.tensors[name], tensor) for name, tensor in average.tensors.items())

@@ -1,6 +1,5 @@
 """Continuing: after SIGKILL anywhere, also inside of a checkpoint, bit for bit as if nothing had happened."""
 
-import copy
 import json
 import os
 import resource
@@ -12,99 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.memory_reader import MemoryReader
 from tests.training.processes import run_in_processes
-from tests.training.test_pretrain import settings
+from tests.training.runs import after_step, assert_equal_runs, expect_killed, run_settings, use_memory
+from tests.training.runs import resumable_settings as arguments
 from training import pretrain
-from training.loop import checkpoint
-from training.loop import run as loop
 from training.loop.checkpoint import CheckpointError, IdentityError, find_checkpoint, list_checkpoints
-from training.loop.tracking import read_metrics
-
-STEPS = 9
-TIMES = ("samples_per_second", "data_wait_share", "seconds")
 
 
 @pytest.fixture(autouse=True)
 def made_up_data(monkeypatch):
-    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config, folder: MemoryReader(args))
-
-
-def arguments(folder, **changes):
-    """Checkpoints at 2, 4, 6, 8, epochs of five steps; dropout, so that random states matter; an average of the
-    weights.
-    """
-    given = settings(folder, max_steps=STEPS, save_every_steps=2, log_every_steps=3, keep_checkpoints=2, ema_decay=0.9)
-    given.model_config = copy.deepcopy(given.model_config)
-    given.model_config["text_config"]["attention_dropout"] = 0.1
-    for name, value in changes.items():
-        setattr(given, name, value)
-    return given
-
-
-def killed_run(rank, world_size, args, step, where):
-    """Runs until the last process kills itself, in a step or in the middle of writing a checkpoint."""
-
-    def die():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def dying(original):
-        def wrapper(*arguments):
-            if state["step"] == step and rank == world_size - 1:
-                result = original(*arguments) if where == "after" else None
-                die()
-                return result
-            return original(*arguments)
-
-        return wrapper
-
-    state = {"step": 0}
-    original_advance = loop.advance
-
-    def advance(run):
-        original_advance(run)
-        state["step"] = run.progress.step
-        if where == "step" and run.progress.step == step and rank == world_size - 1:
-            die()
-
-    loop.advance = advance
-    if where in ("before", "after"):  # the random states are the first file of a checkpoint, written by every process
-        checkpoint._write_tensors = dying(checkpoint._write_tensors)
-    if where == "rename":
-        checkpoint._prune = dying(checkpoint._prune)
-    pretrain.run(args)
-
-
-def outcome(folder):
-    """Everything that must be equal: weights, averages, optimizer, logged numbers."""
-    last = list_checkpoints(folder)[-1]
-    optimizer = torch.load(last / "optimizer.pt", weights_only=True)
-    lines = [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(folder / "metrics.jsonl")]
-    record = json.loads((last / "run.json").read_text())["progress"]
-    readers = [torch.load(path, weights_only=True)["reader"] for path in sorted(last.glob("process-*.pt"))]
-    return {
-        "weights": load_file(last / "model" / "model.safetensors"),
-        "average": load_file(last / "moving_average.safetensors"),
-        "optimizer": {f"{i}.{name}": value for i, s in optimizer["state"].items() for name, value in s.items()},
-        "final": load_file(folder / "final" / "model.safetensors"),
-    }, [lines, readers, {name: record[name] for name in ("step", "epoch", "position", "window")}]
-
-
-def assert_equal_runs(first, second):
-    (tensors, values), (other_tensors, other_values) = outcome(first), outcome(second)
-    for part, content in tensors.items():
-        assert content.keys() == other_tensors[part].keys()
-        assert not [name for name in content if not torch.equal(content[name], other_tensors[part][name])], part
-    assert values == other_values
-
-
-def expect_killed(args, world_size, step, where):
-    with pytest.raises(AssertionError):
-        run_in_processes(killed_run, world_size, args, step, where)
-
-
-def run_settings(rank, world_size, args):
-    pretrain.run(args)
+    use_memory(monkeypatch)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -131,14 +47,8 @@ def test_killed_between_renaming_and_pruning(tmp_path):
 
 def test_sigterm_saves_at_an_odd_step_and_continues_bit_for_bit(tmp_path):
     def terminated(rank, world_size, args):
-        original = loop.advance
-
-        def advance(run):
-            original(run)
-            if run.progress.step == 5 and rank == 1:  # a scheduler that reaches only one of the processes first
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        loop.advance = advance
+        if rank == 1:  # a scheduler that reaches only one of the processes first
+            after_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         result = pretrain.run(args)
         return result.finished, result.steps
 
@@ -155,7 +65,7 @@ def test_sigterm_saves_at_an_odd_step_and_continues_bit_for_bit(tmp_path):
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "open_reader", lambda args, processor, config, folder: MemoryReader(args))
+        use_memory(patch)
         pretrain.run(arguments(folder))
     return folder
 
@@ -169,6 +79,7 @@ def finished(tmp_path_factory):
         ({"seed": 1}, "data.seed: was 0, is now 1"),
         ({"global_batch_size": 4}, "schedule.global_batch_size: was 8, is now 4"),
         ({"freeze": "text"}, "objective.freeze: was 'none', is now 'text'"),
+        ({"max_image_pixels": 9}, "data.max_image_pixels: was 100000000, is now 9"),
     ],
 )
 def test_another_run_is_not_continued(finished, changes, message):
@@ -176,14 +87,25 @@ def test_another_run_is_not_continued(finished, changes, message):
         pretrain.run(arguments(finished, resume="latest", **changes))
 
 
+def test_a_setting_that_the_checkpoint_s_version_did_not_know_had_its_default(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    record = list_checkpoints(tmp_path / "run")[-1] / "run.json"
+    content = json.loads(record.read_text())
+    del content["identity"]["data"]["max_image_pixels"]
+    record.write_text(json.dumps(content))
+    assert pretrain.run(arguments(tmp_path / "run", resume="latest")).finished
+    with pytest.raises(IdentityError, match="data.max_image_pixels: was 100000000, is now 9"):
+        pretrain.run(arguments(tmp_path / "run", resume="latest", max_image_pixels=9))
+
+
 def test_another_data_set_is_not_continued(finished, monkeypatch):
-    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config, folder: MemoryReader(args, 41))
+    use_memory(monkeypatch, samples=41)
     with pytest.raises(IdentityError, match="data.fingerprint: was 'memory-40', is now 'memory-41'"):
         pretrain.run(arguments(finished, resume="latest"))
 
 
 def test_another_number_of_processes_continues_with_a_message(tmp_path, capfd):
-    pretrain.run(arguments(tmp_path / "one", max_steps=STEPS))
+    pretrain.run(arguments(tmp_path / "one", max_steps=9))
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     for path in list_checkpoints(tmp_path / "two")[1:]:
         shutil.rmtree(path)  # back to step 8
@@ -211,15 +133,12 @@ def test_a_full_disk_is_said_and_the_older_checkpoint_stays(tmp_path):
     """A limit on file sizes makes writing fail as a full disk does, without needing one."""
 
     def limited(rank, world_size, args):
-        original = loop.advance
+        def fill_the_disk():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
-        def advance(run):
-            original(run)
-            if run.progress.step == 4 and rank == 1:
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-
-        loop.advance = advance
+        if rank == 1:
+            after_step(4, fill_the_disk)
         try:
             pretrain.run(args)
         except CheckpointError as error:

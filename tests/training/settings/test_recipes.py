@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS
-from tests.training.memory_reader import MODEL_CONFIG, MemoryReader
+from tests.training.runs import MODEL_CONFIG, MemoryReader
 from tests.training.tiny import RESNET
 from training import pretrain
 from training.loop.processes import check_engine
