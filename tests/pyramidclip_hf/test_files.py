@@ -106,9 +106,8 @@ def test_a_lock_is_held_by_one_and_let_go_when_it_is_killed(tmp_path):
         holder.wait()
         holder.stdout.close()
     begun = time.monotonic()
-    with locked(path):
-        with pytest.raises(BlockingIOError), locked(path, wait=False):
-            pass
+    with locked(path), pytest.raises(BlockingIOError), locked(path, wait=False):
+        pass
     with locked(path, wait=False):
         assert time.monotonic() - begun < 30
 

@@ -287,7 +287,7 @@ def test_an_empty_batch_is_refused(small, empty):
         small(empty)
 
 
-@pytest.mark.parametrize("low, high", [(-1, 1), (0, 300), (0, np.nan)])
+@pytest.mark.parametrize(("low", "high"), [(-1, 1), (0, 300), (0, np.nan)])
 def test_values_out_of_range_are_refused(small, low, high):
     with pytest.raises(ValueError, match="already normalised pictures need"):
         small(np.linspace(low, high, 192, dtype=np.float32).reshape(8, 8, 3))

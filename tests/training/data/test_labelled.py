@@ -38,7 +38,7 @@ def test_missing_data_says_what_is_expected(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names, message", [(["a", " "], "number 2 is empty"), (["a", "b", "A "], "class names repeat: 'A', 'a'")]
+    ("names", "message"), [(["a", " "], "number 2 is empty"), (["a", "b", "A "], "class names repeat: 'A', 'a'")]
 )
 def test_class_names_are_checked(names, message):
     with pytest.raises(ValueError, match=message):

@@ -84,7 +84,7 @@ def test_levels_of_a_sample():
 
 
 @pytest.mark.parametrize(
-    "members, expected",
+    ("members", "expected"),
     [
         ({"txt": b" from txt "}, "from txt"),
         ({"txt": b"from txt", "json": b'{"caption": "from json"}'}, "from txt"),
@@ -114,7 +114,7 @@ BOX = {"box": [0, 0, 1, 1]}
 
 
 @pytest.mark.parametrize(
-    "members, reason",
+    ("members", "reason"),
     [
         ({"txt": b"x"}, "no-image"),
         ({"jpg": b"", "json": b"{"}, "bad-json"),

@@ -28,7 +28,7 @@ def encoded(image, kind="PNG", **options):
     return file.getvalue()
 
 
-@pytest.mark.parametrize("width, height", [(100, 100), (640, 480), (300, 400)])
+@pytest.mark.parametrize(("width", "height"), [(100, 100), (640, 480), (300, 400)])
 @pytest.mark.parametrize("area", [(0.9, 1.0), (0.5, 1.0), (0.3, 0.3)])
 def test_crops_follow_their_law(width, height, area):
     rng = np.random.default_rng(0)
@@ -105,7 +105,7 @@ def natural_pictures(side):
 
 
 @pytest.mark.parametrize(
-    "side, kind, scale",
+    ("side", "kind", "scale"),
     [(90, "JPEG", 1), (128, "JPEG", 1), (221, "JPEG", 2), (421, "JPEG", 4), (900, "JPEG", 8), (900, "PNG", 6)],
 )
 def test_reduced_decoding_changes_less_than_the_choice_of_filter(side, kind, scale, monkeypatch):
@@ -146,7 +146,7 @@ def test_exif_orientation(orientation):
 
 
 @pytest.mark.parametrize(
-    "image, kind",
+    ("image", "kind"),
     [
         (picture(90, 70, "L"), "PNG"),
         (picture(90, 70, "CMYK"), "JPEG"),

@@ -40,7 +40,7 @@ def lines(path, captions=CAPTIONS):
     return str(path)
 
 
-@pytest.mark.parametrize("write, name", [(karpathy, "k.json"), (coco, "c.json"), (lines, "t.txt")])
+@pytest.mark.parametrize(("write", "name"), [(karpathy, "k.json"), (coco, "c.json"), (lines, "t.txt")])
 def test_formats_give_the_same(write, name, tmp_path):
     samples = captioned_folder(write(tmp_path / name), str(pictures(tmp_path / "p")))
     assert [(one.key, sorted(one.captions or [one.caption])) for one in samples] == [

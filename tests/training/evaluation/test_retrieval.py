@@ -52,7 +52,7 @@ def test_pictures_without_text_are_candidates_only():
     assert metrics["image_to_text_R@1"] == 1.0
 
 
-@pytest.mark.parametrize("above, tied, right", [(0, 3, 1), (1, 2, 2), (2, 0, 1), (0, 0, 3), (1, 4, 1)])
+@pytest.mark.parametrize(("above", "tied", "right"), [(0, 3, 1), (1, 2, 2), (2, 0, 1), (0, 0, 3), (1, 4, 1)])
 def test_ties_are_averaged_over_every_order(above, tied, right):
     scores = [2.0] * above + [1.0] * (tied + right) + [0.5]
     answers = set(range(above + tied, above + tied + right))
@@ -118,7 +118,7 @@ def test_level_with_several_texts_per_sample():
 
 
 @pytest.mark.parametrize(
-    "image_embeds, text_embeds, owner, message",
+    ("image_embeds", "text_embeds", "owner", "message"),
     [
         (torch.zeros(0, 4), torch.ones(3, 4), None, "image_embeds must be a tensor of shape"),
         (torch.ones(3, 4), torch.ones(3, 5), None, "width 4 but text_embeds 5"),

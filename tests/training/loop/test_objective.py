@@ -241,7 +241,7 @@ class DevicesOfTensors(TorchDispatchMode):
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no cuda tensors, not even fake ones")
-@pytest.mark.parametrize("tower, pooling", [(VIT, "max"), (RESNET, "eos")])
+@pytest.mark.parametrize(("tower", "pooling"), [(VIT, "max"), (RESNET, "eos")])
 def test_nothing_is_copied_to_a_gpu_while_the_loss_is_computed(tower, pooling):
     """Such a copy waits until the GPU has done what came before. Tensors that only have a shape and a device show it
     without a GPU.
