@@ -141,7 +141,11 @@ def run_command(
 
 def _line(error: BaseException) -> str:
     """The message without line breaks, or the error's kind where it has none."""
-    return " ".join(str(error).split("\n")).strip() or type(error).__name__
+    text = ""
+    for part in filter(None, map(str.strip, str(error).splitlines())):
+        between = "" if not text else " " if text[-1] in ".:;," else "; "
+        text += between + part
+    return text or type(error).__name__
 
 
 def _say(text: str, advice: str, code: int) -> int:

@@ -26,6 +26,7 @@ def words(argv):
     ("error", "code", "line"),
     [
         (ValueError("expected a,\ngot b"), 2, "error: expected a, got b"),
+        (ValueError("It differs:\n  a: 1, not 2\n\n  b: 3, not 4\n"), 2, "error: It differs: a: 1, not 2; b: 3, not 4"),
         (ImportError("pip install x"), 2, "error: pip install x"),
         (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'"),
         (FileExistsError("x holds a model"), 2, "error: x holds a model"),
