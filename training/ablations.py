@@ -20,7 +20,6 @@ stopped. The folder:
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -30,20 +29,29 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from pyramidclip_hf.files import write_atomically
-from training.data.shards import read_dataset_json
-from training.demo import EXIT_INTERRUPTED, EXIT_WRONG_SETTING, DemoArguments, draw_scenes, score_model
+import yaml
 
-EXIT_FAILED = 1
-SPLITS = ("train", "validation", "objects")
+from pyramidclip_command import EXIT_FAILED, EXIT_STOPPED, run_command
+from pyramidclip_hf.files import locked, write_atomically
+from training import pretrain
+from training.data.shards import read_dataset_json
+from training.emoji.scenes import SPLITS
+from training.emoji.scoring import PER_OBJECT, TRAIN, VALIDATION, draw_scenes, score_model
+from training.reports.ablations_page import Family, Plan, write_page
+from training.settings.fields import usable_cores
+from training.settings.pretraining import PretrainingArguments
+from training.settings.reading import parse_settings, read_settings
+
 SECONDS_TO_STOP = 120
+SCENES = {"train": TRAIN, "validation": VALIDATION, "per_object": PER_OBJECT}
 # What has to do with where a run is and how it is watched, not with its result.
-WATCHING = {"validation_data": None, "trackers": [], "eval_every_steps": 0, "push_to_hub": None}
+WATCHING: dict[str, Any] = {"validation_data": None, "trackers": [], "eval_every_steps": 0, "push_to_hub": None}
 
 
 @dataclass(kw_only=True)
@@ -76,8 +84,9 @@ class AblationArguments:
     seeds: list[int] | None = field(
         default=None, metadata={"help": "seeds of every table; default: the config's (three for components, else one)"}
     )
-    parallel: int | None = field(
-        default=None, metadata={"help": "trainings at a time, one thread each; default: one a core, at most 2"}
+    parallel: int = field(
+        default_factory=lambda: min(2, usable_cores()),
+        metadata={"help": "trainings at a time, one thread each; default: one a core, at most 2"},
     )
     keep_settings: bool = field(
         default=False,
@@ -87,9 +96,8 @@ class AblationArguments:
         default=None, metadata={"help": "one run in this process; the command starts such processes itself"}
     )
 
-    def __post_init__(self):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.parallel = min(2, cores) if self.parallel is None else self.parallel
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
         for name, least in (("parallel", 1), ("steps", 1), ("train", 2), ("validation", 2), ("per_object", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -114,9 +122,11 @@ class AblationArguments:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; ValueError where there is none."""
-    import yaml
+    """The mapping in a YAML file.
 
+    Raises:
+        ValueError: There is no such file, or no mapping in it.
+    """
     if not path.is_file():
         raise ValueError(f"there is no {path}; run the command in the checkout's folder")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -147,12 +157,15 @@ def row_settings(shared: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str,
     return settings
 
 
-def expand(tables: Mapping[str, Mapping[str, Any]], shared: Mapping[str, Any]) -> tuple[dict, dict]:
+def expand(
+    tables: Mapping[str, Mapping[str, Any]], shared: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, str]]]:
     """Distinct runs of a family, and which run each row is.
 
-    Returns ({run: settings}, {table: {row: run}}); rows with equal settings are one run, named by the first of them.
+    Returns:
+        {run: settings} and {table: {row: run}}; rows with equal settings are one run, named by the first of them.
     """
-    runs: dict[str, dict] = {}
+    runs: dict[str, dict[str, Any]] = {}
     rows: dict[str, dict[str, str]] = {}
     for table, entries in tables.items():
         rows[table] = {}
@@ -169,7 +182,8 @@ def expand(tables: Mapping[str, Mapping[str, Any]], shared: Mapping[str, Any]) -
 def scene_counts(args: AblationArguments) -> dict[str, int]:
     """How many scenes there are: of the data where they are drawn, else as asked for, else as the demo draws.
 
-    Raises ValueError where data that are there have other numbers than are asked for.
+    Raises:
+        ValueError: Data that are there have other numbers than are asked for.
     """
     path = args.scenes / "recipe.json"
     drawn = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -178,25 +192,26 @@ def scene_counts(args: AblationArguments) -> dict[str, int]:
         asked, there = getattr(args, name), drawn.get(name)
         if asked and there and asked != there:
             raise ValueError(f"--{name.replace('_', '-')} {asked}: {args.scenes} was drawn with {there}")
-        counts[name] = there or asked or getattr(DemoArguments, name)
+        counts[name] = there or asked or SCENES[name]
     return counts
 
 
-def make_plan(args: AblationArguments) -> dict[str, Any]:
+def make_plan(args: AblationArguments) -> Plan:
     """What the YAML files and the command line ask for; plain values, see plan.json."""
     path = Path(args.config)
     config = read_yaml(path)
-    base, tables = read_yaml(path.parent / config["base"]), read_yaml(path.parent / config["rows"])
-    families = {}
+    base, tables = path.parent / config["base"], read_yaml(path.parent / config["rows"])
+    read_yaml(base)  # said here where it is not there
+    settings = read_settings(PretrainingArguments, base)
+    families: dict[str, Family] = {}
     for name, family in config["families"].items():
         steps = args.steps or family["steps"]
-        shared = family_settings(base, {**family["settings"], "max_steps": steps, "epochs": None})
+        shared = family_settings(settings, {**family["settings"], "max_steps": steps, "epochs": None})
         for place in ("output_dir", "train_data", "seed"):
             shared.pop(place, None)
         runs, rows = expand(tables, shared)
         families[name] = {"title": family["title"], "runs": runs, "rows": rows}
-    scenes = scene_counts(args)
-    plan = {"scenes": scenes, "families": families, "seeds": config["seeds"]}
+    plan: Plan = {"scenes": scene_counts(args), "families": families, "seeds": config["seeds"]}
     return json.loads(json.dumps(plan))
 
 
@@ -209,14 +224,18 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
     return [] if old == new else [f"{where}: {old!r}, now {new!r}"]
 
 
-def claim(args: AblationArguments) -> dict[str, Any]:
-    """The plan of the folder, written at the first start; ValueError where it is another than is asked for now."""
+def claim(args: AblationArguments) -> Plan:
+    """The plan of the folder, written at the first start.
+
+    Raises:
+        ValueError: It is another one than is asked for now.
+    """
     path, asked = args.folder / "plan.json", make_plan(args)
     if not path.is_file():
         args.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json.dumps(asked, indent=1) + "\n").encode())
         return asked
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found: Plan = json.loads(path.read_text(encoding="utf-8"))
     # Which seeds are run is a choice of every start.
     differ = differences({**found, "seeds": None}, {**asked, "seeds": None})
     if args.keep_settings:
@@ -224,7 +243,7 @@ def claim(args: AblationArguments) -> dict[str, Any]:
         if args.steps and steps != [args.steps]:
             there = ", ".join(map(str, steps))
             raise ValueError(f"--keep-settings: {args.folder} has {there} steps, --steps asks for {args.steps}")
-        return {**found, "seeds": asked["seeds"]}
+        return {"scenes": found["scenes"], "families": found["families"], "seeds": asked["seeds"]}
     if differ:
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise ValueError(
@@ -236,7 +255,7 @@ def claim(args: AblationArguments) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Job:
-    """One training with its evaluation. run: a name in the family's runs."""
+    """One training with its evaluation; `run` is a name in the family's runs."""
 
     family: str
     run: str
@@ -249,14 +268,18 @@ class Job:
 
 
 def chosen(kind: str, wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:
-    """`known`, or those of it that are wanted; ValueError for one that is unknown."""
+    """`known`, or those of it that are wanted.
+
+    Raises:
+        ValueError: One that is wanted is unknown; the message names the flag `kind`.
+    """
     unknown = [name for name in wanted or [] if name not in known]
     if unknown:
         raise ValueError(f"--{kind}: there is no {', '.join(unknown)}; known: {', '.join(known)}")
     return [name for name in known if not wanted or name in wanted]
 
 
-def jobs_of(plan: Mapping[str, Any], args: AblationArguments) -> list[Job]:
+def jobs_of(plan: Plan, args: AblationArguments) -> list[Job]:
     """The distinct runs in the order in which they are started: by seed, then by table."""
     families = chosen("families", args.families, list(plan["families"]))
     tables = chosen("only", args.only, list(plan["families"][families[0]]["rows"]))
@@ -279,23 +302,11 @@ def jobs_of(plan: Mapping[str, Any], args: AblationArguments) -> list[Job]:
 ##################################################################################################
 
 
-@contextlib.contextmanager
-def locked(path: Path, wait: bool) -> Iterator[None]:
-    """Holds the file's lock, which the system lets go when the process ends, however it ends.
-
-    Raises BlockingIOError where another process holds it and `wait` is False.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-
-
 def end_with_parent() -> None:
     """SIGTERM to this process once its parent is gone: a training saves and stops when the command was killed."""
     parent = os.getppid()
 
-    def watch():
+    def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -305,19 +316,17 @@ def end_with_parent() -> None:
 
 def run_here(args: AblationArguments, name: str) -> int:
     """Trains and evaluates the run `name` in this process; its result is written last."""
-    from training import pretrain
-    from training.settings.pretraining import PretrainingArguments
-
     end_with_parent()
     plan = json.loads((args.folder / "plan.json").read_text(encoding="utf-8"))
     family, run, seed = name.split("-")
     folder = args.folder / "runs" / name
     with locked(folder / "lock", wait=True):  # the process of a killed command may still be saving
         settings = plan["families"][family]["runs"][run]
-        place = {"output_dir": str(folder), "train_data": [str(args.scenes / "train")], "resume": "latest"}
-        result = pretrain.run(PretrainingArguments(**settings, **place, seed=int(seed.removeprefix("seed"))))
+        settings |= {"output_dir": str(folder), "train_data": [str(args.scenes / "train")], "resume": "latest"}
+        settings |= {"seed": int(seed.removeprefix("seed"))}
+        result = pretrain.run(PretrainingArguments(**settings))
         if not result.finished:
-            return pretrain.EXIT_STOPPED
+            return EXIT_STOPPED
         scores, _ = score_model(folder / "final", args.scenes)
         record = json.loads((folder / "final/training.json").read_text(encoding="utf-8"))
         measured = {key: record[key] for key in ("steps", "samples_seen", "seconds")}
@@ -350,7 +359,15 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def prepare_scenes(args: AblationArguments, scenes: Mapping[str, int]) -> None:
-    """Draws the data where they are not there; shards that are there are kept. scenes: the plan's `scenes`."""
+    """Draws the data where they are not there; shards that are there are kept.
+
+    Args:
+        args: Settings of the command.
+        scenes: How many there are to be, see `Plan`.
+
+    Raises:
+        ValueError: `--data` names a folder that holds some of the splits, and was not drawn.
+    """
     missing = [name for name in SPLITS if read_dataset_json(args.scenes / name) is None]
     if not missing:
         return
@@ -400,10 +417,16 @@ def last_words(args: AblationArguments, job: Job) -> str:
     return "\n".join(f"    {line}" for line in [line for line in lines if line.strip()][-3:]) + f"\n    ({path})"
 
 
-def run_jobs(args: AblationArguments, jobs: Sequence[Job], after_each) -> list[Job]:
+def run_jobs(args: AblationArguments, jobs: Sequence[Job], after_each: Callable[[], object]) -> list[Job]:
     """Runs what has no result yet, `args.parallel` at a time; returns those that failed.
 
-    after_each: called after every finished run. KeyboardInterrupt passes through after the trainings have saved.
+    Args:
+        args: Settings of the command.
+        jobs: The runs.
+        after_each: Called after every finished run.
+
+    Raises:
+        KeyboardInterrupt: The command was stopped, and the trainings have saved.
     """
     from tqdm.auto import tqdm
 
@@ -435,7 +458,7 @@ def run_jobs(args: AblationArguments, jobs: Sequence[Job], after_each) -> list[J
 def termination_as_interrupt() -> Iterator[None]:
     """Within the block SIGTERM is Ctrl-C."""
 
-    def interrupt(signum, frame):
+    def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
@@ -447,8 +470,6 @@ def termination_as_interrupt() -> Iterator[None]:
 
 def run_ablations(args: AblationArguments) -> tuple[Path, list[Job]]:
     """All runs that are asked for and not there yet, and the page; returns the page and the runs that failed."""
-    from training.reports.ablations_page import write_page
-
     plan = claim(args)
     jobs = jobs_of(plan, args)
     try:
@@ -460,27 +481,26 @@ def run_ablations(args: AblationArguments) -> tuple[Path, list[Job]]:
         raise ValueError(f"{args.folder}: another process of this command is at work there") from error
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parses the command line and runs the ablations, or the one run that it was started for."""
-    from transformers import HfArgumentParser
+def parse(argv: Sequence[str]) -> AblationArguments:
+    """The settings that the words of the command line stand for."""
+    return parse_settings(AblationArguments, argv, __doc__, config=False)
 
-    try:
-        parser = HfArgumentParser(AblationArguments, description=__doc__.split("\n")[0])
-        (args,) = parser.parse_args_into_dataclasses(argv)
-        if args.run:
-            return run_here(args, args.run)
-        with termination_as_interrupt():
-            page, failed = run_ablations(args)
-    except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_WRONG_SETTING
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues", file=sys.stderr)
-        return EXIT_INTERRUPTED
+
+def run(args: AblationArguments) -> int:
+    """The ablations, or the one run that the process was started for."""
+    if args.run:
+        return run_here(args, args.run)
+    with termination_as_interrupt():
+        page, failed = run_ablations(args)
     print(f"report: {page}")
     if failed:
         print(f"failed: {', '.join(job.name for job in failed)}; the same command tries them again", file=sys.stderr)
     return EXIT_FAILED if failed else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(parse, run, argv, advice=lambda args: "The same command continues.")
 
 
 if __name__ == "__main__":

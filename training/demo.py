@@ -17,9 +17,9 @@ A demo that was stopped continues: finished stages are kept, a training continue
 
 import contextlib
 import hashlib
-import io
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -30,12 +30,26 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import transformers
 
+from pyramidclip_command import EXIT_STOPPED, Failure, run_command
 from pyramidclip_hf.files import write_atomically
+from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
+from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES
+from training import pretrain
+from training.data.labelled import labelled_shards
+from training.data.samples import ShardSamples
+from training.emoji.pictures import ATTRIBUTION
+from training.emoji.scoring import PER_OBJECT, TRAIN, VALIDATION, Scores, draw_scenes, save_arrays, score_model
+from training.evaluation.embedding import embed_levels
+from training.evaluation.loading import load_model
+from training.loop.tracking import read_metrics
+from training.reports.demo_page import SCENES_SHOWN, ReportedDemo, ReportedRun, write_report
+from training.settings.fields import usable_cores
 from training.settings.pretraining import PretrainingArguments
-from training.settings.reading import parse_settings
+from training.settings.reading import parse_settings, read_chain
 
-PICTURE_SIZE, SHARD_SIZE, SEED = 96, 500, 0
 CLIP_WEIGHTS = {"global_caption": 1.0}
 TITLES = {"pyramid": "Pyramid", "clip": "CLIP, same samples", "clip_same_time": "CLIP, same time"}
 STAGE_TITLES = {
@@ -46,7 +60,6 @@ STAGE_TITLES = {
     "reload": "loading in a new process and comparing",
     "evaluate": "evaluating the three models",
 }
-EXIT_WRONG_SETTING, EXIT_INTERRUPTED = 2, 130
 
 
 @dataclass(kw_only=True)
@@ -55,20 +68,20 @@ class DemoArguments:
 
     output_dir: str = field(default="runs/demo", metadata={"help": "folder of the demo"})
     config: str = field(default="training/configs/demo.yaml", metadata={"help": "settings of the three trainings"})
-    train: int = field(default=12000, metadata={"help": "training scenes"})
-    validation: int = field(default=500, metadata={"help": "held-out scenes"})
-    per_object: int = field(default=12, metadata={"help": "pictures of each single object"})
-    processes: int | None = field(default=None, metadata={"help": "training processes; default: one a core, at most 2"})
+    train: int = field(default=TRAIN, metadata={"help": "training scenes"})
+    validation: int = field(default=VALIDATION, metadata={"help": "held-out scenes"})
+    per_object: int = field(default=PER_OBJECT, metadata={"help": "pictures of each single object"})
+    processes: int = field(default=0, metadata={"help": "training processes; 0: one a core, at most 2"})
     stage: Literal["train", "reload"] | None = field(
         default=None, metadata={"help": "one stage in this process; the demo starts such processes itself"}
     )
-    training: str | None = field(default=None, metadata={"help": "which training the stage is about"})
+    training: str = field(default="pyramid", metadata={"help": "which training the stage is about"})
     max_steps: int | None = field(default=None, metadata={"help": "length of that training"})
 
-    def __post_init__(self):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.processes = self.processes or min(2, cores)
-        self.threads = max(1, cores // self.processes)
+    def __post_init__(self) -> None:
+        """Settles the number of processes and their threads, and checks what is given."""
+        self.processes = self.processes or min(2, usable_cores())
+        self.threads = max(1, usable_cores() // self.processes)
         if not Path(self.config).is_file():
             raise ValueError(f"--config: there is no {self.config}; run the demo in the checkout's folder")
         for name in ("train", "validation", "per_object"):
@@ -83,7 +96,8 @@ class DemoArguments:
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that finished stages depend on."""
-        digest = hashlib.sha256(Path(self.config).read_bytes()).hexdigest()[:16]
+        content = b"".join(path.read_bytes() for path, _ in read_chain(self.config))
+        digest = hashlib.sha256(content).hexdigest()[:16]
         return {name: getattr(self, name) for name in ("train", "validation", "per_object")} | {"config": digest}
 
 
@@ -91,6 +105,15 @@ class Stages:
     """`stages.json`: which stages are finished, the seconds of all attempts at each, and what they left for others."""
 
     def __init__(self, folder: Path, identity: dict[str, Any]):
+        """Reads what an earlier start left.
+
+        Args:
+            folder: Of the demo.
+            identity: Of the demo, see `DemoArguments`.
+
+        Raises:
+            ValueError: The folder holds a demo of another identity.
+        """
         self.path = folder / "stages.json"
         self.content = {"settings": identity, "seconds": {}, "cpu_seconds": {}, "results": {}}
         if self.path.is_file():
@@ -121,7 +144,8 @@ class Stages:
     def clock(self, name: str) -> Iterator[dict[str, Any]]:
         """Times the block; the dictionary that it fills becomes the stage's result, unless it raises."""
         print(f"demo: {STAGE_TITLES[name]}", flush=True)
-        started, used, result = time.monotonic(), _cpu_seconds(), {}
+        started, used = time.monotonic(), _cpu_seconds()
+        result: dict[str, Any] = {}
         try:
             yield result
             self.content["results"][name] = result
@@ -142,7 +166,17 @@ def _cpu_seconds() -> float:
 
 
 def start(args: DemoArguments, stage: str, run: str, max_steps: int | None = None, processes: int = 1) -> None:
-    """Runs one stage of the demo in new processes and waits; RuntimeError where they fail.
+    """Runs one stage of the demo in new processes and waits.
+
+    Args:
+        args: Settings of the demo.
+        stage: "train" or "reload".
+        run: The training that it is about.
+        max_steps: The length of that training; None: as configured.
+        processes: How many.
+
+    Raises:
+        Failure: They failed.
 
     `accelerate launch --cpu` starts a single process whatever number it is told, so PyTorch's own launcher does it;
     Accelerate finds the processes the same way.
@@ -158,13 +192,13 @@ def start(args: DemoArguments, stage: str, run: str, max_steps: int | None = Non
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "ACCELERATE_USE_CPU": "true"}
     code = subprocess.run([*launcher, "-m", "training.demo", *words], env=environment, check=False).returncode
     if code:
-        raise RuntimeError(
+        raise Failure(
             f"the stage {stage!r} of {run} ended with code {code}; its messages are above. The same command continues"
         )
 
 
-def training_settings(args: DemoArguments):
-    """`PretrainingArguments` of one of the three runs."""
+def training_settings(args: DemoArguments) -> PretrainingArguments:
+    """The settings of one of the three runs."""
     words = ["--config", args.config, "--output-dir", str(args.folder / args.training), "--resume", "latest"]
     words += ["--train-data", str(args.folder / "scenes/train")]
     words += ["--validation-data", str(args.folder / "scenes/validation")]
@@ -177,25 +211,20 @@ def training_settings(args: DemoArguments):
 
 def train_stage(args: DemoArguments) -> int:
     """One training, in this process and its siblings; the pyramid's embeddings are kept before the model is loaded."""
-    from training import pretrain
-
     result = pretrain.run(training_settings(args))
     if not result.finished:
-        return pretrain.EXIT_STOPPED
+        return EXIT_STOPPED
     if args.training == "pyramid" and int(os.environ.get("RANK", 0)) == 0:
         embeds = compared_embeddings(result.model, result.processor, args.folder / "scenes/validation")
         save_arrays(args.folder / "pyramid/before_saving.npz", process=os.getpid(), **embeds)
     return 0
 
 
-def compared_embeddings(model, processor, data: Path) -> dict[str, np.ndarray]:
-    """Level -> float32 embeddings of the held-out scenes.
+def compared_embeddings(model: PyramidCLIPModel, processor: PyramidCLIPProcessor, data: Path) -> dict[str, np.ndarray]:
+    """Level -> (N, D) float32 embeddings of the held-out scenes.
 
     One thread computes them, since the last bits of a matrix product depend on how it is split.
     """
-    from training.data.samples import ShardSamples
-    from training.evaluation.embedding import embed_levels
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     levels = ["global", "roi", "summary", "caption", "tags"]
@@ -206,12 +235,11 @@ def compared_embeddings(model, processor, data: Path) -> dict[str, np.ndarray]:
 
 def reload_stage(args: DemoArguments) -> int:
     """Loads the saved pyramid in this new process, embeds again, and writes how the embeddings compare."""
-    from training.evaluation.loading import load_model
-
     with np.load(args.folder / "pyramid/before_saving.npz") as kept:
         before = {name: kept[name] for name in kept.files}
     training_process = int(before.pop("process"))
-    after = compared_embeddings(*load_model(str(args.folder / "pyramid/final")), args.folder / "scenes/validation")
+    model, processor = load_model(str(args.folder / "pyramid/final"))
+    after = compared_embeddings(model, processor, args.folder / "scenes/validation")
     different = sum(int((before[level].view(np.uint32) != after[level].view(np.uint32)).sum()) for level in before)
     comparison = {
         "equal": different == 0 and before.keys() == after.keys(),
@@ -228,24 +256,9 @@ def reload_stage(args: DemoArguments) -> int:
     return 0
 
 
-def save_arrays(path: Path, **arrays: Any) -> None:
-    """An .npz file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = io.BytesIO()
-    np.savez(file, **arrays)
-    write_atomically(path, file.getvalue())
-
-
 ##################################################################################################
 #  Stages in this process                                                                        #
 ##################################################################################################
-
-
-def draw_scenes(folder: Path, train: int, validation: int, per_object: int, workers: int) -> None:
-    """The three splits in `folder`; shards that are there are kept. workers: processes that draw."""
-    from training.emoji.scenes import Recipe, build
-
-    build(Recipe(SEED, train, validation, per_object, PICTURE_SIZE, SHARD_SIZE), folder, workers=workers)
 
 
 def training_record(args: DemoArguments, name: str) -> dict[str, Any]:
@@ -259,36 +272,7 @@ def steps_in_the_same_time(args: DemoArguments) -> int:
     return max(1, round(clip["steps"] * pyramid["seconds"] / clip["seconds"]))
 
 
-def score_model(folder: Path, scenes: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Retrieval on the held-out scenes and zero-shot classification of the single objects by the model in `folder`.
-
-    Returns the scores, and the (Q, I) cosines of captions and pictures and (N, C) of pictures and classes behind them.
-    """
-    from training.data.labelled import labelled_shards
-    from training.data.samples import ShardSamples
-    from training.evaluation.classification import classification_metrics, zero_shot_scores
-    from training.evaluation.embedding import embed_levels
-    from training.evaluation.loading import load_model
-    from training.evaluation.retrieval import level_metrics
-
-    model, processor = load_model(str(folder))
-    samples = ShardSamples(str(scenes / "validation"))
-    found = embed_levels(model, processor, samples, ["global", "caption", "summary"])
-    retrieval = level_metrics(found.embeds, ["global_caption", "global_summary"], found.present, found.owners)
-    objects = labelled_shards(str(scenes / "objects"))
-    scores = zero_shot_scores(model, processor, objects, None, 64)
-    texts, pictures = (torch.nn.functional.normalize(found.embeds[level], dim=1) for level in ("caption", "global"))
-    return {
-        "retrieval": retrieval,
-        "zero_shot": classification_metrics(scores, torch.tensor(objects.labels)),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "scale": float(model.logit_scale.detach().exp()),
-        "loss_weights": model.config.loss_weights,
-        "label_smoothing": model.config.label_smoothing,
-    }, {"caption_scores": (texts @ pictures.T).numpy(), "object_scores": scores.numpy()}
-
-
-def evaluate_run(args: DemoArguments, name: str) -> dict[str, Any]:
+def evaluate_run(args: DemoArguments, name: str) -> Scores:
     """The scores of a finished run; what is behind them goes to evaluation/NAME.npz."""
     scores, arrays = score_model(args.folder / name / "final", args.folder / "scenes")
     save_arrays(args.folder / f"evaluation/{name}.npz", **arrays)
@@ -300,11 +284,8 @@ def evaluate_run(args: DemoArguments, name: str) -> dict[str, Any]:
 ##################################################################################################
 
 
-def reported_run(args: DemoArguments, name: str, scores: dict[str, Any]):
+def reported_run(args: DemoArguments, name: str, scores: Scores) -> ReportedRun:
     """What the report says about one run."""
-    from training.loop.tracking import read_metrics
-    from training.reports.demo_page import ReportedRun
-
     record = training_record(args, name)
     with np.load(args.folder / f"evaluation/{name}.npz") as arrays:
         caption_scores, object_scores = (torch.from_numpy(arrays[key]) for key in ("caption_scores", "object_scores"))
@@ -325,12 +306,6 @@ def reported_run(args: DemoArguments, name: str, scores: dict[str, Any]):
 
 def report(args: DemoArguments, stages: Stages) -> Path:
     """Collects what the stages left and writes report.html."""
-    from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES
-    from training.data.labelled import labelled_shards
-    from training.data.samples import ShardSamples
-    from training.emoji.pictures import ATTRIBUTION
-    from training.reports.demo_page import SCENES_SHOWN, ReportedDemo, write_report
-
     scenes = args.folder / "scenes"
     objects, results = labelled_shards(str(scenes / "objects")), stages.result("evaluate")
     path = args.folder / "report.html"
@@ -361,10 +336,6 @@ def report(args: DemoArguments, stages: Stages) -> Path:
 
 def setup_text(args: DemoArguments) -> str:
     """Machine, versions and settings in a sentence or two."""
-    import platform
-
-    import transformers
-
     settings = training_record(args, "pyramid")["settings"]
     return (
         f"{args.processes} training processes with {args.threads} threads each, {platform.machine()}, Python "
@@ -429,23 +400,23 @@ def summary(stages: Stages, path: Path) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parses the command line and runs the demo, or the one stage that it was started for."""
-    from transformers import HfArgumentParser
+def parse(argv: Sequence[str]) -> DemoArguments:
+    """The settings that the words of the command line stand for."""
+    return parse_settings(DemoArguments, argv, __doc__, config=False)
 
-    try:
-        (args,) = HfArgumentParser(DemoArguments, description=__doc__.split("\n")[0]).parse_args_into_dataclasses(argv)
-        if args.stage:
-            return {"train": train_stage, "reload": reload_stage}[args.stage](args)
-        path = run_demo(args)
-    except (ValueError, ImportError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_WRONG_SETTING
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues", file=sys.stderr)
-        return EXIT_INTERRUPTED
+
+def run(args: DemoArguments) -> int | None:
+    """The demo, or the one stage that the process was started for."""
+    if args.stage:
+        return {"train": train_stage, "reload": reload_stage}[args.stage](args)
+    path = run_demo(args)
     print(summary(Stages(args.folder, args.identity), path))
-    return 0
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(parse, run, argv, advice=lambda args: "The same command continues.")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,28 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from pyramidclip_hf.files import write_atomically
+from training.reports.demo_page import render
 from training.reports.plots import row_panels
+
+
+class Family(TypedDict):
+    """A family of a plan. runs: name -> settings; rows: table -> row -> name of its run."""
+
+    title: str
+    runs: dict[str, dict[str, Any]]
+    rows: dict[str, dict[str, str]]
+
+
+class Plan(TypedDict):
+    """What `training.ablations` runs. scenes: split -> how many; seeds: table -> which."""
+
+    scenes: dict[str, int]
+    families: dict[str, Family]
+    seeds: dict[str, list[int]]
+
 
 TEMPLATE = Path(__file__).with_name("ablations_template.html")
 # metric -> (what we measure, what the paper measured), in percent
@@ -145,9 +163,15 @@ def verdict(claim: str, difference: float, error: float | None) -> str:
 
 
 class Measured:
-    """The results of one family: family as in the plan, results as `training.ablations.read_results` gives them."""
+    """The results of one family.
 
-    def __init__(self, name: str, family: Mapping[str, Any], results: Iterable[Mapping[str, Any]]):
+    Args:
+        name: Of the family, in the plan.
+        family: It.
+        results: Those of all families, as `training.ablations.read_results` gives them.
+    """
+
+    def __init__(self, name: str, family: Family, results: Iterable[Mapping[str, Any]]):
         self.name, self.title, self.rows = name, family["title"], family["rows"]
         self.results = [result for result in results if result["family"] == name]
 
@@ -170,7 +194,7 @@ class Measured:
 
 @dataclass
 class Step:
-    """From one row to another: ours and the paper's difference in percentage points. error: of ours, or None."""
+    """From one row to another: our difference and the paper's, in percentage points; `error` is that of ours."""
 
     family: str
     before: tuple[str, str]
@@ -184,7 +208,7 @@ class Step:
 
     @property
     def title(self) -> str:
-        """ "peer level -> + global relation"."""
+        """Both rows, such as "peer level -> + global relation"."""
         return f"{ROW_TITLES[self.before[1]]} \u2192 {ROW_TITLES[self.after[1]]}"
 
 
@@ -213,7 +237,7 @@ def steps_of(measured: Measured) -> list[Step]:
 
 
 def with_deviation(values: Sequence[float]) -> str:
-    """ "41.3 ± 0.6", "41.3" of one value, "–" of none."""
+    """Mean and deviation, as "41.3 ± 0.6"; "41.3" of one value, "–" of none."""
     if not values:
         return "\u2013"
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -221,7 +245,7 @@ def with_deviation(values: Sequence[float]) -> str:
 
 
 def signed(number: float) -> str:
-    """ "+2.0" or "−2.0"; what rounds to nothing is "0.0"."""
+    """The number as "+2.0" or "−2.0"; what rounds to nothing is "0.0"."""
     text = f"{abs(number):.1f}"
     return text if text == "0.0" else ("+" if number > 0 else MINUS) + text
 
@@ -331,7 +355,7 @@ def how_judged() -> str:
     )
 
 
-def setup_text(plan: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
+def setup_text(plan: Plan, results: Sequence[Mapping[str, Any]]) -> str:
     """What was run, on what."""
     import torch
 
@@ -352,7 +376,7 @@ def setup_text(plan: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) ->
     )
 
 
-def metric_text(plan: Mapping[str, Any]) -> str:
+def metric_text(plan: Plan) -> str:
     """What is measured, in both."""
     return (
         f"Ours: top-1 on pictures of single objects with prompts, and recall at 1 among {plan['scenes']['validation']} "
@@ -383,7 +407,7 @@ def plot(measured: Measured, table: str) -> str | None:
     return row_panels([ROW_TITLES[row] for row in rows], panels)
 
 
-def page_content(plan: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def page_content(plan: Plan, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The values that the template and the Markdown name."""
     families = [Measured(name, family, results) for name, family in plan["families"].items() if name in PAPER]
     steps = {measured.name: steps_of(measured) for measured in families}
@@ -450,10 +474,8 @@ def markdown(content: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write_page(plan: Mapping[str, Any], results: Sequence[Mapping[str, Any]], folder: Path) -> Path:
+def write_page(plan: Plan, results: Sequence[Mapping[str, Any]], folder: Path) -> Path:
     """Writes report.html and report.md into `folder`; returns the page's path."""
-    from training.reports.demo_page import render
-
     content = page_content(plan, results)
     page = folder / "report.html"
     write_atomically(page, render(TEMPLATE, content).encode())

@@ -5,9 +5,10 @@ decided in `training.demo`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,9 +28,18 @@ CAPTION_PAIR = "global_caption"
 class ReportedRun:
     """One trained model.
 
-    name: "pyramid", "clip" or "clip_same_time". log: lines of metrics.jsonl. retrieval: pair -> `retrieval_metrics`.
-    zero_shot: `classification_metrics`. caption_scores: (Q, I) cosines of held-out captions and pictures, in one order.
-    object_scores: (N, C) cosines of single-object pictures and classes.
+    Attributes:
+        name: "pyramid", "clip" or "clip_same_time".
+        title: Its name for readers.
+        objective: Its terms and weights.
+        steps: Optimizer steps.
+        samples: Samples seen.
+        seconds: Of training.
+        log: Lines of metrics.jsonl.
+        retrieval: Pair -> `retrieval_metrics`.
+        zero_shot: `classification_metrics`.
+        caption_scores: (Q, I) float32, cosines of held-out captions and pictures, in one order.
+        object_scores: (N, C) float32, cosines of single-object pictures and classes.
     """
 
     name: str
@@ -38,9 +48,9 @@ class ReportedRun:
     steps: int
     samples: int
     seconds: float
-    log: list[dict]
+    log: list[dict[str, Any]]
     retrieval: dict[str, dict[str, float]]
-    zero_shot: dict[str, float]
+    zero_shot: Mapping[str, float | int]
     caption_scores: torch.Tensor
     object_scores: torch.Tensor
 
@@ -49,11 +59,24 @@ class ReportedRun:
 class ReportedDemo:
     """Everything on the page.
 
-    runs: the pyramid first, then CLIP. scenes: training samples to show. validation: the held-out samples, in the order
-    of `caption_scores`. objects, labels: the single objects, in the order of `object_scores`; class_names: its columns.
-    template_count: prompts a class. scale: the pyramid's softmax scale. smoothing, batch_size, parameters,
-    training_scenes: of the training. reload: process numbers, tensors and numbers compared. stages: (title, seconds,
-    CPU seconds of all processes).
+    Attributes:
+        runs: The pyramid first, then CLIP.
+        scenes: Training samples to show.
+        validation: The held-out samples, in the order of `caption_scores`.
+        objects: The single objects, in the order of `object_scores`.
+        labels: Their class numbers.
+        class_names: Names of the classes, the columns of `object_scores`.
+        template_count: Prompts of a class.
+        scale: The pyramid's softmax scale.
+        smoothing: Share of the targets that is spread, in training.
+        batch_size: Pairs in an optimizer step.
+        parameters: How many the model has.
+        training_scenes: How many there were.
+        attribution: The line that pictures made of the data must carry.
+        reload: Process numbers, and what of the embeddings was compared, see `training.demo.reload_stage`.
+        stages: Title, seconds, and CPU seconds of all processes, of each stage.
+        setup: Machine, versions and settings.
+        commands: How to repeat the parts by hand.
     """
 
     runs: list[ReportedRun]
@@ -69,14 +92,18 @@ class ReportedDemo:
     parameters: int
     training_scenes: int
     attribution: str
-    reload: dict
+    reload: dict[str, Any]
     stages: list[tuple[str, float, float]]
     setup: str
     commands: str
 
 
-def render(template: Path, content: dict) -> str:
-    """The page that a Jinja template and its values make; every value that the template names must be there."""
+def render(template: Path, content: Mapping[str, Any]) -> str:
+    """The page that a Jinja template and its values make; every value that the template names must be there.
+
+    Raises:
+        ImportError: jinja2 is not installed.
+    """
     try:
         import jinja2
     except ImportError as error:
@@ -90,7 +117,7 @@ def write_report(demo: ReportedDemo, path: str | Path) -> None:
     write_atomically(path, render(TEMPLATE, page_content(demo)).encode())
 
 
-def page_content(demo: ReportedDemo) -> dict:
+def page_content(demo: ReportedDemo) -> dict[str, Any]:
     """The values that the template names: texts, data URIs, rows of tables."""
     return {
         "title": "emoji scenes",
@@ -107,17 +134,19 @@ def page_content(demo: ReportedDemo) -> dict:
 
 def picture_uri(sample: Sample) -> str:
     """The sample's picture, as it is stored, as a data URI."""
+    if sample.image is None:
+        raise ValueError(f"sample {sample.key} has no picture")
     return data_uri(sample.image, MEDIA_TYPES[sample.image_suffix])
 
 
-def _box(region: Region) -> dict:
+def _box(region: Region) -> dict[str, Any]:
     """A region's frame in percent of the picture."""
     x1, y1, x2, y2 = (round(100 * edge, 1) for edge in region.box)
     return {"phrase": phrase(region), "left": x1, "top": y1, "width": round(x2 - x1, 1), "height": round(y2 - y1, 1)}
 
 
 def percent(share: float) -> str:
-    """0.1234 -> "12.3 %"."""
+    """Writes 0.1234 as "12.3 %"."""
     return f"{100 * share:.1f} %"
 
 
@@ -125,7 +154,7 @@ def _recall(run: ReportedRun, k: int = 1) -> float:
     return run.retrieval[CAPTION_PAIR][f"text_to_image_R@{k}"]
 
 
-def _introduction(demo: ReportedDemo) -> dict:
+def _introduction(demo: ReportedDemo) -> dict[str, Any]:
     pyramid, clip = demo.runs[:2]
     chance = 1 / len(demo.validation)
     recall, top_1 = _recall(pyramid), pyramid.zero_shot["top_1"]
@@ -181,20 +210,26 @@ def _introduction(demo: ReportedDemo) -> dict:
     return {"cards": cards, "lead": lead, "data_text": data_text, "scenes": scenes}
 
 
-def _row(demo: ReportedDemo, label: str, values: Sequence[float], chance: float | None, best=max, text=percent) -> dict:
+def _row(
+    label: str,
+    values: Sequence[float],
+    chance: float | None,
+    best: Callable[[Sequence[float]], float] | None = max,
+    text: Callable[[float], str] = percent,
+) -> dict[str, Any]:
     """A row of the comparison; the best of its values stands out."""
     top = best(values) if best else None
     cells = [{"text": text(value), "best": best is not None and value == top} for value in values]
     return {"section": None, "label": label, "cells": cells, "chance": "" if chance is None else text(chance)}
 
 
-def _comparison(demo: ReportedDemo) -> dict:
+def _comparison(demo: ReportedDemo) -> dict[str, Any]:
     runs, scenes, classes = demo.runs, len(demo.validation), len(demo.class_names)
     rows = [
-        _row(demo, "samples seen", [run.samples for run in runs], None, None, "{:,}".format),
-        _row(demo, "optimizer steps", [run.steps for run in runs], None, None, "{:,}".format),
-        _row(demo, "training time", [run.seconds for run in runs], None, None, "{:.0f} s".format),
-        _row(demo, "samples a second", [run.samples / run.seconds for run in runs], None, None, "{:.0f}".format),
+        _row("samples seen", [run.samples for run in runs], None, None, "{:,}".format),
+        _row("optimizer steps", [run.steps for run in runs], None, None, "{:,}".format),
+        _row("training time", [run.seconds for run in runs], None, None, "{:.0f} s".format),
+        _row("samples a second", [run.samples / run.seconds for run in runs], None, None, "{:.0f}".format),
     ]
     directions = {
         "text_to_image": f"Caption to picture, among {scenes} unseen scenes",
@@ -204,12 +239,12 @@ def _comparison(demo: ReportedDemo) -> dict:
         rows.append({"section": title})
         for k in (1, 5, 10):
             values = [run.retrieval[CAPTION_PAIR][f"{direction}_R@{k}"] for run in runs]
-            rows.append(_row(demo, f"R@{k}", values, k / scenes))
+            rows.append(_row(f"R@{k}", values, k / scenes))
         ranks = [run.retrieval[CAPTION_PAIR][f"{direction}_mean_rank"] for run in runs]
-        rows.append(_row(demo, "mean rank", ranks, (scenes + 1) / 2, min, "{:.1f}".format))
+        rows.append(_row("mean rank", ranks, (scenes + 1) / 2, min, "{:.1f}".format))
     rows.append({"section": f"Zero-shot classification of {len(demo.objects):,} pictures of single objects"})
     for k in (1, 5):
-        rows.append(_row(demo, f"top-{k}", [run.zero_shot[f"top_{k}"] for run in runs], k / classes))
+        rows.append(_row(f"top-{k}", [run.zero_shot[f"top_{k}"] for run in runs], k / classes))
     text = (
         "All models come from the same code and the same settings; only the mapping that names the objective differs: "
         + "; ".join(f"{run.title}: {run.objective}" for run in runs[:2])
@@ -232,7 +267,7 @@ def _comparison(demo: ReportedDemo) -> dict:
     }
 
 
-def _recall_plot(demo: ReportedDemo) -> dict:
+def _recall_plot(demo: ReportedDemo) -> dict[str, Any]:
     key, curves = f"validation/{CAPTION_PAIR}/text_to_image_R@1", {}
     for run in demo.runs:
         measured = [line for line in run.log if key in line]
@@ -246,7 +281,7 @@ def _recall_plot(demo: ReportedDemo) -> dict:
     return {"recall_plot": plot, "recall_caption": caption}
 
 
-def _losses(demo: ReportedDemo) -> dict:
+def _losses(demo: ReportedDemo) -> dict[str, Any]:
     chance, floor = math.log(demo.batch_size), loss_floor(demo.smoothing, demo.batch_size)
     plots = []
     for run in demo.runs:
@@ -267,7 +302,7 @@ def _losses(demo: ReportedDemo) -> dict:
     return {"loss_plots": plots, "loss_text": text}
 
 
-def _retrieval(demo: ReportedDemo) -> dict:
+def _retrieval(demo: ReportedDemo) -> dict[str, Any]:
     ids = torch.arange(len(demo.validation))
     ranks = [_ranks(run.caption_scores, ids) for run in demo.runs[:2]]
     queries = []
@@ -299,7 +334,7 @@ def _ranks(scores: torch.Tensor, ids: torch.Tensor) -> list[float]:
     return rank_counts(scores, torch.eye(scores.shape[1]), ids, torch.arange(scores.shape[1])).rank().tolist()
 
 
-def _zero_shot(demo: ReportedDemo) -> dict:
+def _zero_shot(demo: ReportedDemo) -> dict[str, Any]:
     run, labels = demo.runs[0], torch.tensor(demo.labels)
     right = rank_counts(
         run.object_scores, torch.eye(len(demo.class_names)), labels, torch.arange(len(demo.class_names))
@@ -343,7 +378,7 @@ def _zero_shot(demo: ReportedDemo) -> dict:
     }
 
 
-def _reload_and_setup(demo: ReportedDemo) -> dict:
+def _reload_and_setup(demo: ReportedDemo) -> dict[str, Any]:
     reload = demo.reload
     text = (
         f"The training process (number {reload['training_process']}) embedded {reload['pictures']:,} pictures and "

@@ -4,6 +4,11 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Of the runs, the same everywhere on the page; told apart in grey print and by the colour-blind too.
 COLOURS = {"pyramid": "#1f5fbf", "clip": "#e07b1a", "clip_same_time": "#8f5a9e"}
@@ -26,7 +31,7 @@ def loss_floor(smoothing: float, pairs: int) -> float:
 
 def loss_curves(steps: Sequence[int], terms: Mapping[str, Sequence[float]], chance: float, floor: float) -> str:
     """Loss of each term against optimizer steps; dashed what guessing has, and the least possible value."""
-    figure, axes = _figure(9.6, 3.6)
+    figure, (axes,) = _figure(9.6, 3.6)
     for (name, values), colour in zip(terms.items(), TERM_COLOURS):
         axes.plot(steps, values, color=colour, linewidth=1.7, label=name)
     for value, text in ((chance, f"guessing: ln N = {chance:.2f}"), (floor, f"least possible: {floor:.2f}")):
@@ -44,8 +49,13 @@ def loss_curves(steps: Sequence[int], terms: Mapping[str, Sequence[float]], chan
 
 
 def recall_curves(runs: Mapping[str, tuple[str, Sequence[float], Sequence[float]]], chance: float) -> str:
-    """R@1 on unseen scenes against seconds of training. runs: name -> (title, seconds, shares)."""
-    figure, axes = _figure(9.6, 3.4)
+    """R@1 on unseen scenes against seconds of training.
+
+    Args:
+        runs: Name -> title, seconds, and the shares at these.
+        chance: The share that guessing has.
+    """
+    figure, (axes,) = _figure(9.6, 3.4)
     for name, (title, seconds, shares) in runs.items():
         percent = [100 * share for share in shares]
         axes.plot(seconds, percent, color=COLOURS[name], linewidth=2, marker="o", markersize=4, label=title)
@@ -69,7 +79,7 @@ def recall_curves(runs: Mapping[str, tuple[str, Sequence[float], Sequence[float]
 def class_bars(accuracy: Mapping[str, float], chance: float) -> str:
     """Top-1 of each class as bars, best first."""
     order = sorted(accuracy, key=lambda name: (-accuracy[name], name))
-    figure, axes = _figure(11, 3.2)
+    figure, (axes,) = _figure(11, 3.2)
     axes.bar(range(len(order)), [100 * accuracy[name] for name in order], color=COLOURS["pyramid"], width=0.75)
     axes.axhline(100 * chance, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_xticks(range(len(order)), order, rotation=90, fontsize=7.5)
@@ -80,9 +90,11 @@ def class_bars(accuracy: Mapping[str, float], chance: float) -> str:
 
 
 def row_panels(rows: Sequence[str], panels: Mapping[str, tuple[Sequence[Sequence[float]], Sequence[float]]]) -> str:
-    """Side by side for each panel: our values over the rows of a table, and, dashed on an axis of its own, the paper's.
+    """Panels side by side: our values over the rows of a table, and, dashed on an axis of its own, the paper's.
 
-    panels: title -> (values of each row, one a seed and possibly none; the paper's value of each row), in percent.
+    Args:
+        rows: Names of the rows.
+        panels: Title -> values of each row, one a seed and possibly none, and the paper's value of each; in percent.
     """
     figure, all_axes = _figure(4.0 * len(panels), 3.6, len(panels))
     places = range(len(rows))
@@ -92,7 +104,7 @@ def row_panels(rows: Sequence[str], panels: Mapping[str, tuple[Sequence[Sequence
         told.tick_params(colors=SOFT, labelsize=8.5)
         told.spines[["top", "left", "right", "bottom"]].set_visible(False)
         dots = [(place, value) for place, values in zip(places, ours) for value in values]
-        axes.scatter(*zip(*dots), color=COLOURS["clip"], s=16, zorder=3)
+        axes.scatter([place for place, _ in dots], [value for _, value in dots], color=COLOURS["clip"], s=16, zorder=3)
         means = [(place, sum(values) / len(values)) for place, values in zip(places, ours) if values]
         axes.plot(*zip(*means), color=COLOURS["pyramid"], linewidth=1.8)
         axes.set_xticks(places, rows, rotation=28, ha="right", fontsize=8)
@@ -100,8 +112,8 @@ def row_panels(rows: Sequence[str], panels: Mapping[str, tuple[Sequence[Sequence
     return _svg(figure)
 
 
-def _figure(width: float, height: float, columns: int = 1):
-    """A figure with its axes, or its list of axes where there are several columns."""
+def _figure(width: float, height: float, columns: int = 1) -> "tuple[Figure, list[Axes]]":
+    """A figure, in inches, and its axes, one a column."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -114,10 +126,10 @@ def _figure(width: float, height: float, columns: int = 1):
         axes.tick_params(color="#c9cfda", labelcolor=INK, labelsize=9.5)
         axes.grid(axis="y", color="#eceff4", linewidth=1)
         axes.set_axisbelow(True)
-    return figure, (every[0] if columns == 1 else list(every))
+    return figure, list(every)
 
 
-def _svg(figure) -> str:
+def _svg(figure: "Figure") -> str:
     import matplotlib
 
     file = io.BytesIO()

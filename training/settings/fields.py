@@ -10,6 +10,7 @@ The rest is derived from the declaration: the checks of a value (`check_fields`)
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -89,6 +90,11 @@ def redeclared(entry: dataclasses.Field[Any], default: Any, help: str | None = N
     kept = {name: entry.metadata[name] for name in ("section", "identity")}
     metadata = setting(default, entry.metadata["help"] if help is None else help, **(kept | changes)).metadata
     return _field(default, {**metadata, "checks": (*entry.metadata["checks"], *metadata["checks"])})
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use: what defaults of numbers of processes begin with."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 ##################################################################################################

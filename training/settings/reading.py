@@ -22,7 +22,7 @@ import textwrap
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pyramidclip_command import CommandParser
 from training.settings.fields import default_of, in_sections
@@ -100,20 +100,26 @@ def _truth(word: str) -> bool:
 
 
 def argument_parser(
-    settings_class: type[Any], doc: str | None = None, *, config: bool = True, exit_codes: Sequence[int] = ()
+    settings_class: type[Any],
+    doc: str | None = None,
+    *,
+    config: bool = True,
+    command: str = "",
+    exit_codes: Sequence[int] = (),
 ) -> argparse.ArgumentParser:
     """The parser of a command, with a flag for each field of a dataclass: what is named and no defaults.
 
     Args:
         settings_class: The dataclass. Fields that no `setting` made have their help in `metadata["help"]`.
         doc: The docstring of the command's module, the head of the help.
-        config: Whether there is a flag `--config` for a YAML file.
+        config: Whether there is a flag `--config` for a YAML file. Without it, a field that has no default is required.
+        command: The words that come before the flags.
         exit_codes: See `CommandParser`.
     """
-    file, flags = ("[--config FILE] ", "[--setting value ...]") if config else ("", "[--flag value ...]")
+    file, flags = ("[--config FILE]", "[--setting value ...]") if config else ("", "[--flag value ...]")
     parser = _Parser(
         description=_description(doc),
-        usage=f"%(prog)s {file}{flags}",
+        usage=" ".join(word for word in ("%(prog)s", command, file, flags) if word),
         formatter_class=_Help,
         argument_default=argparse.SUPPRESS,
         exit_codes=exit_codes,
@@ -135,6 +141,7 @@ def _add_flag(group: Any, entry: dataclasses.Field[Any], kind: Any) -> None:
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         text += f" (default: {str(shown).lower() if isinstance(shown, bool) else shown})"
     options: dict[str, Any] = {"dest": entry.name, "help": text.replace("%", "%%")}
+    options |= {"required": default is dataclasses.MISSING}
     if kind is bool:
         flags = [flag, f"--no-{flag.removeprefix('--')}"] if default else [flag]
         group.add_argument(*flags, action=_Switch, nargs="?", const=True, type=_truth, metavar="BOOL", **options)
@@ -162,19 +169,24 @@ def parse_settings(
     doc: str | None = None,
     *,
     config: bool = True,
+    command: str = "",
     exit_codes: Sequence[int] = (),
 ) -> Settings:
     """The settings that the words of a command line, without the program's name, stand for.
 
     Args:
-        settings_class: See `argument_parser`, also for `doc`, `config` and `exit_codes`.
+        settings_class: The dataclass, see `argument_parser`.
         argv: The words.
+        doc: See `argument_parser`.
+        config: See `argument_parser`.
+        command: See `argument_parser`; not in `argv`.
+        exit_codes: See `CommandParser`.
 
     Raises:
         ValueError: A key or flag is unknown (near ones are named), a value has the wrong type, or the dataclass refuses
             what it is given.
     """
-    parser = argument_parser(settings_class, doc, config=config, exit_codes=exit_codes)
+    parser = argument_parser(settings_class, doc, config=config, command=command, exit_codes=exit_codes)
     given, left_over = parser.parse_known_args([_dashed(word) for word in argv])
     if left_over:
         kind = "flag" if left_over[0].startswith("-") else "word"
@@ -183,15 +195,7 @@ def parse_settings(
     file = values.pop("config", None) if config else None
     if file is not None:
         values = {**read_settings(settings_class, file), **values}
-    missing = [entry.name for entry in dataclasses.fields(cast(Any, settings_class)) if _is_required(entry)]
-    missing = [f"--{name.replace('_', '-')}" for name in missing if name not in values]
-    if missing:
-        raise ValueError(f"the following arguments are required: {', '.join(missing)}")
     return settings_class(**values)
-
-
-def _is_required(entry: dataclasses.Field[Any]) -> bool:
-    return default_of(entry) is dataclasses.MISSING
 
 
 def _dashed(word: str) -> str:
@@ -215,7 +219,7 @@ def read_settings(settings_class: type[Any], path: str | Path) -> dict[str, Any]
         ValueError: A file is not there or not readable, a key is unknown, a value has the wrong type, or the files
             extend each other in a circle. The message names the file.
     """
-    parser, found = argument_parser(settings_class), {}
+    parser, found = argument_parser(settings_class), dict[str, Any]()
     for file, content in reversed(read_chain(path)):
         found |= {name: _value(settings_class, parser, file, name, value) for name, value in content.items()}
     return {name: value for name, value in found.items() if value is not None}

@@ -10,9 +10,9 @@ from training.settings.reading import is_mapping, value_types
 
 @dataclass(kw_only=True)
 class RunSettings:
-    """What every run has. A kind of training derives from it, adds its own fields, and repeats one of these only with
-    another default (`changed`). Sizes of batches say whose they are; durations are optimizer steps unless the name
-    says otherwise.
+    """What every run has: a kind of training derives from it, and repeats a field only to change it (`changed`).
+
+    Sizes of batches say whose they are; durations are optimizer steps unless the name says otherwise.
 
     Raises:
         ValueError: A value is outside of its bounds; the message names the field, what was expected and what came.
