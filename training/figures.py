@@ -15,15 +15,24 @@ settings or data are wrong.
 import io
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from PIL import Image
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+from pyramidclip_command import run_command
 from pyramidclip_hf.explain import explain_image, explain_regions
 from pyramidclip_hf.files import write_atomically
+from pyramidclip_hf.loading import choose_device
+from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES, class_embeddings, image_embeddings, retrieve, text_embeddings
 from training.data.records import Sample, phrase
 from training.data.samples import ShardSamples, open_picture
@@ -32,8 +41,8 @@ from training.evaluation.classification import read_templates
 from training.evaluation.loading import load_model
 from training.evaluation.tasks import EvaluationArguments, open_labelled, open_samples
 from training.reports.plots import INK, SOFT
+from training.settings.reading import parse_settings
 
-EXIT_WRONG_SETTING = 2
 RIGHT_COLOUR = "#17804a"
 
 
@@ -44,9 +53,10 @@ class FigureArguments:
     data: str = field(metadata={"help": "folder of shards or one shard; tsne, retrieval: what training.evaluate takes"})
     max_samples: int | None = field(default=None, metadata={"help": "use so many samples only"})
     dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "of the model"})
-    device: str = field(default="cpu", metadata={"help": "where the model runs, e.g. cuda"})
+    device: str = field(default="auto", metadata={"help": "where the model runs: auto, cpu, cuda, mps"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        """Checks the name of the picture and the numbers."""
         output = getattr(self, "output", None)
         if output is not None and Path(output).suffix.lower() != ".png":
             raise ValueError(f"--output {output}: expected the name of a .png file")
@@ -64,8 +74,13 @@ class SetArguments(FigureArguments):
     )
     split: str | None = field(default=None, metadata={"help": "split to read where the data has several"})
 
-    def evaluation(self, model: str, **settings) -> EvaluationArguments:
-        """The same data as settings of `training.evaluate`."""
+    def evaluation(self, model: str, **settings: Any) -> EvaluationArguments:
+        """The same data as settings of `training.evaluate`.
+
+        Args:
+            model: Folder or Hub id.
+            **settings: Further fields of `EvaluationArguments`.
+        """
         sets = [self.dataset] if self.dataset else []
         return EvaluationArguments(
             model=model, data=self.data, dataset=sets, split=self.split, max_samples=self.max_samples, **settings
@@ -109,7 +124,8 @@ class RetrievalArguments(SetArguments):
     )
     top: int = field(default=5, metadata={"help": "pictures shown for a caption"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        """Checks that there is a title for each model."""
         super().__post_init__()
         if self.titles is not None and len(self.titles) != len(self.models):
             raise ValueError(f"--titles: expected {len(self.models)}, one a model, got {len(self.titles)}")
@@ -127,7 +143,8 @@ class CheckArguments(FigureArguments):
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        """Checks the names in the prompt."""
         super().__post_init__()
         rest = self.prompt.replace("{label}", "").replace("{phrase}", "")
         if rest == self.prompt or "{" in rest or "}" in rest:
@@ -140,16 +157,31 @@ def attribution_of(data: str) -> str | None:
     return (read_dataset_json(folder) or {}).get("attribution")
 
 
+def _picture(sample: Sample) -> Image.Image:
+    if sample.image is None:
+        raise ValueError(f"sample {sample.key} has no picture")
+    return open_picture(sample.image, sample.key)
+
+
 ##################################################################################################
 #  t-SNE                                                                                         #
 ##################################################################################################
 
 
 def tsne_points(pictures: np.ndarray, prompts: np.ndarray, perplexity: float, keep_gap: bool = False) -> np.ndarray:
-    """(N + C, 2) places of N pictures and C prompts, from unit vectors (N, D) and (C, D); cosine distances, one seed.
+    """Places of N pictures and C prompts in the plane, by cosine distances; one seed.
 
     Pictures and texts of a contrastive model lie in two cones (Liang et al., NeurIPS 2022), which t-SNE would show and
     little else. Rankings do not depend on it, so the mean of each is taken off, unless `keep_gap`.
+
+    Args:
+        pictures: (N, D) float, unit vectors.
+        prompts: (C, D) float, unit vectors.
+        perplexity: Of t-SNE; lowered where there are few points.
+        keep_gap: Whether the means stay.
+
+    Returns:
+        (N + C, 2) float32.
     """
     try:
         from sklearn.manifold import TSNE
@@ -174,7 +206,7 @@ def draw_tsne(args: TsneArguments) -> str:
     ]
     if count < 2 or len(chosen) < 4:
         raise ValueError(f"{args.data}: t-SNE needs two classes and four pictures, got {count} and {len(chosen)}")
-    model, processor = load_model(args.model, args.dtype, args.device)
+    model, processor = load_model(args.model, args.dtype, choose_device(args.device))
     names = [data.class_names[number] for number in shown]
     templates = read_templates(args.templates) or IMAGENET_TEMPLATES
     prompts = class_embeddings(model, processor, names, templates, progress=True)
@@ -187,7 +219,8 @@ def draw_tsne(args: TsneArguments) -> str:
     axes.set_axis_off()
     colours = _class_colours(count)
     for number, (name, colour) in enumerate(zip(names, colours)):
-        axes.scatter(*points[: len(chosen)][labels == number].T, s=14, color=colour, alpha=0.55, linewidths=0)
+        along, up = points[: len(chosen)][labels == number].T
+        axes.scatter(along, up, s=14, color=colour, alpha=0.55, linewidths=0)
         stars = points[len(chosen) :]
         x, y = stars[number]
         axes.scatter(x, y, s=230, marker="*", color=colour, edgecolors=INK, linewidths=0.9, zorder=3)
@@ -202,7 +235,7 @@ def draw_tsne(args: TsneArguments) -> str:
     return f"{args.output}: {len(chosen)} pictures and {count} prompts"
 
 
-def _class_colours(count: int) -> list:
+def _class_colours(count: int) -> list[Any]:
     from matplotlib import colormaps
 
     if count <= 20:
@@ -227,14 +260,14 @@ def draw_retrieval(args: RetrievalArguments) -> str:
     top = min(args.top, len(samples))
     rows = len(args.queries) * len(args.models)
     figure = _figure((1.85 * top + 1.3, 2.15 * rows + 0.5 * len(args.queries)), None, attribution_of(args.data))
-    blocks = np.atleast_1d(figure.subfigures(len(args.queries), 1))
+    blocks = figure.subfigures(len(args.queries), 1, squeeze=False)[:, 0]
     grids = [np.reshape(block.subplots(len(args.models), top), (len(args.models), top)) for block in blocks]
     for block, caption in zip(blocks, captions):
         block.suptitle("\n".join(textwrap.wrap(f"“{caption}”", 21 * top)), fontsize=11, color=INK)
     hits = []
     for row, name in enumerate(args.models):
-        model, processor = load_model(name, args.dtype, args.device)
-        pictures = (open_picture(sample.image, sample.key) for sample in samples)
+        model, processor = load_model(name, args.dtype, choose_device(args.device))
+        pictures = (_picture(sample) for sample in samples)
         matches = retrieve(
             text_embeddings(model, processor, captions),
             image_embeddings(model, processor, pictures, progress=True),
@@ -245,7 +278,7 @@ def draw_retrieval(args: RetrievalArguments) -> str:
             hits[-1] += query in found
             grid[row, 0].set_ylabel(args.titles[row] if args.titles else _title(name), fontsize=10, color=INK)
             for axes, number in zip(grid[row], found):
-                picture = open_picture(samples[number].image, samples[number].key)
+                picture = _picture(samples[number])
                 explanation = explain_image(model, processor, picture, caption)
                 _draw_hit(axes, explanation.overlay(picture), explanation.score, number == query)
     _save(figure, args.output)
@@ -253,7 +286,7 @@ def draw_retrieval(args: RetrievalArguments) -> str:
     return f"{args.output}: the right picture among the first {top}: {found}"
 
 
-def _draw_hit(axes, picture, score: float, right: bool) -> None:
+def _draw_hit(axes: "Axes", picture: Image.Image, score: float, right: bool) -> None:
     """One found picture; the right one has a green frame and says so."""
     axes.imshow(picture)
     axes.set_xticks([])
@@ -273,9 +306,12 @@ def _draw_hit(axes, picture, score: float, right: bool) -> None:
 class Localisation:
     """One entry an object that a text named, each list of the same length.
 
-    mass: share of the heat inside the object's box. area: share of the picture that the box covers. hit: whether the
-    hottest pixel lies in the box. found: whether the most relevant region is the object's, None without features.
-    chance: 1 / regions.
+    Attributes:
+        mass: Share of the heat inside the object's box.
+        area: Share of the picture that the box covers.
+        hit: Whether the hottest pixel lies in the box.
+        found: Whether the most relevant region is the object's; None without features.
+        chance: 1 / regions.
     """
 
     mass: list[float]
@@ -285,12 +321,21 @@ class Localisation:
     chance: list[float]
 
 
-def localisation(model, processor, samples: Sequence[Sample], prompt: str = "a {phrase}") -> Localisation:
+def localisation(
+    model: PyramidCLIPModel, processor: PyramidCLIPProcessor, samples: Sequence[Sample], prompt: str = "a {phrase}"
+) -> Localisation:
     """How well heat maps and region relevances find the objects of samples with labelled boxes.
 
     Each region with a label of its own in its picture is asked for. A map of zeros has mass 0.
 
-    Raises ValueError where no sample has such a region.
+    Args:
+        model: In evaluation mode.
+        processor: Its processor.
+        samples: With pictures, and with regions that have labels.
+        prompt: Text for an object, see `CheckArguments`.
+
+    Raises:
+        ValueError: No sample has such a region.
     """
     from tqdm.auto import tqdm
 
@@ -301,7 +346,7 @@ def localisation(model, processor, samples: Sequence[Sample], prompt: str = "a {
         for place, region in enumerate(regions):
             if not region.label or labels.count(region.label) > 1:
                 continue
-            picture = picture or open_picture(sample.image, sample.key)
+            picture = picture or _picture(sample)
             text = prompt.replace("{label}", region.label).replace("{phrase}", phrase(region))
             heat = explain_image(model, processor, picture, text).heat
             inside = _inside(region.box, heat.shape)
@@ -328,7 +373,7 @@ def _inside(box: Sequence[float], shape: tuple[int, int]) -> np.ndarray:
 
 def print_check(args: CheckArguments) -> str:
     """Runs the check and returns its table."""
-    model, processor = load_model(args.model, args.dtype, args.device)
+    model, processor = load_model(args.model, args.dtype, choose_device(args.device))
     found = localisation(model, processor, ShardSamples(args.data, args.max_samples), args.prompt)
     mass, area = np.array(found.mass), np.array(found.area)
     asked = [one for one in found.found if one is not None]
@@ -357,7 +402,7 @@ def _title(name: str) -> str:
     return path.parent.name if path.name == "final" and path.parent.name else path.name
 
 
-def _figure(size: tuple[float, float], title: str | None, attribution: str | None):
+def _figure(size: tuple[float, float], title: str | None, attribution: str | None) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -370,7 +415,7 @@ def _figure(size: tuple[float, float], title: str | None, attribution: str | Non
     return figure
 
 
-def _save(figure, output: str) -> None:
+def _save(figure: "Figure", output: str) -> None:
     import matplotlib
 
     file = io.BytesIO()
@@ -380,32 +425,36 @@ def _save(figure, output: str) -> None:
     write_atomically(output, file.getvalue())
 
 
-COMMANDS = {
+# What can be asked for -> its settings, and the function that draws and returns what to print.
+FIGURES: dict[str, tuple[type[FigureArguments], Callable[[Any], str]]] = {
     "tsne": (TsneArguments, draw_tsne),
     "retrieval": (RetrievalArguments, draw_retrieval),
     "check": (CheckArguments, print_check),
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parses the command line, draws or checks, and returns the exit code."""
-    from transformers import HfArgumentParser
+def parse(argv: Sequence[str]) -> FigureArguments:
+    """The settings of the figure, or of the check, that the words of the command line stand for."""
+    if argv and argv[0] in ("-h", "--help"):
+        print(__doc__)
+        raise SystemExit(0)
+    if not argv or argv[0] not in FIGURES:
+        got = repr(argv[0]) if argv else "nothing"
+        raise ValueError(f"expected one of {', '.join(FIGURES)}, as in `python -m training.figures tsne`, got {got}")
+    name, *words = argv
+    kind, _ = FIGURES[name]
+    return parse_settings(kind, words, kind.__doc__, config=False, command=name)
 
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] not in COMMANDS:
-        print(__doc__, file=sys.stdout if argv and argv[0] in ("-h", "--help") else sys.stderr)
-        return 0 if argv and argv[0] in ("-h", "--help") else EXIT_WRONG_SETTING
-    arguments, run = COMMANDS[argv[0]]
-    parser = HfArgumentParser(
-        arguments, prog=f"training.figures {argv[0]}", description=arguments.__doc__, allow_abbrev=False
-    )
-    try:
-        (args,) = parser.parse_args_into_dataclasses(argv[1:])
-        print(run(args))
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_WRONG_SETTING
-    return 0
+
+def run(args: FigureArguments) -> None:
+    """Draws or checks, and says what."""
+    (draw,) = [draw for kind, draw in FIGURES.values() if type(args) is kind]
+    print(draw(args))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(parse, run, argv)
 
 
 if __name__ == "__main__":

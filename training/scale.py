@@ -1,27 +1,27 @@
 """What a run needs, worked out from its recipe before any GPU is rented: memory, arithmetic, reading, communication.
 
-    python -m training.scale --config training/configs/vit_b_32_143m_32_epochs.yaml --gpus 64 [--teraflops 120]
-    [--samples N]
+    python -m training.scale --config training/configs/vit_b_32_143m_32_epochs.yaml --gpus 64
 
 The model is traced on fake tensors (shapes without data), as it is: activation memory is what autograd really keeps
 of it, arithmetic is what its operations really do. `docs/scale.md` compares both with measurements and works an
 example.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from pyramidclip_command import run_command
 from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES, LEVELS, PyramidCLIPConfig
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from training.loop.objective import ContrastiveObjective
 from training.settings.pretraining import PretrainingArguments
-from training.settings.reading import parse_settings
+from training.settings.reading import parse_settings, read_settings
 
 GB = 1e9
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,17 +30,31 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-def _attention_flops(query, key, value, *rest, out_shape=None, **options) -> int:
+def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
     return sdpa_flop_count(query, key, value)
+
+
+@dataclass(kw_only=True)
+class ScaleArguments:
+    """Settings of `python -m training.scale`."""
+
+    config: str = field(metadata={"help": "recipe"})
+    gpus: int = field(metadata={"help": "number of GPUs"})
+    teraflops: float = field(default=120.0, metadata={"help": "arithmetic that a GPU really reaches, TFLOP/s"})
+    samples: int = field(default=143_000_000, metadata={"help": "samples in the data"})
+    tokens: int = field(default=24, metadata={"help": "length of texts under pooling: eos"})
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one GPU.
 
-    weights: fp32, buffers included. gradients: fp32, of trained weights. optimizer: AdamW's two moments. activations:
-    what autograd keeps of one forward pass over the GPU's pairs (or one chunk of them). loss: gathered embeddings,
-    their gradients, and the blocks of the closed-form loss.
+    Attributes:
+        weights: fp32, buffers included.
+        gradients: fp32, of trained weights.
+        optimizer: AdamW's two moments.
+        activations: What autograd keeps of one forward pass over the GPU's pairs, or one chunk of them.
+        loss: Gathered embeddings, their gradients, and the blocks of the closed-form loss.
     """
 
     weights: int
@@ -56,7 +70,11 @@ class Memory:
 
 
 def recipe_config(args: PretrainingArguments) -> PyramidCLIPConfig:
-    """The model's config that a recipe names; ValueError where it starts from saved weights, which would be read."""
+    """The model's config that a recipe names.
+
+    Raises:
+        ValueError: It starts from saved weights, which would be read.
+    """
     if args.model not in ARCHITECTURES:
         raise ValueError(f"model: expected one of {', '.join(ARCHITECTURES)} to work out its needs, got {args.model!r}")
     config = PyramidCLIPConfig.from_architecture(args.model, **(args.model_config or {}))
@@ -82,18 +100,38 @@ def _fake_batch(config: PyramidCLIPConfig, pairs: int, regions: int, tokens: int
     return batch
 
 
+@dataclass(frozen=True)
+class Trace:
+    """A forward pass on fake tensors.
+
+    Attributes:
+        objective: What was traced.
+        activations: Bytes kept for the backward pass; a tensor that several operations keep counts once, and weights
+            do not count.
+        operations: Floating-point operations.
+    """
+
+    objective: ContrastiveObjective
+    activations: int
+    operations: int
+
+
 def traced(
     config: PyramidCLIPConfig, pairs: int, precision: str, checkpointing: bool, regions: int = 10, tokens: int = 24
-):
-    """(objective, bytes kept for the backward pass, floating-point operations forward) for `pairs` pairs, on fake
-    tensors.
+) -> Trace:
+    """The forward pass of `pairs` pairs.
 
-    tokens: length of texts under `pooling="eos"`; under "max" it is 77. A tensor that several operations keep counts
-    once, and weights do not count.
+    Args:
+        config: Of the model.
+        pairs: Encoded at once.
+        precision: Of the autocast region, as in the settings.
+        checkpointing: Whether activations are recomputed.
+        regions: Of each picture.
+        tokens: Length of texts under `pooling="eos"`; under "max" it is 77.
     """
     kept: dict[int, int] = {}
 
-    def keep(tensor):
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if not isinstance(tensor, torch.nn.Parameter):
             kept[storage._cdata] = storage.nbytes()
@@ -115,7 +153,7 @@ def traced(
         with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             objective.embed(batch)
     activations = sum(size for address, size in kept.items() if address not in weights)
-    return objective, activations, counter.get_total_flops()
+    return Trace(objective, activations, counter.get_total_flops())
 
 
 def memory_per_gpu(args: PretrainingArguments, num_gpus: int, tokens: int = 24) -> Memory:
@@ -123,9 +161,8 @@ def memory_per_gpu(args: PretrainingArguments, num_gpus: int, tokens: int = 24) 
     config = recipe_config(args)
     pairs = args.per_device_batch_size(num_gpus)
     at_once = args.per_device_chunk_size or pairs
-    objective, activations, _ = traced(
-        config, at_once, args.precision, args.gradient_checkpointing, args.max_regions, tokens
-    )
+    trace = traced(config, at_once, args.precision, args.gradient_checkpointing, args.max_regions, tokens)
+    objective = trace.objective
     trained = 4 * sum(p.numel() for p in objective.parameters() if p.requires_grad)
     tensors = [*objective.parameters(), *objective.buffers()]
     levels, width = len(objective.levels), config.projection_dim
@@ -135,7 +172,7 @@ def memory_per_gpu(args: PretrainingArguments, num_gpus: int, tokens: int = 24) 
         weights=sum(t.numel() * t.element_size() for t in tensors),
         gradients=trained,
         optimizer=2 * trained,
-        activations=activations,
+        activations=trace.activations,
         loss=embeddings + 2 * (1 << 24),
     )
 
@@ -146,7 +183,7 @@ def flops_per_pair(args: PretrainingArguments, tokens: int = 24) -> float:
     Gradient caching and gradient checkpointing each add a forward pass.
     """
     pairs = 8
-    _, _, forward = traced(recipe_config(args), pairs, args.precision, False, args.max_regions, tokens)
+    forward = traced(recipe_config(args), pairs, args.precision, False, args.max_regions, tokens).operations
     passes = 3 + bool(args.per_device_chunk_size) + args.gradient_checkpointing
     return passes * forward / pairs
 
@@ -156,7 +193,7 @@ def report(args: PretrainingArguments, num_gpus: int, teraflops: float, samples:
     memory, flops = memory_per_gpu(args, num_gpus, tokens), flops_per_pair(args, tokens)
     config = recipe_config(args)
     pairs_per_second = teraflops * 1e12 / flops
-    steps = args.max_steps or args.epochs * (samples // args.global_batch_size)
+    steps = args.max_steps or (args.epochs or 0) * (samples // args.global_batch_size)
     hours = steps * args.global_batch_size / (pairs_per_second * num_gpus) / 3600
     objective = ContrastiveObjective(_fake_model(config), config.loss_weights, 0.0)
     gathered = 4 * len(objective.levels) * config.projection_dim * args.global_batch_size
@@ -167,15 +204,13 @@ def report(args: PretrainingArguments, num_gpus: int, teraflops: float, samples:
             f"{args.model} on {num_gpus} GPUs, global batch {args.global_batch_size} = {num_gpus} x "
             f"{args.per_device_batch_size(num_gpus)}",
             f"memory per GPU      {memory.total / GB:6.1f} GB: weights {memory.weights / GB:.2f}, gradients "
-            f"{memory.gradients / GB:.2f}, "
-            f"AdamW {memory.optimizer / GB:.2f}, activations {memory.activations / GB:.2f}, loss "
-            f"{memory.loss / GB:.2f}",
+            f"{memory.gradients / GB:.2f}, AdamW {memory.optimizer / GB:.2f}, activations "
+            f"{memory.activations / GB:.2f}, loss {memory.loss / GB:.2f}",
             f"arithmetic          {flops / 1e9:6.1f} GFLOP a pair and step; at {teraflops:g} TFLOP/s: "
             f"{pairs_per_second:.0f} pairs/s per GPU",
             f"reading             {pairs_per_second:6.0f} samples/s per GPU, {pairs_per_second * num_gpus:.0f} in all",
             f"gathers             1 all-gather of {gathered / 1e6:.0f} MB and 1 reduce-scatter of the same, 1 "
-            f"of {masks / 1e3:.0f} kB "
-            f"for masks; gradients: all-reduce of {trained / 1e6:.0f} MB",
+            f"of {masks / 1e3:.0f} kB for masks; gradients: all-reduce of {trained / 1e6:.0f} MB",
             f"length              {steps:,} steps, {hours:.0f} hours ({hours * num_gpus:.0f} GPU hours)",
         ]
     )
@@ -186,22 +221,20 @@ def _fake_model(config: PyramidCLIPConfig) -> PyramidCLIPModel:
         return PyramidCLIPModel(config)
 
 
+def parse(argv: Sequence[str]) -> ScaleArguments:
+    """The settings that the words of the command line stand for."""
+    return parse_settings(ScaleArguments, argv, __doc__, config=False)
+
+
+def run(args: ScaleArguments) -> None:
+    """Prints the page."""
+    recipe = PretrainingArguments(**read_settings(PretrainingArguments, args.config))
+    print(report(recipe, args.gpus, args.teraflops, args.samples, args.tokens))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses the command line, prints the report, and returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m training.scale", description=__doc__.split("\n")[0])
-    parser.add_argument("--config", required=True, help="recipe")
-    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs")
-    parser.add_argument("--teraflops", type=float, default=120.0, help="arithmetic that a GPU really reaches, TFLOP/s")
-    parser.add_argument("--samples", type=int, default=143_000_000, help="samples in the data")
-    parser.add_argument("--tokens", type=int, default=24, help="length of texts under pooling: eos")
-    chosen = parser.parse_args(argv)
-    try:
-        args = parse_settings(PretrainingArguments, ["--config", chosen.config])
-        print(report(args, chosen.gpus, chosen.teraflops, chosen.samples, chosen.tokens))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Runs the command and returns its exit code."""
+    return run_command(parse, run, argv)
 
 
 if __name__ == "__main__":
