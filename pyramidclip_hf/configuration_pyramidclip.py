@@ -63,6 +63,8 @@ TERMS: dict[str, tuple[str, str]] = {
 # Three groups of two (peer, global relation, local relation), each group a third of the loss (paper, section 3.4).
 DEFAULT_LOSS_WEIGHTS: dict[str, float] = dict.fromkeys(list(TERMS)[:6], 1 / 6)
 
+# What a saved configuration may hold beside its fields. A list, because a version of transformers does not know all the
+# keys that earlier and later ones write.
 _BASE_CONFIG_KEYS = {
     "model_type", "torch_dtype", "num_labels", "name_or_path", "auto_map", "attn_implementation", "output_attentions",
     "experts_implementation", "per_layer_config", "quantization_config", "custom_pipelines", "tie_word_embeddings",

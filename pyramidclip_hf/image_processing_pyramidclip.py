@@ -353,8 +353,9 @@ class PyramidCLIPImageProcessor(PilBackend):
 
 
 def _by_table(image: np.ndarray, scaled: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """`scaled(image)` of uint8 (C, H, W): each channel has 256 values, so computing those and looking them up gives
-    the same floats, sooner.
+    """`scaled(image)` of uint8 (C, H, W), sooner.
+
+    Each channel has 256 values: computing those and looking them up gives the same floats.
     """
     table = scaled(np.broadcast_to(np.arange(256, dtype=np.uint8), (len(image), 1, 256)))
     result = np.empty(image.shape, dtype=table.dtype)

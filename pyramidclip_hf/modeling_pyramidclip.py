@@ -31,7 +31,7 @@ from .configuration_pyramidclip import (
     levels_of,
     levels_of_kind,
 )
-from .loss_pyramidclip import normalize_embeds, pyramid_loss
+from .loss_pyramidclip import PyramidLoss, normalize_embeds, pyramid_loss
 from .modeling_pyramidclip_base import PyramidCLIPPreTrainedModel
 from .modeling_pyramidclip_resnet import PyramidCLIPAttentionPool, PyramidCLIPResNet
 from .modeling_pyramidclip_text import (
@@ -563,16 +563,7 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
                 logits = scale * captions @ pictures.to(captions.device).T
             output.logits_per_text, output.logits_per_image = logits, logits.T
         if return_loss:
-            device = next(iter(embeds.values())).device
-            masks = {name: _sample_mask(batch[level.mask]) for name, level in LEVELS.items() if level.mask}
-            loss = pyramid_loss(
-                {level: embed.to(device) for level, embed in embeds.items()},
-                self.logit_scale.to(device).exp(),
-                self.config.loss_weights,
-                self.config.label_smoothing,
-                present={level: mask if mask is None else mask.to(device) for level, mask in masks.items()},
-            )
-            output.loss, output.loss_terms = loss.loss, loss.terms
+            output.loss, output.loss_terms, _ = self._loss_of(embeds, batch)
         ordered = {**{LEVELS[level].output: embed for level, embed in embeds.items()}, **output}
         return PyramidCLIPOutput(**ordered)
 
@@ -585,6 +576,18 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
                 f"return_loss=True needs {[LEVELS[level].input for level in absent]} for the terms {terms} of "
                 'config.loss_weights; pass them, or set config.loss_weights, e.g. {"global_caption": 1.0} for CLIP.'
             )
+
+    def _loss_of(self, embeds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor | None]) -> PyramidLoss:
+        """`config.loss_weights` over unit vectors (B, P), which may lie on several devices, and the batch's masks."""
+        device = next(iter(embeds.values())).device
+        masks = {name: _sample_mask(batch[level.mask]) for name, level in LEVELS.items() if level.mask}
+        return pyramid_loss(
+            {level: embed.to(device) for level, embed in embeds.items()},
+            self.logit_scale.to(device).exp(),
+            self.config.loss_weights,
+            self.config.label_smoothing,
+            present={level: mask if mask is None else mask.to(device) for level, mask in masks.items()},
+        )
 
 
 def _sample_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -606,9 +609,11 @@ class PyramidCLIPTextModelWithProjection(PyramidCLIPPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
         return self.text_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the token embedding."""
         self.text_model.set_input_embeddings(value)
 
     @can_return_tuple
@@ -644,6 +649,7 @@ class PyramidCLIPVisionModelWithProjection(PyramidCLIPPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """The convolution that sees the pixels."""
         return self.vision_model.get_input_embeddings()
 
     @can_return_tuple
@@ -679,6 +685,7 @@ class PyramidCLIPForImageClassification(PyramidCLIPPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """The convolution that sees the pixels."""
         return self.vision_model.get_input_embeddings()
 
     @can_return_tuple

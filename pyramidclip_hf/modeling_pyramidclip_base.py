@@ -137,19 +137,23 @@ class PyramidCLIPPreTrainedModel(PreTrainedModel):
             )
 
     def train(self, mode: bool = True) -> Self:
+        """As in the base class; a fused model cannot be trained."""
         if mode:
             self._refuse_if_fused("train()")
         return super().train(mode)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the base class; a fused model has weights that no plain one can load."""
         self._refuse_if_fused("state_dict()")
         return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the base class; a fused model cannot take a plain one's weights."""
         self._refuse_if_fused("load_state_dict()")
         return super().load_state_dict(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in the base class; a fused model cannot be saved."""
         self._refuse_if_fused("save_pretrained()")
         return super().save_pretrained(*args, **kwargs)
 

@@ -20,7 +20,7 @@ from .modeling_pyramidclip_text import AttentionMask, eager_attention_forward, m
 
 
 class PyramidCLIPResNetStem(nn.Module):
-    """(B, 3, H, W) -> (B, width, H / 4, W / 4)."""
+    """Three convolutions and a pooling: a quarter of the size."""
 
     def __init__(self, config: PyramidCLIPVisionConfig):
         super().__init__()
@@ -33,6 +33,7 @@ class PyramidCLIPResNetStem(nn.Module):
         self.norm3 = nn.BatchNorm2d(config.width)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, width, H / 4, W / 4)."""
         hidden_states = F.relu(self.norm1(self.conv1(pixel_values)))
         hidden_states = F.relu(self.norm2(self.conv2(hidden_states)))
         hidden_states = F.relu(self.norm3(self.conv3(hidden_states)))
@@ -49,13 +50,14 @@ class PyramidCLIPResNetShortcut(nn.Module):
         self.norm = nn.BatchNorm2d(out_channels)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, C', H / stride, W / stride)."""
         if self.stride > 1:
             hidden_states = F.avg_pool2d(hidden_states, self.stride)
         return self.norm(self.conv(hidden_states))
 
 
 class PyramidCLIPResNetBottleneck(GradientCheckpointingLayer):
-    """1x1, 3x3, 1x1 convolutions; (B, C, H, W) -> (B, 4 * width, H / stride, W / stride)."""
+    """1x1, 3x3 and 1x1 convolutions beside a shortcut."""
 
     expansion = 4
 
@@ -74,6 +76,7 @@ class PyramidCLIPResNetBottleneck(GradientCheckpointingLayer):
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, 4 * width, H / stride, W / stride)."""
         residual = self.shortcut(hidden_states)
         hidden_states = F.relu(self.norm1(self.conv1(hidden_states)))
         hidden_states = F.relu(self.norm2(self.conv2(hidden_states)))
@@ -94,13 +97,14 @@ class PyramidCLIPResNetStage(nn.Module):
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, 4 * width, H / stride, W / stride)."""
         for layer in self.layers:
             hidden_states = layer(hidden_states)
         return hidden_states
 
 
 class PyramidCLIPResNet(nn.Module):
-    """The convolution trunk: (B, 3, H, W) -> (B, D, H / 32, W / 32)."""
+    """The convolution trunk: stem and four stages."""
 
     def __init__(self, config: PyramidCLIPVisionConfig):
         super().__init__()
@@ -114,6 +118,7 @@ class PyramidCLIPResNet(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, D, H / 32, W / 32)."""
         if pixel_values.device.type == "cuda":
             # Convolutions keep this layout to the end. Weights stay as they are, and with them optimizer states and
             # checkpoints. On CPUs it gains nothing (docs/speed.md).

@@ -27,11 +27,13 @@ AttentionMask: TypeAlias = torch.Tensor | BlockMask | None
 
 
 class PyramidCLIPQuickGELU(nn.Module):
-    """`x * sigmoid(1.702 x)`, written as SiLU: two passes over memory less, and the backward pass keeps one tensor in
-    place of two.
+    """`x * sigmoid(1.702 x)`, written as SiLU.
+
+    That is two passes over memory less, and the backward pass keeps one tensor in place of two.
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Any shape -> the same."""
         return F.silu(QUICK_GELU_SLOPE * hidden_states).mul_(1 / QUICK_GELU_SLOPE)
 
 
@@ -118,7 +120,7 @@ class PyramidCLIPAttention(nn.Module):
 
 
 class PyramidCLIPMLP(nn.Module):
-    """The feed-forward part: (B, L, D) -> (B, L, D)."""
+    """The feed-forward part."""
 
     def __init__(self, config: TowerConfig):
         super().__init__()
@@ -127,6 +129,7 @@ class PyramidCLIPMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) -> (B, L, D)."""
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
@@ -143,6 +146,7 @@ class PyramidCLIPEncoderLayer(GradientCheckpointingLayer):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def feed_forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int] | None) -> torch.Tensor:
+        """(B, L, D) after the second LayerNorm -> what is added to the tokens."""
         return self.mlp(hidden_states)
 
     def forward(
@@ -204,7 +208,7 @@ class PyramidCLIPEncoder(nn.Module):
 
 
 class PyramidCLIPTextEmbeddings(nn.Module):
-    """Token plus learned positional embedding: (B, L) ids -> (B, L, D)."""
+    """Token plus learned positional embedding."""
 
     def __init__(self, config: PyramidCLIPTextConfig):
         super().__init__()
@@ -213,6 +217,7 @@ class PyramidCLIPTextEmbeddings(nn.Module):
         self.position_ids = nn.Buffer(torch.arange(config.max_position_embeddings)[None], persistent=False)
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, L) ids -> (B, L, D)."""
         if position_ids is None:
             position_ids = self.position_ids[:, : input_ids.shape[1]]
         return self.token_embedding(input_ids) + self.position_embedding(position_ids)

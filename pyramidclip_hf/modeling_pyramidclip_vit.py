@@ -50,6 +50,7 @@ class PyramidCLIPLeFFLayer(PyramidCLIPEncoderLayer):
         self.mlp = PyramidCLIPLeFF(config)
 
     def feed_forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int] | None) -> torch.Tensor:
+        """(B, 1 + rows * columns, D) after the second LayerNorm -> what is added to the tokens."""
         patches = self.mlp(hidden_states[:, 1:], grid_size)
         return torch.cat([hidden_states[:, :1], patches], dim=1)
 
@@ -75,6 +76,7 @@ class PyramidCLIPVisionEmbeddings(nn.Module):
         roi_features: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
     ) -> torch.Tensor:
+        """(B, 3, H, W) pixels, or (B, K, F + 4) regions -> tokens (B, 1 + patches or K, D)."""
         if roi_features is not None:
             tokens = self.roi_projection(roi_features)
         else:

@@ -240,8 +240,16 @@ def classify(
     Probabilities are the softmax over the classes of the scaled cosine similarities.
 
     Args:
+        model: see `class_embeddings`.
         processor: None where `images` are pixel values, see `image_embeddings`; `class_embeds` is needed then.
+        images: see `image_embeddings`.
+        names: the classes, each once.
+        templates: see `class_embeddings`; not read where `class_embeds` is given.
         class_embeds: (C, D), what `class_embeddings` gave for `names`; None: computed here.
+        top_k: how many classes a picture.
+        batch_size: pictures a forward pass.
+        device: where the model is; None: `model.device`.
+        progress: shows a bar with rate and time left.
 
     Raises:
         ValueError: see `class_embeddings` and `image_embeddings`; `class_embeds` of another number of classes; `top_k`

@@ -111,13 +111,14 @@ class VinVLFrozenBatchNorm2d(nn.Module):
         self.running_var = nn.Buffer(torch.ones(channels))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> the same shape."""
         scale = self.weight * self.running_var.rsqrt()
         shift = self.bias - self.running_mean * scale
         return torch.addcmul(shift[:, None, None], hidden_states, scale[:, None, None])
 
 
 class VinVLStem(nn.Module):
-    """Picture (B, 3, H, W) -> (B, stem_channels, H / 4, W / 4), rounded up."""
+    """The 7x7 convolution and the pooling in front of the stages."""
 
     def __init__(self, config: VinVLConfig):
         super().__init__()
@@ -127,6 +128,7 @@ class VinVLStem(nn.Module):
         self.pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, stem_channels, H / 4, W / 4), rounded up."""
         return self.pool(self.bn1(self.conv1(pixel_values)).relu_())
 
 
@@ -150,6 +152,7 @@ class VinVLBottleneck(nn.Module):
             )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, out_channels, H / stride, W / stride), rounded up."""
         residual = self.downsample(hidden_states)
         hidden_states = self.bn1(self.conv1(hidden_states)).relu_()
         hidden_states = self.bn2(self.conv2(hidden_states)).relu_()
@@ -170,7 +173,7 @@ def _stage(config: VinVLConfig, index: int) -> nn.Sequential:
 
 
 class VinVLBackbone(nn.Module):
-    """Pictures of one size (B, 3, H, W) -> feature map (B, feature_map_size, H / 16, W / 16), rounded up."""
+    """Stem and the first three stages: pictures of one size to their feature maps."""
 
     def __init__(self, config: VinVLConfig):
         super().__init__()
@@ -180,6 +183,7 @@ class VinVLBackbone(nn.Module):
         self.layer3 = _stage(config, 2)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, feature_map_size, H / 16, W / 16), rounded up."""
         return self.layer3(self.layer2(self.layer1(self.stem(pixel_values))))
 
 
@@ -243,7 +247,7 @@ class VinVLRegionHead(nn.Module):
 
 
 class VinVLAttributeHead(nn.Module):
-    """Features (N, feature_size) and labels (N,) -> attribute logits (N, num_attributes)."""
+    """Attributes of regions whose labels are known."""
 
     def __init__(self, config: VinVLConfig):
         super().__init__()
@@ -252,6 +256,7 @@ class VinVLAttributeHead(nn.Module):
         self.attr_score = _started(nn.Linear(config.attribute_hidden_size, config.num_attributes), 0.01)
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Features (N, feature_size) and labels (N,) -> attribute logits (N, num_attributes)."""
         hidden_states = torch.cat((features, self.cls_embedding(labels)), dim=1)
         return self.attr_score(self.fc_attr(hidden_states).relu())
 
