@@ -436,4 +436,5 @@ def test_allowed_forms_pass():
         *package_faults(tree),
         *sibling_faults(tree, "processing_pyramidclip"),
         *checkout_faults(tree, "training"),
+        *checkout_faults(ast.parse("if TYPE_CHECKING:\n    from datasets import Dataset"), "training"),
     ]

@@ -13,7 +13,7 @@ each class, on shards whose `KEY.json` has `class_name`, and on data sets of the
 (80 templates by default). No sample is skipped or counted twice, and scores are equal on any number of processes.
 `--bench` hands what follows to clip-benchmark's own command. All of it: docs/evaluation.md.
 
-A further task is a function in `training.evaluation.tasks`. Exit codes: 0, or 2 where settings or data are wrong.
+A further task is a function in `training.evaluation.tasks`.
 """
 
 import sys
@@ -21,25 +21,31 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from huggingface_hub import EvalResult
 
-from training.data.remote import DownloadError
+from pyramidclip_command import run_command
+from pyramidclip_hf.loading import choose_device, load_model
 from training.evaluation.clip_benchmark import run_clip_benchmark
-from training.evaluation.loading import load_model
 from training.evaluation.results import results_table, write_csv, write_json
 from training.evaluation.tasks import TASKS, EvaluationArguments
-
-EXIT_WRONG_SETTING = 2
+from training.settings.reading import parse_settings
 
 
 def evaluate(args: EvaluationArguments) -> list[EvalResult]:
-    """Runs the task; every process returns the same results, and process 0 writes and prints them."""
+    """Runs the task; every process returns the same results, and process 0 writes and prints them.
+
+    Raises:
+        ValueError: the model, the data or a setting is not what is expected.
+        FileNotFoundError: there is no such data.
+        ImportError: a package is absent; the message names the extra.
+    """
     from accelerate import PartialState
 
-    state = PartialState(cpu=args.cpu)
+    state = PartialState(cpu=args.cpu or args.device == "cpu")
     started = time.perf_counter()
-    model, processor = load_model(args.model, args.dtype, state.device)
-    results = TASKS[args.task](model, processor, args)
+    loaded = load_model(args.model, device=_device(args, state.device, state.num_processes), dtype=args.dtype)
+    results = TASKS[args.task](loaded.model, loaded.processor, args)
     if state.is_main_process:
         details = vars(args) | {"seconds": round(time.perf_counter() - started, 2), "processes": state.num_processes}
         if args.output:
@@ -50,26 +56,33 @@ def evaluate(args: EvaluationArguments) -> list[EvalResult]:
     return results
 
 
+def _device(args: EvaluationArguments, own: torch.device, processes: int) -> torch.device:
+    """Where this process computes; `own` is what Accelerate gave it."""
+    if args.cpu or args.device in ("auto", "cpu"):
+        return own
+    if processes > 1:
+        raise ValueError(f"--device {args.device}: each of {processes} processes takes its own; expected auto or cpu")
+    return choose_device(args.device)
+
+
+def parse(argv: Sequence[str]) -> EvaluationArguments | list[str]:
+    """The settings, or the words themselves where they are for clip-benchmark."""
+    if "--bench" in argv:
+        return list(argv)
+    return parse_settings(EvaluationArguments, argv, __doc__, config=False)
+
+
+def run(settings: EvaluationArguments | list[str]) -> int:
+    """Evaluates and returns the exit code."""
+    if isinstance(settings, list):
+        return run_clip_benchmark(settings)
+    evaluate(settings)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line, evaluates, and returns the exit code."""
-    from transformers import HfArgumentParser
-
-    argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser(
-        EvaluationArguments,
-        description=__doc__.split("\n")[0],
-        epilog="--bench ARGS hands over to clip-benchmark's own command, with this model (docs/evaluation.md)",
-        allow_abbrev=False,
-    )
-    try:
-        if "--bench" in argv:
-            return run_clip_benchmark(argv)
-        (args,) = parser.parse_args_into_dataclasses(argv)
-        evaluate(args)
-    except (ValueError, FileNotFoundError, ImportError, DownloadError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_WRONG_SETTING
-    return 0
+    return run_command(parse, run, argv)
 
 
 if __name__ == "__main__":

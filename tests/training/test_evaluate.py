@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from pyramidclip_hf.configuration_pyramidclip import LEVELS, TERMS
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPForImageClassification
@@ -272,13 +274,27 @@ def test_half_a_model_is_refused(model_folder, tmp_path):
         load_model(str(tmp_path))
 
 
+def test_a_weight_of_another_shape_or_another_model_is_an_error(model_folder, data, tmp_path, capsys):
+    shutil.copytree(model_folder, tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weights["visual_projection.weight"] = weights["visual_projection.weight"][:, :5].clone()
+    save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
+    words = ["--model", str(tmp_path / "model"), "--data", data, "--device", "cpu"]
+    assert main(words) == 2
+    assert "1 weights are missing or of another shape: ['visual_projection.weight']" in capsys.readouterr().err
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"model_type": "clip"}))
+    assert main(words) == 2
+    assert "its model_type is 'clip', expected 'pyramidclip'" in capsys.readouterr().err
+
+
 @pytest.mark.loopback
 def test_a_model_of_the_hub_needs_its_tokenizer(model_folder, tmp_path, checkout):
     """The processor would take the tokenizer that the package comes with, whatever the model was trained with."""
     files = {path.name: path.read_bytes() for path in Path(model_folder).iterdir()}
     without = {name: data for name, data in files.items() if name not in ("tokenizer.json", "vocab.json")}
     assert without.keys() != files.keys()
-    code = "import sys\nfrom training.evaluation.loading import load_model\nload_model(sys.argv[1])"
+    code = "import sys\nfrom pyramidclip_hf.loading import load_model\nload_model(sys.argv[1])"
     with running_hub() as hub:
         for name, content in (("whole", files), ("half", without)):
             hub.repositories[f"tester/{name}"] = Repository()
@@ -309,6 +325,9 @@ def test_what_is_wrong_ends_with_code_2(model_folder, data, sets_root, tmp_path,
     for name in ("config.json", "model.safetensors"):
         os.link(f"{model_folder}/{name}", bare / name)
     assert "the tokenizer is missing (tokenizer.json" in error_of("--model", str(bare), "--data", data)
+    assert "--device cuda:0 and --cpu contradict" in error_of("--model", "x", "--data", data, "--device", "cuda:0")
+    assert "did you mean levels" in error_of("--model", "x", "--data", data, "--level", "roi_tags")
+    assert "arguments are required: --data" in error_of("--model", "x")
     (tmp_path / "names").write_text("cat\ncat\n")
     assert "pictures and captions only, so --levels roi_tags" in error_of(
         *("--model", model_folder, "--data", sets_root, "--dataset", "flickr30k", "--levels", "roi_tags")

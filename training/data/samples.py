@@ -7,7 +7,8 @@ the data set has is another score.
 import bisect
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from typing import overload
 
 from PIL import Image
@@ -20,8 +21,36 @@ from training.data.sources import UnitReader, open_data_set
 _OPEN_UNITS = 64
 
 
-class ShardSamples(Sequence[Sample]):
-    """The samples of a data set as a sequence, each read when it is asked for.
+class Samples(Sequence[Sample]):
+    """Samples by number, from 0, each read when it is asked for; a slice gives a list.
+
+    name: the data set, as results call it. described: fields of `EvalResult` that say which data this is.
+    """
+
+    name: str
+    described: Mapping[str, str | None] = {}
+
+    @abstractmethod
+    def read(self, number: int) -> Sample:
+        """Sample `number`, which is among those there are; ValueError where it cannot be read, naming it."""
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self.read(number) for number in range(len(self))[index]]
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {self.name}, which has {len(self)}")
+        return self.read(index)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self.read, range(len(self)))
+
+
+class ShardSamples(Samples):
+    """The samples of shards or of a manifest.
 
     Args:
         data: the string that names it, see `training.data.sources`.
@@ -29,8 +58,7 @@ class ShardSamples(Sequence[Sample]):
 
     Raises:
         FileNotFoundError: there is nothing.
-        ValueError: it is not what is expected, has no samples, or names a shard twice. Reading raises it too, where a
-            sample has no picture or is damaged, and names the sample.
+        ValueError: it is not what is expected, has no samples, or names a shard twice.
         DownloadError: a URL cannot be read.
     """
 
@@ -51,28 +79,17 @@ class ShardSamples(Sequence[Sample]):
     def __len__(self) -> int:
         return self._length
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        """One sample, counted from 0, or those of a slice."""
-        if isinstance(index, slice):
-            return [self[number] for number in range(len(self))[index]]
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {self.name}, which has {len(self)}")
-        number = bisect.bisect_right(self._ends, index)
-        reader = self._reader(number)
-        row = index - (self._ends[number] - len(reader))
+    def read(self, number: int) -> Sample:
+        """One sample; ValueError where it has no picture or is damaged."""
+        unit = bisect.bisect_right(self._ends, number)
+        reader = self._reader(unit)
+        row = number - (self._ends[unit] - len(reader))
         try:
             return sample_from_members(reader.read(row), reader.key(row), reader.name)
         except BadSample as error:
             hint = "; a caption without a picture cannot be evaluated" if error.reason == "no-image" else ""
             advice = "Evaluation skips nothing: repair the data or take the sample out"
             raise ValueError(f"{error}{hint}. {advice}") from error
-
-    def __iter__(self) -> Iterator[Sample]:
-        return map(self.__getitem__, range(len(self)))
 
 
 def open_picture(data: bytes | None, name: str, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:

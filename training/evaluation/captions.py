@@ -7,20 +7,24 @@ Three annotation formats are read: Karpathy's (`dataset_flickr30k.json`, `datase
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from training.data.records import Sample
+from training.data.samples import Samples
 
 FORMATS = "Karpathy's JSON (dataset_*.json), COCO's captions JSON, or text with a header and one picture,caption a line"
 
 
-class CaptionedPictures(Sequence):
-    """Picture files with captions as a sequence of `records.Sample`, each picture read when asked for.
+class CaptionedPictures(Samples):
+    """Picture files with captions.
 
-    name: the data set, as results call it. captions: picture path -> its captions, in order. described: fields of
-    `EvalResult` that say which data this is.
+    Args:
+        name: the data set, as results call it.
+        captions: picture path -> its captions, in order.
+        described: see `Samples`.
     """
 
     def __init__(self, name: str, captions: Mapping[Path, list[str]], described: Mapping[str, str | None]):
@@ -30,8 +34,9 @@ class CaptionedPictures(Sequence):
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, index: int) -> Sample:
-        path, captions = self._items[index]
+    def read(self, number: int) -> Sample:
+        """One picture with its captions; OSError where the file is gone."""
+        path, captions = self._items[number]
         return Sample(
             key=path.name,
             image=path.read_bytes(),
@@ -40,20 +45,21 @@ class CaptionedPictures(Sequence):
             captions=captions if len(captions) > 1 else None,
         )
 
-    def __iter__(self) -> Iterator[Sample]:
-        return map(self.__getitem__, range(len(self)))
-
 
 def captioned_folder(
     captions_file: str, folder: str, split: str | None = None, max_samples: int | None = None
 ) -> CaptionedPictures:
     """The pictures of `folder` that an annotation file names, with their captions.
 
-    captions_file: see the module. split: which split of a Karpathy file (default: test); the other formats have none.
-    max_samples: the first so many pictures.
+    Args:
+        captions_file: see the module.
+        folder: of the pictures.
+        split: which split of a Karpathy file (default: test); the other formats have none.
+        max_samples: the first so many pictures.
 
-    Raises FileNotFoundError where the file or pictures are missing (captions without pictures), ValueError where the
-    file is of another format or has no captions.
+    Raises:
+        FileNotFoundError: the file or pictures are missing (captions without pictures).
+        ValueError: the file is of another format or has no captions.
     """
     found = read_captions(captions_file, split or "test")
     paths = _picture_paths(list(found), [Path(folder)], captions_file)
@@ -62,9 +68,18 @@ def captioned_folder(
 
 
 def read_captions(captions_file: str, split: str = "test") -> dict[str, list[str]]:
-    """Picture path, as the file gives it -> captions, in the file's order; `split` of a Karpathy file.
+    """The captions of an annotation file.
 
-    Raises FileNotFoundError, ValueError.
+    Args:
+        captions_file: see the module.
+        split: of a Karpathy file.
+
+    Returns:
+        Picture path, as the file gives it -> captions, in the file's order.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another format, no such split, no captions, or one without words.
     """
     if not Path(captions_file).is_file():
         raise FileNotFoundError(f"there is no captions file {captions_file}; expected {FORMATS}")
@@ -89,12 +104,12 @@ def read_captions(captions_file: str, split: str = "test") -> dict[str, list[str
     return captions
 
 
-def _karpathy(images: list[dict], split: str, where: str) -> dict[str, list[str]]:
+def _karpathy(images: list[dict[str, Any]], split: str, where: str) -> dict[str, list[str]]:
     chosen = [one for one in images if one["split"] == split]
     if not chosen:
         there = ", ".join(f"{name} ({count:,} pictures)" for name, count in Counter(i["split"] for i in images).items())
         raise ValueError(f"{where} has no split {split!r}; it has {there or 'no pictures'}")
-    found = {}
+    found: dict[str, list[str]] = {}
     for one in chosen:
         picture = "/".join(part for part in (one.get("filepath"), one["filename"]) if part)
         if picture in found:
@@ -103,7 +118,7 @@ def _karpathy(images: list[dict], split: str, where: str) -> dict[str, list[str]
     return found
 
 
-def _coco(images: list[dict], annotations: list[dict], where: str) -> dict[str, list[str]]:
+def _coco(images: list[dict[str, Any]], annotations: list[dict[str, Any]], where: str) -> dict[str, list[str]]:
     names = {one["id"]: one["file_name"] for one in images}
     found: dict[str, list[str]] = {name: [] for name in names.values()}
     lost = [one["image_id"] for one in annotations if one["image_id"] not in names]
@@ -130,11 +145,15 @@ def _lines(lines: list[str], where: str) -> dict[str, list[str]]:
 
 def _picture_paths(names: list[str], folders: list[Path], where: str) -> list[Path]:
     """Where each picture is: under the first of `folders` that has it, with or without the folder in its name."""
-    found, missing = [], []
+    found: list[Path] = []
+    missing: list[str] = []
     for name in names:
         places = (folder / one for folder in folders for one in (name, Path(name).name))
         path = next((place for place in places if place.is_file()), None)
-        (found if path else missing).append(path or name)
+        if path is None:
+            missing.append(name)
+        else:
+            found.append(path)
     if missing:
         raise FileNotFoundError(
             f"{where}: {len(missing)} of {len(names)} pictures with captions are not in "
@@ -148,9 +167,11 @@ def _picture_paths(names: list[str], folders: list[Path], where: str) -> list[Pa
 
 @dataclass(frozen=True)
 class NamedCaptions:
-    """A retrieval data set of section 4.3: `pictures`, how many its usual test split has; `files` (with `{split}`) and
-    `folders`, where annotations and pictures are looked for under the data root; `download`, what to fetch, and from
-    where."""
+    """A retrieval data set of section 4.3 of the paper.
+
+    pictures: how many its usual test split has. files (with `{split}`) and folders: where annotations and pictures are
+    looked for under the data root. download: what to fetch, and from where.
+    """
 
     title: str
     pictures: int
@@ -180,10 +201,19 @@ CAPTION_SETS = {
 
 
 def open_captions(name: str, root: str, split: str | None = None, max_samples: int | None = None) -> CaptionedPictures:
-    """A data set of `CAPTION_SETS` from the folder `root` that holds it; split: default test, Karpathy's.
+    """A data set of `CAPTION_SETS` from the folder that holds it.
 
     What is read counts as the test split only where it has as many pictures; otherwise the name says what was found.
-    Raises as `captioned_folder` does; missing data is answered with what to download and where to put it.
+
+    Args:
+        name: a key of `CAPTION_SETS`.
+        root: the folder.
+        split: Karpathy's; default test.
+        max_samples: the first so many pictures.
+
+    Raises:
+        FileNotFoundError: data is missing; the message says what to download and where to put it.
+        ValueError: see `captioned_folder`, and an unknown name.
     """
     if name not in CAPTION_SETS:
         raise ValueError(f"there is no retrieval data set {name!r}; there are {', '.join(CAPTION_SETS)}")

@@ -5,14 +5,24 @@ from pathlib import Path
 
 import torch
 
-from pyramidclip_hf.zero_shot import class_embeddings
+from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
+from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES, class_embeddings
 from training.data.labelled import LabelledPictures
 from training.evaluation.embedding import map_batches
 from training.evaluation.retrieval import rank_counts
 
 
 def read_templates(path: str | None) -> list[str] | None:
-    """Prompts of a file, one a line, blank lines left out; None for none. ValueError for a line without `{}`."""
+    """The prompts of a file, one a line, blank lines left out.
+
+    Args:
+        path: of the file; None: no templates of one's own.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no lines, or one without `{}`.
+    """
     if path is None:
         return None
     if not Path(path).is_file():
@@ -29,22 +39,41 @@ def read_templates(path: str | None) -> list[str] | None:
 
 
 @torch.inference_mode()
-def zero_shot_scores(model, processor, data: LabelledPictures, templates: Sequence[str] | None, batch_size: int):
-    """(N, C) float32 cosines of pictures and classes, the same on any number of processes.
+def zero_shot_scores(
+    model: PyramidCLIPModel,
+    processor: PyramidCLIPProcessor,
+    data: LabelledPictures,
+    templates: Sequence[str] | None,
+    batch_size: int,
+) -> torch.Tensor:
+    """Cosines of pictures and classes, the same on any number of processes, which all call it.
 
     Classes of one name (CLIP's list for ImageNet has two such pairs) get one embedding, so their scores are equal.
+
+    Args:
+        model: in evaluation mode.
+        processor: of the model.
+        data: N pictures, C classes.
+        templates: prompts with `{}` for the class name; None: the 80 of the zero-shot module.
+        batch_size: pictures encoded at a time.
+
+    Returns:
+        (N, C) float32.
+
+    Raises:
+        ValueError: a picture cannot be read.
     """
-    options = {} if templates is None else {"templates": templates}
+    templates = IMAGENET_TEMPLATES if templates is None else templates
     folded = [" ".join(name.lower().split()) for name in data.class_names]
     distinct = list(dict.fromkeys(folded))
     first_names = [data.class_names[folded.index(name)] for name in distinct]
 
-    def encode_classes(numbers: range):
+    def encode_classes(numbers: range) -> torch.Tensor:
         names = [first_names[number] for number in numbers]
-        return class_embeddings(model, processor, names, **options).float().cpu()
+        return class_embeddings(model, processor, names, templates).float().cpu()
 
-    def encode_pictures(numbers: range):
-        pictures = processor(images=[data.read(number) for number in numbers], return_tensors="pt")
+    def encode_pictures(numbers: range) -> torch.Tensor:
+        pictures = processor.image_processor([data.read(number) for number in numbers], return_tensors="pt")
         return model.encode_image(pictures["pixel_values"].to(model.device, model.dtype), normalize=True).float().cpu()
 
     classes = torch.cat(map_batches(encode_classes, len(distinct), 16, "class prompts"))
@@ -54,11 +83,18 @@ def zero_shot_scores(model, processor, data: LabelledPictures, templates: Sequen
 
 
 def classification_metrics(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float | int]:
-    """scores: (N, C). labels: (N,) int64. Equal scores share the place among them, as in
-    `training.evaluation.retrieval`.
+    """What is reported of a classification; equal scores share the place among them, as in retrieval.
 
-    Returns `top_1`, `top_5`, `mean_per_class` (of top-1, over the classes met), and the numbers of `pictures` and
-    `classes`.
+    Args:
+        scores: (N, C), of each picture and class.
+        labels: (N,) int64, the right classes.
+
+    Returns:
+        `top_1`, `top_5`, `mean_per_class` (of top-1, over the classes met), and the numbers of `pictures` and
+        `classes`.
+
+    Raises:
+        ValueError: a score is NaN or infinite.
     """
     classes = scores.shape[1]
     counts = rank_counts(scores, torch.eye(classes), labels, torch.arange(classes))

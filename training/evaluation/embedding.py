@@ -8,15 +8,22 @@ decides its last bits), and the scores are equal on 1, 2 or 3 processes.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
+from transformers import BatchFeature
 
 from pyramidclip_hf.configuration_pyramidclip import LEVELS, TERMS, levels_of_kind
+from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.records import Sample
 from training.data.samples import open_picture
 from training.evaluation.retrieval import check_pairs
+
+Result = TypeVar("Result")
+_AS_TENSORS: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
 
 
 def processes() -> tuple[int, int]:
@@ -30,12 +37,20 @@ def processes() -> tuple[int, int]:
 
 
 def map_batches(
-    function: Callable[[range], Any], items: int, batch_size: int, what: str, alone: bool = False
-) -> list[Any]:
+    function: Callable[[range], Result], items: int, batch_size: int, what: str, alone: bool = False
+) -> list[Result]:
     """[function(indices of batch 0), function(of batch 1), ...], on every process, computed by all of them together.
 
-    function: a range of item numbers -> anything that pickles. what: the name of the progress bar. alone: this process
-    computes all, and no other needs to take part.
+    Args:
+        function: a range of item numbers -> anything that pickles.
+        items: how many there are.
+        batch_size: items of a batch; the last may have fewer.
+        what: the name of the progress bar.
+        alone: this process computes all, and no other needs to take part.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
+        ImportError: Accelerate is absent.
     """
     from accelerate.utils import gather_object
     from tqdm.auto import tqdm
@@ -67,8 +82,12 @@ class LevelEmbeddings:
     keys: list[str] = field(default_factory=list)
 
 
-def local_view(picture, area: float):
-    """The middle of a picture, `area` of it in the picture's own aspect: a local view without chance."""
+def local_view(picture: Image.Image, area: float) -> Image.Image:
+    """The middle of a picture, `area` of it in the picture's own aspect: a local view without chance.
+
+    Raises:
+        ValueError: `area` is no share in (0, 1].
+    """
     if not 0 < area <= 1:
         raise ValueError(f"local view area must be a share in (0, 1], got {area}")
     cut = (1 - math.sqrt(area)) / 2
@@ -78,8 +97,8 @@ def local_view(picture, area: float):
 
 
 def embed_levels(
-    model,
-    processor,
+    model: PyramidCLIPModel,
+    processor: PyramidCLIPProcessor,
     samples: Sequence[Sample],
     levels: Sequence[str],
     batch_size: int = 64,
@@ -88,14 +107,27 @@ def embed_levels(
 ) -> LevelEmbeddings:
     """Encodes the named levels of all samples with `model.encode_levels`, in evaluation mode, without gradient.
 
-    samples: anything with `len` and items of `records.Sample`. The global view is the processor's (resize, centre
-    crop); the local one the same of the middle `local_area` of the picture, by default of all of it, as in the
-    evaluation while training. A level that a sample lacks is marked in `present`. alone: see `map_batches`. Raises
-    ValueError where no sample has a level.
+    The global view is the processor's (resize, centre crop).
+
+    Args:
+        model: put back into the mode it was in.
+        processor: of the model.
+        samples: N of them.
+        levels: of the pyramid.
+        batch_size: samples encoded at a time by each process.
+        local_area: the local view is the middle `local_area` of the picture, seen as the global one; by default all of
+            it, as in the evaluation while training.
+        alone: see `map_batches`.
+
+    Returns:
+        The embeddings; a level that a sample lacks is marked in `present`.
+
+    Raises:
+        ValueError: no sample has a level, or a picture cannot be read.
     """
     levels = list(dict.fromkeys(levels))
 
-    def encode(indices: range):
+    def encode(indices: range) -> _EncodedBatch:
         return _encode_batch(model, processor, [samples[i] for i in indices], levels, local_area)
 
     was_training = model.training
@@ -104,16 +136,16 @@ def embed_levels(
         batches = map_batches(encode, len(samples), batch_size, "embedding", alone)
     finally:
         model.train(was_training)
-    offsets = np.cumsum([0] + [len(batch["keys"]) for batch in batches])
-    result = LevelEmbeddings({}, {}, {}, [key for batch in batches for key in batch["keys"]])
+    offsets = np.cumsum([0] + [len(batch.keys) for batch in batches])
+    result = LevelEmbeddings({}, {}, {}, [key for batch in batches for key in batch.keys])
     for level in levels:
-        result.embeds[level] = torch.from_numpy(np.concatenate([batch["embeds"][level] for batch in batches]))
-        present = np.concatenate([batch["present"][level] for batch in batches])
+        result.embeds[level] = torch.from_numpy(np.concatenate([batch.embeds[level] for batch in batches]))
+        present = np.concatenate([batch.present[level] for batch in batches])
         if not present.any():
             raise ValueError(f"none of the {len(samples)} samples has the level {level!r}")
         result.present[level] = torch.from_numpy(present)
     if "caption" in levels:
-        owners = [batch["owners"] + offset for batch, offset in zip(batches, offsets)]
+        owners = [batch.owners + offset for batch, offset in zip(batches, offsets)]
         result.owners["caption"] = torch.from_numpy(np.concatenate(owners))
     return result
 
@@ -123,10 +155,25 @@ def levels_of_pairs(pairs: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(level for name in check_pairs(pairs) for level in TERMS[name]))
 
 
+@dataclass
+class _EncodedBatch:
+    """`LevelEmbeddings` of one batch as numpy, which pickles; owners: of the captions, numbers within the batch."""
+
+    embeds: dict[str, np.ndarray]
+    present: dict[str, np.ndarray]
+    owners: np.ndarray
+    keys: list[str]
+
+
 @torch.inference_mode()
-def _encode_batch(model, processor, samples: list[Sample], levels: list[str], local_area: float) -> dict[str, Any]:
-    """One batch as numpy: `embeds`, `present`, `owners` of captions (numbers within the batch), `keys`."""
-    captions = [(row, text) for row, one in enumerate(samples) for text in one.captions or [one.caption] if text]
+def _encode_batch(
+    model: PyramidCLIPModel,
+    processor: PyramidCLIPProcessor,
+    samples: list[Sample],
+    levels: list[str],
+    local_area: float,
+) -> _EncodedBatch:
+    captions = [(row, text) for row, one in enumerate(samples) for text in one.captions or (one.caption,) if text]
     inputs = dict(_level_inputs(processor, samples, levels, local_area))
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     rest = [level for level in levels if level != "caption"]
@@ -135,7 +182,7 @@ def _encode_batch(model, processor, samples: list[Sample], levels: list[str], lo
         width = model.config.projection_dim
         embeds["caption"] = torch.zeros(0, width)
         if captions:
-            texts = processor(text=[text for _, text in captions], padding=True, return_tensors="pt")
+            texts = processor(text=[text for _, text in captions], **_AS_TENSORS)
             embeds["caption"] = model.encode_text(texts["input_ids"].to(model.device))
     owners = np.array([row for row, _ in captions], np.int64)
     present = {level: np.ones(len(samples), bool) for level in levels}
@@ -145,15 +192,13 @@ def _encode_batch(model, processor, samples: list[Sample], levels: list[str], lo
             present[level] = np.bincount(owners, minlength=len(samples)) > 0
         elif mask is not None:
             present[level] = (mask.any(dim=1) if mask.dim() == 2 else mask).cpu().numpy()
-    return {
-        "embeds": {level: embeds[level].float().cpu().numpy() for level in levels},
-        "present": present,
-        "owners": owners,
-        "keys": [sample.key for sample in samples],
-    }
+    as_numpy = {level: embeds[level].float().cpu().numpy() for level in levels}
+    return _EncodedBatch(as_numpy, present, owners, [sample.key for sample in samples])
 
 
-def _level_inputs(processor, samples: list[Sample], levels: list[str], local_area: float):
+def _level_inputs(
+    processor: PyramidCLIPProcessor, samples: list[Sample], levels: list[str], local_area: float
+) -> BatchFeature | dict[str, torch.Tensor]:
     wanted: dict[str, Any] = {}
     if levels_of_kind("picture", levels):
         pictures = [open_picture(sample.image, sample.key) for sample in samples]
@@ -163,10 +208,10 @@ def _level_inputs(processor, samples: list[Sample], levels: list[str], local_are
             wanted["local_images"] = [local_view(picture, local_area) for picture in pictures]
     if "roi" in levels:
         wanted["regions"] = [
-            None if sample.roi is None else (sample.roi, np.array([region.box for region in sample.regions]))
+            None if sample.roi is None else (sample.roi, np.array([region.box for region in sample.regions or ()]))
             for sample in samples
         ]
     for level in levels_of_kind("text", levels):
         if level != "caption":  # of which a sample may have several
             wanted[LEVELS[level].argument] = [getattr(sample, level) for sample in samples]
-    return processor(**wanted, padding=True, return_tensors="pt") if wanted else {}
+    return processor(**wanted, **_AS_TENSORS) if wanted else {}

@@ -6,9 +6,9 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training.data.labelled import (
     LabelledPictures,
@@ -18,8 +18,12 @@ from training.data.labelled import (
     spread_evenly,
 )
 from training.data.records import Sample
-from training.data.samples import open_picture
+from training.data.samples import Samples, open_picture
 from training.data.shards import read_dataset_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from datasets.features.features import FeatureType
 
 HUB_PREFIX = "hf://datasets/"
 _NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -58,14 +62,22 @@ def labelled_hub(
 ) -> LabelledPictures:
     """Pictures with labels of a data set, see the module.
 
-    split: default test. subset: the data set's configuration. image_column, label_column: default: the only picture
-    column, the only class column, or a usual name. Class names are those of the label's `ClassLabel`, or the words of a
-    column of strings, "_" read as a blank; `classes_file` gives others. max_samples: so many, spread evenly.
+    Args:
+        data: the data set.
+        split: default test.
+        subset: the data set's configuration.
+        image_column: default: the only picture column, or a usual name.
+        label_column: default: the only class column, or a usual name.
+        classes_file: gives class names other than those of the label's `ClassLabel`, or the words of a column of
+            strings, "_" read as a blank.
+        max_samples: so many, spread evenly.
 
-    Raises FileNotFoundError where there is no such data set or split, ValueError where columns, labels or names do not
-    fit, ImportError without `datasets`.
+    Raises:
+        FileNotFoundError: no such data set or split.
+        ValueError: columns, labels or names that do not fit.
+        ImportError: no `datasets`.
     """
-    rows, fields = _load(data, split, subset)
+    rows, name, fields = _load(data, split, subset)
     image = _pick(rows.features, image_column, "--image-column", _IMAGE_COLUMNS, _is_picture)
     label = _pick(rows.features, label_column, "--label-column", _LABEL_COLUMNS, _is_class, _has_names)
     if max_samples:
@@ -79,7 +91,7 @@ def labelled_hub(
         names = [key.replace("_", " ") for key in keys]
     rows = _undecoded(rows.select_columns([image]), image)
     pictures = LabelledPictures(
-        name=fields.pop("dataset_name"),
+        name=name,
         class_names=check_class_names(names, classes_file or data),
         labels=labels,
         read=lambda number: open_picture(_bytes(rows[number][image], data, number), f"{data}, row {number}"),
@@ -88,12 +100,15 @@ def labelled_hub(
     return check_every_class_has_pictures(pictures, max_samples)
 
 
-class CaptionedRows(Sequence):
-    """Pictures and captions of a data set as a sequence of `records.Sample`; see `labelled_hub` for the arguments.
+class CaptionedRows(Samples):
+    """Pictures and captions of a data set; `labelled_hub` says what is raised, and the other arguments.
 
-    caption_column: a text a row, or a list of texts. Rows with the same picture, byte by byte, are one sample with the
-    captions of all: copies would stand in each other's way. max_samples: the first so many rows. `described` holds
-    fields of `EvalResult` that say which data this is. Raises as `labelled_hub` does.
+    Rows with the same picture, byte by byte, are one sample with the captions of all: copies would stand in each
+    other's way.
+
+    Args:
+        caption_column: a text a row, or a list of texts.
+        max_samples: the first so many rows.
     """
 
     def __init__(
@@ -105,8 +120,8 @@ class CaptionedRows(Sequence):
         caption_column: str | None = None,
         max_samples: int | None = None,
     ):
-        rows, self.described = _load(data, split, subset)
-        self.name, self._data = self.described.pop("dataset_name"), data
+        rows, self.name, self.described = _load(data, split, subset)
+        self._data = data
         self._image = _pick(rows.features, image_column, "--image-column", _IMAGE_COLUMNS, _is_picture)
         self._caption = _pick(rows.features, caption_column, "--caption-column", _CAPTION_COLUMNS, _is_text)
         rows = rows.select(range(min(len(rows), max_samples or len(rows))))
@@ -120,29 +135,39 @@ class CaptionedRows(Sequence):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __getitem__(self, index: int) -> Sample:
-        captions = []
-        for number in self._numbers[index]:
-            row = self._rows[number]
+    def read(self, number: int) -> Sample:
+        """One picture with the captions of its rows; ValueError where a row has none."""
+        captions: list[str] = []
+        for row_number in self._numbers[number]:
+            row = self._rows[row_number]
             texts = row[self._caption]
             found = [texts] if isinstance(texts, str) else list(texts or ())
             if not found or not all(isinstance(one, str) and one.strip() for one in found):
-                raise ValueError(f"{self._data}, row {number}: expected a caption in {self._caption!r}, got {texts!r}")
+                raise ValueError(
+                    f"{self._data}, row {row_number}: expected a caption in {self._caption!r}, got {texts!r}"
+                )
             captions += found
-        picture = _bytes(row[self._image], self._data, number)
-        return Sample(f"row {number}", picture, "jpg", captions[0], captions=captions if len(captions) > 1 else None)
+        picture = _bytes(row[self._image], self._data, row_number)
+        return Sample(
+            f"row {row_number}", picture, "jpg", captions[0], captions=captions if len(captions) > 1 else None
+        )
 
-    def __iter__(self) -> Iterator[Sample]:
-        return map(self.__getitem__, range(len(self)))
+
+class _Loaded(NamedTuple):
+    """The rows of a split, the name of the data set, and fields of `EvalResult` that say which data this is."""
+
+    rows: "Dataset"
+    name: str
+    described: dict[str, str | None]
 
 
-def _load(data: str, split: str | None, subset: str | None) -> tuple[Any, dict[str, str | None]]:
-    """The rows of a split, and fields of `EvalResult` for them."""
+def _load(data: str, split: str | None, subset: str | None) -> _Loaded:
     try:
         import datasets
     except ImportError as error:
         raise ImportError('data sets of the Hub need datasets: pip install -e ".[train]"') from error
-    wanted, path = split or "test", Path(data)
+    path = Path(data)
+    wanted: str | None = split or "test"
     name, _, revision = data.removeprefix(HUB_PREFIX).partition("@") if not path.exists() else (data, "", "")
     try:
         if path.is_dir() and any((path / file).is_file() for file in _SAVED):
@@ -161,17 +186,31 @@ def _load(data: str, split: str | None, subset: str | None) -> tuple[Any, dict[s
     if not len(rows):
         raise ValueError(f"{data}: the split {wanted!r} has no rows")
     title = path.stem if path.exists() else name
-    return rows, {
-        "dataset_name": title + (f" ({subset})" if subset else ""),
-        "dataset_type": title,
-        "dataset_split": wanted,
-        "dataset_revision": revision or None,
-    }
+    described = {"dataset_type": title, "dataset_split": wanted, "dataset_revision": revision or None}
+    return _Loaded(rows, title + (f" ({subset})" if subset else ""), described)
 
 
-def _pick(features, asked: str | None, flag: str, usual: tuple[str, ...], fits, sure=None) -> str:
-    """The column asked for, else the only one that fits for sure, else the first with a usual name; ValueError where
-    that leaves none. fits, sure: feature -> bool; sure: default as fits."""
+def _pick(
+    features: "Mapping[str, FeatureType]",
+    asked: str | None,
+    flag: str,
+    usual: tuple[str, ...],
+    fits: "Callable[[FeatureType], bool]",
+    sure: "Callable[[FeatureType], bool] | None" = None,
+) -> str:
+    """The column asked for, else the only one that fits for sure, else the first that fits and has a usual name.
+
+    Args:
+        features: of all columns.
+        asked: by the user.
+        flag: which asks.
+        usual: names.
+        fits: whether a column will do.
+        sure: whether it is meant for that; None: as `fits`.
+
+    Raises:
+        ValueError: the column asked for will not do, or none is left.
+    """
     if asked and asked not in features:
         raise ValueError(f"{flag} {asked}: there is no such column; there are {', '.join(features)}")
     if asked and not fits(features[asked]):
@@ -186,25 +225,25 @@ def _pick(features, asked: str | None, flag: str, usual: tuple[str, ...], fits, 
     return certain[0] if len(certain) == 1 else named[0]
 
 
-def _is_picture(feature) -> bool:
+def _is_picture(feature: "FeatureType") -> bool:
     return type(feature).__name__ == "Image" or getattr(feature, "dtype", None) in ("binary", "large_binary")
 
 
-def _has_names(feature) -> bool:
+def _has_names(feature: "FeatureType") -> bool:
     return hasattr(feature, "names")
 
 
-def _is_class(feature) -> bool:
+def _is_class(feature: "FeatureType") -> bool:
     dtype = getattr(feature, "dtype", "")
     return _has_names(feature) or dtype in ("string", "large_string") or "int" in str(dtype)
 
 
-def _is_text(feature) -> bool:
+def _is_text(feature: "FeatureType") -> bool:
     inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else feature)
     return getattr(inner, "dtype", None) in ("string", "large_string")
 
 
-def _classes(values: list, feature, column: str, data: str) -> tuple[list[str], list[int]]:
+def _classes(values: list[Any], feature: Any, column: str, data: str) -> tuple[list[str], list[int]]:
     """The classes as the data names them, and the class number of each row."""
     if any(value is None or value == -1 for value in values):
         raise ValueError(f"{data}: rows without a label in {column}; the labels of this split may not be public")
@@ -217,13 +256,14 @@ def _classes(values: list, feature, column: str, data: str) -> tuple[list[str], 
     return keys, [numbers[value] for value in values]
 
 
-def _undecoded(rows, column: str):
+def _undecoded(rows: "Dataset", column: str) -> "Dataset":
     from datasets import Image
 
     return rows.cast_column(column, Image(decode=False)) if isinstance(rows.features[column], Image) else rows
 
 
-def _bytes(value, data: str, row: int) -> bytes:
+def _bytes(value: Any, data: str, row: int) -> bytes:
+    """The bytes of a picture as `datasets` gives it undecoded: bytes, or a mapping with `bytes` or `path`."""
     if isinstance(value, bytes):
         return value
     value = value or {}

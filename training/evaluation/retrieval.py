@@ -1,15 +1,15 @@
 """Image-text retrieval: recall at 1, 5 and 10 in both directions, from embeddings alone.
 
 Everything here is a pure function of tensors: no model, no files, no processes. `retrieval_metrics` takes a matrix of
-pictures and a matrix of texts; `level_metrics` takes the embeddings of several pyramid levels (design, section 5) and
-gives retrieval for each pair of levels asked for.
+pictures and a matrix of texts; `level_metrics` takes the embeddings of several pyramid levels and gives retrieval
+for each pair of levels asked for.
 
 Ties are averaged over every order in which equal scores could have been sorted: R@k is the expected recall. A model
 that has collapsed to one vector therefore scores exactly chance, k / N, where "number strictly better" would have
 called it perfect.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,12 +68,18 @@ def rank_counts(
 ) -> RankCounts:
     """Where the right candidate of each query stands by dot product.
 
-    queries: (Q, D). candidates: (C, D). query_ids: (Q,) int64 and candidate_ids: (C,) int64; candidate c is right for
-    query q when their ids are equal, and each query needs at least one (else ValueError). `chunk_size` queries are
-    scored at a time, so the memory is chunk_size x C scores.
-
     Dot products are taken in float64 and rounded to float32 before they are compared: equal candidates then get equal
     scores whatever the chunk size, which a float32 product does not promise.
+
+    Args:
+        queries: (Q, D).
+        candidates: (C, D).
+        query_ids: (Q,) int64.
+        candidate_ids: (C,) int64; candidate c is right for query q when their ids are equal.
+        chunk_size: queries scored at a time; memory is chunk_size x C scores.
+
+    Raises:
+        ValueError: a query without a right candidate, NaN or infinity, or `chunk_size` below 1.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
@@ -92,17 +98,17 @@ def rank_counts(
     transposed = candidates.to(torch.float64).T.contiguous()
     counts = torch.zeros(3, len(queries), dtype=torch.int64, device=queries.device)
     for start in range(0, len(queries), chunk_size):
-        rows = slice(start, start + chunk_size)
-        scores = (queries[rows].to(torch.float64) @ transposed).to(torch.float32)
-        owned = (last - first)[rows]
+        chunk = slice(start, start + chunk_size)
+        scores = (queries[chunk].to(torch.float64) @ transposed).to(torch.float32)
+        owned = (last - first)[chunk]
         query = torch.arange(len(scores), device=scores.device).repeat_interleave(owned)
         nth = torch.arange(len(query), device=scores.device) - (owned.cumsum(0) - owned)[query]
-        own_scores = scores[query, by_id[first[rows][query] + nth]]
+        own_scores = scores[query, by_id[first[chunk][query] + nth]]
         best = scores.new_full((len(scores),), -torch.inf).scatter_reduce(0, query, own_scores, "amax")
         right = torch.zeros_like(owned).scatter_add(0, query, (own_scores == best[query]).to(torch.int64))
-        counts[0, rows] = (scores > best[:, None]).sum(dim=1)  # none of its own can score above their best
-        counts[1, rows] = (scores == best[:, None]).sum(dim=1) - right
-        counts[2, rows] = right
+        counts[0, chunk] = (scores > best[:, None]).sum(dim=1)  # none of its own can score above their best
+        counts[1, chunk] = (scores == best[:, None]).sum(dim=1) - right
+        counts[2, chunk] = right
     return RankCounts(*counts.cpu())
 
 
@@ -111,20 +117,27 @@ def retrieval_metrics(
     text_embeds: torch.Tensor,
     text_to_image: torch.Tensor | None = None,
     chunk_size: int = 256,
-    ks: Iterable[int] = DEFAULT_KS,
+    ks: Sequence[int] = DEFAULT_KS,
 ) -> dict[str, float | int]:
     """Retrieval in both directions by cosine similarity.
 
-    image_embeds: (I, D) and text_embeds: (T, D), any floating dtype, normalised here. text_to_image: (T,) int64, the
-    row of the picture that each text belongs to; None means that text i belongs to picture i. Several texts may name
-    one picture: then a picture counts as found when any of its texts is (the usual protocol on Flickr30K and MS-COCO).
-    Pictures without a text are candidates, not queries. Memory: chunk_size x max(I, T).
+    Several texts may name one picture: then a picture counts as found when any of its texts is (the usual protocol on
+    Flickr30K and MS-COCO). Pictures without a text are candidates, not queries.
 
-    Returns, for each k of `ks`, `image_to_text_R@k` and `text_to_image_R@k` (shares in 0..1; ties averaged, see the
-    module's docstring), `image_to_text_mean_rank` and `text_to_image_mean_rank` (from 1), and the counts `images`,
-    `texts` and `images_without_text`.
+    Args:
+        image_embeds: (I, D), any floating dtype, normalised here.
+        text_embeds: (T, D), the same.
+        text_to_image: (T,) int64, the row of the picture that each text belongs to; None: text i to picture i.
+        chunk_size: queries scored at a time; memory is chunk_size x max(I, T).
+        ks: the k of R@k.
 
-    Raises ValueError on shapes that do not fit, non-finite embeddings, and ids outside of the pictures.
+    Returns:
+        For each k of `ks`, `image_to_text_R@k` and `text_to_image_R@k` (shares in 0..1; ties averaged, see the module's
+        docstring), `image_to_text_mean_rank` and `text_to_image_mean_rank` (from 1), and the counts `images`, `texts`
+        and `images_without_text`.
+
+    Raises:
+        ValueError: shapes that do not fit, non-finite embeddings, or ids outside of the pictures.
     """
     images = _unit_rows(image_embeds, "image_embeds")
     texts = _unit_rows(text_embeds, "text_embeds").to(images.device)
@@ -176,17 +189,27 @@ def level_metrics(
     present: Mapping[str, torch.Tensor] | None = None,
     owners: Mapping[str, torch.Tensor] | None = None,
     chunk_size: int = 256,
-    ks: Iterable[int] = DEFAULT_KS,
+    ks: Sequence[int] = DEFAULT_KS,
 ) -> dict[str, dict[str, float | int]]:
     """Retrieval for each level pair, named as the terms of the objective (`local_caption`, `roi_tags`, ...).
 
-    embeds: level -> (N, D), row i of every level from sample i. present: level -> (N,) bool, False where sample i lacks
-    that level (its row is ignored); a level not named is present everywhere. owners: text level -> (T,) int64, where a
-    sample may have several texts of that level: its embeddings are (T, D), row j a text of sample owners[j]; a sample
-    that is not named lacks the level. As in the objective, a pair runs on the samples that have both of its levels.
+    As in the objective, a pair runs on the samples that have both of its levels.
 
-    Returns pair -> `retrieval_metrics` of it. Raises ValueError for an unknown pair, a level without embeddings, and a
-    pair with fewer than 2 samples.
+    Args:
+        embeds: level -> (N, D), row i of every level from sample i.
+        pairs: their names.
+        present: level -> (N,) bool, False where sample i lacks that level (its row is ignored); a level not named is
+            present everywhere.
+        owners: text level -> (T,) int64, where a sample may have several texts of that level: its embeddings are
+            (T, D), row j a text of sample owners[j]; a sample that is not named lacks the level.
+        chunk_size: see `rank_counts`.
+        ks: the k of R@k.
+
+    Returns:
+        Pair -> `retrieval_metrics` of it.
+
+    Raises:
+        ValueError: an unknown pair, a level without embeddings, or a pair with fewer than 2 samples.
     """
     present, owners = present or {}, owners or {}
     results = {}

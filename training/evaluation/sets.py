@@ -34,13 +34,20 @@ MAIN_METRIC = "main metric"
 
 @dataclass(frozen=True)
 class Listing:
-    """What a library lists: `keys`, the classes as the files of the data set name them; `names`, as prompts do;
-    `pictures`, paths or (H, W, 3) uint8 arrays; `labels`, one class number a picture."""
+    """What a library lists.
+
+    keys: the classes as the files of the data set name them. names: as prompts do. pictures: paths, or (H, W, 3) uint8
+    arrays where they have no files. labels: one class number a picture.
+    """
 
     keys: list[str]
     names: list[str]
-    pictures: list[Path] | list[np.ndarray]
+    pictures: Sequence[Path | np.ndarray]
     labels: list[int]
+
+
+# (root, "train" or "test") -> what the library lists.
+Reader = Callable[[Path, str], Listing]
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class NamedSet:
     pictures: str
     needs: tuple[str, ...]
     download: str
-    read: Callable[[Path, str], Listing]
+    read: Reader
     split_files: dict[str, tuple[str, ...]] = field(default_factory=dict)
     whole: bool = False
     parts: dict[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
@@ -86,12 +93,18 @@ def open_set(
 ) -> LabelledPictures:
     """A data set of `TABLE_7` by its short name, from the folder `root` that holds all of them.
 
-    split: "test" or "train" (for ImageNet, "test" is its validation set, as in the paper). split_file: lines
-    `relative/path<TAB>label`; the label may be left out where the library lists the picture. classes_file: see
-    `training.data.labelled.labelled_folder`. max_samples: so many, spread evenly.
+    Args:
+        name: a key of `TABLE_7`.
+        root: the folder.
+        split: "test" or "train" (for ImageNet, "test" is its validation set, as in the paper).
+        split_file: lines `relative/path<TAB>label`; the label may be left out where the library lists the picture.
+        classes_file: see `training.data.labelled.labelled_folder`.
+        max_samples: so many, spread evenly.
 
-    Raises ValueError for an unknown name or split and for files that do not fit, FileNotFoundError where data is
-    missing (with what to download, and where to put it), ImportError without torchvision or clip-benchmark.
+    Raises:
+        ValueError: an unknown name or split, or files that do not fit.
+        FileNotFoundError: data is missing; the message says what to download, and where to put it.
+        ImportError: no torchvision or clip-benchmark.
     """
     if name not in TABLE_7:
         raise ValueError(f"there is no data set {name!r}; Table 7 has {', '.join(TABLE_7)}")
@@ -134,10 +147,13 @@ def open_set(
 def open_both_splits(
     name: str, root: str, classes_file: str | None = None
 ) -> tuple[LabelledPictures, LabelledPictures]:
-    """(training part, test part) of a data set of `TABLE_7`, for learning on the one and measuring on the other.
+    """The training part and the test part of a data set of `TABLE_7`, to learn on the one and measure on the other.
 
-    Raises as `open_set`; ValueError where the library lists all pictures for both and there are no split files, and
-    where a picture is in both parts.
+    Raises:
+        ValueError: see `open_set`; the library lists all pictures for both and there are no split files; a picture is
+            in both parts.
+        FileNotFoundError: see `open_set`.
+        ImportError: see `open_set`.
     """
     spec = TABLE_7.get(name)
     if spec and spec.whole:
@@ -150,7 +166,7 @@ def open_both_splits(
                 f"{' and '.join(absent)} under {root}, lines relative/path[<TAB>label]"
             )
     train, test = (open_set(name, root, split, classes_file=classes_file) for split in ("train", "test"))
-    shared = set(train.files) & set(test.files)
+    shared = set(train.files or ()) & set(test.files or ())
     if shared:
         raise ValueError(f"{train.name}: {len(shared)} pictures are in both parts, first {min(shared)}")
     return train, test
@@ -184,13 +200,13 @@ def _check_is_there(spec: NamedSet, root: Path, split: str) -> None:
 
 
 def _read_split_file(source: str, folder: Path, listing: Listing) -> tuple[list[Path], list[int]]:
-    """Pictures and class numbers of the lines `relative/path[<TAB>label]`; a path may start with a slash, as in the
-    partitions of SUN397."""
+    """Pictures and class numbers of the lines of a split file; a path may start with a slash, as those of SUN397."""
     if not Path(source).is_file():
         raise FileNotFoundError(f"there is no split file {source}; expected one relative/path<TAB>label a line")
-    if listing.pictures and not isinstance(listing.pictures[0], Path):
+    paths = [picture for picture in listing.pictures if isinstance(picture, Path)]
+    if len(paths) < len(listing.pictures):
         raise ValueError(f"{source}: this data set has no files to name in a split file; it comes with its own split")
-    known = dict(zip((path.relative_to(folder).as_posix() for path in listing.pictures), listing.labels))
+    known = dict(zip((path.relative_to(folder).as_posix() for path in paths), listing.labels))
     numbers = {name: number for number, name in enumerate(listing.names) if listing.names.count(name) == 1}
     numbers |= {key: number for number, key in enumerate(listing.keys)}
     found: dict[str, int] = {}
@@ -227,7 +243,7 @@ def _clip_names(name: str) -> list[str]:
     return json.loads(file.read_text(encoding="utf-8"))[name]
 
 
-def _from_library(library: str, parts: dict[str, list[dict[str, Any]]], names: Callable[[Any], list[str]]):
+def _from_library(library: str, parts: dict[str, list[dict[str, Any]]], names: Callable[[Any], list[str]]) -> Reader:
     """A reader of a torchvision data set whose split is made of one or more of the library's own."""
 
     def read(root: Path, split: str) -> Listing:
@@ -245,7 +261,7 @@ def _from_library(library: str, parts: dict[str, list[dict[str, Any]]], names: C
     return read
 
 
-def _cifar(library: str):
+def _cifar(library: str) -> Reader:
     def read(root: Path, split: str) -> Listing:
         import torchvision.datasets
 
@@ -265,14 +281,13 @@ def _pets(root: Path, split: str) -> Listing:
 
 
 def _sun397(root: Path, split: str) -> Listing:
-    def names(data):
+    def names(data: Any) -> list[str]:
         return [name.replace("_", " ").replace("/", " ") for name in data.classes]
 
     listing = _from_library("SUN397", {split: [{}]}, names)(root, split)
-    order = sorted(range(len(listing.pictures)), key=lambda number: listing.pictures[number])  # else the disk's order
-    return Listing(
-        listing.keys, listing.names, [listing.pictures[i] for i in order], [listing.labels[i] for i in order]
-    )
+    paths = [picture for picture in listing.pictures if isinstance(picture, Path)]
+    order = sorted(range(len(paths)), key=paths.__getitem__)  # else the disk's order
+    return Listing(listing.keys, listing.names, [paths[i] for i in order], [listing.labels[i] for i in order])
 
 
 def _folders(folder: Path) -> tuple[list[str], list[Path], list[int]]:

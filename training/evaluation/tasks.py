@@ -3,16 +3,18 @@
 A task is a function `(model, processor, args) -> list of EvalResult` in `TASKS`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from huggingface_hub import EvalResult
 
+from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.labelled import LabelledPictures, open_pictures
-from training.data.samples import ShardSamples
+from training.data.samples import Samples, ShardSamples
 from training.evaluation.captions import CAPTION_SETS, CaptionedPictures, captioned_folder, open_captions
 from training.evaluation.classification import classification_metrics, read_templates, zero_shot_scores
 from training.evaluation.embedding import embed_levels, levels_of_pairs
@@ -80,18 +82,24 @@ class EvaluationArguments:
     output: str | None = field(default=None, metadata={"help": "JSON file for the results, a model index of the Hub"})
     csv: str | None = field(default=None, metadata={"help": "CSV file for the results"})
     dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "of the model"})
-    cpu: bool = field(default=False, metadata={"help": "use the CPU where there is a GPU"})
+    device: str = field(
+        default="auto",
+        metadata={"help": "auto: an accelerator if there is one, for each process its own; cpu; or e.g. cuda:1"},
+    )
+    cpu: bool = field(default=False, metadata={"help": "the same as --device cpu"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """What can be refused before anything is loaded."""
         self.levels = check_pairs(self.levels)
         for name in ("batch_size", "chunk_size", "max_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected a number of at least 1, got {value}")
+        if self.cpu and self.device not in ("auto", "cpu"):
+            raise ValueError(f"--device {self.device} and --cpu contradict each other")
         if self.task == "zero-shot":
             read_templates(self.templates)
-        known = {"zero-shot": TABLE_7, "retrieval": CAPTION_SETS}
+        known: dict[str, Collection[str]] = {"zero-shot": TABLE_7, "retrieval": CAPTION_SETS}
         for name in self.dataset:
             if name not in known[self.task]:
                 tasks = [task for task, names in known.items() if name in names]
@@ -104,8 +112,14 @@ class EvaluationArguments:
             raise ValueError("--split-file goes with --task zero-shot and one --dataset")
 
 
-def open_samples(args: EvaluationArguments, dataset: str | None = None) -> Sequence:
-    """The samples for retrieval that `dataset`, or else `--captions` or `--data`, names."""
+def open_samples(args: EvaluationArguments, dataset: str | None = None) -> Samples:
+    """The samples for retrieval that `dataset`, or else `--captions` or `--data`, names.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: the data is not what is expected.
+        ImportError: a package is absent; the message names the extra.
+    """
     if dataset:
         return open_captions(dataset, args.data, args.split, args.max_samples)
     if args.captions:
@@ -116,10 +130,12 @@ def open_samples(args: EvaluationArguments, dataset: str | None = None) -> Seque
     return ShardSamples(args.data, args.max_samples)
 
 
-def evaluate_retrieval(model, processor, args: EvaluationArguments) -> list[EvalResult]:
+def evaluate_retrieval(
+    model: PyramidCLIPModel, processor: PyramidCLIPProcessor, args: EvaluationArguments
+) -> list[EvalResult]:
     """Recall at 1, 5, 10 and mean rank, both directions, for each data set and level pair of the arguments."""
     results = []
-    for samples in [open_samples(args, name) for name in args.dataset or [None]]:
+    for samples in [open_samples(args, name) for name in args.dataset or (None,)]:
         if isinstance(samples, (CaptionedPictures, CaptionedRows)):
             _check_levels_of_captions(args.levels, samples.name)
         levels = levels_of_pairs(args.levels)
@@ -143,7 +159,7 @@ def _check_levels_of_captions(pairs: Sequence[str], name: str) -> None:
 
 
 def open_labelled(args: EvaluationArguments, dataset: str | None = None) -> LabelledPictures:
-    """The pictures and class names that `dataset`, or else `--data`, names."""
+    """The pictures and class names that `dataset`, or else `--data`, names; raises as `open_samples`."""
     if dataset:
         split = args.split or "test"
         return open_set(dataset, args.data, split, args.split_file, args.classes, args.max_samples)
@@ -153,11 +169,13 @@ def open_labelled(args: EvaluationArguments, dataset: str | None = None) -> Labe
     return open_pictures(args.data, args.classes, args.max_samples)
 
 
-def evaluate_zero_shot(model, processor, args: EvaluationArguments) -> list[EvalResult]:
+def evaluate_zero_shot(
+    model: PyramidCLIPModel, processor: PyramidCLIPProcessor, args: EvaluationArguments
+) -> list[EvalResult]:
     """Top-1, top-5 and the mean over classes of top-1 for each data set, with each class the mean of its prompts."""
     results = []
     templates = read_templates(args.templates)
-    for data in [open_labelled(args, name) for name in args.dataset or [None]]:
+    for data in [open_labelled(args, name) for name in args.dataset or (None,)]:
         scores = zero_shot_scores(model, processor, data, templates, args.batch_size)
         metrics = classification_metrics(scores, torch.tensor(data.labels))
         main, note = data.main_metric or (None, None)
@@ -171,13 +189,28 @@ def evaluate_zero_shot(model, processor, args: EvaluationArguments) -> list[Eval
     return results
 
 
-def _result(args: EvaluationArguments, data, task: str, metric: str, value: float | int, **fields) -> EvalResult:
+def _result(
+    args: EvaluationArguments,
+    data: Samples | LabelledPictures,
+    task: str,
+    metric: str,
+    value: float | int,
+    **fields: str | None,
+) -> EvalResult:
     """One number on `data`, which says by `name` and `described` what it is; shards are called after their folder."""
     name = args.dataset_name or (Path(args.data).resolve().stem if isinstance(data, ShardSamples) else data.name)
-    described = {name: value for name, value in getattr(data, "described", {}).items() if value}
-    standard = {"dataset_type": name, "dataset_split": args.split} | described
+    described = {key: one for key, one in data.described.items() if one}
+    standard: dict[str, Any] = {"dataset_type": name, "dataset_split": args.split} | described
     standard["dataset_type"] = hub_identifier(standard["dataset_type"])
     return EvalResult(**standard | fields, task_type=task, dataset_name=name, metric_type=metric, metric_value=value)
 
 
-TASKS = {"retrieval": evaluate_retrieval, "zero-shot": evaluate_zero_shot}
+class Task(Protocol):
+    """What a task does with a model and the settings."""
+
+    def __call__(
+        self, model: PyramidCLIPModel, processor: PyramidCLIPProcessor, args: EvaluationArguments
+    ) -> list[EvalResult]: ...
+
+
+TASKS: dict[str, Task] = {"retrieval": evaluate_retrieval, "zero-shot": evaluate_zero_shot}
