@@ -27,15 +27,16 @@ import numpy as np
 import torch
 from huggingface_hub import EvalResult
 
+from pyramidclip_command import run_command
 from training.evaluation.classification import classification_metrics
 from training.evaluation.loading import load_model
 from training.evaluation.results import metric_results, results_table, write_csv, write_json
 from training.evaluation.sets import TABLE_7
 from training.settings.parts import check_part_settings
+from training.settings.reading import parse_settings
 from training.transfer.features import cached_features
 from training.transfer.parts import open_parts
 
-EXIT_WRONG_SETTING = 2
 # The sweep (CLIP, appendix A.3): exponents of C from -6 to 6 in steps of 1/8, first every 16th of them.
 STEPS_PER_DECADE, DECADES, COARSE = 8, (-6, 6), 16
 
@@ -261,18 +262,19 @@ def report_doubts(fitted: Fit, c: float, swept: list[dict], args: LinearProbeArg
         print(f"the best C, {c:.3g}, is at the end of the range that was searched", file=sys.stderr)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parses the command line, probes, and returns the exit code."""
-    from transformers import HfArgumentParser
+def parse(words: Sequence[str]) -> LinearProbeArguments:
+    """The settings that the words of a command line stand for."""
+    return parse_settings(LinearProbeArguments, words, __doc__, config=False)
 
-    parser = HfArgumentParser(LinearProbeArguments, description=__doc__.split("\n")[0], allow_abbrev=False)
-    try:
-        (args,) = parser.parse_args_into_dataclasses(argv)
-        probe(args)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_WRONG_SETTING
-    return 0
+
+def run(args: LinearProbeArguments) -> None:
+    """See `probe`."""
+    probe(args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(parse, run, argv)
 
 
 if __name__ == "__main__":

@@ -13,26 +13,32 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pyramidclip_command import CommandParser, run_command
 from pyramidclip_hf.hub import PublishError
 from training.loop.card import publish
 
-EXIT_WRONG_SETTING = 2
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parses the command line, publishes, and returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m training.publish", description=__doc__.split("\n")[0])
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The words of a command line as arguments."""
+    parser = CommandParser(prog="python -m training.publish", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a finished run, or a model folder")
     parser.add_argument("repo_id", help="owner/name on the Hub")
     parser.add_argument("--results", type=Path, nargs="+", default=(), help="result files of training.evaluate")
     parser.add_argument("--private", action="store_true", default=None, help="make the repository private if it is new")
-    args = parser.parse_args(argv)
+    return parser.parse_args(words)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Publishes and prints the address of the commit."""
     try:
         print(publish(args.run, args.repo_id, args.private, args.results))
-    except (ValueError, OSError, PublishError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_WRONG_SETTING
-    return 0
+    except (OSError, PublishError) as error:  # nothing was published
+        raise ValueError(str(error)) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(parse, run, argv)
 
 
 if __name__ == "__main__":
