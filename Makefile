@@ -8,7 +8,7 @@ CORE_TORCH := 2.13.0
 CORE_TESTS := tests/pyramidclip_hf --ignore tests/pyramidclip_hf/vinvl tests/test_core_environment.py
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-main test-core test-all test-upstream bench gpu gpu-wheels lint clean
+.PHONY: help setup demo test test-main test-core test-all test-kernels test-upstream bench gpu gpu-wheels lint clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -46,6 +46,12 @@ $(CORE)/installed: setup.cfg pyproject.toml constraints.txt
 test-all: $(VENV)/installed  ## every test, the long ones too
 	$(PYTEST) -n $(WORKERS)
 	$(MAKE) test-core
+
+# A forced capability can only be lower than the processor's own.
+test-kernels: $(VENV)/installed  ## the tests with the arithmetic of lesser processors, and with two threads
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) -n $(WORKERS) -m "not slow"
+	ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -n $(WORKERS) -m "not slow"
+	OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 $(PYTEST) -n $(WORKERS) -m "not slow"
 
 test-upstream: $(VENV)/installed  ## transformers' own common tests against these classes (downloads its source distribution once)
 	$(BIN)/python -m tests.upstream

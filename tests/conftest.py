@@ -17,6 +17,11 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+# Inductor's cache does not ask for which instructions a kernel was compiled: run under others, it ends the process.
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    cache = Path(tempfile.gettempdir(), f"pyramidclip-inductor-{capability}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+
 # Nothing is fetched from a hub and nothing is left in the user's caches. A test with a server of its own lifts the
 # offline switch in the process that talks to it.
 for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
