@@ -84,7 +84,7 @@ def main():
             size = sum(path.stat().st_size for path in source.glob("*.jpg")) / pairs / 1000
             (source / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             for check in ("decode", "header"):
-                flags = ["--check", check, "--cpu", "--samples_per_shard", "1000"]
+                flags = ["--check", check, "--device", "cpu", "--samples_per_shard", "1000"]
                 for kind, name in (("tars", "00000.tar"), ("table", "t.jsonl")):
                     argv = ["--input", str(source / name), "--output_dir", str(folder / f"{side}{check}{kind}"), *flags]
                     measure(
@@ -94,7 +94,7 @@ def main():
         measure(
             "summarize, first-clause",
             pairs,
-            lambda: summarize.main(["--input_dir", data, "--model", "first-clause", "--cpu"]),
+            lambda: summarize.main(["--input_dir", data, "--model", "first-clause", "--device", "cpu"]),
         )
         write_features(folder / "f.tsv", [f"{i:09d}" for i in range(pairs)])
         names = folder / "names.txt"
@@ -108,7 +108,8 @@ def main():
             str(names),
             "--made_by",
             "x",
-            "--cpu",
+            "--device",
+            "cpu",
         ]
         measure(
             "import_features, LXMERT, 36 boxes, merged",
@@ -122,7 +123,8 @@ def main():
             str(folder / "store"),
             "--made_by",
             "x",
-            "--cpu",
+            "--device",
+            "cpu",
             "--merge_into",
             str(folder / "512decodetars"),
         ]

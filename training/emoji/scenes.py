@@ -3,7 +3,7 @@ any download.
 
     python -m training.emoji.scenes --output-dir DIR [--seed 0] [--train 16000] [--validation 1000]
 
-Three folders of shards (design section 6), each with `dataset.json`:
+Three folders of shards (docs/data.md), each with `dataset.json`:
 
 `train`: scenes of one to five objects. `KEY.txt` is a web-like caption: objects missing or said twice, file names,
 shop words. Beside it a clean summary, tags, exact regions and their 2048-d descriptors
@@ -24,25 +24,33 @@ stopped continues with the shards that are missing.
 
 import io
 import json
+import math
 import os
 import random
+import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from pyramidclip_command import run_command
 from pyramidclip_hf.files import write_atomically
 from training.data.records import Region, Sample
 from training.data.shard_index import index_path
 from training.data.shards import ShardWriter, read_dataset_json, write_dataset_json
 from training.emoji import pictures, words
+from training.prepare.steps.flags import parse_dataclasses
 
 SCENES_VERSION = 3
 SPLITS = ("train", "validation", "objects")
+# x1, y1, x2, y2 in pixels.
+PixelBox = tuple[int, int, int, int]
 
 
 @dataclass
@@ -84,25 +92,26 @@ class Recipe:
     detector_mistakes: float = 0.0
     version: int = SCENES_VERSION
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 2 <= self.detector_names <= len(words.OBJECTS):
             raise ValueError(f"detector_names: expected 2 to {len(words.OBJECTS)} names, got {self.detector_names}")
         if not 0 <= self.detector_mistakes <= 0.5:
             raise ValueError(f"detector_mistakes: expected a share from 0 to 0.5, got {self.detector_mistakes}")
 
-    def count(self, split):
+    def count(self, split: str) -> int:
         """Number of samples of a split."""
         return len(words.OBJECTS) * self.per_object if split == "objects" else getattr(self, split)
 
 
-def scene_rng(recipe, split, number):
+def scene_rng(recipe: Recipe, split: str, number: int) -> random.Random:
     """The random numbers of one sample."""
     return random.Random(f"emoji scenes {recipe.version} {recipe.seed} {split} {number}")
 
 
-def plan_validation(recipe):
-    """The objects of every validation scene, a list of lists of `Thing`: no two scenes show the same objects."""
-    seen, plan = set(), []
+def plan_validation(recipe: Recipe) -> list[list[words.Thing]]:
+    """The objects of every validation scene: no two scenes show the same objects."""
+    seen: set[frozenset[str]] = set()
+    plan: list[list[words.Thing]] = []
     for number in range(recipe.validation):
         rng = scene_rng(recipe, "validation objects", number)
         while True:
@@ -115,16 +124,19 @@ def plan_validation(recipe):
     return plan
 
 
-def names_of_detector(recipe):
+def names_of_detector(recipe: Recipe) -> tuple[str, ...]:
     """The names of objects that the detector of the training scenes knows, in the order of `OBJECTS`."""
     chosen = random.Random(f"detector {recipe.seed}").sample(words.OBJECTS, recipe.detector_names)
     return tuple(name for name in words.OBJECTS if name in chosen)
 
 
-def detect(recipe, number, things, boxes):
+def detect(
+    recipe: Recipe, number: int, things: Sequence[words.Thing], boxes: Sequence[PixelBox]
+) -> tuple[list[words.Thing], list[PixelBox]]:
     """What the detector says of training scene `number`: the things that it finds, named as it names them, and their
     boxes. All of them, rightly named, unless the recipe says otherwise."""
-    rng, known, found = scene_rng(recipe, "detector", number), names_of_detector(recipe), []
+    rng, known = scene_rng(recipe, "detector", number), names_of_detector(recipe)
+    found: list[tuple[words.Thing, PixelBox]] = []
     for thing, box in zip(things, boxes):
         luck, other = rng.random(), rng.choice([name for name in known if name != thing.name])
         if thing.name not in known or luck < recipe.detector_mistakes:
@@ -133,10 +145,10 @@ def detect(recipe, number, things, boxes):
     return [thing for thing, _ in found], [box for _, box in found]
 
 
-def make_sample(recipe, split, number, things=None):
+def make_sample(recipe: Recipe, split: str, number: int, things: Sequence[words.Thing] | None = None) -> Sample:
     """Sample `number` of a split; `things` from `plan_validation` for validation scenes."""
     rng = scene_rng(recipe, split, number)
-    extra = {}
+    extra: dict[str, str | int] = {}
     if split == "objects":
         index = number % len(words.OBJECTS)
         things = [words.dress(words.OBJECTS[index], rng)]
@@ -144,7 +156,7 @@ def make_sample(recipe, split, number, things=None):
     elif split == "train":
         things = words.training_things(rng)
     scene = rng.choice(sorted(pictures.BACKGROUNDS))
-    picture, things, boxes = draw_scene(things, scene, recipe.picture_size, rng)
+    picture, things, boxes = draw_scene(things or [], scene, recipe.picture_size, rng)
     if split == "train":
         caption = words.web_caption(things, scene, rng)
     else:
@@ -154,7 +166,7 @@ def make_sample(recipe, split, number, things=None):
     # Stands in for a detector's confidence: larger objects are surer, and regions come in that order.
     regions = [
         Region(
-            thing.box,
+            thing.drawn_box,
             round(min(0.99, 0.5 + max(b[2] - b[0], b[3] - b[1]) / recipe.picture_size), 3),
             thing.name,
             thing.attributes,
@@ -176,14 +188,26 @@ def make_sample(recipe, split, number, things=None):
     )
 
 
-def draw_scene(things, scene, size, rng):
-    """Draws the objects on a background. Returns the picture, the things with their boxes filled in, and the boxes in
-    pixels, largest first."""
+def draw_scene(
+    things: Sequence[words.Thing], scene: str, size: int, rng: random.Random
+) -> tuple[Image.Image, list[words.Thing], list[PixelBox]]:
+    """Draws the objects on a background.
+
+    Args:
+        things: what is drawn; their boxes are filled in.
+        scene: the background.
+        size: side of the picture in pixels.
+        rng: decides places and pixels.
+
+    Returns:
+        The picture, the things and their boxes in pixels, largest first.
+    """
     # NumPy's generator draws the pixels of backgrounds, seeded from the scene's own numbers.
     picture = pictures.background(scene, size, np.random.default_rng(rng.getrandbits(64)))
     sides = {thing.name: rng.uniform(*words.SIZES[thing.size]) * size for thing in things}
     things = sorted(things, key=lambda thing: -sides[thing.name])
-    taken, boxes = [], []
+    taken: list[tuple[tuple[float, float], float]] = []
+    boxes: list[PixelBox] = []
     for thing in things:
         side = sides[thing.name]
         centre = _free_place(side, size, taken, rng)
@@ -192,28 +216,31 @@ def draw_scene(things, scene, size, rng):
         )
         taken.append((centre, side))
         boxes.append(box)
-        thing.box = tuple(round(v / size, 4) for v in box)
+        x1, y1, x2, y2 = (round(v / size, 4) for v in box)
+        thing.box = (x1, y1, x2, y2)
     order = sorted(range(len(things)), key=lambda i: -max(boxes[i][2] - boxes[i][0], boxes[i][3] - boxes[i][1]))
     return picture, [things[i] for i in order], [boxes[i] for i in order]
 
 
-def _free_place(side, size, taken, rng):
+def _free_place(
+    side: float, size: int, taken: Sequence[tuple[tuple[float, float], float]], rng: random.Random
+) -> tuple[float, float]:
     """A centre for a square of `side`, the one of 25 tries that is covered least by what is there."""
-    best, least = None, None
+    best, least = (0.0, 0.0), math.inf
     for _ in range(25):
         x, y = (rng.uniform(side / 2, size - side / 2) for _ in range(2))
         covered = 0.0
         for (other_x, other_y), other in taken:
             half = (side + other) / 2
             covered += max(0.0, half - abs(x - other_x)) * max(0.0, half - abs(y - other_y)) / min(side, other) ** 2
-        if least is None or covered < least:
+        if covered < least:
             best, least = (x, y), covered
         if least == 0:
             break
     return best
 
 
-def write_shard(recipe, folder, split, shard):
+def write_shard(recipe: Recipe, folder: str | Path, split: str, shard: int) -> int:
     """Writes shard number `shard` of a split, unless it is there; returns the number of samples in it."""
     path = Path(folder) / split / f"{split}-{shard:05d}.tar"
     numbers = range(shard * recipe.shard_size, min((shard + 1) * recipe.shard_size, recipe.count(split)))
@@ -226,9 +253,13 @@ def write_shard(recipe, folder, split, shard):
     return len(numbers)
 
 
-def claim_folder(recipe, folder):
-    """Writes the recipe into the folder, or checks that the one there is the same; `ValueError` where it is not. A
-    folder that was drawn before the detector had settings has one without mistakes."""
+def claim_folder(recipe: Recipe, folder: str | Path) -> None:
+    """Writes the recipe into the folder, or checks that the one there is the same. A folder that was drawn before the
+    detector had settings has one without mistakes.
+
+    Raises:
+        ValueError: it has another; the settings that differ are named.
+    """
     path = Path(folder) / "recipe.json"
     wanted = asdict(recipe)
     if path.exists():
@@ -244,8 +275,13 @@ def claim_folder(recipe, folder):
     write_atomically(path, (json.dumps(wanted, indent=1) + "\n").encode())
 
 
-def build(recipe, folder, workers=2, progress=True):
-    """Builds the three splits in `folder`, continuing where an earlier build stopped."""
+def build(recipe: Recipe, folder: str | Path, workers: int = 2, progress: bool = True) -> None:
+    """Builds the three splits in `folder`, continuing where an earlier build stopped.
+
+    Raises:
+        ValueError: it holds scenes of another recipe.
+        ImportError: the extra is missing.
+    """
     from tqdm.auto import tqdm
 
     claim_folder(recipe, folder)
@@ -271,10 +307,11 @@ def build(recipe, folder, workers=2, progress=True):
         _describe_split(recipe, Path(folder), split)
 
 
-def _describe_split(recipe, folder, split):
+def _describe_split(recipe: Recipe, folder: Path, split: str) -> None:
     if read_dataset_json(folder / split) is not None:
         return
-    extra = {}
+    # Any: JSON.
+    extra: dict[str, Any] = {}
     if split == "train":
         extra["detector"] = {"names": names_of_detector(recipe), "mistakes": recipe.detector_mistakes}
     if split == "objects":
@@ -291,7 +328,7 @@ def _describe_split(recipe, folder, split):
     )
 
 
-def draw_contact_sheet(recipe, path):
+def draw_contact_sheet(recipe: Recipe, path: str | Path) -> None:
     """Writes a labelled sheet of eight training scenes and one validation scene as PNG."""
     samples = [make_sample(recipe, "train", number) for number in range(8)]
     samples.append(make_sample(recipe, "validation", 0, plan_validation(recipe)[0]))
@@ -300,35 +337,30 @@ def draw_contact_sheet(recipe, path):
     sheet.quantize(192, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def main(argv=None):
-    """Parses the arguments, builds, says what was built."""
-    from transformers import HfArgumentParser
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(parse, run, argv)
 
-    parser = HfArgumentParser(SceneArguments, description=__doc__.split("\n")[0])
-    (args,) = parser.parse_args_into_dataclasses(argv)
-    if not args.output_dir and not args.contact_sheet:
-        raise SystemExit("nothing to do: give --output-dir DIR, --contact-sheet FILE.png or both")
-    try:
-        recipe = Recipe(
-            args.seed,
-            args.train,
-            args.validation,
-            args.per_object,
-            args.picture_size,
-            args.shard_size,
-            args.detector_names,
-            args.detector_mistakes,
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    if args.output_dir:
+
+def parse(words: Sequence[str]) -> SceneArguments:
+    """The words of the command as settings. Raises `ValueError`."""
+    (arguments,) = parse_dataclasses(words, __doc__, SceneArguments)
+    if not arguments.output_dir and not arguments.contact_sheet:
+        raise ValueError("nothing to do: give --output-dir DIR, --contact-sheet FILE.png or both")
+    return arguments
+
+
+def run(arguments: SceneArguments) -> None:
+    """Builds, and says what was built."""
+    recipe = Recipe(**{name.name: getattr(arguments, name.name) for name in fields(Recipe) if name.name != "version"})
+    if arguments.output_dir:
         start = time.monotonic()
-        build(recipe, args.output_dir, args.workers)
+        build(recipe, arguments.output_dir, arguments.workers)
         counts = ", ".join(f"{recipe.count(split)} {split}" for split in SPLITS)
-        print(f"{args.output_dir}: {counts}; {time.monotonic() - start:.1f} s")
-    if args.contact_sheet:
-        draw_contact_sheet(recipe, args.contact_sheet)
+        print(f"{arguments.output_dir}: {counts}; {time.monotonic() - start:.1f} s")
+    if arguments.contact_sheet:
+        draw_contact_sheet(recipe, arguments.contact_sheet)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,7 +5,9 @@ Everything is a pure function of a `random.Random`.
 
 import hashlib
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 
 from training.emoji.pictures import TINTS
 
@@ -52,33 +54,37 @@ class Thing:
     name: str
     size: str | None = None
     tint: str | None = None
-    box: tuple | None = None
+    box: tuple[float, float, float, float] | None = None
 
     @property
-    def attributes(self):
+    def attributes(self) -> list[str]:
         """Visible attributes, the surest last."""
         return [word for word in (self.size, self.tint) if word]
 
-    def words(self, size=True, tint=True):
+    def words(self, size: bool = True, tint: bool = True) -> str:
         """ "a small red fox", leaving out what is not wanted."""
-        parts = (
-            [self.size] * (size and self.size is not None)
-            + [self.tint] * (tint and self.tint is not None)
-            + [self.name]
-        )
+        parts = [word for word, wanted in ((self.size, size), (self.tint, tint), (self.name, True)) if wanted and word]
         if self.name in _PLURALS:
             return " ".join(["some", *parts])
         return " ".join(["an" if parts[0][0] in "aeiou" else "a", *parts])
 
-    def place(self):
+    @property
+    def drawn_box(self) -> tuple[float, float, float, float]:
+        """Its box. Raises `ValueError` before it is drawn."""
+        if self.box is None:
+            raise ValueError(f"the {self.name} is not drawn yet")
+        return self.box
+
+    def place(self) -> str:
         """Where its middle lies: "at the top left", "in the middle", ..."""
-        x, y = (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+        box = self.drawn_box
+        x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
         row = "top" if y < 0.36 else "bottom" if y > 0.64 else ""
         column = "left" if x < 0.36 else "right" if x > 0.64 else ""
         return f"at the {row} {column}".replace("  ", " ").strip() if row or column else "in the middle"
 
 
-def is_reserved(first, second):
+def is_reserved(first: str, second: str) -> bool:
     """Whether a pair of objects is kept for the validation scenes. No training scene shows the two together."""
     pair = "+".join(sorted((first, second)))
     return int(hashlib.sha256(pair.encode()).hexdigest(), 16) % _RESERVED_SHARE == 0
@@ -87,7 +93,7 @@ def is_reserved(first, second):
 RESERVED_PAIRS = tuple(pair for pair in itertools.combinations(OBJECTS, 2) if is_reserved(*pair))
 
 
-def training_things(rng):
+def training_things(rng: Random) -> list[Thing]:
     """One to five objects, no reserved pair among them."""
     count = rng.choices((1, 2, 3, 4, 5), (35, 25, 18, 13, 9))[0]
     while True:
@@ -96,7 +102,7 @@ def training_things(rng):
             return [dress(name, rng) for name in names]
 
 
-def validation_things(rng):
+def validation_things(rng: Random) -> list[Thing]:
     """Two to five objects, a reserved pair among them: a combination that training never shows."""
     names = list(rng.choice(RESERVED_PAIRS))
     count = rng.choices((2, 3, 4, 5), (30, 30, 25, 15))[0]
@@ -105,24 +111,24 @@ def validation_things(rng):
     return [dress(name, rng) for name in names]
 
 
-def dress(name, rng):
+def dress(name: str, rng: Random) -> Thing:
     """Gives an object a size and, in a quarter of the cases, a tint."""
     size = rng.choice(("small", None, "big"))
     return Thing(name, size, rng.choice(sorted(TINTS)) if rng.random() < 0.25 else None)
 
 
-def summary(things, scene):
+def summary(things: Sequence[Thing], scene: str) -> str:
     """One clean sentence: every object with its tint, and where they are."""
     words = [thing.words(size=False) for thing in things]
     return f"{_joined(words)} {scene}.".capitalize()
 
 
-def tags(things):
+def tags(things: Sequence[Thing]) -> list[str]:
     """Phrases in the order of the regions, attributes before the noun."""
     return [" ".join([*thing.attributes, thing.name]) for thing in things]
 
 
-def human_caption(things, scene, rng):
+def human_caption(things: Sequence[Thing], scene: str, rng: Random) -> str:
     """A careful caption, as evaluation sets have them: every object, most attributes, a place or a relation, the
     background."""
     order = rng.sample(things, len(things))
@@ -139,7 +145,7 @@ def human_caption(things, scene, rng):
     return f"{words[0]} {order[0].place()} with {_joined(words[1:])}, {scene}"
 
 
-def web_caption(things, scene, rng):
+def web_caption(things: Sequence[Thing], scene: str, rng: Random) -> str:
     """A caption as the web writes them: some objects missing, some said twice, hardly an attribute, file names and
     shop words around."""
     kept = [thing for thing in things if rng.random() < 0.55]
@@ -168,7 +174,7 @@ def web_caption(things, scene, rng):
     return _with_junk(body, rng)
 
 
-def _with_junk(body, rng):
+def _with_junk(body: str, rng: Random) -> str:
     number = rng.randrange(1000, 9999)
     shop = rng.choice(_SHOPS)
     before = ("", f"IMG_{number}.JPG ", f"DSC0{number} - ", f"{shop}: ", "Buy ", "NEW! ", f"{number}px-")
@@ -188,13 +194,14 @@ def _with_junk(body, rng):
     return (rng.choice(before) if rng.random() < 0.4 else "") + body + rng.choice(after)
 
 
-def _relation(first, second):
-    dx = (second.box[0] + second.box[2] - first.box[0] - first.box[2]) / 2
-    dy = (second.box[1] + second.box[3] - first.box[1] - first.box[3]) / 2
+def _relation(first: Thing, second: Thing) -> str:
+    here, there = first.drawn_box, second.drawn_box
+    dx = (there[0] + there[2] - here[0] - here[2]) / 2
+    dy = (there[1] + there[3] - here[1] - here[3]) / 2
     if abs(dx) > abs(dy):
         return "to the left of" if dx > 0 else "to the right of"
     return "above" if dy > 0 else "below"
 
 
-def _joined(words):
+def _joined(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

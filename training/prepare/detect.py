@@ -8,23 +8,30 @@ The detectors are in `training.prepare.steps.detectors`. What made the regions i
 another maker are not replaced unless --overwrite says so.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
+from PIL import Image
+
+from pyramidclip_command import run_command
+from training.data.shards import ShardReader
 from training.data.views import BadPicture
-from training.prepare.steps.detectors import DetectorArguments, open_detector
+from training.prepare.steps.detectors import Detector, DetectorArguments, open_detector
+from training.prepare.steps.flags import parse_dataclasses
 from training.prepare.steps.pictures import decoded
-from training.prepare.steps.regions import best_regions
-from training.prepare.steps.work import (
-    Stage,
-    WorkArguments,
+from training.prepare.steps.regions import Detections, best_regions
+from training.prepare.steps.rewriting import (
+    NO_REGIONS,
+    Opened,
     describe_dataset,
-    parse,
     refuse_other_maker,
     rewrite_shards,
-    this_worker,
+    shards_of,
 )
+from training.prepare.steps.work import Advance, Stage, Tally, WorkArguments, Worker, this_worker
 
 # The level it makes, as `import_features` does.
 STAGE = "regions"
@@ -43,19 +50,65 @@ class DetectArguments:
     decode_threads: int = field(default=4, metadata={"help": "Threads that decode pictures while the detector runs."})
 
 
-def main(argv=None):
-    arguments, detector_arguments, work = parse(DetectArguments, DetectorArguments, WorkArguments, argv=argv)
+# A picture, or why it cannot be shown to a detector: (reason, detail).
+Shown = Image.Image | tuple[str, str]
+
+
+@dataclass
+class DetectSettings:
+    """All flags."""
+
+    detect: DetectArguments
+    detector: DetectorArguments
+    work: WorkArguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(parse, _command, argv)
+
+
+def parse(words: Sequence[str]) -> DetectSettings:
+    """The words of the command as settings. Raises `ValueError`."""
+    settings = DetectSettings(*parse_dataclasses(words, __doc__, DetectArguments, DetectorArguments, WorkArguments))
     for name in ("batch_size", "decode_threads", "max_image_pixels"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"{name} is {getattr(arguments, name)}, expected 1 or more")
-    worker = this_worker(work)
-    provider = open_detector(detector_arguments, worker.device)
-    return run(provider, arguments, detector_arguments.top, worker, work.overwrite)
+        if getattr(settings.detect, name) < 1:
+            raise ValueError(f"{name} is {getattr(settings.detect, name)}, expected 1 or more")
+    return settings
 
 
-def run(provider, arguments, top, worker, overwrite=False):
-    """Runs a provider (`training.prepare.steps.detectors`, or your own with `detect`, `made_by` and `feature_size`)
-    over a folder of shards."""
+def _command(settings: DetectSettings) -> None:
+    detect(settings)
+
+
+def detect(settings: DetectSettings) -> Tally | None:
+    """Detects in this process's share; returns the total, or None while others have not finished theirs.
+
+    Raises:
+        ValueError: the detector cannot be used, or the shards have regions of another.
+        FileNotFoundError: there are no shards.
+    """
+    shards_of(settings.detect.input_dir)
+    worker = this_worker(settings.work)
+    detector = open_detector(settings.detector, worker.device)
+    return run(detector, settings.detect, settings.detector.top, worker, settings.work.overwrite)
+
+
+def run(
+    provider: Detector, arguments: DetectArguments, top: int, worker: Worker, overwrite: bool = False
+) -> Tally | None:
+    """Runs a detector over a folder of shards.
+
+    Args:
+        provider: of `training.prepare.steps.detectors`, or your own with `detect`, `made_by` and `feature_size`.
+        arguments: what to read, and where to write.
+        top: regions kept of a picture.
+        worker: whose shards.
+        overwrite: replaces regions of another detector.
+
+    Returns:
+        The total, or None while other processes have not finished theirs.
+    """
     folder = arguments.output_dir or arguments.input_dir
     refuse_other_maker(arguments.input_dir, "regions", provider.made_by, overwrite)
     settings = {
@@ -86,12 +139,13 @@ class Change:
     """The step on one shard (`training.prepare.steps.work.rewrite_shards`): pictures are decoded by threads, one batch
     ahead."""
 
-    def __init__(self, provider, arguments, top):
+    def __init__(self, provider: Detector, arguments: DetectArguments, top: int):
         self.provider, self.arguments, self.top = provider, arguments, top
         self.refused = 0
 
-    def __call__(self, reader, samples, tally, advance):
-        samples = iter(samples)
+    def __call__(
+        self, reader: ShardReader, samples: Iterator[Opened], tally: Tally, advance: Advance
+    ) -> Iterator[Opened]:
         with ThreadPoolExecutor(self.arguments.decode_threads) as pool:
             batch, pictures = self._next(samples, pool)
             while batch:
@@ -101,21 +155,20 @@ class Change:
                 yield from batch
                 batch, pictures = following
 
-    def _next(self, samples, pool):
+    def _next(self, samples: Iterator[Opened], pool: ThreadPoolExecutor) -> tuple[list[Opened], list[Future[Shown]]]:
         batch = list(islice(samples, self.arguments.batch_size))
         return batch, [pool.submit(self._open, opened) for opened in batch]
 
-    def _open(self, opened):
-        """The picture, or (reason, detail)."""
-        if opened.sample is None:
+    def _open(self, opened: Opened) -> Shown:
+        if opened.sample is None or opened.sample.image is None:
             return ("bad-sample", "")
         try:
             return decoded(opened.sample.image, self.arguments.max_image_pixels)
         except BadPicture as bad:
             return (bad.reason, str(bad))
 
-    def _detect(self, batch, pictures, tally):
-        wanted = []
+    def _detect(self, batch: Sequence[Opened], pictures: Sequence[Shown], tally: Tally) -> None:
+        wanted: list[tuple[Opened, Image.Image]] = []
         for opened, picture in zip(batch, pictures):
             if isinstance(picture, tuple):
                 if opened.sample is not None:  # else named where it was read
@@ -124,10 +177,11 @@ class Change:
                 wanted.append((opened, picture))
         for opened, found in self._found(wanted, tally):
             opened.levels = best_regions(found, self.top, tally, opened.where, opened.key)
-            if opened.levels["roi"] is not None:
-                tally.counts[f"feature_size_{opened.levels['roi'].shape[1]}"] += 1
+            roi = opened.levels["roi"]
+            if roi is not None:
+                tally.count(f"feature_size_{roi.shape[1]}")
 
-    def _found(self, wanted, tally):
+    def _found(self, wanted: Sequence[tuple[Opened, Image.Image]], tally: Tally) -> list[tuple[Opened, Detections]]:
         """(sample, Detections) pairs. Where a batch is refused each picture is tried alone, so that one costs only
         itself."""
         if not wanted:
@@ -147,11 +201,11 @@ class Change:
             self._without(wanted[0][0], tally, "refused-by-detector", str(error))
             return []
 
-    def _without(self, opened, tally, reason, detail):
+    def _without(self, opened: Opened, tally: Tally, reason: str, detail: str) -> None:
         """Names a sample that gets no regions; it must not keep those of another detector either."""
-        opened.levels = {"regions": None, "roi": None, "tags": None}
+        opened.levels = NO_REGIONS.copy()
         tally.note(opened.where, opened.key, reason, detail)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,26 +6,33 @@ r"""Takes region features that others extracted into the shards of a data set, o
         --made-by "bottom-up-attention R101, 36 boxes" --store-dir data/regions
 
 The ten most confident regions of a picture are kept, sorted. The formats, and what each lacks, are in
-`training.prepare.formats` and docs/prepare.md. A malformed row is named with its line, and the sample it belongs
-to goes on without regions.
+`training.prepare.formats` and docs/prepare.md. A malformed row is named with its line, and the sample it belongs to
+goes on without regions.
 """
 
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from training.data.shards import ShardWriter
-from training.prepare.formats import BadRow, ManyRows, open_format
+from pyramidclip_command import run_command
+from training.data.records import Sample
+from training.data.shards import ShardReader, ShardWriter
+from training.prepare.formats import BadRow, FormatFlags, RegionFormat, Size, format_flags, open_formats
+from training.prepare.steps.flags import parse_dataclasses
 from training.prepare.steps.pictures import picture_size
-from training.prepare.steps.regions import best_regions, read_names
-from training.prepare.steps.work import (
+from training.prepare.steps.regions import Detections, best_regions
+from training.prepare.steps.rewriting import (
+    NO_REGIONS,
+    Levels,
+    MadeBy,
     Opened,
-    Stage,
-    WorkArguments,
     describe_dataset,
-    parse,
     refuse_other_maker,
     rewrite_shards,
-    this_worker,
+    shards_of,
 )
+from training.prepare.steps.work import Advance, Stage, Tally, WorkArguments, Worker, this_worker
 
 # The level it makes: `detect` makes the same one, and what is done by one is not done by the other.
 STAGE = "regions"
@@ -47,16 +54,17 @@ class ImportArguments:
     merge_into: str | None = field(default=None, metadata={"help": "Folder of shards that get the regions."})
     output_dir: str | None = field(default=None, metadata={"help": "Where the changed shards go (default: in place)."})
     store_dir: str | None = field(default=None, metadata={"help": "Write a store of regions without pictures instead."})
-    predictions: list[str] = field(
-        default_factory=list, metadata={"help": "Oscar: the tables of names and scores (default: beside each input)."}
-    )
-    hw: list[str] = field(
-        default_factory=list,
-        metadata={"help": "scene-graph-benchmark: hw.tsv with picture sizes, one or one an input."},
-    )
-    objects: str | None = field(default=None, metadata={"help": "LXMERT: class names, one a line."})
-    attributes: str | None = field(default=None, metadata={"help": "LXMERT: attribute names, one a line."})
-    attribute_threshold: float = field(default=0.1, metadata={"help": "LXMERT: least confidence of an attribute."})
+
+    @property
+    def folder(self) -> str:
+        """Where the results go."""
+        return self.store_dir or self.output_dir or self.merge_into or ""
+
+
+@dataclass
+class RowArguments:
+    """Which row belongs to which sample, and what is kept of it."""
+
     key_pattern: str | None = field(
         default=None, metadata={"help": r"Regular expression; its group is the key in a row's name, e.g. '(\d+)$'."}
     )
@@ -67,16 +75,63 @@ class ImportArguments:
     rows_per_shard: int = field(default=10_000, metadata={"help": "Rows to a shard of a store."})
 
 
-def main(argv=None):
-    arguments, work = parse(ImportArguments, WorkArguments, argv=argv)
-    if (arguments.merge_into is None) == (arguments.store_dir is None):
+@dataclass
+class ImportSettings:
+    """All flags."""
+
+    places: ImportArguments
+    formats: Sequence[FormatFlags]
+    rows: RowArguments
+    work: WorkArguments
+
+    def that_decide(self) -> dict[str, Any]:
+        """Those that the result depends on, as JSON."""
+        settings = asdict(self.places)
+        for own in self.formats:
+            settings |= asdict(own)
+        settings |= asdict(self.rows)
+        return {
+            name: value for name, value in settings.items() if name not in ("merge_into", "output_dir", "store_dir")
+        }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(parse, run, argv)
+
+
+def parse(words: Sequence[str]) -> ImportSettings:
+    """The words of the command as settings. Raises `ValueError`."""
+    places, *formats, rows, work = parse_dataclasses(
+        words, __doc__, ImportArguments, *format_flags(), RowArguments, WorkArguments
+    )
+    if (places.merge_into is None) == (places.store_dir is None):
         raise ValueError(
             "give one of --merge_into (shards that get the regions) and --store_dir (a folder for the regions alone)"
         )
-    worker = this_worker(work, has_model=False)
-    rows = open_rows(arguments)
-    importer = Importer(rows, arguments, work.overwrite)
-    total = importer.store(worker) if arguments.store_dir else importer.merge(worker)
+    if rows.rows_per_shard < 1:
+        raise ValueError(f"rows_per_shard is {rows.rows_per_shard}, expected 1 or more")
+    return ImportSettings(places, formats, rows, work)
+
+
+def run(settings: ImportSettings) -> None:
+    """Imports and reports."""
+    import_features(settings)
+
+
+def import_features(settings: ImportSettings) -> Tally | None:
+    """Imports this process's share; returns the total, or None while others have not finished theirs.
+
+    Raises:
+        ValueError: the input cannot be used, or the output holds something else.
+        FileNotFoundError: an input or the folder of shards is not there.
+    """
+    if settings.places.merge_into is not None:
+        shards_of(settings.places.merge_into)
+    worker = this_worker(settings.work, has_model=False)
+    rows = open_formats(settings.places.input, settings.rows.key_pattern, *settings.formats)
+    importer = Importer(rows, settings)
+    total = importer.store(worker) if settings.places.store_dir else importer.merge(worker)
     if total is not None:
         importer.describe(total)
     if worker.index == 0 or total is not None:
@@ -86,97 +141,62 @@ def main(argv=None):
     return total
 
 
-def open_rows(arguments):
-    """The reader of all inputs. Raises `ValueError` where companions and inputs differ in number."""
-    names = {
-        name: read_names(path) if path else None
-        for name, path in (("objects", arguments.objects), ("attributes", arguments.attributes))
-    }
-    companions = {}
-    for name in ("predictions", "hw"):
-        given = getattr(arguments, name)
-        given = (
-            given * len(arguments.input) if name == "hw" and len(given) == 1 else given or [None] * len(arguments.input)
-        )
-        if len(given) != len(arguments.input):
-            raise ValueError(f"--{name}: {len(given)} files for {len(arguments.input)} inputs")
-        companions[name] = given
-    parts = [
-        open_format(
-            path,
-            arguments.key_pattern,
-            predictions,
-            hw,
-            attribute_threshold=arguments.attribute_threshold,
-            **names,
-        )
-        for path, predictions, hw in zip(arguments.input, companions["predictions"], companions["hw"])
-    ]
-    return parts[0] if len(parts) == 1 else ManyRows(parts)
-
-
-def _settings(arguments):
-    settings = asdict(arguments)
-    for place in ("merge_into", "output_dir", "store_dir"):
-        del settings[place]
-    return settings
-
-
 class Importer:
     """Reads the rows of one format (`training.prepare.formats`) into shards or into a store."""
 
-    def __init__(self, rows, arguments, overwrite=False):
-        self.rows, self.arguments = rows, arguments
+    def __init__(self, rows: RegionFormat, settings: ImportSettings):
+        self.rows, self.places, self.arguments = rows, settings.places, settings.rows
+        overwrite = settings.work.overwrite
         self.feature_size = _feature_size(rows)
-        self.made_by = _made_by(rows, arguments, self.feature_size)
+        self.made_by = _made_by(rows, settings, self.feature_size)
         before = None
-        if arguments.merge_into is not None:
-            before = refuse_other_maker(arguments.merge_into, "regions", self.made_by, overwrite)
+        if self.places.merge_into is not None:
+            before = refuse_other_maker(self.places.merge_into, "regions", self.made_by, overwrite)
         # Samples that get no new regions must not keep those of the other detector.
-        self.without = {"regions": None, "roi": None, "tags": None} if before not in (None, self.made_by) else {}
-        folder = arguments.store_dir or arguments.output_dir or arguments.merge_into
-        self.stage = Stage(folder, STAGE, _settings(arguments), overwrite)
+        self.without: Levels = NO_REGIONS if before not in (None, self.made_by) else {}
+        self.stage = Stage(self.places.folder, STAGE, settings.that_decide(), overwrite)
 
-    def merge(self, worker):
+    def merge(self, worker: Worker) -> Tally | None:
         """Adds the regions to existing shards; returns the total or None."""
-        return rewrite_shards(self.stage, self.arguments.merge_into, worker, self._change, self._close_merge)
+        return rewrite_shards(self.stage, self.places.merge_into or "", worker, self._change, self._close_merge)
 
-    def _close_merge(self, total):
+    def _close_merge(self, total: Tally) -> None:
         total.count("rows", len(self.rows) + len(self.rows.problems))
         if self.arguments.match_field is None:
             total.count("rows_unused", len(self.rows) - total.counts["samples_with_row"])
         for path, line, key, reason, detail in self.rows.problems:
             total.note(path, key, reason, detail, line)
 
-    def _change(self, reader, samples, tally, advance):
+    def _change(
+        self, reader: ShardReader, samples: Iterator[Opened], tally: Tally, advance: Advance
+    ) -> Iterator[Opened]:
         for opened in samples:
             advance(1)
             if opened.sample is not None:
-                self._add(opened, tally)
+                opened.levels = self._levels(opened, opened.sample, tally)
             yield opened
 
-    def _add(self, opened, tally):
-        name = opened.key if self.arguments.match_field is None else opened.sample.extra.get(self.arguments.match_field)
+    def _levels(self, opened: Opened, sample: Sample, tally: Tally) -> Levels:
+        field_name = self.arguments.match_field
+        name = opened.key if field_name is None else sample.extra.get(field_name)
         row = None if name is None else self.rows.find(str(name))
         if row is None:
             tally.note(opened.where, opened.key, "no-row", f"no features for {name!r}")
-            opened.levels = dict(self.without)
-            return
+            return self.without.copy()
         tally.count("samples_with_row")
         path, line = self.rows.place(row)
         try:
-            found = self._read(row, self._size(row, opened))
+            found = self._read(row, self._size(row, sample))
         except BadRow as bad:
             tally.count("rows_malformed")
             tally.note(path, opened.key, bad.reason, bad.detail, line)
-            opened.levels = dict(self.without)
-            return
-        opened.levels = best_regions(found, self.arguments.top, tally, path, opened.key, line)
+            return self.without.copy()
+        return best_regions(found, self.arguments.top, tally, path, opened.key, line)
 
-    def _size(self, row, opened):
+    def _size(self, row: int, sample: Sample) -> Size | None:
         """The size that the boxes are in pixels of. Raises `BadRow` where the picture is another one than was looked
         at."""
-        recorded, shown = self.rows.size(row), picture_size(opened.sample.image)
+        recorded, shown = self.rows.size(row), picture_size(sample.image or b"")
         if recorded is None:
             if self.rows.in_pixels and shown is None:
                 raise BadRow(
@@ -189,13 +209,12 @@ class Importer:
             if abs(expected / found - 1) > max(0.02, 1.5 / min(shown)):
                 raise BadRow(
                     "size-mismatch",
-                    f"features are of a picture of {recorded[0]:g} x {recorded[1]:g}, the "
-                    f"one here has {shown[0]} x {shown[1]}: "
-                    "cropped since, or another one",
+                    f"features are of a picture of {recorded[0]:g} x {recorded[1]:g}, the one here has "
+                    f"{shown[0]} x {shown[1]}: cropped since, or another one",
                 )
         return recorded
 
-    def _read(self, row, size):
+    def _read(self, row: int, size: Size | None) -> Detections:
         found = self.rows.read(row, size)
         if len(found) and found.features.shape[1] != self.feature_size:
             raise BadRow(
@@ -203,7 +222,7 @@ class Importer:
             )
         return found
 
-    def store(self, worker):
+    def store(self, worker: Worker) -> Tally | None:
         """Writes the regions alone, in the order of the file; returns the total or None."""
         step = self.arguments.rows_per_shard
         items = {
@@ -211,7 +230,7 @@ class Importer:
             for number, start in enumerate(range(0, len(self.rows), step))
         }
 
-        def do(name, tally, advance):
+        def do(name: str, tally: Tally, advance: Advance) -> None:
             with ShardWriter(self.stage.folder / f"{name}.tar") as writer:
                 for row in items[name]:
                     advance(1)
@@ -221,7 +240,7 @@ class Importer:
         self.stage.run({name: len(rows) for name, rows in items.items()}, do, worker, unit="row")
         return self.stage.finish(items, self._close_store)
 
-    def _store_row(self, row, writer, tally):
+    def _store_row(self, row: int, writer: ShardWriter, tally: Tally) -> None:
         key, (path, line) = self.rows.key(row), self.rows.place(row)
         try:
             if self.rows.find(key) != row:
@@ -240,36 +259,37 @@ class Importer:
         except ValueError as error:
             tally.reject(path, key, "bad-key", str(error), line)
 
-    def _close_store(self, total):
+    def _close_store(self, total: Tally) -> None:
         for path, line, key, reason, detail in self.rows.problems:
             total.count("in")
             total.reject(path, key, reason, detail, line)
 
-    def describe(self, total):
+    def describe(self, total: Tally) -> None:
         """Writes `dataset.json`."""
-        source = self.arguments.merge_into or self.stage.folder
+        source = self.places.merge_into or self.stage.folder
         describe_dataset(self.stage, source, total, {"regions": self.made_by}, self.feature_size)
 
 
-def _made_by(rows, arguments, feature_size):
+def _made_by(rows: RegionFormat, settings: ImportSettings, feature_size: int) -> MadeBy:
     """What made the regions, for `dataset.json`. A store knows, and keeps it. Raises `ValueError` where nobody says."""
+    top = settings.rows.top
     if rows.made_by is not None:
-        return {**rows.made_by, "top": min(arguments.top, rows.made_by.get("top", arguments.top))}
-    if not arguments.made_by:
+        return {**rows.made_by, "top": min(top, rows.made_by.get("top", top))}
+    if not settings.places.made_by:
         raise ValueError(
-            f"{arguments.input[0]} does not say which detector made its features: name it with --made-by, in the words "
-            "by which data sets that may be mixed agree"
+            f"{settings.places.input[0]} does not say which detector made its features: name it with --made-by, in the "
+            "words by which data sets that may be mixed agree"
         )
     return {
-        "maker": arguments.made_by,
+        "maker": settings.places.made_by,
         "how": f"import_features, {rows.name}",
         "feature_size": feature_size,
-        "top": arguments.top,
+        "top": top,
         "attributes": "attributes" not in rows.lacks,
     }
 
 
-def _feature_size(rows):
+def _feature_size(rows: RegionFormat) -> int:
     """The width of the features in the first rows that can be read. Raises `ValueError` where none can."""
     reason = "the file has no rows"
     for row in range(min(len(rows), 100)):
@@ -278,11 +298,11 @@ def _feature_size(rows):
             if len(found):
                 return found.features.shape[1]
         except BadRow as bad:
-            reason = f"line {rows.place(row)[1]}: {bad}"
+            reason = f"line {rows.place(row).line}: {bad}"
     raise ValueError(
-        f"none of the first rows of {rows.place(0)[0]} has features that can be read; the last one: {reason}"
+        f"none of the first rows of {rows.place(0).path} has features that can be read; the last one: {reason}"
     )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

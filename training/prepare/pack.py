@@ -11,21 +11,26 @@ came before. See docs/prepare.md.
 import glob
 import io
 import json
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from pyramidclip_command import run_command
 from pyramidclip_hf.files import write_atomically
 from training.data.records import IMAGE_SUFFIXES, BadSample, sample_from_members
 from training.data.remote import is_url
 from training.data.shards import ShardWriter
-from training.prepare.sources import Part, SourceArguments, open_source
+from training.prepare.sources import PairSource, RawPair, SourceArguments, SourcePart, open_source
+from training.prepare.steps.flags import parse_dataclasses
 from training.prepare.steps.pictures import picture_suffix
-from training.prepare.steps.work import Stage, Tally, WorkArguments, describe_dataset, parse, this_worker
+from training.prepare.steps.rewriting import MadeBy, describe_dataset
+from training.prepare.steps.work import Advance, Stage, StageReport, Tally, WorkArguments, Worker, this_worker
 
 STAGE = "pack"
 # Keys are compared within buckets of about this many, so that 100 million of them need little memory at a time.
@@ -52,29 +57,71 @@ class PackArguments:
     )
 
 
-def main(argv=None):
-    source_arguments, arguments, work = parse(SourceArguments, PackArguments, WorkArguments, argv=argv)
-    source_arguments.input = _expand(source_arguments.input)
-    worker = this_worker(work, has_model=False)
-    _refuse_own_folder(source_arguments.input, arguments.output_dir)
-    source = open_source(source_arguments)
-    stage = Stage(arguments.output_dir, STAGE, _settings(source_arguments, arguments), work.overwrite)
+# {position in a part: where the key came first}.
+Repeats = dict[int, str]
+
+
+@dataclass
+class PackSettings:
+    """All flags."""
+
+    source: SourceArguments
+    pack: PackArguments
+    work: WorkArguments
+
+    def that_decide(self) -> dict[str, Any]:
+        """Those that the result depends on, as JSON."""
+        settings = {**asdict(self.source), **asdict(self.pack)}
+        del settings["output_dir"]
+        return settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(parse, run, argv)
+
+
+def parse(words: Sequence[str]) -> PackSettings:
+    """The words of the command as settings. Raises `ValueError`."""
+    return PackSettings(*parse_dataclasses(words, __doc__, SourceArguments, PackArguments, WorkArguments))
+
+
+def run(settings: PackSettings) -> None:
+    """Packs and reports."""
+    pack(settings)
+
+
+def pack(settings: PackSettings) -> Tally | None:
+    """Packs this process's share; returns the total, or None while others have not finished theirs.
+
+    Raises:
+        ValueError: the input cannot be used, or the output holds something else.
+        FileNotFoundError: the input is not there.
+    """
+    settings.source.input = _expand(settings.source.input)
+    worker = this_worker(settings.work, has_model=False)
+    _refuse_own_folder(settings.source.input, settings.pack.output_dir)
+    source = open_source(settings.source)
+    stage = Stage(settings.pack.output_dir, STAGE, settings.that_decide(), settings.work.overwrite)
     parts = _plan(stage, source)
-    duplicates = _find_duplicates(stage, source, parts, worker) if _looks_everywhere(source, arguments) else {}
-    packer = Packer(stage, source, arguments, duplicates)
-    stage.run(
-        {name: part.rows for name, part in parts.items()}, lambda *job: packer.pack(parts[job[0]], *job[1:]), worker
-    )
+    looks_everywhere = source.has_keys and settings.pack.duplicates == "dataset"
+    repeats = _find_repeats(stage, source, parts, worker) if looks_everywhere else {}
+    packer = Packer(stage, source, settings, repeats)
+
+    def do(name: str, tally: Tally, advance: Advance) -> None:
+        packer.pack(parts[name], tally, advance)
+
+    stage.run({name: part.rows for name, part in parts.items()}, do, worker)
     total = stage.finish(parts)
     if total is not None:
         _remove_stale(stage)
-        describe_dataset(stage, stage.folder, total, {STAGE: _made_by(source_arguments, source)})
+        describe_dataset(stage, stage.folder, total, {STAGE: _made_by(settings.source, source)})
     if worker.index == 0 or total is not None:
         print(stage.summary(total))
     return total
 
 
-def _expand(inputs):
+def _expand(inputs: Sequence[str]) -> list[str]:
     expanded = []
     for name in inputs:
         found = sorted(glob.glob(name)) if not is_url(name) and glob.has_magic(name) else [name]
@@ -84,7 +131,7 @@ def _expand(inputs):
     return expanded
 
 
-def _refuse_own_folder(inputs, output_dir):
+def _refuse_own_folder(inputs: Sequence[str], output_dir: str) -> None:
     inside = [
         name for name in inputs if not is_url(name) and Path(output_dir).resolve() in Path(name).resolve().parents
     ]
@@ -92,7 +139,7 @@ def _refuse_own_folder(inputs, output_dir):
         raise ValueError(f"--output_dir {output_dir} holds the input {inside[0]}: choose another folder")
 
 
-def _remove_stale(stage):
+def _remove_stale(stage: Stage) -> None:
     """Takes away shards that this step made here with other settings and has now replaced by others (--overwrite)."""
     for path in stage.reports.glob("*.json"):
         item = path.stem
@@ -101,38 +148,25 @@ def _remove_stale(stage):
                 stale.unlink(missing_ok=True)
 
 
-def _settings(source_arguments, arguments):
-    settings = {**asdict(source_arguments), **asdict(arguments)}
-    del settings["output_dir"]
-    return settings
+def _made_by(arguments: SourceArguments, source: PairSource) -> MadeBy:
+    return {"source": source.name, "input": [Path(name).name for name in arguments.input][:20]}
 
 
-def _made_by(source_arguments, source):
-    return {
-        "source": type(source).__name__.removesuffix("Source").lower(),
-        "input": [Path(n).name for n in source_arguments.input][:20],
-    }
-
-
-def _looks_everywhere(source, arguments):
-    return source.has_keys and arguments.duplicates == "dataset"
-
-
-def _plan(stage, source):
-    """{name: Part}, made once and kept beside the reports: cutting a long table means reading it through."""
+def _plan(stage: Stage, source: PairSource) -> dict[str, SourcePart]:
+    """{name: part}, made once and kept beside the reports: cutting a long table means reading it through."""
     path = stage.reports / "plan.json"
     if path.exists():
         plan = json.loads(path.read_text(encoding="utf-8"))
         if plan["fingerprint"] == stage.fingerprint:
-            return {part["name"]: Part(**part) for part in plan["parts"]}
+            return {part["name"]: SourcePart(**part) for part in plan["parts"]}
     parts = source.parts()
     plan = {"fingerprint": stage.fingerprint, "parts": [asdict(part) for part in parts]}
     write_atomically(path, (json.dumps(plan) + "\n").encode())
     return {part.name: part for part in parts}
 
 
-def _find_duplicates(stage, source, parts, worker):
-    """{part name: {position: where the key came first}}, for all keys that came before in the order of the source.
+def _find_repeats(stage: Stage, source: PairSource, parts: dict[str, SourcePart], worker: Worker) -> dict[str, Repeats]:
+    """{part name: repeats}, for all keys that came before in the order of the source.
 
     Every process lists the keys of its own parts and then those that nobody has listed yet, so none waits for another.
     """
@@ -151,7 +185,7 @@ def _find_duplicates(stage, source, parts, worker):
     return {name: {int(position): first for position, first in positions.items()} for name, positions in table.items()}
 
 
-def _hash(key):
+def _hash(key: str | None) -> int:
     """64 bits of a key; 0 stands for rows without one. Among 100 million keys two agree by accident once in 3,700 data
     sets."""
     if key is None:
@@ -159,12 +193,15 @@ def _hash(key):
     return int.from_bytes(blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little") or 1
 
 
-def _repeated(folder, names):
-    """{part name: {position: "PART:POSITION" of the first one}} from the listed hashes."""
+def _repeated(folder: Path, names: Sequence[str]) -> dict[str, Repeats]:
+    """{part name: {position: "PART:POSITION" of the first one}} from the listed hashes.
+
+    Hashes that are sorted, and no database: finding the repeats of a million keys took SQLite twenty times as long.
+    """
     lists = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in names]
     starts = np.cumsum([0] + [len(hashes) for hashes in lists])
     buckets = int(starts[-1]) // _BUCKET + 1
-    repeated = {}
+    repeated: dict[str, Repeats] = {}
     for bucket in range(buckets):
         chosen = [np.flatnonzero(hashes % np.uint64(buckets) == bucket) for hashes in lists]
         hashes = np.concatenate([values[rows] for values, rows in zip(lists, chosen)])
@@ -184,20 +221,22 @@ def _repeated(folder, names):
 class Packer:
     """Checks the samples of one part after the other and writes them."""
 
-    def __init__(self, stage, source, arguments, duplicates):
-        self.stage, self.source, self.arguments, self.duplicates = stage, source, arguments, duplicates
+    def __init__(self, stage: Stage, source: PairSource, settings: PackSettings, repeats: dict[str, Repeats]):
+        self.stage, self.source, self.settings, self.repeats = stage, source, settings, repeats
 
-    def pack(self, part, tally, advance):
+    def pack(self, part: SourcePart, tally: Tally, advance: Advance) -> None:
         """One part into one shard, or into a row of shards where its length is not known before."""
-        if part.rows is None and hasattr(self.source, "columns"):
-            return self._pack_stream(part, tally, advance)
-        self._write(part.name, self.source.read(part), self.duplicates.get(part.name, {}), tally, advance)
+        if part.rows is None and self.source.is_stream:
+            self._pack_stream(part, tally, advance)
+        else:
+            self._write(part.name, self.source.read(part), self.repeats.get(part.name, {}), tally, advance)
 
-    def _pack_stream(self, part, tally, advance):
+    def _pack_stream(self, part: SourcePart, tally: Tally, advance: Advance) -> None:
         """Shards PART-0000, PART-0001, ...; each has a report of its own, so that a stream continues behind the last
         finished one."""
-        step, number, skip = self.source.arguments.samples_per_shard, 0, 0
-        repeated, pieces = self.duplicates.get(part.name, {}), []
+        step, number, skip = self.settings.source.samples_per_shard, 0, 0
+        repeated = self.repeats.get(part.name, {})
+        pieces: list[StageReport] = []
         while (report := self.stage.report(f"{part.name}-{number:04d}")) is not None:
             pieces.append(report)
             skip, number = skip + report["counts"]["in"], number + 1
@@ -206,21 +245,20 @@ class Packer:
         while piece_rows := list(islice(rows, 1)):
             name, piece = f"{part.name}-{number:04d}", Tally()
             here = {position - skip: where for position, where in repeated.items()}
-            self._write(name, _chain(piece_rows, islice(rows, step - 1)), here, piece, advance)
-            self.stage.save(name, piece)
-            pieces.append(self.stage.report(name))
+            self._write(name, chain(piece_rows, islice(rows, step - 1)), here, piece, advance)
+            pieces.append(self.stage.save(name, piece))
             skip, number = skip + piece.counts["in"], number + 1
         for report in pieces:
             tally.add(report)
 
-    def _write(self, name, rows, repeated, tally, advance):
+    def _write(self, name: str, rows: Iterable[RawPair], repeated: Repeats, tally: Tally, advance: Advance) -> None:
         path = self.stage.folder / f"{name}.tar"
         path.unlink(missing_ok=True)
-        seen = set()
+        seen: set[str] = set()
         with ShardWriter(path) as writer:
             for position, raw in enumerate(rows):
                 advance(1)
-                if raw.key is None and raw.fault is not None and raw.fault[0] == "truncated-shard":
+                if raw.is_note and raw.fault is not None:
                     tally.note(raw.where, None, *raw.fault)
                     continue
                 tally.count("in")
@@ -231,8 +269,10 @@ class Packer:
                         )
                     if raw.key is not None and raw.key in seen:
                         raise BadSample(raw.key, raw.where, "duplicate-key", "the key came before in this shard")
-                    seen.add(raw.key)
-                    writer.write_members(raw.key, self._checked(raw))
+                    if raw.key is not None:
+                        seen.add(raw.key)
+                    members = self._checked(raw)
+                    writer.write_members(raw.key or "", members)
                     tally.count("out")
                 except BadSample as bad:
                     tally.reject(raw.where, raw.key, bad.reason, bad.detail, raw.line)
@@ -242,14 +282,15 @@ class Packer:
             path.unlink()
             Path(f"{path}.index.json").unlink()
 
-    def _checked(self, raw):
+    def _checked(self, raw: RawPair) -> dict[str, bytes]:
         """The members to write. Raises `BadSample`."""
         if raw.fault is not None:
             raise BadSample(raw.key, raw.where, *raw.fault)
         if raw.picture is None:
             raise BadSample(raw.key, raw.where, "no-image", f"found {', '.join(sorted(raw.members)) or 'nothing'}")
         try:
-            suffix = picture_suffix(raw.picture, self.arguments.max_image_pixels, self.arguments.check == "decode")
+            own = self.settings.pack
+            suffix = picture_suffix(raw.picture, own.max_image_pixels, own.check == "decode")
         except BadSample as bad:
             raise BadSample(raw.key, raw.where, bad.reason, bad.detail) from None
         others = [name for name in (*IMAGE_SUFFIXES, "jpeg") if name in raw.members]
@@ -257,16 +298,11 @@ class Packer:
             detail = f"a .{suffix} and a .{others[0]}: nothing says which one the text is about"
             raise BadSample(raw.key, raw.where, "two-pictures", detail)
         members = {suffix: raw.picture, **raw.members}
-        sample = sample_from_members(members, raw.key, raw.where)
+        sample = sample_from_members(members, raw.key or "", raw.where)
         if sample.caption is None:
             raise BadSample(raw.key, raw.where, "no-caption", "the text is missing or blank")
         return members
 
 
-def _chain(first, rest):
-    yield from first
-    yield from rest
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

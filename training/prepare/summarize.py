@@ -12,27 +12,32 @@ kills.
 import hashlib
 import json
 import sqlite3
+import sys
 from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
+from pyramidclip_command import run_command
 from pyramidclip_hf.files import cache_folder
 from training.data.records import BadSample, sample_from_members
 from training.data.shards import ShardReader
+from training.prepare.steps.checkpoints import checkpoint_config, checkpoint_content, checkpoint_expected
 from training.prepare.steps.first_clause import first_clause
-from training.prepare.steps.work import (
-    Stage,
-    WorkArguments,
-    checkpoint_content,
+from training.prepare.steps.flags import parse_dataclasses
+from training.prepare.steps.rewriting import (
+    MadeBy,
+    Opened,
     describe_dataset,
-    parse,
     refuse_other_maker,
     rewrite_shards,
-    this_worker,
+    shards_of,
 )
+from training.prepare.steps.work import Advance, Stage, Tally, WorkArguments, this_worker
 
 STAGE = "summary"
 NO_MODEL = "first-clause"
@@ -44,17 +49,18 @@ CAUSAL_PROMPT = (
 
 @dataclass
 class SummaryConfig:
-    """All that decides a summary. The defaults are for alt-texts of some ten to eighty words; the paper names T5 and no
-    settings.
+    """All that decides a summary.
 
-    - T5's checkpoints carry beams 4, length penalty 2, 30 to 200 tokens: settings of another model for newspaper
-    articles. A minimum of 30 tokens
-      makes it pad a caption of 20 with inventions, so there is none here (`min_new_tokens` 0).
-    - `max_new_tokens` 48: without it generation stops at 20 tokens, in the middle of a sentence; a summary is shorter
-    than a caption of 77. - `length_penalty` 1.0: 2.0 favours long beams, against the purpose. - `no_repeat_ngram_size`
-    3 and `early_stopping`: beam search on keyword lists falls into loops otherwise. - `min_words` 10: T5 copies or
-    mangles texts that are already short; they pass through. - `max_input_tokens` 512: what T5 was trained with; longer
-    captions are cut.
+    The defaults are for alt-texts of some ten to eighty words; the paper names T5 and no settings. T5's checkpoints
+    carry beams 4, length penalty 2, 30 to 200 tokens: settings of another model, for newspaper articles.
+
+    - `min_words` 10: T5 copies or mangles texts that are already short; they pass through.
+    - `max_input_tokens` 512: what T5 was trained with; longer captions are cut.
+    - `length_penalty` 1.0: 2.0 favours long beams, against the purpose.
+    - `min_new_tokens` 0: a minimum of 30 tokens makes it pad a caption of 20 with inventions.
+    - `max_new_tokens` 48: without it generation stops at 20 tokens, in the middle of a sentence; and a summary is
+      shorter than a caption of 77.
+    - `no_repeat_ngram_size` 3 and `early_stopping`: beam search on keyword lists falls into loops otherwise.
     """
 
     model: str = field(default="t5-base", metadata={"help": "Checkpoint (folder or Hub name), or `first-clause`."})
@@ -93,9 +99,51 @@ class SummarizeArguments:
     )
 
 
-def main(argv=None):
-    arguments, config, work = parse(SummarizeArguments, SummaryConfig, WorkArguments, argv=argv)
-    _check(config)
+@dataclass
+class SummarizeSettings:
+    """All flags."""
+
+    places: SummarizeArguments
+    summary: SummaryConfig
+    work: WorkArguments
+
+
+class Summarizer(Protocol):
+    """What makes summaries; `made_by` is what `dataset.json` says of it."""
+
+    made_by: MadeBy
+
+    def summarize(self, captions: Sequence[str], advance: Advance = ...) -> dict[str, str]:
+        """{caption: summary} for distinct captions; `advance` hears how many are done."""
+        ...
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(parse, run, argv)
+
+
+def parse(words: Sequence[str]) -> SummarizeSettings:
+    """The words of the command as settings. Raises `ValueError`."""
+    settings = SummarizeSettings(*parse_dataclasses(words, __doc__, SummarizeArguments, SummaryConfig, WorkArguments))
+    _check(settings.summary)
+    return settings
+
+
+def run(settings: SummarizeSettings) -> None:
+    """Summarises and reports."""
+    summarize(settings)
+
+
+def summarize(settings: SummarizeSettings) -> Tally | None:
+    """Summarises this process's share; returns the total, or None after a dry run or while others are not finished.
+
+    Raises:
+        ValueError: the model cannot be used, or the shards have summaries of another.
+        FileNotFoundError: there are no shards.
+    """
+    arguments, config, work = settings.places, settings.summary, settings.work
+    shards_of(arguments.input_dir)
     worker = this_worker(work, has_model=config.model != NO_MODEL)
     summarizer = open_summarizer(config, worker.device, arguments.cache)
     if arguments.dry_run:
@@ -112,7 +160,7 @@ def main(argv=None):
     return total
 
 
-def _check(config):
+def _check(config: SummaryConfig) -> None:
     positive = ("max_input_tokens", "num_beams", "max_new_tokens", "batch_size", "pad_to_multiple_of")
     wrong = [name for name in positive if getattr(config, name) < 1]
     if wrong:
@@ -123,20 +171,36 @@ def _check(config):
         raise ValueError(f"dtype {config.dtype!r}: expected auto, float32, bfloat16 or float16")
 
 
-def open_summarizer(config, device="cpu", cache=None):
-    """The `FirstClause` or `ModelSummarizer` that `config` names."""
+def open_summarizer(
+    config: SummaryConfig, device: str | torch.device = "cpu", cache: str | Path | None = None
+) -> Summarizer:
+    """The `FirstClause` or `ModelSummarizer` that `config` names.
+
+    Args:
+        config: model and settings.
+        device: where the model runs.
+        cache: file of the summaries made so far; None: the one in the cache folder.
+
+    Raises:
+        ValueError: there is no such checkpoint.
+    """
     if config.model == NO_MODEL:
         return FirstClause()
-    return ModelSummarizer(config, device, SummaryCache(cache or cache_folder() / "summaries.sqlite"))
+    with checkpoint_expected(config.model, "--model"):
+        return ModelSummarizer(config, device, SummaryCache(cache or cache_folder() / "summaries.sqlite"))
+
+
+def _no_progress(number: int) -> None:
+    pass
 
 
 class FirstClause:
     """The first clause without junk words (`training.prepare.steps.first_clause`); no model, and it does not claim
     to be one."""
 
-    made_by = {"maker": NO_MODEL}
+    made_by: MadeBy = {"maker": NO_MODEL}
 
-    def summarize(self, captions, advance=lambda number: None):
+    def summarize(self, captions: Sequence[str], advance: Advance = _no_progress) -> dict[str, str]:
         """{caption: summary} for distinct captions."""
         advance(len(captions))
         return {caption: first_clause(caption) for caption in captions}
@@ -146,7 +210,7 @@ class SummaryCache:
     """Summaries by content in one SQLite file, which several processes of a machine may share. What is in it survives a
     kill."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.connection = sqlite3.connect(self.path, timeout=120)
@@ -154,16 +218,17 @@ class SummaryCache:
             "create table if not exists summaries (key blob primary key, summary text not null) without rowid"
         )
 
-    def get(self, keys):
+    def get(self, keys: Iterable[bytes]) -> dict[bytes, str]:
         """{key: summary} of those keys that are there."""
-        found, keys = {}, list(keys)
+        found: dict[bytes, str] = {}
+        keys = list(keys)
         for start in range(0, len(keys), 500):
             some = keys[start : start + 500]
             marks = ",".join("?" * len(some))
             found.update(self.connection.execute(f"select key, summary from summaries where key in ({marks})", some))
         return found
 
-    def put(self, pairs):
+    def put(self, pairs: Sequence[tuple[bytes, str]]) -> None:
         """Stores (key, summary) pairs; one that is there stays."""
         with self.connection:
             self.connection.executemany("insert or ignore into summaries values (?, ?)", pairs)
@@ -178,19 +243,20 @@ class ModelSummarizer:
     continued run equal to an undisturbed one.
     """
 
-    def __init__(self, config, device, cache):
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    def __init__(self, config: SummaryConfig, device: str | torch.device, cache: SummaryCache):
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
         self.config, self.device, self.cache = config, torch.device(device), cache
         dtype = config.dtype
         if dtype == "auto":
             dtype = "float32" if self.device.type == "cpu" else "bfloat16"
-        described = AutoConfig.from_pretrained(config.model, revision=config.revision)
+        described = checkpoint_config(config.model, config.revision, "--model")
         self.is_seq2seq = bool(described.is_encoder_decoder)
         loader = AutoModelForSeq2SeqLM if self.is_seq2seq else AutoModelForCausalLM
-        self.model = loader.from_pretrained(config.model, revision=config.revision, dtype=getattr(torch, dtype))
+        # Any: their classes are typed for one kind of model or another, and for batches as well as for single texts.
+        self.model: Any = loader.from_pretrained(config.model, revision=config.revision, dtype=getattr(torch, dtype))
         self.model.eval().to(self.device)
-        self.tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(config.model, revision=config.revision)
         self.tokenizer.padding_side = "right" if self.is_seq2seq else "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -199,14 +265,14 @@ class ModelSummarizer:
         content = checkpoint_content(config.model, described)
         name = settings.pop("model")
         maker = Path(name).resolve().name if Path(name).is_dir() else name
-        self.made_by = {"maker": maker, "content": content, "settings": settings}
+        self.made_by: MadeBy = {"maker": maker, "content": content, "settings": settings}
         self._prefix = json.dumps([content, settings], sort_keys=True).encode()
 
-    def key(self, caption):
+    def key(self, caption: str) -> bytes:
         """The cache key of a caption: 16 bytes of the hash of model, settings and text."""
         return hashlib.sha256(self._prefix + b"\0" + caption.encode("utf-8", "surrogatepass")).digest()[:16]
 
-    def summarize(self, captions, advance=lambda number: None):
+    def summarize(self, captions: Sequence[str], advance: Advance = _no_progress) -> dict[str, str]:
         """{caption: summary} for distinct captions; short ones are their own, known ones come from the cache."""
         long = [caption for caption in captions if len(caption.split()) >= self.config.min_words]
         summaries = {caption: caption for caption in captions if len(caption.split()) < self.config.min_words}
@@ -221,9 +287,9 @@ class ModelSummarizer:
             advance(len(batch))
         return summaries
 
-    def _batches(self, captions):
+    def _batches(self, captions: Sequence[str]) -> Iterator[tuple[list[str], list[list[int]]]]:
         """Yields (captions, token ids) batches of one length class, short ones first."""
-        classes = defaultdict(list)
+        classes: dict[int, list[tuple[str, list[int]]]] = defaultdict(list)
         step = self.config.pad_to_multiple_of
         for caption in sorted(captions):
             ids = self._token_ids(caption)
@@ -233,7 +299,7 @@ class ModelSummarizer:
             while batch := list(islice(members, self.config.batch_size)):
                 yield [caption for caption, _ in batch], [ids for _, ids in batch]
 
-    def _token_ids(self, caption):
+    def _token_ids(self, caption: str) -> list[int]:
         """The ids of the prompt around a caption, which is cut to `max_input_tokens` where it is longer."""
         ids = self._prompted(caption)
         excess = len(ids) - self.config.max_input_tokens
@@ -242,7 +308,7 @@ class ModelSummarizer:
             ids = self._prompted(self.tokenizer.decode(own[: max(len(own) - excess, 1)], skip_special_tokens=True))
         return ids[: self.config.max_input_tokens]
 
-    def _prompted(self, caption):
+    def _prompted(self, caption: str) -> list[int]:
         text = self.prompt.replace("{caption}", caption)
         if not self.is_seq2seq and self.tokenizer.chat_template:
             turns = [{"role": "user", "content": text}]
@@ -250,7 +316,7 @@ class ModelSummarizer:
         return self.tokenizer(text)["input_ids"]
 
     @torch.inference_mode()
-    def _generate(self, ids):
+    def _generate(self, ids: list[list[int]]) -> list[str]:
         config, rows = self.config, len(ids)
         filled = {"input_ids": ids + [ids[-1]] * (config.batch_size - rows)}
         inputs = self.tokenizer.pad(filled, pad_to_multiple_of=config.pad_to_multiple_of, return_tensors="pt").to(
@@ -280,10 +346,12 @@ class Change:
     """The step on one shard (`training.prepare.steps.work.rewrite_shards`): all its captions first, then the samples
     with their summaries."""
 
-    def __init__(self, summarizer):
+    def __init__(self, summarizer: Summarizer):
         self.summarizer = summarizer
 
-    def __call__(self, reader, samples, tally, advance):
+    def __call__(
+        self, reader: ShardReader, samples: Iterator[Opened], tally: Tally, advance: Advance
+    ) -> Iterator[Opened]:
         captions = captions_of(reader)
         summaries = self.summarizer.summarize(list(dict.fromkeys(captions)), advance)
         advance(len(reader) - len(summaries))
@@ -303,7 +371,7 @@ class Change:
             yield opened
 
 
-def captions_of(reader):
+def captions_of(reader: ShardReader) -> list[str]:
     """The captions of a shard in order, without those of samples that cannot be read (they are named when they are
     copied)."""
     captions = []
@@ -317,10 +385,14 @@ def captions_of(reader):
     return captions
 
 
-def print_pairs(summarizer, folder, number):
-    """Prints `number` captions of a folder with their summaries."""
-    captions = []
-    for shard in sorted(Path(folder).glob("*.tar")):
+def print_pairs(summarizer: Summarizer, folder: str, number: int) -> None:
+    """Prints `number` captions of a folder with their summaries.
+
+    Raises:
+        FileNotFoundError: there are no captions.
+    """
+    captions: list[str] = []
+    for shard in shards_of(folder).values():
         with ShardReader(shard) as reader:
             captions += captions_of(reader)
         if len(captions) >= number:
@@ -335,4 +407,4 @@ def print_pairs(summarizer, folder, number):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,12 +8,15 @@ The page holds everything in itself and loads nothing.
 import base64
 import html
 import io
-from argparse import ArgumentParser
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from training.data.records import BadSample, phrase, sample_from_members
+from pyramidclip_command import CommandParser, run_command
+from training.data.records import BadSample, Region, Sample, phrase, sample_from_members
 from training.data.shards import ShardReader, read_dataset_json
 from training.prepare.steps.pictures import decoded
 
@@ -31,21 +34,35 @@ margin: 4px 0 0; padding-left: 24px; font-size: 13px; } .score { color: #777; }
 """
 
 
-def main(argv=None):
-    parser = ArgumentParser(description=__doc__.split("\n")[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(parse, run, argv)
+
+
+def parse(words: Sequence[str]) -> Namespace:
+    """The words of the command as settings. Raises `ValueError`."""
+    parser = CommandParser(description=__doc__)
     parser.add_argument("shard", help="a shard, by path or URL")
     parser.add_argument("--output", required=True, help="the page to write")
-    parser.add_argument("--number", type=int, default=20, help="how many samples")
-    parser.add_argument("--first", type=int, default=0, help="the first of them")
-    parser.add_argument("--max-image-pixels", type=int, default=100_000_000, help="larger pictures are not shown")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--number", type=int, default=20, help="how many samples (default: %(default)s)")
+    parser.add_argument("--first", type=int, default=0, help="the first of them (default: %(default)s)")
+    parser.add_argument(
+        "--max-image-pixels", type=int, default=100_000_000, help="larger pictures are not shown (default: %(default)s)"
+    )
+    return parser.parse_args(words)
+
+
+def run(arguments: Namespace) -> None:
+    """Writes the page."""
     text = page(arguments.shard, arguments.number, arguments.first, arguments.max_image_pixels)
     Path(arguments.output).write_text(text, encoding="utf-8")
     print(f"{arguments.output}: {text.count('<article>')} samples of {arguments.shard}")
 
 
-def page(shard, number, first=0, max_pixels=100_000_000):
+def page(shard: str | Path, number: int, first: int = 0, max_pixels: int = 100_000_000) -> str:
     """The HTML of `number` samples of a shard, from the `first` one on. Raises `ValueError` outside the shard."""
+    if Path(shard).is_dir():
+        raise IsADirectoryError(f"{shard} is a folder: expected one of its shards, as {Path(shard) / '00000.tar'}")
     with ShardReader(shard) as reader:
         if number < 1 or not 0 <= first < max(len(reader), 1):
             raise ValueError(f"samples {first} to {first + number} of {shard}, which has {len(reader)}")
@@ -53,8 +70,8 @@ def page(shard, number, first=0, max_pixels=100_000_000):
         size = len(reader)
     folder = str(shard).rpartition("/")[0] or "."
     made_by = (read_dataset_json(folder) or {}).get("made_by", {})
-    makers = {level: made.get("maker") if isinstance(made, dict) else made for level, made in made_by.items()}
-    makers = "; ".join(f"{level} by {maker}" for level, maker in makers.items() if maker)
+    named = {level: made.get("maker") if isinstance(made, dict) else made for level, made in made_by.items()}
+    makers = "; ".join(f"{level} by {maker}" for level, maker in named.items() if maker)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(str(shard))}</title>'
         f"<style>{_STYLE}</style></head>\n<body><h1>{html.escape(str(shard))}</h1>\n"
@@ -63,11 +80,11 @@ def page(shard, number, first=0, max_pixels=100_000_000):
     )
 
 
-def _article(reader, i, max_pixels):
+def _article(reader: ShardReader, i: int, max_pixels: int) -> str:
     key = reader.keys[i]
     try:
         sample = sample_from_members(reader.read(i), key, reader.name)
-        picture = decoded(sample.image, max_pixels)
+        picture = decoded(sample.image or b"", max_pixels)
     except (BadSample, ValueError) as bad:
         return (
             f'<article><div class="words"><h2>{html.escape(key)}</h2><p '
@@ -82,12 +99,12 @@ def _article(reader, i, max_pixels):
     )
 
 
-def _entry(title, text):
+def _entry(title: str, text: str | None) -> str:
     shown = f"<dd>{html.escape(text)}</dd>" if text else '<dd class="none">none</dd>'
     return f"<dt>{title}</dt>{shown}"
 
 
-def _list_of(sample):
+def _list_of(sample: Sample) -> str:
     regions = sample.regions or []
     features = "no features" if sample.roi is None else f"features {sample.roi.shape[0]} x {sample.roi.shape[1]}"
     rows = "".join(
@@ -98,14 +115,16 @@ def _list_of(sample):
     return f'<p class="score">{len(regions)} regions, {features}</p><ol>{rows}</ol>'
 
 
-def drawing(picture, regions):
+def drawing(picture: Image.Image, regions: Sequence[Region]) -> str:
     """SVG of an RGB picture, at most 640 wide or high, with the boxes of `regions` and their phrases."""
     scale = min(1.0, _WIDTH / max(picture.size))
     width, height = (max(1, round(side * scale)) for side in picture.size)
     buffer = io.BytesIO()
     picture.resize((width, height), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=85)
     data = base64.b64encode(buffer.getvalue()).decode()
-    boxes, words, taken = [], [], []
+    boxes: list[str] = []
+    words: list[str] = []
+    taken: list[tuple[float, float, float]] = []
     for number, region in enumerate(regions):
         x1, y1, x2, y2 = (v * side for v, side in zip(region.box, (width, height) * 2))
         colour = COLOURS[number % len(COLOURS)]
@@ -127,7 +146,9 @@ def drawing(picture, regions):
     )
 
 
-def _free_place(x, y, wide, width, height, taken):
+def _free_place(
+    x: float, y: float, wide: float, width: int, height: int, taken: list[tuple[float, float, float]]
+) -> tuple[float, float]:
     """Where a label of 16 pixels' height goes: at the box's corner, or below the labels that are there already."""
     left, top = max(0.0, min(x, width - wide)), max(0.0, min(y, height - 16))
     while any(left < other + w and other < left + wide and abs(top - at) < 16 for other, at, w in taken):
@@ -139,4 +160,4 @@ def _free_place(x, y, wide, width, height, taken):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -69,6 +69,11 @@ def read_tars(folder):
     return found
 
 
+def run_step(module, words):
+    """What a preparation command does in this process: errors come through, and the total comes back."""
+    return getattr(module, module.__name__.rpartition(".")[2])(module.parse([*map(str, words)]))
+
+
 def tree(folder):
     """{relative path: bytes} of everything below `folder`."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}

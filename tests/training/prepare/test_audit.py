@@ -14,7 +14,10 @@ from pyramidclip_hf import PyramidCLIPTokenizer
 from tests.training.prepare.small_data import FEATURES, make_sample, write_shards
 from training.data.sources import open_data_set
 from training.prepare import audit as module
-from training.prepare.audit import RepeatCounter, Tally, as_text, audit, main, summarise
+from training.prepare.audit import audit, main
+from training.prepare.auditing.counts import AuditCounts, RepeatCounter
+from training.prepare.auditing.drawing import draw
+from training.prepare.auditing.report import as_text, summarise
 
 TEXTS = {"caption": lambda n: ["a red fox", "A  red fox", f"picture {n}"][n % 3], "long": " ".join(["word"] * 90)}
 
@@ -119,7 +122,7 @@ def test_continues_where_it_was_stopped(shards, tmp_path, monkeypatch):
     monkeypatch.undo()
     expected, expected_tally = audited(shards)
     assert report == expected and tally.bad == expected_tally.bad
-    assert Tally.loads(tally.dumps()) == tally
+    assert AuditCounts.loads(tally.dumps()) == tally
 
 
 def test_repeats_are_estimated_in_bounded_memory():
@@ -154,7 +157,9 @@ def test_twins_in_a_batch_as_in_drawn_batches():
 
 
 def test_command(shards, tmp_path, capsys):
-    main([str(shards), "--output-dir", str(tmp_path / "out"), "--workers", "1", "--batch-size", "8", "--json"])
+    assert 0 == main(
+        [str(shards), "--output-dir", str(tmp_path / "out"), "--workers", "1", "--batch-size", "8", "--json"]
+    )
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "out" / "audit.json").read_text())
     assert Image.open(tmp_path / "out" / "audit.png").size[0] > 1000
@@ -162,11 +167,11 @@ def test_command(shards, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "out" / "bad-samples.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == ["0003", "0017"]
     assert not (tmp_path / "out" / "parts").exists()
-    main([str(shards), "--workers", "1"])
+    assert main([str(shards), "--workers", "1"]) == 0
     assert "Both present" in capsys.readouterr().out
 
 
 def test_missing_matplotlib_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pyramidclip-hf\[eval\]"):
-        module.draw({}, tmp_path / "x.png")
+        draw({}, tmp_path / "x.png")

@@ -8,7 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.training.prepare.small_data import counts, make_vinvl, picture, problems, read_tars, records, tree, write_tar
+from tests.training.prepare.small_data import (
+    counts,
+    make_vinvl,
+    picture,
+    problems,
+    read_tars,
+    records,
+    run_step,
+    tree,
+    write_tar,
+)
 from training.data.records import sample_from_members
 from training.data.shards import read_dataset_json
 from training.prepare import detect
@@ -474,10 +484,19 @@ def test_unfinished_regions_are_marked(tmp_path):
 
 def test_the_command(tmp_path, checkpoint):
     packed(tmp_path / "data")
-    flags = ["--input_dir", str(tmp_path / "data"), "--detector", checkpoint("detr"), "--cpu", "--score_threshold", "0"]
-    detect.main([*flags, "--max_image_pixels", "10000"])
+    flags = [
+        "--input_dir",
+        str(tmp_path / "data"),
+        "--detector",
+        checkpoint("detr"),
+        "--device",
+        "cpu",
+        "--score_threshold",
+        "0",
+    ]
+    run_step(detect, [*flags, "--max_image_pixels", "10000"])
     described = read_dataset_json(tmp_path / "data")
     assert described["roi_feature_size"] == 24 and described["made_by"]["regions"]["maker"] == "detr"
     assert json.loads(read_tars(tmp_path / "data")["w30"]["json"])["regions"]
     with pytest.raises(ValueError, match="batch_size is 0"):
-        detect.main([*flags, "--batch_size", "0"])
+        run_step(detect, [*flags, "--batch_size", "0"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.training.prepare.small_data import make_language_model, make_vinvl, read_tars
+from tests.training.prepare.small_data import make_language_model, make_vinvl, read_tars, run_step
 from training.data.records import sample_from_members, tag_text
 from training.data.shards import ShardReader, read_dataset_json
 from training.prepare import detect, pack, summarize, view
@@ -55,7 +55,8 @@ def prepared(photographs, tmp_path_factory):
         models, data = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("data")
         t5 = make_language_model(models / "t5", [*SKIMAGE.values(), *SKLEARN.values()])
         vinvl = make_vinvl(models / "vinvl")
-        pack.main(
+        run_step(
+            pack,
             [
                 "--input",
                 str(photographs / "captions.jsonl"),
@@ -63,11 +64,15 @@ def prepared(photographs, tmp_path_factory):
                 str(data),
                 "--samples_per_shard",
                 "4",
-                "--cpu",
-            ]
+                "--device",
+                "cpu",
+            ],
         )
-        summarize.main(["--input_dir", str(data), "--model", t5, "--num_beams", "2", "--max_new_tokens", "8", "--cpu"])
-        detect.main(["--input_dir", str(data), "--detector", vinvl, "--cpu"])
+        run_step(
+            summarize,
+            ["--input_dir", str(data), "--model", t5, "--num_beams", "2", "--max_new_tokens", "8", "--device", "cpu"],
+        )
+        run_step(detect, ["--input_dir", str(data), "--detector", vinvl, "--device", "cpu"])
     return data
 
 
@@ -102,7 +107,7 @@ def test_what_was_made_by_what_is_told(prepared):
 
 
 def test_the_page_of_a_shard(prepared, tmp_path):
-    view.main([str(prepared / "00000.tar"), "--output", str(tmp_path / "page.html")])
+    assert 0 == view.main([str(prepared / "00000.tar"), "--output", str(tmp_path / "page.html")])
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     with ShardReader(prepared / "00000.tar") as reader:
         assert page.count("<article>") == len(reader) == 4
@@ -112,7 +117,7 @@ def test_the_page_of_a_shard(prepared, tmp_path):
 def test_the_audit_finds_every_level_and_no_fault(prepared, tmp_path):
     from training.prepare import audit
 
-    audit.main([str(prepared), "--output-dir", str(tmp_path / "audit"), "--workers", "1"])
+    assert 0 == audit.main([str(prepared), "--output-dir", str(tmp_path / "audit"), "--workers", "1"])
     report = json.loads((tmp_path / "audit" / "audit.json").read_text())
     assert report["samples"] == 10 and report["bad"]["count"] == 0
     levels = dict(zip(report["levels"], report["both_present"][0]))

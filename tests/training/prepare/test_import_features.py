@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.training.prepare.small_data import counts, picture, problems, read_tars, records, write_tar
+from tests.training.prepare.small_data import counts, picture, problems, read_tars, records, run_step, write_tar
 from training.data.records import sample_from_members
 from training.data.shards import read_dataset_json
 from training.prepare import import_features
@@ -23,7 +23,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def run(path, *flags, made_by="a detector"):
-    return import_features.main(["--made_by", made_by, "--cpu", "--input", str(path), *map(str, flags)])
+    return run_step(import_features, ["--made_by", made_by, "--device", "cpu", "--input", str(path), *map(str, flags)])
 
 
 def b64(values, dtype="<f4"):
@@ -408,14 +408,26 @@ def test_a_store_merges_to_what_the_file_merges_to(tmp_path, names):
         packed(tmp_path / folder, ["a", "b", "c"])
     run(tmp_path / "t.tsv", *names, "--merge_into", tmp_path / "direct")
     run(tmp_path / "t.tsv", *names, "--store_dir", tmp_path / "store", "--rows_per_shard", 2)
-    import_features.main(["--input", str(tmp_path / "store"), "--merge_into", str(tmp_path / "stored"), "--cpu"])
+    run_step(
+        import_features,
+        ["--input", str(tmp_path / "store"), "--merge_into", str(tmp_path / "stored"), "--device", "cpu"],
+    )
     assert read_tars(tmp_path / "stored") == read_tars(tmp_path / "direct")
     # They came from one detector, and may be mixed.
     described = [read_dataset_json(tmp_path / name) for name in ("stored", "direct")]
     assert described[0]["made_by"]["regions"] == described[1]["made_by"]["regions"]
     with pytest.raises(ValueError, match="name it with --made-by"):
-        import_features.main(
-            ["--input", str(tmp_path / "t.tsv"), *map(str, names), "--store_dir", str(tmp_path / "x"), "--cpu"]
+        run_step(
+            import_features,
+            [
+                "--input",
+                str(tmp_path / "t.tsv"),
+                *map(str, names),
+                "--store_dir",
+                str(tmp_path / "x"),
+                "--device",
+                "cpu",
+            ],
         )
 
 
@@ -425,11 +437,12 @@ def test_lineidx_is_used_and_a_foreign_one_is_refused(tmp_path):
     path.write_text("\n".join(lines) + "\n")
     plain = TsvIndex(path)
     starts = [sum(len(line) + 1 for line in lines[:i]) for i in range(20)]
-    assert plain.offsets.tolist() == starts
+    assert [plain.offset(row) for row in range(20)] == starts
     path.with_suffix(".lineidx").write_text("\n".join(map(str, starts)) + "\n")
     path.touch()
     indexed = TsvIndex(path)
-    assert indexed.offsets.tolist() == starts and indexed.lines.tolist() == list(range(1, 21))
+    assert [indexed.offset(row) for row in range(20)] == starts
+    assert [indexed.line(row) for row in range(20)] == list(range(1, 21))
     for i in (0, 7, 19):
         assert indexed.find(f"k{i}") == i and indexed.columns(i)[1] == b"x" * (i * 7)
     assert indexed.find("k20") is None

@@ -15,6 +15,7 @@ from tests.training.prepare.small_data import (
     picture,
     problems,
     read_tars,
+    run_step,
     tree,
     write_jsonl,
     write_pictures,
@@ -32,7 +33,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def run(output, *flags):
-    return pack.main(["--output_dir", str(output), "--cpu", *map(str, flags)])
+    return run_step(pack, ["--output_dir", str(output), "--device", "cpu", *map(str, flags)])
 
 
 CAPTIONS = ["None", "null", "NA", "NaN", "", "a, b", 'say "hi"', "two\nlines", " blanks ", "ünïcödé 猫", "plain"]

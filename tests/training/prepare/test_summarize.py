@@ -13,6 +13,7 @@ from tests.training.prepare.small_data import (
     problems,
     read_tars,
     records,
+    run_step,
     tree,
     write_tar,
 )
@@ -60,7 +61,7 @@ def shards(folder, captions=(*LONG, *SHORT), step=4):
 
 
 def run(folder, *flags):
-    return summarize.main(["--input_dir", str(folder), "--cpu", *map(str, flags)])
+    return run_step(summarize, ["--input_dir", str(folder), "--device", "cpu", *map(str, flags)])
 
 
 FAST = ["--num_beams", "2", "--max_new_tokens", "8", "--batch_size", "3"]

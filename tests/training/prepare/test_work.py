@@ -19,6 +19,7 @@ from tests.training.prepare.small_data import (
     make_vinvl,
     picture,
     problems,
+    run_step,
     tree,
     write_jsonl,
     write_pictures,
@@ -79,12 +80,12 @@ def table(tmp_path):
 
 
 def test_killed_packing_continues_to_the_same_bytes(tmp_path, table, checkout):
-    flags = ["--input", table, "--samples_per_shard", 2, "--key_column", "id", "--cpu"]
+    flags = ["--input", table, "--samples_per_shard", 2, "--key_column", "id", "--device", "cpu"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    pack.main([*map(str, flags), "--output_dir", str(whole)])
+    run_step(pack, [*map(str, flags), "--output_dir", str(whole)])
     run_killed("pack", [*flags, "--output_dir", cut], cut / "reports" / "pack", 5, checkout)
     assert not (cut / "dataset.json").exists() and len(list(cut.glob("*.tar"))) < 60
-    pack.main([*map(str, flags), "--output_dir", str(cut)])
+    run_step(pack, [*map(str, flags), "--output_dir", str(cut)])
     assert tree(cut) == tree(whole)
     assert {k: counts(whole, "pack")[k] for k in ("in", "out", "rejected")} == {"in": 120, "out": 108, "rejected": 12}
     assert {reason for _, _, reason, _ in problems(whole, "pack")} == {"duplicate-key", "bad-picture", "no-image"}
@@ -101,13 +102,13 @@ def test_killed_summarising_continues_to_the_same_bytes(tmp_path, checkout):
                 (f"k{i}", {"jpg": picture(i, (8, 8)), "txt": captions[i].encode()}) for i in (2 * shard, 2 * shard + 1)
             ]
             write_tar(tmp_path / folder / f"{shard:05d}.tar", rows)
-    flags = ["--model", model, "--num_beams", "2", "--max_new_tokens", "12", "--batch_size", "4", "--cpu"]
+    flags = ["--model", model, "--num_beams", "2", "--max_new_tokens", "12", "--batch_size", "4", "--device", "cpu"]
     cut = [*flags, "--input_dir", str(tmp_path / "cut"), "--cache", str(tmp_path / "a.sqlite")]
     reports = tmp_path / "cut" / "reports" / "summary"
     run_killed("summarize", cut, reports, 3, checkout)
     assert len(list(reports.glob("0*.json"))) < 12
-    summarize.main(cut)
-    summarize.main([*flags, "--input_dir", str(tmp_path / "whole"), "--cache", str(tmp_path / "b.sqlite")])
+    run_step(summarize, cut)
+    run_step(summarize, [*flags, "--input_dir", str(tmp_path / "whole"), "--cache", str(tmp_path / "b.sqlite")])
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
     assert counts(tmp_path / "whole", "summary")["summaries"] == 24
 
@@ -120,21 +121,21 @@ def write_shards(folder, shards, per_shard, size):
         write_tar(folder / f"{shard:05d}.tar", rows)
 
 
-def killed_and_whole(module, main, flags, tmp_path, checkout, into):
+def killed_and_whole(name, module, flags, tmp_path, checkout, into):
     """Runs one command in place on cut/, killed once and continued, and undisturbed on whole/, then compares."""
     reports = tmp_path / "cut" / "reports" / "regions"
-    run_killed(module, [*flags, into, tmp_path / "cut"], reports, 5, checkout)
+    run_killed(name, [*flags, into, tmp_path / "cut"], reports, 5, checkout)
     assert not (tmp_path / "cut" / "reports" / "regions.json").exists()
     for folder in ("cut", "whole"):
-        main([*map(str, flags), into, str(tmp_path / folder)])
+        run_step(module, [*map(str, flags), into, str(tmp_path / folder)])
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
 
 
 def test_killed_detection_continues_to_the_same_bytes(tmp_path, checkout):
     for folder in ("cut", "whole"):
         write_shards(tmp_path / folder, 40, 2, (64, 48))
-    flags = ["--detector", make_vinvl(tmp_path / "vinvl"), "--batch_size", "2", "--cpu"]
-    killed_and_whole("detect", detect.main, flags, tmp_path, checkout, "--input_dir")
+    flags = ["--detector", make_vinvl(tmp_path / "vinvl"), "--batch_size", "2", "--device", "cpu"]
+    killed_and_whole("detect", detect, flags, tmp_path, checkout, "--input_dir")
     assert counts(tmp_path / "whole", "regions")["in"] == 80
 
 
@@ -145,9 +146,9 @@ def test_killed_import_continues_to_the_same_bytes(tmp_path, checkout):
     table.write_text("".join(f"{lxmert_row(f'k{i}', count=10, width=512, seed=i)}\n" for i in range(240)))
     for name, words in (("objects", "cat dog tree"), ("attributes", "red big")):
         (tmp_path / f"{name}.txt").write_text("".join(f"{word}\n" for word in words.split()))
-    flags = ["--input", table, "--made_by", "a detector", "--cpu"]
+    flags = ["--input", table, "--made_by", "a detector", "--device", "cpu"]
     flags += ["--objects", tmp_path / "objects.txt", "--attributes", tmp_path / "attributes.txt"]
-    killed_and_whole("import_features", import_features.main, flags, tmp_path, checkout, "--merge_into")
+    killed_and_whole("import_features", import_features, flags, tmp_path, checkout, "--merge_into")
     assert counts(tmp_path / "whole", "regions")["rows"] == 240
 
 
@@ -166,16 +167,16 @@ def lxmert_row(key, count, width, seed):
 
 
 def test_parts_that_never_meet_give_what_one_process_gives(tmp_path, table):
-    flags = ["--input", str(table), "--samples_per_shard", "7", "--key_column", "id", "--cpu"]
-    pack.main([*flags, "--output_dir", str(tmp_path / "one")])
+    flags = ["--input", str(table), "--samples_per_shard", "7", "--key_column", "id", "--device", "cpu"]
+    run_step(pack, [*flags, "--output_dir", str(tmp_path / "one")])
     for part in (2, 0, 1):
-        total = pack.main(
-            [*flags, "--output_dir", str(tmp_path / "three"), "--part_index", str(part), "--part_count", "3"]
+        total = run_step(
+            pack, [*flags, "--output_dir", str(tmp_path / "three"), "--part_index", str(part), "--part_count", "3"]
         )
         assert (total is None) == (part != 1)
     assert tree(tmp_path / "three") == tree(tmp_path / "one")
     with pytest.raises(ValueError, match="part_index 3 of part_count 3"):
-        pack.main([*flags, "--output_dir", str(tmp_path / "x"), "--part_index", "3", "--part_count", "3"])
+        run_step(pack, [*flags, "--output_dir", str(tmp_path / "x"), "--part_index", "3", "--part_count", "3"])
 
 
 @pytest.mark.slow
@@ -185,7 +186,7 @@ def test_launched_processes_give_what_one_gives(tmp_path, table, checkout):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     out = run_whole("pack", [*flags, "--output_dir", tmp_path / "two"], checkout, launch)
     assert "120 in = 108 out + 12 rejected" in out and "pack (process 1 of 2)" in out and "shards=9/9" in out
-    pack.main([*map(str, flags), "--output_dir", str(tmp_path / "one")])
+    run_step(pack, [*map(str, flags), "--output_dir", str(tmp_path / "one")])
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
 
 
@@ -242,7 +243,7 @@ def test_the_page_shows_every_level_and_loads_nothing(tmp_path):
         writer.write(Sample("two", picture(1), "jpg", "plain"))
         writer.write_members("broken", {"jpg": b"no picture", "txt": b"x"})
         writer.write_members("unfit", {"jpg": picture(1), "json": b"{"})
-    view.main([str(tmp_path / "0.tar"), "--output", str(tmp_path / "page.html"), "--number", "9"])
+    assert 0 == view.main([str(tmp_path / "0.tar"), "--output", str(tmp_path / "page.html"), "--number", "9"])
     page = Seen((tmp_path / "page.html").read_text(encoding="utf-8"))
     text = " ".join(page.texts)
     for expected in (

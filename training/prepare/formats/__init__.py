@@ -1,20 +1,29 @@
 """Region features that other programs stored: scene-graph-benchmark, Oscar/VinVL, LXMERT, and stores written here.
 
-Each reader gives the `Detections` of one row. What a row lacks makes it a `BadRow`; what a whole format lacks is
-refused with the reason, or listed in `lacks`; nothing is made up. Nothing is unpickled.
+A format gives the `Detections` of one row. What a row lacks makes it a `BadRow`; what a whole format lacks is refused
+with the reason, or listed in `lacks`; nothing is made up. Nothing is unpickled.
+
+A new format is a class of the form of `RegionFormat`, with a `FileFormat` to open it, in a file of its own here, and
+its name in `FORMATS`.
 """
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from training.prepare.formats.lxmert import LxmertRows
-from training.prepare.formats.many import ManyRows
-from training.prepare.formats.oscar import OscarRows, _labels_of
+from training.prepare.formats.oscar import OscarRows
+from training.prepare.formats.protocols import FileFormat, FormatFlags, RegionFormat
 from training.prepare.formats.scene_graph import SceneGraphRows
+from training.prepare.formats.several import JoinedRows
 from training.prepare.formats.store import StoreRows
+from training.prepare.formats.tsv import FormatOptions, Head, Size
 from training.prepare.formats.tsv_index import BadRow, TsvIndex
-from training.prepare.formats.tsv_rows import _json
 
-__all__ = ["BadRow", "ManyRows", "open_format"]
+__all__ = ["FORMATS", "BadRow", "FormatOptions", "RegionFormat", "Size", "format_flags", "open_format", "open_formats"]
+
+
+FORMATS: tuple[FileFormat, ...] = (StoreRows, OscarRows, SceneGraphRows, LxmertRows)
 
 _UNREADABLE = {
     ".pth": "torch.save of pickled objects",
@@ -26,45 +35,76 @@ _UNREADABLE = {
 }
 
 
-def open_format(
-    path, key_pattern=None, predictions=None, hw=None, objects=None, attributes=None, attribute_threshold=0.1
-):
-    """The reader for `path`, told by its content.
+def format_flags() -> list[type[FormatFlags]]:
+    """The dataclasses of the formats' own flags."""
+    return [known.options for known in FORMATS if known.options is not None]
 
-    Raises `ValueError` for files that need unpickling, for formats that lack the scores or names that the best regions
-    are chosen and named by, and where a companion file is missing; `FileNotFoundError`.
+
+def open_formats(paths: Sequence[str], key_pattern: str | None = None, *flags: FormatFlags) -> RegionFormat:
+    """The reader of all inputs, one after the other.
+
+    Args:
+        paths: files or folders of one format.
+        key_pattern: its group is the key within a row's name; None: the name itself.
+        *flags: of the formats.
+
+    Raises:
+        ValueError: as `open_format`; or flags and inputs differ in number, or the inputs are of several formats.
+    """
+    for own in flags:
+        own.check(len(paths))
+    pieces = [open_format(path, key_pattern, FormatOptions(*flags, number=n)) for n, path in enumerate(paths)]
+    return pieces[0] if len(pieces) == 1 else JoinedRows(pieces)
+
+
+def open_format(path: str | Path, key_pattern: str | None = None, options: FormatOptions | None = None) -> RegionFormat:
+    """The reader of one input, told by its content.
+
+    Args:
+        path: file or folder.
+        key_pattern: its group is the key within a row's name; None: the name itself.
+        options: the flags of the formats.
+
+    Raises:
+        ValueError: the file needs unpickling, is of no known format or of one that lacks the scores or names that the
+            best regions are chosen and named by, or a companion file is missing.
+        FileNotFoundError: it is not there.
     """
     path = Path(path)
     if path.suffix in _UNREADABLE:
         raise ValueError(
-            f"{path} is not read: {path.suffix} files are {_UNREADABLE[path.suffix]}, "
-            f"and unpickling runs whatever code "
-            "the file holds. Write it as TSV (LXMERT's columns, docs/prepare.md) with the program that made it"
+            f"{path} is not read: {path.suffix} files are {_UNREADABLE[path.suffix]}, and unpickling runs whatever "
+            "code the file holds. Write it as TSV (LXMERT's columns, docs/prepare.md) with the program that made it"
         )
-    if path.is_dir():
-        return StoreRows(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there")
+    head = Head(path) if path.is_dir() else _head_of(path, key_pattern)
+    for known in FORMATS:
+        if known.recognises(head):
+            return known.open(head, options or FormatOptions())
+    raise ValueError(
+        f"{path}: its first row has {len(head.columns)} columns and is none of: scene-graph-benchmark predictions.tsv "
+        "(key, JSON with objects), Oscar features.tsv (key, number, base64), Oscar caption features (key, JSON with "
+        "features), LXMERT (10 columns)"
+    )
+
+
+def _head_of(path: Path, key_pattern: str | None) -> Head:
+    """The beginning of a file. Raises `ValueError` where no format could be told by it."""
     index = TsvIndex(path, key_pattern)
     if not len(index):
         raise ValueError(f"{path} has no row that begins with a key and a tab")
-    columns = index.columns(0)
-    if len(columns) == 10:
-        return LxmertRows(index, objects, attributes, attribute_threshold)
+    try:
+        columns = index.columns(0)
+    except BadRow as bad:
+        raise ValueError(f"{path}, line {index.line(0)}: {bad}") from None
     if len(columns) == 6:
         raise ValueError(
-            f"{path} has the six columns of bottom-up-attention: boxes and features, "
-            f"but no scores and no class names, so "
-            "neither the most confident regions nor the tags can be had from it. Extract again with LXMERT's columns"
+            f"{path} has the six columns of bottom-up-attention: boxes and features, but no scores and no class names, "
+            "so neither the most confident regions nor the tags can be had from it. Extract again with LXMERT's columns"
         )
-    record = _json(columns[-1]) if len(columns) == 2 else None
-    if isinstance(record, dict) and "objects" in record:
-        return SceneGraphRows(index, hw)
-    if len(columns) >= 3 or (isinstance(record, dict) and "features" in record):
-        return OscarRows(index, TsvIndex(_labels_of(path, predictions), key_pattern))
-    raise ValueError(
-        f"{path}: its first row has {len(columns)} columns and is none of: "
-        f"scene-graph-benchmark predictions.tsv (key, JSON with "
-        "objects), Oscar features.tsv (key, number, base64), Oscar caption features "
-        "(key, JSON with features), LXMERT (10 columns)"
-    )
+    try:
+        record = json.loads(columns[-1]) if len(columns) == 2 else None
+    except (ValueError, RecursionError):
+        record = None
+    return Head(path, key_pattern, index, columns, record)

@@ -1,8 +1,25 @@
-"""LXMERT's ten columns."""
+"""LXMERT's ten columns, as bottom-up-attention's TSV files have them."""
 
-from training.prepare.formats.tsv_index import BadRow
-from training.prepare.formats.tsv_rows import TsvRows, _detections, _floats, _integer
-from training.prepare.steps.regions import confident_attributes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from training.prepare.formats.tsv import FormatOptions, Head, Size, TsvRows, detections_of, integer_of, numbers_of
+from training.prepare.formats.tsv_index import BadRow, TsvIndex
+from training.prepare.steps.regions import Detections, confident_attributes, read_names
+
+
+@dataclass
+class LxmertOptions:
+    """Flags of LXMERT's columns."""
+
+    objects: str | None = field(default=None, metadata={"help": "LXMERT: class names, one a line."})
+    attributes: str | None = field(default=None, metadata={"help": "LXMERT: attribute names, one a line."})
+    attribute_threshold: float = field(default=0.1, metadata={"help": "LXMERT: least confidence of an attribute."})
+
+    def check(self, inputs: int) -> None:
+        """Raises `ValueError` or `FileNotFoundError` where a list of names cannot be read; any number of inputs."""
+        for path in filter(None, (self.objects, self.attributes)):
+            read_names(path)
 
 
 class LxmertRows(TsvRows):
@@ -10,44 +27,56 @@ class LxmertRows(TsvRows):
     features. Ids count the lines of bottom-up-attention's name lists from 0."""
 
     name = "lxmert"
+    options = LxmertOptions
 
-    def __init__(self, index, objects, attributes, threshold):
+    def __init__(self, index: TsvIndex, objects: Sequence[str], attributes: Sequence[str], threshold: float):
         super().__init__(index)
-        if not objects or not attributes:
-            raise ValueError(
-                f"{index.path} has LXMERT's columns, where classes and attributes are numbers: give their names with "
-                "--objects FILE --attributes FILE (one name a line)"
-            )
         self.objects, self.attributes, self.threshold = objects, attributes, threshold
 
-    def size(self, row):
-        """(width, height) in pixels; the file has the height first. Raises `BadRow`."""
-        columns = self._columns(row)
-        return _integer(columns[2], "img_w"), _integer(columns[1], "img_h")
+    @classmethod
+    def recognises(cls, head: Head) -> bool:
+        """Ten columns."""
+        return len(head.columns) == 10
 
-    def _columns(self, row):
+    @classmethod
+    def open(cls, head: Head, options: FormatOptions) -> "LxmertRows":
+        """The reader of an input. Raises `ValueError` where the lists of names are missing."""
+        own = options.of(LxmertOptions)
+        if not own.objects or not own.attributes:
+            raise ValueError(
+                f"{head.path} has LXMERT's columns, where classes and attributes are numbers: give their names with "
+                "--objects FILE --attributes FILE (one name a line)"
+            )
+        return cls(head.rows, read_names(own.objects), read_names(own.attributes), own.attribute_threshold)
+
+    def size(self, row: int) -> Size:
+        """The file has the height first. Raises `BadRow`."""
+        columns = self._columns(row)
+        return integer_of(columns[2], "img_w"), integer_of(columns[1], "img_h")
+
+    def _columns(self, row: int) -> list[bytes]:
         columns = self.index.columns(row)
         if len(columns) != 10:
             raise BadRow("bad-row", f"{len(columns)} columns, expected 10")
         return columns
 
-    def read(self, row, size):
-        """The `Detections` of a row. Raises `BadRow`."""
+    def read(self, row: int, size: Size | None) -> Detections:
+        """The detections of a row in a picture of `size`. Raises `BadRow`."""
         columns = self._columns(row)
-        count = _integer(columns[7], "num_boxes")
-        object_ids, attribute_ids = _floats(columns[3], "<i8", count), _floats(columns[5], "<i8", count)
-        scores, attribute_scores = _floats(columns[4], "<f4", count), _floats(columns[6], "<f4", count)
-        boxes, features = _floats(columns[8], "<f4", 4 * count), _floats(columns[9], "<f4")
+        count = integer_of(columns[7], "num_boxes")
+        object_ids, attribute_ids = numbers_of(columns[3], "<i8", count), numbers_of(columns[5], "<i8", count)
+        scores, attribute_scores = numbers_of(columns[4], "<f4", count), numbers_of(columns[6], "<f4", count)
+        boxes, features = numbers_of(columns[8], "<f4", 4 * count), numbers_of(columns[9], "<f4")
         if count and len(features) % count:
             raise BadRow("bad-length", f"{len(features)} numbers of features for {count} boxes")
         labels = [_name(self.objects, i, "object") for i in object_ids.tolist()]
         names = [_name(self.attributes, i, "attribute") for i in attribute_ids.tolist()]
         attributes = [confident_attributes([n], [s], self.threshold) for n, s in zip(names, attribute_scores.tolist())]
         features = features.reshape(count, len(features) // max(count, 1))
-        return _detections(boxes.reshape(count, 4), size, scores, labels, features, attributes)
+        return detections_of(boxes.reshape(count, 4), size, scores, labels, features, attributes)
 
 
-def _name(names, i, what):
+def _name(names: Sequence[str], i: int, what: str) -> str:
     if not 0 <= i < len(names):
         raise BadRow("bad-id", f"{what} {i}, but the list has {len(names)} names (ids count from 0)")
     return names[i]

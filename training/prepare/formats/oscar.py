@@ -1,46 +1,84 @@
-"""Features of Oscar and VinVL."""
+"""Features of Oscar and VinVL, with their names and scores in a second table."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from training.prepare.formats.tsv_index import BadRow
-from training.prepare.formats.tsv_rows import TsvRows, _decoded, _detections, _integer, _json
+from training.prepare.formats.tsv import (
+    FormatOptions,
+    Head,
+    Size,
+    TsvRows,
+    base64_of,
+    detections_of,
+    integer_of,
+    json_of,
+)
+from training.prepare.formats.tsv_index import BadRow, TsvIndex
+from training.prepare.steps.regions import Detections
 
 # Boxes stored twice (in pixels, and as part of the feature) may differ by this share of the picture.
 BOX_AGREEMENT = 0.01
 
 
+@dataclass
+class OscarOptions:
+    """Flags of Oscar's features."""
+
+    predictions: list[str] = field(
+        default_factory=list, metadata={"help": "Oscar: the tables of names and scores (default: beside each input)."}
+    )
+
+    def check(self, inputs: int) -> None:
+        """Raises `ValueError` where there are not as many as inputs."""
+        if len(self.predictions) not in (0, inputs):
+            raise ValueError(f"--predictions: {len(self.predictions)} files for {inputs} inputs")
+
+
 class OscarRows(TsvRows):
     """Features of Oscar and VinVL: key, number, base64 of (n, width + 6) float32 or float16, told by the length; or the
-    caption form: key, JSON of num_boxes and features. Names and scores are in a second table. The last six columns are
-    the box, as fractions, and its size."""
+    caption form: key, JSON of num_boxes and features. The last six columns are the box, as fractions, and its size."""
 
     name = "oscar"
+    options = OscarOptions
     lacks = ("attributes",)
     in_pixels = False
     width = 2048
 
-    def __init__(self, index, labels):
+    def __init__(self, index: TsvIndex, labels: TsvIndex):
         super().__init__(index)
         self.labels = labels
 
-    def size(self, row):
-        """(width, height) where the table of names has them, else None: the boxes are fractions already."""
+    @classmethod
+    def recognises(cls, head: Head) -> bool:
+        """Key, number and base64, or key and an object with `features`."""
+        return 3 <= len(head.columns) < 10 or (head.has_field("features") and not head.has_field("objects"))
+
+    @classmethod
+    def open(cls, head: Head, options: FormatOptions) -> "OscarRows":
+        """The reader of an input and of the table that belongs to it. Raises `ValueError` where that is missing."""
+        labels = _labels_of(head.path, options.companion(options.of(OscarOptions).predictions))
+        return cls(head.rows, TsvIndex(labels, head.key_pattern))
+
+    def size(self, row: int) -> Size | None:
+        """Where the table of names has it, else None: the boxes are fractions already. Raises `BadRow`."""
         record = self._names(row)
         try:
             return (float(record["image_w"]), float(record["image_h"])) if isinstance(record, dict) else None
         except (KeyError, TypeError, ValueError):
             return None
 
-    def _names(self, row):
+    # Any: JSON that is checked where it is used.
+    def _names(self, row: int) -> Any:
         found = self.labels.find(self.key(row))
         if found is None:
             raise BadRow("no-names", f"the key is not in {self.labels.path}")
-        return _json(self.labels.columns(found)[-1])
+        return json_of(self.labels.columns(found)[-1])
 
-    def read(self, row, size):
-        """The `Detections` of a row; `size` (width, height) only checks the boxes. Raises `BadRow`."""
+    def read(self, row: int, size: Size | None) -> Detections:
+        """The detections of a row; `size` only checks the boxes. Raises `BadRow`."""
         table = self._table(row)
         record = self._names(row)
         objects = record.get("objects") if isinstance(record, dict) else record
@@ -61,18 +99,12 @@ class OscarRows(TsvRows):
             difference = np.abs(rects / np.array([*size, *size]) - boxes).max()
             if not difference <= BOX_AGREEMENT:
                 raise BadRow("box-mismatch", f"boxes of features and names differ by {difference:.3f} of the picture")
-        return _detections(boxes, None, scores, labels, table[:, : self.width], None)
+        return detections_of(boxes, None, scores, labels, table[:, : self.width])
 
-    def _table(self, row):
+    def _table(self, row: int) -> np.ndarray:
+        """(n, width + 6) float32."""
         columns = self.index.columns(row)
-        count, data = (columns[1], columns[-1]) if len(columns) > 2 else (None, None)
-        if data is None:
-            record = _json(columns[-1])
-            if not isinstance(record, dict) or "features" not in record or "num_boxes" not in record:
-                raise BadRow("bad-row", "expected JSON with num_boxes and features")
-            count, data = record["num_boxes"], record["features"]
-        count = _integer(count, "number of boxes")
-        data = _decoded(data)
+        count, data = self._counted(columns) if len(columns) > 2 else self._caption_form(columns)
         wide = self.width + 6
         if count and len(data) == count * wide * 4:
             dtype = "<f4"
@@ -88,9 +120,18 @@ class OscarRows(TsvRows):
             )
         return np.frombuffer(data, dtype).reshape(count, wide).astype(np.float32)
 
+    def _counted(self, columns: list[bytes]) -> tuple[int, bytes]:
+        return integer_of(columns[1], "number of boxes"), base64_of(columns[-1])
 
-def _labels_of(path, predictions):
-    """The file with names and scores that belongs to Oscar features."""
+    def _caption_form(self, columns: list[bytes]) -> tuple[int, bytes]:
+        record = json_of(columns[-1])
+        if not isinstance(record, dict) or "features" not in record or "num_boxes" not in record:
+            raise BadRow("bad-row", "expected JSON with num_boxes and features")
+        return integer_of(record["num_boxes"], "number of boxes"), base64_of(record["features"])
+
+
+def _labels_of(path: Path, predictions: str | None) -> Path:
+    """The file with names and scores that belongs to Oscar features. Raises `ValueError` where it is not there."""
     beside = path.with_name("predictions.tsv")
     if path.name.endswith(".feature.tsv"):
         beside = path.with_name(path.name.replace(".feature.tsv", ".label.tsv"))

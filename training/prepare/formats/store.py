@@ -1,61 +1,82 @@
-"""Stores of regions that `import_features --store_dir` wrote."""
+"""Stores of regions that `import_features --store_dir` wrote: tars of KEY.json and KEY.roi.npy."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from training.data.records import BadSample, sample_from_members
 from training.data.shards import ShardReader, read_dataset_json
-from training.prepare.formats.tsv_index import BadRow
+from training.prepare.formats.tsv import FormatOptions, Head, Place, Size
+from training.prepare.formats.tsv_index import BadRow, RowProblem
 from training.prepare.steps.regions import Detections
+from training.prepare.steps.rewriting import MadeBy
+from training.prepare.steps.work import contents_of
 
 
 class StoreRows:
-    """A store of regions that `import_features --store_dir` wrote: tars of KEY.json and KEY.roi.npy."""
+    """A store of regions; it says which detector made them.
 
-    name, lacks, in_pixels, problems = "store", (), False, ()
+    Raises:
+        ValueError: the folder has no tar.
+    """
 
-    def __init__(self, folder):
-        self.readers = [ShardReader(path) for path in sorted(Path(folder).glob("*.tar"))]
+    name = "store"
+    options = None
+    lacks: tuple[str, ...] = ()
+    in_pixels = False
+    problems: Sequence[RowProblem] = ()
+
+    def __init__(self, folder: Path):
+        self.readers = [ShardReader(path) for path in sorted(folder.glob("*.tar"))]
         if not self.readers:
-            raise ValueError(f"{folder} has no *.tar: expected a store that import_features wrote")
-        self.made_by = (read_dataset_json(folder) or {}).get("made_by", {}).get("regions")
+            raise ValueError(
+                f"{folder} has no *.tar: expected a store that import_features wrote, but {contents_of(folder)}"
+            )
+        self.made_by: MadeBy | None = (read_dataset_json(folder) or {}).get("made_by", {}).get("regions")
         self.rows = [(reader, i) for reader in self.readers for i in range(len(reader))]
         self.by_key = {reader.keys[i]: row for row, (reader, i) in reversed(list(enumerate(self.rows)))}
 
-    def __len__(self):
+    @classmethod
+    def recognises(cls, head: Head) -> bool:
+        """A folder."""
+        return head.path.is_dir()
+
+    @classmethod
+    def open(cls, head: Head, options: FormatOptions) -> "StoreRows":
+        """The reader of a folder."""
+        return cls(head.path)
+
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def key(self, row):
+    def key(self, row: int) -> str:
+        """The key of a row."""
         reader, i = self.rows[row]
         return reader.keys[i]
 
-    def find(self, key):
+    def find(self, key: str) -> int | None:
+        """The first row of a key, or None."""
         return self.by_key.get(key)
 
-    def place(self, row):
-        """(path, None): a tar has no lines."""
-        return self.rows[row][0].name, None
+    def place(self, row: int) -> Place:
+        """The tar."""
+        return Place(self.rows[row][0].name, None)
 
-    def size(self, row):
+    def size(self, row: int) -> None:
         """None: the boxes are fractions, and the picture is not in the store."""
-        return None
 
-    def read(self, row, size):
-        """The `Detections` of a row. Raises `BadRow`."""
+    def read(self, row: int, size: Size | None) -> Detections:
+        """The detections of a row. Raises `BadRow`."""
         reader, i = self.rows[row]
         try:
             sample = sample_from_members(reader.read(i), reader.keys[i], reader.name, require_image=False)
         except BadSample as bad:
             raise BadRow(bad.reason, bad.detail) from None
         regions = sample.regions or []
-        if any(region.score is None for region in regions):
+        scores = [region.score for region in regions if region.score is not None]
+        if len(scores) < len(regions):
             raise BadRow("no-score", "regions without confidence")
         features = sample.roi if sample.roi is not None else np.zeros((0, 0), np.float32)
-        return Detections(
-            [r.box for r in regions],
-            [r.score for r in regions],
-            [r.label for r in regions],
-            features,
-            [r.attributes for r in regions],
-        )
+        labels = [region.label for region in regions]
+        return Detections([r.box for r in regions], scores, labels, features, [r.attributes for r in regions])

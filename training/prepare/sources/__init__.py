@@ -1,53 +1,29 @@
 """Where pairs come from: WebDataset tars, tables beside pictures, Hub datasets. Used by `training.prepare.pack`.
 
 A source is cut into parts, each of which becomes one shard (or a row of them, where its length is unknown before it
-is read). It gives `Raw` samples in a fixed order; what a row lacks is said in `Raw.fault` and never guessed.
+is read). It gives `RawPair`s in a fixed order; what a row lacks is said in their `fault` and never guessed.
 """
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 from training.data.remote import is_url
 from training.prepare.sources.hub import HubSource
-from training.prepare.sources.raw import Part, Raw
+from training.prepare.sources.pairs import Fault, PairSource, RawPair, SourceArguments, SourcePart
 from training.prepare.sources.tables import TABLE_SUFFIXES, TableSource
 from training.prepare.sources.tars import TarSource
+from training.prepare.steps.work import contents_of
 
-__all__ = ["HubSource", "Part", "Raw", "SourceArguments", "TableSource", "TarSource", "open_source"]
-
-
-@dataclass
-class SourceArguments:
-    """What to read."""
-
-    input: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Tars, tables (.jsonl .csv .tsv .parquet), folders of either, or one Hub dataset name."},
-    )
-    picture_root: str | None = field(
-        default=None, metadata={"help": "Folder that the paths of a table start from (default: the table's own)."}
-    )
-    image_column: str | None = field(
-        default=None, metadata={"help": "Column of the picture: path or bytes (default: image, file_name, path, jpg)."}
-    )
-    caption_column: str | None = field(
-        default=None, metadata={"help": "Column of the text (default: caption, text, alt, title, txt)."}
-    )
-    key_column: str | None = field(
-        default=None, metadata={"help": "Column with a unique name of each row (default: rows are numbered)."}
-    )
-    split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
-    subset: str | None = field(default=None, metadata={"help": "Configuration name of a Hub dataset."})
-    revision: str | None = field(default=None, metadata={"help": "Revision of a Hub dataset."})
-    streaming: bool = field(default=True, metadata={"help": "Read a Hub dataset as a stream, without a copy on disk."})
-    samples_per_shard: int = field(default=10_000, metadata={"help": "Rows to a shard (tars keep their own size)."})
+__all__ = ["Fault", "PairSource", "RawPair", "SourceArguments", "SourcePart", "open_source"]
 
 
-def open_source(arguments):
-    """The `TarSource`, `TableSource` or `HubSource` that `arguments` names.
+def open_source(arguments: SourceArguments) -> PairSource:
+    """The source that `arguments` names.
 
-    Raises `ValueError` where nothing or a mixture is named, `FileNotFoundError` for a path that is not there.
+    Raises:
+        ValueError: nothing is named, or a mixture, or what is no source.
+        FileNotFoundError: a path is not there.
     """
     if not arguments.input:
         raise ValueError("--input is missing: expected tars, tables, folders of either, or the name of a Hub dataset")
@@ -65,7 +41,7 @@ def open_source(arguments):
     raise ValueError(f"--input names {len(tars)} tars and {len(files) - len(tars)} tables: pack them into two folders")
 
 
-def _is_hub_name(name):
+def _is_hub_name(name: str) -> bool:
     if os.path.exists(name):
         return (Path(name) / "dataset_info.json").exists() or (Path(name) / "dataset_dict.json").exists()
     return (
@@ -76,21 +52,29 @@ def _is_hub_name(name):
     )
 
 
-def _files(inputs):
+def _files(inputs: Sequence[str]) -> list[str]:
     files = []
     for name in inputs:
         if is_url(name):
             files.append(name)
         elif os.path.isdir(name):
-            found = sorted(str(p) for p in Path(name).iterdir() if p.suffix == ".tar")
-            found = found or sorted(str(p) for p in Path(name).iterdir() if p.suffix.lower() in TABLE_SUFFIXES)
-            if not found:
-                raise FileNotFoundError(f"{name} holds no *.tar and no table ({', '.join(TABLE_SUFFIXES)})")
-            files += found
+            files += _files_of(name)
         elif os.path.exists(name):
             if not name.lower().endswith((".tar", *TABLE_SUFFIXES)):
                 raise ValueError(f"{name}: expected .tar or a table ({', '.join(TABLE_SUFFIXES)})")
             files.append(name)
         else:
-            raise FileNotFoundError(f"{name} is not there")
+            raise FileNotFoundError(f"{name} is not there: expected tars, tables or a folder of them")
     return files
+
+
+def _files_of(folder: str) -> list[str]:
+    there = sorted(Path(folder).iterdir())
+    found = [str(path) for path in there if path.suffix == ".tar"]
+    found = found or [str(path) for path in there if path.suffix.lower() in TABLE_SUFFIXES]
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} holds no *.tar and no table ({', '.join(TABLE_SUFFIXES)}): {contents_of(folder)}. Name pictures "
+            "and their captions in a table and give that"
+        )
+    return found

@@ -1,54 +1,81 @@
-"""JSONL, CSV, TSV and Parquet tables, cut into parts without being read into memory."""
+"""JSONL, CSV, TSV and Parquet tables, cut into parts without being read into memory.
+
+JSONL and CSV are read by hand: `pyarrow.json`, `pyarrow.csv` and `datasets` refuse a whole table for one bad row, and
+tell neither its line nor the byte where a row begins.
+"""
 
 import csv
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-from training.prepare.sources.columns import choose_columns, fill, key_text
-from training.prepare.sources.raw import Part, Raw
+from training.prepare.sources.columns import Columns, choose_columns, fill, key_text
+from training.prepare.sources.pairs import Fault, RawPair, SourceArguments, SourcePart
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
-class TableSource:
-    """JSONL, CSV, TSV or Parquet tables whose rows name a picture (or hold its bytes) and a caption."""
+class TableRow(NamedTuple):
+    """A row as read: its line, {column: value}, and why it could not be read."""
 
-    def __init__(self, files, arguments):
+    line: int
+    values: Mapping[str, object]
+    fault: Fault | None = None
+
+
+class TableSource:
+    """Tables whose rows name a picture (or hold its bytes) and a caption."""
+
+    name, is_stream = "table", False
+
+    def __init__(self, files: Sequence[str], arguments: SourceArguments):
         self.files, self.arguments = files, arguments
         self.has_keys = arguments.key_column is not None
 
-    def parts(self):
+    def parts(self) -> list[SourcePart]:
         """Cuts every table into parts of `samples_per_shard` rows; JSONL and CSV are read through once for that."""
-        parts = []
+        parts: list[SourcePart] = []
         for number, path in enumerate(self.files):
             for start, first, rows, line in _cut(path, self.arguments.samples_per_shard):
-                parts.append(Part(f"{len(parts):05d}", path, rows, start, first, line, number))
+                parts.append(SourcePart(f"{len(parts):05d}", path, rows, start, first, line, number))
         return parts
 
-    def keys(self, part):
-        """The keys of a part, in order; an unreadable row has None."""
+    def keys(self, part: SourcePart) -> list[str | None]:
+        """The keys of a part, in order; an unreadable row has None. Needs `key_column`."""
         column = self.arguments.key_column
-        return [None if fault else key_text(row.get(column)) for _, row, fault in _rows(part, [column])]
+        return [
+            None if row.fault or column is None else key_text(row.values.get(column)) for row in _rows(part, [column])
+        ]
 
-    def read(self, part):
-        """Yields the `Raw` samples of a part."""
+    def read(self, part: SourcePart, skip: int = 0) -> Iterator[RawPair]:
+        """Yields the pairs of a part in order, from row `skip` on.
+
+        Raises:
+            ValueError: the table lacks the columns.
+        """
         root = Path(self.arguments.picture_root or Path(part.path).parent)
-        columns = None
-        for number, (line, row, fault) in enumerate(_rows(part)):
-            raw = Raw(f"{part.file_number:03d}{part.first + number:09d}", part.path, line, fault=fault)
-            if fault is None:
-                columns = columns or choose_columns(row, self.arguments, part.path)
-                fill(raw, row, columns, root)
+        columns: Columns | None = None
+        for number, row in enumerate(islice(_rows(part), skip, None), start=skip):
+            key = f"{part.file_number:03d}{part.first + number:09d}"
+            raw = RawPair(key, part.path, row.line, fault=row.fault)
+            if row.fault is None:
+                columns = columns or choose_columns(row.values.keys(), self.arguments, part.path)
+                fill(raw, row.values, columns, root)
             yield raw
 
 
-def _cut(path, step):
+def _cut(path: str, step: int) -> Iterator[tuple[int, int, int, int]]:
     """Yields (start, first row, rows, line) for every `step` rows of a table."""
-    if path.lower().endswith(".parquet"):
-        rows = _parquet(path).metadata.num_rows
-        yield from ((start, start, min(step, rows - start), start + 1) for start in range(0, rows, step))
+    if _is_parquet(path):
+        total = _parquet(path).metadata.num_rows
+        yield from ((start, start, min(step, total - start), start + 1) for start in range(0, total, step))
         return
-    begin, first, line, rows = None, 0, 1, 0
+    begin, first, line, rows = 0, 0, 1, 0
     # A row ends where the next one starts; CSV quoting may put line ends inside it.
     for offset, at_line in _row_starts(path):
         if rows == step:
@@ -61,7 +88,7 @@ def _cut(path, step):
         yield begin, first, rows, line
 
 
-def _row_starts(path):
+def _row_starts(path: str) -> Iterator[tuple[int, int]]:
     """(byte offset, line number) of every row of a JSONL or CSV file; blank lines are no rows."""
     with open(path, "rb") as file:
         if not _is_csv(path):
@@ -81,7 +108,7 @@ def _row_starts(path):
             before = (lines.offset, lines.number)
 
 
-def _csv_rows(reader):
+def _csv_rows(reader: Iterator[list[str]]) -> Iterator[list[str] | csv.Error]:
     """Rows of a csv reader; one it cannot read is a `csv.Error` in its place."""
     while True:
         try:
@@ -95,13 +122,13 @@ def _csv_rows(reader):
 class _CountedLines:
     """Text lines of a binary file with the byte offset and number of what has been handed out."""
 
-    def __init__(self, file, offset=0, number=0):
+    def __init__(self, file: BinaryIO, offset: int = 0, number: int = 0):
         self.file, self.offset, self.number = file, offset, number
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return self
 
-    def __next__(self):
+    def __next__(self) -> str:
         line = self.file.readline()
         if not line:
             raise StopIteration
@@ -110,28 +137,29 @@ class _CountedLines:
         return line.decode("utf-8-sig" if self.number == 1 else "utf-8", "surrogateescape")
 
 
-def _is_csv(path):
+def _is_csv(path: str) -> bool:
     return path.lower().endswith((".csv", ".tsv"))
 
 
-def _delimiter(path):
+def _is_parquet(path: str) -> bool:
+    return path.lower().endswith(".parquet")
+
+
+def _delimiter(path: str) -> str:
     return "\t" if path.lower().endswith(".tsv") else ","
 
 
-def _rows(part, columns=None):
-    """Yields (line, {column: value}, fault) for the rows of a part; `columns` limits what Parquet reads."""
-    if part.path.lower().endswith(".parquet"):
-        yield from _parquet_rows(part, columns)
-    elif _is_csv(part.path):
-        yield from _part_of_csv(part)
-    else:
-        yield from _part_of_jsonl(part)
+def _rows(part: SourcePart, columns: Sequence[str | None] | None = None) -> Iterator[TableRow]:
+    """Yields the rows of a part; `columns` limits what Parquet reads."""
+    if _is_parquet(part.path):
+        return _part_of_parquet(part, columns)
+    return _part_of_csv(part) if _is_csv(part.path) else _part_of_jsonl(part)
 
 
-def _part_of_jsonl(part):
+def _part_of_jsonl(part: SourcePart) -> Iterator[TableRow]:
     with open(part.path, "rb") as file:
         file.seek(part.start)
-        number, left = part.line - 1, part.rows
+        number, left = part.line - 1, part.rows or 0
         while left:
             line, number = file.readline(), number + 1
             if line.isspace():
@@ -141,42 +169,41 @@ def _part_of_jsonl(part):
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 if not isinstance(row, dict):
                     raise ValueError(f"expected an object, found {type(row).__name__}")
-                yield number, row, None
+                yield TableRow(number, row)
             except (ValueError, RecursionError) as error:
-                yield number, {}, ("bad-row", str(error)[:300])
+                yield TableRow(number, {}, Fault("bad-row", str(error)[:300]))
 
 
-def _part_of_csv(part):
+def _part_of_csv(part: SourcePart) -> Iterator[TableRow]:
     delimiter = _delimiter(part.path)
     with open(part.path, "rb") as file:
         header = next(csv.reader(_CountedLines(file), delimiter=delimiter))
         file.seek(part.start)
         lines = _CountedLines(file, part.start, part.line - 1)
-        left, at = part.rows, part.line
+        left, at = part.rows or 0, part.line
         for values in _csv_rows(csv.reader(lines, delimiter=delimiter)):
             if values != []:
+                yield _csv_row(at, values, header)
                 left -= 1
-                yield at, *_csv_row(values, header)
             at = lines.number + 1
             if not left:
                 return
 
 
-def _csv_row(values, header):
-    """({column: text}, fault). Nothing is read as "missing": the captions None, null and NA are words."""
+def _csv_row(line: int, values: list[str] | csv.Error, header: Sequence[str]) -> TableRow:
+    """Nothing is read as "missing": the captions None, null and NA are words."""
     if isinstance(values, csv.Error):
-        return {}, ("bad-row", str(values))
+        return TableRow(line, {}, Fault("bad-row", str(values)))
     if len(values) != len(header):
-        return {}, ("bad-row", f"{len(values)} values for {len(header)} columns")
+        return TableRow(line, {}, Fault("bad-row", f"{len(values)} values for {len(header)} columns"))
     try:
-        for value in values:
-            value.encode()
+        "".join(values).encode()
     except UnicodeEncodeError:
-        return {}, ("bad-utf8", "the row is not UTF-8")
-    return dict(zip(header, values)), None
+        return TableRow(line, {}, Fault("bad-utf8", "the row is not UTF-8"))
+    return TableRow(line, dict(zip(header, values)))
 
 
-def _parquet(path):
+def _parquet(path: str) -> "ParquetFile":
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
@@ -184,19 +211,17 @@ def _parquet(path):
     return ParquetFile(path)
 
 
-def _parquet_rows(part, columns=None):
-    """Only the row groups that hold the part are read, one at a time."""
-    table, group_start, stop = _parquet(part.path), 0, part.start + part.rows
+def _part_of_parquet(part: SourcePart, columns: Sequence[str | None] | None) -> Iterator[TableRow]:
+    """Only the row groups that hold the part are read, a few rows at a time."""
+    table, stop = _parquet(part.path), part.start + (part.rows or 0)
+    position = 0
     for group in range(table.num_row_groups):
         size = table.metadata.row_group(group).num_rows
-        low, high = max(part.start, group_start), min(stop, group_start + size)
-        position = group_start
-        if low < high:
+        if position < stop and part.start < position + size:
             for batch in table.iter_batches(256, row_groups=[group], columns=columns):
-                inside = batch.slice(
-                    max(low - position, 0), max(min(high - position, len(batch)) - max(low - position, 0), 0)
-                )
-                for offset, row in enumerate(inside.to_pylist()):
-                    yield max(low, position) + offset + 1, row, None
+                first = max(part.start - position, 0)
+                rows = batch.slice(min(first, len(batch)), max(stop - position - first, 0))
+                yield from (TableRow(position + first + i, row) for i, row in enumerate(rows.to_pylist(), start=1))
                 position += len(batch)
-        group_start += size
+        else:
+            position += size

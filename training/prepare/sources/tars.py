@@ -1,43 +1,42 @@
 """Shards that img2dataset or WebDataset wrote."""
 
+from collections.abc import Iterator, Sequence
+
 from training.data.records import BadSample
 from training.data.shards import ShardReader
-from training.prepare.sources.raw import PICTURE_SUFFIXES, Part, Raw
+from training.prepare.sources.pairs import PICTURE_SUFFIXES, Fault, RawPair, SourcePart
 
 
 class TarSource:
     """Shards that img2dataset or WebDataset wrote, one part each; all members of a sample are kept."""
 
-    has_keys = True
+    name, has_keys, is_stream = "tar", True, False
 
-    def __init__(self, files):
+    def __init__(self, files: Sequence[str]):
         self.files = files
 
-    def parts(self):
-        return [Part(f"{number:05d}", path, None, file_number=number) for number, path in enumerate(self.files)]
+    def parts(self) -> list[SourcePart]:
+        """A part a tar."""
+        return [SourcePart(f"{number:05d}", path, None, file_number=number) for number, path in enumerate(self.files)]
 
-    def keys(self, part):
+    def keys(self, part: SourcePart) -> list[str | None]:
         """The keys of a part, in order."""
         with ShardReader(part.path) as reader:
-            return reader.keys
+            return list(reader.keys)
 
-    def read(self, part):
-        """Yields the `Raw` samples of a part."""
+    def read(self, part: SourcePart, skip: int = 0) -> Iterator[RawPair]:
+        """Yields the pairs of a part, from number `skip` on; a tar that ends in the middle adds a note."""
         with ShardReader(part.path) as reader:
-            for i, key in enumerate(reader.keys):
-                raw = Raw(key, part.path)
+            for i, key in enumerate(reader.keys[skip:], start=skip):
+                raw = RawPair(key, part.path)
                 try:
-                    members = reader.read(i)
+                    raw.members = reader.read(i)
                 except BadSample as bad:
-                    raw.fault = (bad.reason, bad.detail)
-                    yield raw
-                    continue
-                pictures = [suffix for suffix in PICTURE_SUFFIXES if suffix in members]
-                if pictures:
-                    raw.picture = members.pop(pictures[0])
-                raw.members = members
+                    raw.fault = Fault(bad.reason, bad.detail)
+                picture = next((suffix for suffix in PICTURE_SUFFIXES if suffix in raw.members), None)
+                if picture is not None:
+                    raw.picture = raw.members.pop(picture)
                 yield raw
             if reader.truncated:
-                yield Raw(
-                    None, part.path, fault=("truncated-shard", "the tar ends in the middle: what followed is lost")
-                )
+                fault = Fault("truncated-shard", "the tar ends in the middle: what followed is lost")
+                yield RawPair(None, part.path, fault=fault, is_note=True)

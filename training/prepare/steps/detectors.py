@@ -1,22 +1,24 @@
 """Detectors behind one interface: `detect(pictures)` gives the `Detections` of each picture.
 
-A provider has `made_by` (what made the regions: class, checkpoint, content, settings) and `feature_size` (None until it
-has seen a picture). Only VinVL's features fit the region branch of the released PyramidCLIP checkpoints; the others are
-for models trained on them.
+Only VinVL's features fit the region branch of the released PyramidCLIP checkpoints; the others are for models trained
+on them.
 """
 
 import copy
 import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 
 # Importing the package registers the configuration with AutoConfig.
 from pyramidclip_hf.vinvl import VinVLForObjectAttributeDetection, VinVLImageProcessor, phrase_attributes
+from training.prepare.steps.checkpoints import checkpoint_config, checkpoint_content, checkpoint_expected
 from training.prepare.steps.regions import Detections, read_names
-from training.prepare.steps.work import checkpoint_content
+from training.prepare.steps.rewriting import MadeBy
 
 
 @dataclass
@@ -53,19 +55,40 @@ class DetectorArguments:
     )
 
 
-def open_detector(arguments, device="cpu"):
-    """The provider for a checkpoint, told by its configuration.
+class Detector(Protocol):
+    """What `training.prepare.detect.run` takes: one of those here, or your own.
 
-    Raises `ValueError` where it is no detector, or an open-vocabulary one without `names`; `ImportError` naming the
-    extra.
+    Attributes:
+        made_by: what made the regions: class, checkpoint, content, settings.
+        feature_size: width of the features; None until it has seen a picture.
     """
-    from transformers import AutoConfig
+
+    made_by: MadeBy
+    feature_size: int | None
+
+    def detect(self, pictures: list[Image.Image]) -> list[Detections]:
+        """The detections of each of some upright RGB pictures. Raises `ValueError` where it refuses one of them."""
+        ...
+
+
+def open_detector(arguments: DetectorArguments, device: str | torch.device = "cpu") -> Detector:
+    """The detector of a checkpoint, told by its configuration.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is no detector, or an open-vocabulary one without `names`.
+        ImportError: an extra is missing; it is named.
+    """
+    with checkpoint_expected(arguments.detector, "--detector"):
+        return _open(arguments, torch.device(device))
+
+
+def _open(arguments: DetectorArguments, device: torch.device) -> Detector:
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
         MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES,
     )
 
-    config = AutoConfig.from_pretrained(arguments.detector, revision=arguments.revision)
+    config = checkpoint_config(arguments.detector, arguments.revision, "--detector")
     if config.model_type == "vinvl":
         return VinVLDetector(arguments, config, device)
     if config.model_type in MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES:
@@ -79,9 +102,10 @@ def open_detector(arguments, device="cpu"):
     )
 
 
-def _made_by(arguments, config, **settings):
+# Any: what JSON can hold.
+def _made_by(arguments: DetectorArguments, config: Any, **settings: Any) -> MadeBy:
     """What made the regions; two data sets with equal entries may be mixed, so a folder's place is not part of it."""
-    made = {
+    made: MadeBy = {
         "maker": config.model_type,
         "how": "detect",
         "checkpoint": arguments.detector,
@@ -96,15 +120,19 @@ def _made_by(arguments, config, **settings):
 class VinVLDetector:
     """The VinVL object-attribute detector (`pyramidclip_hf.vinvl`)."""
 
-    def __init__(self, arguments, config, device):
+    # Any: each kind of detector has a configuration of its own.
+    def __init__(self, arguments: DetectorArguments, config: Any, device: torch.device):
         # Names and attributes of regions that are not kept need not be found out.
         config.max_detections = arguments.top
         config.min_detections = min(config.min_detections, arguments.top)
         self.model = VinVLForObjectAttributeDetection.from_pretrained(
-            arguments.detector, config=config, revision=arguments.revision, dtype=getattr(torch, arguments.dtype)
+            arguments.detector,
+            config=config,
+            revision=arguments.revision or "main",
+            dtype=getattr(torch, arguments.dtype),
         )
         self.model.eval().to(device)
-        self.processor = VinVLImageProcessor.from_pretrained(arguments.detector, revision=arguments.revision)
+        self.processor = VinVLImageProcessor.from_pretrained(arguments.detector, revision=arguments.revision or "main")
         self.device, self.feature_size = device, config.feature_size
         self.made_by = _made_by(
             arguments,
@@ -116,8 +144,8 @@ class VinVLDetector:
             size=dict(self.processor.size),
         )
 
-    def detect(self, pictures):
-        """`Detections` of RGB PIL pictures."""
+    def detect(self, pictures: list[Image.Image]) -> list[Detections]:
+        """The detections of each of some RGB pictures."""
         inputs = self.processor(pictures, return_tensors="pt").to(self.device)
         config, detections = self.model.config, []
         for found in self.model(**inputs).detections:
@@ -137,16 +165,17 @@ class TransformersDetector:
     7 x 7); with "queries" it is the decoder state that the box was read from.
     """
 
-    def __init__(self, arguments, config, device):
+    # Any: each kind of detector has a configuration of its own.
+    def __init__(self, arguments: DetectorArguments, config: Any, device: torch.device):
         from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
         self.arguments, self.device = arguments, device
         self.model = AutoModelForObjectDetection.from_pretrained(
-            arguments.detector, revision=arguments.revision, dtype=getattr(torch, arguments.dtype)
+            arguments.detector, revision=arguments.revision or "main", dtype=getattr(torch, arguments.dtype)
         )
         self.model.eval().to(device)
         self.processor = AutoImageProcessor.from_pretrained(arguments.detector, revision=arguments.revision)
-        self.feature_size = None
+        self.feature_size: int | None = None
         self.maps = _watch_backbone(self.model) if arguments.features == "backbone" else None
         self.made_by = _made_by(
             arguments,
@@ -157,8 +186,8 @@ class TransformersDetector:
         )
 
     @torch.inference_mode()
-    def detect(self, pictures):
-        """`Detections` of RGB PIL pictures."""
+    def detect(self, pictures: list[Image.Image]) -> list[Detections]:
+        """The detections of each of some RGB pictures."""
         inputs = self.processor(images=pictures, return_tensors="pt").to(self.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         outputs = _checked_outputs(self.model(**inputs), self.model)
@@ -180,11 +209,11 @@ class TransformersDetector:
             detections.append(Detections(_array(boxes), _array(scores), labels, _array(features)))
         return detections
 
-    def _pooled(self, i, boxes, inputs):
+    def _pooled(self, i: int, boxes: torch.Tensor, inputs: Any) -> torch.Tensor:
         """The means (n, C) of the feature map of picture i under its boxes."""
         from torchvision.ops import roi_align
 
-        feature_map = choose_map(self.maps, self.arguments.feature_size)[i].float()
+        feature_map = choose_map(self.maps or (), self.arguments.feature_size)[i].float()
         height, width = feature_map.shape[-2:]
         # Boxes are fractions of the picture, which fills the top left of a padded batch.
         mask = inputs.get("pixel_mask")
@@ -194,7 +223,8 @@ class TransformersDetector:
         return roi_align(feature_map[None], [boxes * scale], 7, aligned=True).mean((2, 3))
 
 
-def _checked_outputs(outputs, model):
+# Any: the output class of whatever model it is.
+def _checked_outputs(outputs: Any, model: torch.nn.Module) -> Any:
     for name in ("logits", "pred_boxes"):
         if getattr(outputs, name, None) is None:
             raise ValueError(
@@ -204,21 +234,21 @@ def _checked_outputs(outputs, model):
     return outputs
 
 
-def _watch_backbone(model):
+def _watch_backbone(model: torch.nn.Module) -> list[torch.Tensor]:
     """A list that holds, after each forward, the feature maps (B, C, h, w) of the model's backbone, finest first."""
     backbones = [(name.count("."), name) for name, _ in model.named_modules() if name.split(".")[-1] == "backbone"]
     if not backbones:
         raise ValueError(f"{type(model).__name__} has no backbone with a feature map: use --features queries")
-    maps = []
+    maps: list[torch.Tensor] = []
 
-    def keep(module, inputs, outputs):
+    def keep(module: torch.nn.Module, inputs: object, outputs: object) -> None:
         maps[:] = list(_four_dimensional(outputs))
 
     model.get_submodule(min(backbones)[1]).register_forward_hook(keep)
     return maps
 
 
-def _four_dimensional(value):
+def _four_dimensional(value: object) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         if value.dim() == 4 and value.is_floating_point():
             yield value
@@ -229,16 +259,19 @@ def _four_dimensional(value):
             yield from _four_dimensional(item)
 
 
-def choose_map(maps, width):
-    """The feature map with `width` channels, the coarsest of them; without `width` the last one. Raises `ValueError`
-    naming the widths."""
+def choose_map(maps: Sequence[torch.Tensor], width: int | None) -> torch.Tensor:
+    """The feature map (B, C, h, w) with `width` channels, the coarsest of them; without `width` the last one.
+
+    Raises:
+        ValueError: none has that width; it names those that are there.
+    """
     fitting = [feature_map for feature_map in maps if width in (None, feature_map.shape[1])]
     if not fitting:
         raise ValueError(f"no feature map of {width} channels: the backbone gives {[m.shape[1] for m in maps]}")
     return fitting[-1]
 
 
-def queries_of(outputs, post_process, threshold):
+def queries_of(outputs: Any, post_process: Callable[..., list[dict[str, Any]]], threshold: float) -> list[torch.Tensor]:
     """The index of the query behind each detection that `post_process` gives, a list of int64 tensors.
 
     Post-processing sorts and filters in ways of its own and does not say which query a box came from. So the boxes are
@@ -252,16 +285,20 @@ def queries_of(outputs, post_process, threshold):
     return [(result["boxes"][:, 0] * queries).long() for result in post_process(outputs, threshold=threshold)]
 
 
-def _best_per_query(query):
+def _best_per_query(query: torch.Tensor) -> torch.Tensor:
     """Rows that come first for their query: some models give one query under several classes, the likeliest first."""
-    first = {}
+    first: dict[int, int] = {}
     for row, number in enumerate(query.tolist()):
         first.setdefault(number, row)
     return torch.tensor(list(first.values()), dtype=torch.int64, device=query.device)
 
 
-def query_states(outputs, model):
-    """The states (B, Q, D) behind `logits`. Raises `ValueError` where the model does not give them."""
+def query_states(outputs: Any, model: Any) -> torch.Tensor:
+    """The states (B, Q, D) behind `logits`.
+
+    Raises:
+        ValueError: the model does not give them.
+    """
     queries = outputs.logits.shape[1]
     states = getattr(outputs, "class_embeds", None)
     states = getattr(outputs, "last_hidden_state", None) if states is None else states
@@ -283,7 +320,8 @@ class OpenVocabularyDetector:
     most. Features are the query states.
     """
 
-    def __init__(self, arguments, config, device):
+    # Any: each kind of detector has a configuration of its own.
+    def __init__(self, arguments: DetectorArguments, config: Any, device: torch.device):
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
         if not arguments.names:
@@ -294,11 +332,11 @@ class OpenVocabularyDetector:
         self.names = read_names(arguments.names)
         self.attribute_names = read_names(arguments.attributes) if arguments.attributes else []
         self.model = AutoModelForZeroShotObjectDetection.from_pretrained(
-            arguments.detector, revision=arguments.revision, dtype=getattr(torch, arguments.dtype)
+            arguments.detector, revision=arguments.revision or "main", dtype=getattr(torch, arguments.dtype)
         )
         self.model.eval().to(device)
         self.processor = AutoProcessor.from_pretrained(arguments.detector, revision=arguments.revision)
-        self.feature_size = None
+        self.feature_size: int | None = None
         self.made_by = _made_by(
             arguments,
             config,
@@ -312,8 +350,8 @@ class OpenVocabularyDetector:
         )
 
     @torch.inference_mode()
-    def detect(self, pictures):
-        """`Detections` of RGB PIL pictures."""
+    def detect(self, pictures: list[Image.Image]) -> list[Detections]:
+        """The detections of each of some RGB pictures."""
         regions = self._ask(pictures, self.names, self.arguments.score_threshold)
         described = [self._suppressed(region) for region in regions]
         if self.attribute_names:
@@ -322,22 +360,22 @@ class OpenVocabularyDetector:
                 region.attributes = self._attributes(region, answer)
         return described
 
-    def _ask(self, pictures, names, threshold):
+    def _ask(self, pictures: list[Image.Image], names: list[str], threshold: float) -> list[Detections]:
         """Everything that is found for `names`, as `Detections` a picture."""
-        parts = [[] for _ in pictures]
+        parts: list[list[Detections]] = [[] for _ in pictures]
         for start in range(0, len(names), self.arguments.names_per_prompt):
             asked = names[start : start + self.arguments.names_per_prompt]
             for part, found in zip(parts, self._ask_some(pictures, asked, threshold)):
                 part.append(found)
         return [_joined(part) for part in parts]
 
-    def _ask_some(self, pictures, names, threshold):
+    def _ask_some(self, pictures: list[Image.Image], names: list[str], threshold: float) -> list[Detections]:
         prompts = [names] * len(pictures)
         inputs = self.processor(text=prompts, images=pictures, return_tensors="pt").to(self.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         outputs = _checked_outputs(self.model(**inputs), self.model)
 
-        def post_process(outputs, threshold, target_sizes=None):
+        def post_process(outputs: Any, threshold: float, target_sizes: Any = None) -> list[dict[str, Any]]:
             return self.processor.post_process_grounded_object_detection(
                 outputs, threshold=threshold, target_sizes=target_sizes, text_labels=prompts
             )
@@ -353,27 +391,27 @@ class OpenVocabularyDetector:
             detections.append(Detections(boxes.clip(0, 1), _array(result["scores"]), labels, _array(states[i, query])))
         return detections
 
-    def _suppressed(self, found):
+    def _suppressed(self, found: Detections) -> Detections:
         from torchvision.ops import nms
 
         boxes, scores = torch.as_tensor(found.boxes).float(), torch.as_tensor(found.scores).float()
         return _chosen(found, nms(boxes, scores, self.arguments.nms_threshold).numpy())
 
-    def _attributes(self, region, answer):
+    def _attributes(self, region: Detections, answer: Detections) -> list[list[str]]:
         """For each region the attributes whose boxes overlap it, the most confident last."""
         from torchvision.ops import box_iou
 
-        words = [{} for _ in range(len(region))]
+        words: list[dict[str, float]] = [{} for _ in range(len(region))]
         if len(region) and len(answer):
             overlap = box_iou(torch.as_tensor(answer.boxes), torch.as_tensor(region.boxes))
             share, owner = (values.tolist() for values in overlap.max(1))
             for name, score, own, index in zip(answer.labels, answer.scores.tolist(), share, owner):
                 if own > self.arguments.nms_threshold and name:
                     words[index][name] = max(score, words[index].get(name, 0.0))
-        return [sorted(found, key=found.get) for found in words]
+        return [sorted(found, key=lambda name: found[name]) for found in words]
 
 
-def prompted_name(text, names):
+def prompted_name(text: str, names: Sequence[str]) -> str:
     """The prompted name behind the words that a detector gives back: itself, else the one that shares most words with
     it (Grounding DINO joins the words it finds likely), else "", which is no name and is refused further on."""
     if text in names:
@@ -384,7 +422,7 @@ def prompted_name(text, names):
     return names[best] if shared[best] else ""
 
 
-def _joined(parts):
+def _joined(parts: Sequence[Detections]) -> Detections:
     return Detections(
         np.concatenate([part.boxes for part in parts]),
         np.concatenate([part.scores for part in parts]),
@@ -393,7 +431,7 @@ def _joined(parts):
     )
 
 
-def _chosen(found, rows):
+def _chosen(found: Detections, rows: np.ndarray) -> Detections:
     return Detections(
         found.boxes[rows],
         found.scores[rows],
@@ -403,5 +441,5 @@ def _chosen(found, rows):
     )
 
 
-def _array(tensor):
+def _array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().float().cpu().numpy()

@@ -44,7 +44,7 @@ _needless_start = re.compile(r"^(?:by|from|of|for|via|and|or)\s+", re.IGNORECASE
 _needless_end = re.compile(r"\s+(?:by|from|at|on|in|of|for|with|via|and|or|the|a|an)$", re.IGNORECASE)
 
 
-def first_clause(caption, min_words=MIN_WORDS):
+def first_clause(caption: str, min_words: int = MIN_WORDS) -> str:
     """The first clause of `caption` that has words left after the junk is gone; at commas it ends only where it has
     `min_words` before. A caption that is junk throughout is given back as it is, blanks tidied."""
     caption = " ".join(caption.split())
@@ -57,14 +57,14 @@ def first_clause(caption, min_words=MIN_WORDS):
     return caption
 
 
-def _tidy(clause):
+def _tidy(clause: str) -> str:
     clause = _needless_start.sub("", " ".join(clause.split()).strip(_LOOSE))
     while (shorter := _needless_end.sub("", clause)) != clause:
         clause = shorter.strip(_LOOSE)
     return clause
 
 
-def _before_comma(clause, min_words):
+def _before_comma(clause: str, min_words: int) -> str:
     parts = clause.split(", ")
     kept = parts[0]
     for part in parts[1:]:

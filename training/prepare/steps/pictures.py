@@ -1,5 +1,7 @@
 """Encoded pictures as the preparation steps meet them: what they are, how large, and their pixels."""
 
+from PIL import Image
+
 from pyramidclip_hf.image_processing_pyramidclip import upright_rgb
 from training.data.records import BadSample
 from training.data.views import DECODING_ERRORS, ORIENTATION, BadPicture, open_picture
@@ -7,16 +9,21 @@ from training.data.views import DECODING_ERRORS, ORIENTATION, BadPicture, open_p
 _SUFFIX_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
-def picture_suffix(data, max_pixels, decode=True):
+def picture_suffix(data: bytes, max_pixels: int, decode: bool = True) -> str:
     """The suffix (`jpg`, `png`, `webp`) of encoded picture bytes, by their content and whatever the file was called.
 
-    With `decode` the picture is read to its end (JPEG at an eighth of its size: the whole bit stream is read, few
-    pixels are made). Raises `BadSample` with reason `unsupported-format` or what `training.data.views` calls the fault:
-    `no-picture-format`, `picture-too-large`, `bad-picture`.
+    Args:
+        data: the encoded picture.
+        max_pixels: it may have, by its header.
+        decode: read it to its end (JPEG at an eighth of its size: the whole bit stream is read, few pixels are made).
+
+    Raises:
+        BadSample: `unsupported-format`, or what `training.data.views` calls the fault: `no-picture-format`,
+            `picture-too-large`, `bad-picture`.
     """
     try:
         with open_picture(data, max_pixels) as picture:
-            suffix = _SUFFIX_OF_FORMAT.get(picture.format)
+            suffix = _SUFFIX_OF_FORMAT.get(picture.format or "")
             if suffix is None:
                 raise BadSample(None, None, "unsupported-format", f"{picture.format}: expected JPEG, PNG or WebP")
             if decode:
@@ -29,8 +36,8 @@ def picture_suffix(data, max_pixels, decode=True):
         raise BadSample(None, None, "bad-picture", f"{type(error).__name__}: {error}") from None
 
 
-def decoded(data, max_pixels):
-    """Encoded bytes -> upright RGB PIL picture. Raises `training.data.views.BadPicture`."""
+def decoded(data: bytes, max_pixels: int) -> Image.Image:
+    """Encoded bytes -> upright RGB picture. Raises `training.data.views.BadPicture`."""
     picture = open_picture(data, max_pixels)
     try:
         picture.load()
@@ -39,7 +46,7 @@ def decoded(data, max_pixels):
         raise BadPicture("bad-picture", f"{type(error).__name__}: {error}") from None
 
 
-def picture_size(data):
+def picture_size(data: bytes) -> tuple[int, int] | None:
     """(width, height) of encoded picture bytes, or None where it cannot be told how an extractor saw it: no picture, or
     one with an EXIF rotation, which some apply and some do not."""
     try:

@@ -3,36 +3,46 @@
 Used for detections made here and for those that others made. Whatever is left out is named with its reason.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from training.data.records import BOX_TOLERANCE, Region, phrase
+from training.prepare.steps.rewriting import Levels
+from training.prepare.steps.work import Tally
 
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
-@dataclass
 class Detections:
     """What a detector found in one picture, in any order.
 
-    `boxes` (n, 4) float: x1, y1, x2, y2 over width and height of the uncropped picture; `scores` (n,) float; `labels` n
-    nouns; `attributes` n lists of words, the most confident last (empty where the detector names none); `features` (n,
-    F) float.
+    Attributes:
+        boxes: (n, 4) float64: x1, y1, x2, y2 over width and height of the uncropped picture.
+        scores: (n,) float64, the confidences.
+        labels: n nouns.
+        features: (n, F) float32.
+        attributes: n lists of words, the most confident last; empty where the detector names none.
+
+    Raises:
+        ValueError: their numbers differ.
     """
 
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: list
-    features: np.ndarray
-    attributes: list = field(default_factory=list)
-
-    def __post_init__(self):
-        self.boxes = np.asarray(self.boxes, np.float64).reshape(-1, 4)
-        self.scores = np.asarray(self.scores, np.float64).reshape(-1)
-        self.features = np.asarray(self.features, np.float32)
-        self.attributes = self.attributes or [[] for _ in self.labels]
+    def __init__(
+        self,
+        boxes: ArrayLike,
+        scores: ArrayLike,
+        labels: Sequence[str],
+        features: ArrayLike,
+        attributes: Sequence[Sequence[str]] = (),
+    ):
+        self.boxes: np.ndarray = np.asarray(boxes, np.float64).reshape(-1, 4)
+        self.scores: np.ndarray = np.asarray(scores, np.float64).reshape(-1)
+        self.labels = list(labels)
+        self.features: np.ndarray = np.asarray(features, np.float32)
+        self.attributes = [list(words) for words in attributes] or [[] for _ in self.labels]
         counts = {
             "boxes": len(self.boxes),
             "scores": len(self.scores),
@@ -43,11 +53,11 @@ class Detections:
         if len(set(counts.values())) != 1 or self.features.ndim != 2:
             raise ValueError(f"{counts}, features of shape {self.features.shape}: expected equal numbers and (n, F)")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
 
-def faults_of(found):
+def faults_of(found: Detections) -> dict[int, tuple[str, str]]:
     """{row: (reason, detail)} of the regions that cannot be used.
 
     Reasons: `box-not-finite`, `box-upside-down` (x1 > x2 or y1 > y2), `box-outside` (by more than 1 % of the picture),
@@ -56,7 +66,7 @@ def faults_of(found):
     boxes, low, high = found.boxes, -BOX_TOLERANCE, 1 + BOX_TOLERANCE
     finite = np.isfinite(boxes).all(1)
     with np.errstate(invalid="ignore"):
-        tests = (
+        tests: tuple[tuple[str, ArrayLike, Callable[[int], str]], ...] = (
             ("box-not-finite", ~finite, lambda i: str(boxes[i].tolist())),
             ("box-upside-down", (boxes[:, :2] > boxes[:, 2:]).any(1), lambda i: str(boxes[i].round(4).tolist())),
             ("box-outside", ((boxes < low) | (boxes > high)).any(1), lambda i: str(boxes[i].round(4).tolist())),
@@ -65,20 +75,27 @@ def faults_of(found):
             ("feature-overflow", (np.abs(found.features) > FLOAT16_MAX).any(1), lambda i: "beyond 65504"),
             ("no-label", np.array([not label.strip() for label in found.labels], bool), lambda i: ""),
         )
-    faults = {}
+    faults: dict[int, tuple[str, str]] = {}
     for reason, rows, detail in tests:
         for i in np.flatnonzero(rows).tolist():
             faults.setdefault(i, (reason, detail(i)))
     return faults
 
 
-def best_regions(found, top, tally, where, key, line=None):
-    """The levels of a sample from its detections: `{"regions", "roi", "tags"}` for the `top` most confident ones,
-    sorted.
+def best_regions(found: Detections, top: int, tally: Tally, where: object, key: str, line: int | None = None) -> Levels:
+    """The levels `regions`, `roi` and `tags` of a sample: its `top` most confident detections, sorted.
 
     Equal scores keep the detector's order. Regions that cannot be used are named in `tally` and counted (`regions_in` =
     `regions_out` + `regions_beyond_top` + `regions_unusable`); a picture without any is named `no-regions` and gets
     `regions` []. Tags are the phrases without repeats.
+
+    Args:
+        found: in any order.
+        top: how many stay.
+        tally: gets counts and faults.
+        where: the file, for the faults.
+        key: of the sample, for the faults.
+        line: in the file, for the faults.
     """
     faults = faults_of(found)
     for i, (reason, detail) in sorted(faults.items()):
@@ -108,7 +125,7 @@ def best_regions(found, top, tally, where, key, line=None):
     return {"regions": regions, "roi": found.features[kept].astype(np.float16), "tags": tags}
 
 
-def confident_attributes(names, scores, threshold):
+def confident_attributes(names: Sequence[str], scores: Sequence[float], threshold: float) -> list[str]:
     """The attribute names of one object whose score reaches `threshold`, the most confident last. The paddings that
     scene-graph-benchmark writes (score 0, `__no_attribute__`) never count."""
     pairs = [
@@ -119,12 +136,16 @@ def confident_attributes(names, scores, threshold):
     return [name for _, _, name in sorted(pairs)]
 
 
-def read_names(path):
+def read_names(path: str | Path) -> list[str]:
     """One name a line, as bottom-up-attention's lists have them: line number = id from 0, of comma-separated synonyms
     the first.
 
-    Raises `ValueError` where the file is empty or has a blank line in the middle (the ids behind it would be wrong).
+    Raises:
+        ValueError: the file is empty or has a blank line in the middle (the ids behind it would be wrong).
+        FileNotFoundError: it is not there.
     """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path} is not there: expected a file with one name a line")
     lines = Path(path).read_text(encoding="utf-8-sig").rstrip().split("\n")
     names = [line.split(",")[0].strip() for line in lines]
     if not all(names):

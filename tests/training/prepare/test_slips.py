@@ -1,0 +1,127 @@
+"""The commands of preparation on ordinary slips: one line says what came, what was expected and what to do."""
+
+import re
+import shutil
+
+import pytest
+
+from tests.training.prepare.small_data import picture, write_jsonl, write_pictures, write_tar
+from training.emoji import scenes
+from training.prepare import audit, detect, import_features, pack, summarize, view
+
+COMMANDS = {
+    "pack": pack,
+    "summarize": summarize,
+    "detect": detect,
+    "import_features": import_features,
+    "audit": audit,
+    "view": view,
+    "scenes": scenes,
+}
+
+
+@pytest.fixture
+def inputs(tmp_path, monkeypatch):
+    """{name: path} of what the flags below name; the working folder is empty but for them."""
+    monkeypatch.setenv("PYRAMIDCLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    write_pictures(tmp_path / "pictures", 3)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "words.txt").write_text("words\n")
+    write_jsonl(tmp_path / "pictures.jsonl", [{"image": "pictures/0.jpg", "caption": "a cat"}])
+    write_jsonl(tmp_path / "others.jsonl", [{"image": "pictures/1.jpg", "caption": "a dog"}])
+    write_tar(tmp_path / "shards" / "00000.tar", [("k", {"jpg": picture(0), "txt": b"a caption"})])
+    (tmp_path / "features.tsv").write_text("k\t{no json\n")
+
+
+SLIPS = [
+    # Files and folders that are not there.
+    ("pack --input missing.jsonl --output_dir out", "missing.jsonl is not there"),
+    ("pack --input ./missing --output_dir out", "./missing is not there"),
+    ("pack --input missing --output_dir out", "no such file or folder here.*dataset of the Hub.*give the path"),
+    (
+        "summarize --input_dir missing --model first-clause",
+        "no .*tar in missing: expected a folder that .*pack wrote.*not there",
+    ),
+    ("detect --input_dir missing --detector x", "no .*tar in missing: expected a folder that .*pack wrote.*not there"),
+    ("import_features --input missing.tsv --made_by x --merge_into shards", "missing.tsv is not there"),
+    ("import_features --input features.tsv --made_by x --merge_into missing", "no .*tar in missing"),
+    ("import_features --input features.tsv --objects missing.txt --made_by x --store_dir out", "missing.txt"),
+    ("audit missing", "missing"),
+    ("view missing.tar --output page.html", "no shard at missing.tar"),
+    # A folder of pictures, an empty one, or a file of another kind.
+    ("pack --input pictures --output_dir out", r"pictures holds no .*tar and no table.*holds 3 \*.jpg.*in a table"),
+    ("pack --input empty --output_dir out", "empty holds no .*tar and no table.*it is empty"),
+    ("pack --input words.txt --output_dir out", r"words.txt: expected .tar or a table \(.jsonl"),
+    ("summarize --input_dir pictures --model first-clause", r"no .*tar in pictures.*it holds 3 \*.jpg"),
+    ("summarize --input_dir words.txt --model first-clause", "no .*tar in words.txt.*it is a file"),
+    ("detect --input_dir pictures --detector x", r"no .*tar in pictures.*it holds 3 \*.jpg"),
+    ("detect --input_dir empty --detector x", "no .*tar in empty.*it is empty"),
+    ("import_features --input pictures --made_by x --store_dir out", "pictures has no .*tar: expected a store"),
+    ("import_features --input features.tsv --made_by x --store_dir out", "its first row has 2 columns and is none of"),
+    ("import_features --input words.txt --made_by x --store_dir out", "words.txt has no row that begins with a key"),
+    ("audit pictures", "pictures"),
+    ("audit empty", "empty"),
+    ("view pictures/0.jpg --output page.html", "0.jpg is not an uncompressed tar"),
+    ("view pictures --output page.html", "pictures is a folder: expected one of its shards"),
+    # The output of something else.
+    (
+        "pack --input others.jsonl --output_dir packed",
+        "made with other settings.*pictures.jsonl.*another folder, or --overwrite",
+    ),
+    ("pack --input shards/00000.tar --output_dir shards", "shards holds the input .*00000.tar: choose another folder"),
+    (
+        "scenes --output-dir drawn --train 4 --validation 2",
+        "drawn holds scenes of other settings.*train: 3 there, 4 asked for",
+    ),
+    # Models that are not there.
+    (
+        "summarize --input_dir shards --model nobody/nothing",
+        "--model nobody/nothing is no folder here.*expected a folder",
+    ),
+    ("summarize --input_dir shards --model empty", "--model empty is .*expected a folder that save_pretrained wrote"),
+    ("detect --input_dir shards --detector nobody/nothing", "--detector nobody/nothing is no folder here"),
+    ("detect --input_dir shards --detector empty", "--detector empty is .*expected a folder"),
+    # Flags.
+    ("pack --input pictures.jsonl", "--output_dir"),
+    ("pack --inputs pictures.jsonl --output_dir out", "unrecognized arguments: --inputs.*--help"),
+    (
+        "pack --input pictures.jsonl --output_dir out --samples_per_shard 0",
+        "samples_per_shard is 0, expected 1 or more",
+    ),
+    ("pack --input pictures.jsonl --output_dir out --part_index 2", "part_index 2 of part_count 1"),
+    ("summarize --input_dir shards --model first-clause --num_beams 0", "num_beams=0: expected 1 or more"),
+    ("detect --input_dir shards --detector empty --batch_size 0", "batch_size is 0, expected 1 or more"),
+    ("detect --input_dir shards --detector empty --device toaster", "--device toaster: expected auto, cpu or a device"),
+    ("import_features --input features.tsv --made_by x", "give one of --merge_into"),
+    ("import_features --input features.tsv --store_dir out --hw a --hw b c", "--hw: 2 files for 1 inputs"),
+    ("view shards/00000.tar --output page.html --first 7", "which has 1"),
+    ("scenes", "nothing to do: give --output-dir"),
+    ("scenes --output-dir out --detector-mistakes 2", "detector_mistakes: expected a share from 0 to 0.5, got 2"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), SLIPS, ids=[words for words, _ in SLIPS])
+def test_a_slip_is_one_line_and_exit_code_2(inputs, capsys, words, message):
+    name, *flags = words.split()
+    if "packed" in flags:
+        assert pack.main(["--input", "pictures.jsonl", "--output_dir", "packed"]) == 0
+    if "drawn" in flags:
+        scenes.claim_folder(scenes.Recipe(0, 3, 2, 12, 96, 1000), "drawn")
+    capsys.readouterr()
+    assert COMMANDS[name].main(flags) == 2
+    out, err = capsys.readouterr()
+    line = err.splitlines()[-1]
+    assert line.startswith("error: ") and "Traceback" not in err and not out
+    assert re.search(message, line), line
+
+
+@pytest.mark.parametrize(
+    "words", [w for w, _ in SLIPS if " missing" in w and not w.startswith("import_features --input f")]
+)
+def test_nothing_is_made_where_nothing_could_be_read(inputs, tmp_path, words):
+    before = sorted(tmp_path.rglob("*"))
+    name, *flags = words.split()
+    COMMANDS[name].main(flags)
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    assert sorted(tmp_path.rglob("*")) == before

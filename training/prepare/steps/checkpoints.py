@@ -1,0 +1,52 @@
+"""Checkpoints of Transformers that a step runs: their description, and what identifies them."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+@contextmanager
+def checkpoint_expected(name: str, flag: str) -> Iterator[None]:
+    """Around what reads a checkpoint: says in one sentence what is wrong with `name`, which `flag` gave.
+
+    Raises:
+        ValueError: neither a folder here nor on the Hub, or the Hub cannot be reached, or files are missing.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _no_checkpoint(name, flag, error) from error
+
+
+# Any: each kind of model has a configuration of its own.
+def checkpoint_config(name: str, revision: str | None, flag: str) -> Any:
+    """The configuration of a checkpoint. Raises `ValueError` where there is none, or none of a known kind."""
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise _no_checkpoint(name, flag, error) from error
+
+
+def _no_checkpoint(name: str, flag: str, error: Exception) -> ValueError:
+    here = "a folder that cannot be used" if os.path.isdir(name) else "no folder here, and the Hub does not give it"
+    return ValueError(
+        f"{flag} {name} is {here} ({str(error).splitlines()[0]}): expected a folder that save_pretrained wrote, or the "
+        "name of a checkpoint that is in the cache or can be fetched"
+    )
+
+
+def checkpoint_content(name: str, described: PreTrainedConfig) -> str:
+    """What identifies a checkpoint: a hash of its files for a folder, the commit for a Hub name."""
+    if os.path.isdir(name):
+        digest = hashlib.sha256()
+        for path in sorted(Path(name).iterdir()):
+            if path.is_file() and not path.name.startswith(".") and path.suffix.lower() != ".md":
+                with open(path, "rb") as file:
+                    digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()[:32]
+    return getattr(described, "_commit_hash", None) or name

@@ -1,0 +1,200 @@
+"""Adding levels to the samples of existing shards; everything else stays as it was, byte for byte."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+
+from pyramidclip_hf.files import write_atomically
+from training.data.records import BadSample, Region, Sample, members_from_sample, sample_from_members
+from training.data.shards import ShardReader, ShardWriter, read_dataset_json, write_dataset_json
+from training.prepare.steps.work import Advance, Stage, Tally, Worker, contents_of
+
+# Who made a level, as JSON: data sets with equal entries may be mixed.
+MadeBy = dict[str, Any]
+
+
+class Levels(TypedDict, total=False):
+    """What a step adds to a sample; None takes a level away."""
+
+    summary: str | None
+    tags: list[str] | None
+    regions: list[Region] | None
+    roi: np.ndarray | None
+
+
+NO_REGIONS: Levels = {"regions": None, "roi": None, "tags": None}
+
+
+@dataclass
+class Opened:
+    """A sample of a shard that is being changed.
+
+    Attributes:
+        key: of the sample.
+        where: the shard.
+        members: {suffix: bytes} as read.
+        sample: the checked sample; None where it does not fit the schema.
+        levels: what the step adds.
+    """
+
+    key: str
+    where: str
+    members: dict[str, bytes]
+    sample: Sample | None
+    levels: Levels = field(default_factory=Levels)
+
+    def members_now(self) -> dict[str, bytes]:
+        """The members with the new levels in; everything else is as it was, byte for byte."""
+        if not self.levels:
+            return self.members
+        levels = Sample(self.key, b"", "jpg", **self.levels)
+        written = members_from_sample(levels)
+        record = json.loads(self.members.get("json", b"{}"))
+        for name in self.levels:
+            record.pop(name, None)
+        record.update(json.loads(written.get("json", b"{}")))
+        members = {name: data for name, data in self.members.items() if name != "json"}
+        if record:
+            members["json"] = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+        if "roi" in self.levels:
+            members.pop("roi.npy", None)
+            if "roi.npy" in written:
+                members["roi.npy"] = written["roi.npy"]
+        return members
+
+
+# Takes the samples of one shard as they are read and gives each back, in order, with its new `levels`. A sample whose
+# members do not fit the schema (`sample` is None) is to be handed on.
+Change = Callable[[ShardReader, Iterator[Opened], Tally, Advance], Iterator[Opened]]
+
+
+def shards_of(folder: str | Path) -> dict[str, Path]:
+    """{name: path} of the shards in a folder, in order.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    shards = {shard.name: shard for shard in sorted(Path(folder).glob("*.tar"))}
+    if not shards:
+        raise FileNotFoundError(
+            f"no *.tar in {folder}: expected a folder that training.prepare.pack wrote, but {contents_of(folder)}"
+        )
+    return shards
+
+
+def rewrite_shards(
+    stage: Stage,
+    source: str | Path,
+    worker: Worker,
+    change: Change,
+    closing: Callable[[Tally], None] | None = None,
+) -> Tally | None:
+    """Runs a step that adds levels to the samples of existing shards.
+
+    Args:
+        stage: the step; its folder may be `source`.
+        source: folder of the shards.
+        worker: whose shards.
+        change: gives the samples their levels; those whose bytes cannot be read are rejected before it sees them.
+        closing: may add to the total what no single shard knows.
+
+    Returns:
+        The total, or None while shards are missing.
+
+    Raises:
+        FileNotFoundError: `source` has no shards.
+    """
+    shards = shards_of(source)
+    sizes = (read_dataset_json(source) or {}).get("shards", {})
+    items = {name: sizes.get(name, {}).get("samples") for name in shards}
+    if any(stage.report(name) is None for name in worker.share(items)):
+        _mark_unfinished(stage)
+
+    def do(name: str, tally: Tally, advance: Advance) -> None:
+        with ShardReader(shards[name]) as reader, ShardWriter(stage.folder / name) as writer:
+            if reader.truncated:
+                tally.note(shards[name], None, "truncated-shard", "the tar ends in the middle: fetch it again")
+            for opened in change(reader, _opened(reader, tally), tally, advance):
+                try:
+                    writer.write_members(opened.key, opened.members_now())
+                except ValueError as error:  # a foreign shard with a key twice, or one that is no key
+                    tally.reject(reader.name, opened.key, "bad-key", str(error))
+                    continue
+                tally.count("out")
+
+    stage.run(items, do, worker)
+    return stage.finish(items, closing)
+
+
+def _opened(reader: ShardReader, tally: Tally) -> Iterator[Opened]:
+    """The samples of a shard as `Opened`; those whose bytes cannot be read are rejected."""
+    for i, key in enumerate(reader.keys):
+        tally.count("in")
+        try:
+            members = reader.read(i)
+        except BadSample as bad:
+            tally.reject(bad.where, bad.key, bad.reason, bad.detail)
+            continue
+        try:
+            sample = sample_from_members(members, key, reader.name)
+        except BadSample as bad:
+            tally.note(bad.where, bad.key, bad.reason, f"copied as it is: {bad.detail}")
+            sample = None
+        yield Opened(key, reader.name, members, sample)
+
+
+def _mark_unfinished(stage: Stage) -> None:
+    """Says in `dataset.json` that a step has begun on the shards beside it, so that half-made levels cannot pass for
+    whole ones."""
+    content = read_dataset_json(stage.folder)
+    if content is None or stage.name in content.get("unfinished", []):
+        return
+    content["unfinished"] = sorted({*content.get("unfinished", []), stage.name})
+    write_atomically(stage.folder / "dataset.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def refuse_other_maker(folder: str | Path, level: str, made_by: MadeBy, overwrite: bool) -> MadeBy | None:
+    """What `dataset.json` says that `level` was made by, or None.
+
+    Raises:
+        ValueError: that is something else than `made_by`, and `overwrite` is not set.
+    """
+    before: MadeBy | None = (read_dataset_json(folder) or {}).get("made_by", {}).get(level)
+    if before is not None and before != made_by and not overwrite:
+        raise ValueError(
+            f"{folder} already has {level} made by {before}, not by {made_by}. --overwrite replaces them all; else "
+            "start from the shards as they were packed, with another --output_dir"
+        )
+    return before
+
+
+def describe_dataset(
+    stage: Stage,
+    source: str | Path,
+    total: Tally,
+    made_by: Mapping[str, MadeBy],
+    roi_feature_size: int | None = None,
+) -> None:
+    """Writes `dataset.json` beside the finished shards: that of `source`, and what this step adds.
+
+    Args:
+        stage: the step; its folder has the shards.
+        source: the folder whose `dataset.json` goes on.
+        total: its counts are kept.
+        made_by: {level: what made it} of this step.
+        roi_feature_size: width of the region features; None keeps what `source` says.
+    """
+    before = read_dataset_json(source) or {}
+    known = ("format", "made_by", "roi_feature_size", "counts", "shards", "unfinished")
+    extra = {name: value for name, value in before.items() if name not in known}
+    unfinished = [name for name in before.get("unfinished", []) if name != stage.name]
+    if unfinished:
+        extra["unfinished"] = unfinished
+    counts = {name: value for name, value in before.get("counts", {}).items() if name != "samples"}
+    counts[stage.name] = dict(sorted(total.counts.items()))
+    width = before.get("roi_feature_size") if roi_feature_size is None else roi_feature_size
+    write_dataset_json(stage.folder, {**before.get("made_by", {}), **made_by}, width, counts, **extra)
