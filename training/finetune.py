@@ -75,7 +75,8 @@ class ClassificationTask(Task):
         losses = self.objective(batch)
         accelerator.backward(losses.loss)
         for parameter in self.objective.model.classifier.parameters():
-            parameter.grad.copy_(sum_over_processes(parameter.grad) / world_size())
+            if parameter.grad is not None:
+                parameter.grad.copy_(sum_over_processes(parameter.grad) / world_size())
         return losses
 
     def identity(self) -> Identity:
@@ -149,8 +150,8 @@ class ClassificationTask(Task):
             tags=["pyramidclip"],
             eval_results=results or None,
         )
-        classes = self.objective.model.config.num_labels
-        names = ", ".join(self.parts["train"].data.class_names[:10])
+        class_names = self.parts["train"].data.class_names
+        classes, names = len(class_names), ", ".join(class_names[:10])
         rows = "\n".join(f"| {metric} | {value:.4f} |" for metric, value in record["metrics"].items())
         ModelCard(
             f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nA classifier of {classes} classes ({names}"

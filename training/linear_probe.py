@@ -12,16 +12,15 @@ pooled vector before the projection, `projected` the embedding, not normalised),
 among equals, the held-out share where a data set has no validation set, fp32.
 
 Features are computed once, by all processes, and kept under `cache_dir`; fitting is done by the first process alone.
-Exit codes: 0, or 2 where settings or data are wrong.
 """
 
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -34,16 +33,22 @@ from training.evaluation.results import metric_results, results_table, write_csv
 from training.evaluation.sets import TABLE_7
 from training.settings.parts import check_part_settings
 from training.settings.reading import parse_settings
-from training.transfer.features import cached_features
-from training.transfer.parts import open_parts
+from training.transfer.features import FeatureKind, Features, cached_features
+from training.transfer.parts import Numbers, open_parts
 
+Metric = Literal["top_1", "mean_per_class"]
+Scores = np.ndarray[Any, np.dtype[np.floating[Any]]]
 # The sweep (CLIP, appendix A.3): exponents of C from -6 to 6 in steps of 1/8, first every 16th of them.
 STEPS_PER_DECADE, DECADES, COARSE = 8, (-6, 6), 16
 
 
 @dataclass(kw_only=True)
 class LinearProbeArguments:
-    """Settings of `python -m training.linear_probe`. Raises ValueError naming the field."""
+    """Settings of `python -m training.linear_probe`.
+
+    Raises:
+        ValueError: A value cannot be, or two together; the message names the field.
+    """
 
     model: str = field(metadata={"help": "folder of a saved model, or Hub id"})
     train_data: str = field(metadata={"help": "folder with a sub-folder a class, or labelled shards"})
@@ -63,10 +68,10 @@ class LinearProbeArguments:
     classes: str | None = field(
         default=None, metadata={"help": "file with class names, one a line (folders also: folder<TAB>name)"}
     )
-    features: Literal["backbone", "projected"] = field(
+    features: FeatureKind = field(
         default="backbone", metadata={"help": "pooled vector before the projection, or the embedding behind it"}
     )
-    metric: Literal["top_1", "mean_per_class"] | None = field(
+    metric: Metric | None = field(
         default=None,
         metadata={"help": "what the sweep of C maximises on the validation data; default: the dataset's, or top_1"},
     )
@@ -87,12 +92,12 @@ class LinearProbeArguments:
     csv: str | None = field(default=None, metadata={"help": "CSV file for the results"})
     cpu: bool = field(default=False, metadata={"help": "use the CPU where there is a GPU"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """What can be refused before anything is loaded."""
         if self.validation_fraction is None:
             self.validation_fraction = 0.0 if self.validation_data or self.c else 0.2
         check_part_settings(self)
-        self.metric = self.metric or (TABLE_7[self.dataset].metric if self.dataset else "top_1")
+        self.metric = self.metric or (cast(Metric, TABLE_7[self.dataset].metric) if self.dataset else "top_1")
         for name in ("batch_size", "max_iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number of at least 1, got {getattr(self, name)}")
@@ -106,20 +111,31 @@ class LinearProbeArguments:
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted classifier. scores: features (N, D) -> (N, C) float. converged: before the last iteration allowed."""
+    """A fitted classifier.
 
-    scores: Callable[[np.ndarray], np.ndarray]
+    Attributes:
+        scores: Features (N, D) -> (N, C) float.
+        iterations: Of the solver.
+        converged: Before the last iteration allowed.
+    """
+
+    scores: Callable[[Features], Scores]
     iterations: int
     converged: bool
 
 
-def fit(
-    features: np.ndarray, labels: np.ndarray, c: float, max_iterations: int = 1000, standardize: bool = False
-) -> Fit:
+def fit(features: Features, labels: Numbers, c: float, max_iterations: int = 1000, standardize: bool = False) -> Fit:
     """Multinomial logistic regression by L-BFGS with the L2 penalty 1 / (2 `c`), as scikit-learn has it.
 
-    features: (N, D) float32. labels: (N,) int64 that name each of the classes 0 to C - 1. standardize: the regression
-    sees features with mean 0 and variance 1 over these N.
+    Args:
+        features: (N, D).
+        labels: (N,), each of the classes 0 to C - 1 among them.
+        c: Inverse strength of the penalty.
+        max_iterations: Of L-BFGS.
+        standardize: The regression sees features with mean 0 and variance 1 over these N.
+
+    Raises:
+        ImportError: scikit-learn is not installed; the message names the extra.
     """
     try:
         from sklearn.exceptions import ConvergenceWarning
@@ -134,8 +150,8 @@ def fit(
         model = make_pipeline(StandardScaler(), regression) if standardize else regression
         model.fit(features, labels)
 
-    def scores(rows: np.ndarray) -> np.ndarray:
-        decision = model.decision_function(rows)
+    def scores(rows: Features) -> Scores:
+        decision: Scores = model.decision_function(rows)
         return np.stack([-decision, decision], axis=1) if decision.ndim == 1 else decision
 
     converged = not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
@@ -144,7 +160,7 @@ def fit(
 
 def c_of(step: int) -> float:
     """C at a step of the sweep, from 0."""
-    return 10 ** (DECADES[0] + step / STEPS_PER_DECADE)
+    return 10.0 ** (DECADES[0] + step / STEPS_PER_DECADE)
 
 
 def sweep(score: Callable[[int], float]) -> tuple[int, dict[int, float]]:
@@ -165,22 +181,31 @@ def sweep(score: Callable[[int], float]) -> tuple[int, dict[int, float]]:
     return min(tried, key=lambda step: (-tried[step], step)), tried
 
 
-def metrics_of(fitted: Fit, features: np.ndarray, labels: np.ndarray) -> dict[str, float | int]:
+def metrics_of(fitted: Fit, features: Features, labels: Numbers) -> dict[str, float | int]:
     """See `classification_metrics`."""
     return classification_metrics(torch.from_numpy(fitted.scores(features)), torch.from_numpy(labels))
 
 
-def chosen_c(found: dict[str, np.ndarray], labels: dict[str, np.ndarray], args: LinearProbeArguments):
-    """(C, what the sweep saw, as plain values)."""
+def chosen_c(
+    found: Mapping[str, Features], labels: Mapping[str, Numbers], args: LinearProbeArguments
+) -> tuple[float, list[dict[str, Any]]]:
+    """The C that the sweep finds, and what it saw: of each C `c`, the metric, `converged`.
+
+    Args:
+        found: Part -> its features.
+        labels: Part -> its labels.
+        args: The settings.
+    """
     from tqdm.auto import tqdm
 
-    rows = []
+    rows: list[dict[str, Any]] = []
+    metric = args.metric or "top_1"
     with tqdm(desc="sweep of C", unit="fit") as bar:
 
         def score(step: int) -> float:
             fitted = fit(found["train"], labels["train"], c_of(step), args.max_iterations, args.standardize)
-            value = metrics_of(fitted, found["validation"], labels["validation"])[args.metric]
-            rows.append({"c": c_of(step), args.metric: value, "converged": fitted.converged})
+            value = metrics_of(fitted, found["validation"], labels["validation"])[metric]
+            rows.append({"c": c_of(step), metric: value, "converged": fitted.converged})
             bar.update()
             return value
 
@@ -189,8 +214,16 @@ def chosen_c(found: dict[str, np.ndarray], labels: dict[str, np.ndarray], args: 
 
 
 def probe(args: LinearProbeArguments) -> list[EvalResult] | None:
-    """The whole probe. The first process returns the results, and writes and prints them; the others return None as
-    soon as the features are there, so that none waits for a long fit.
+    """The whole probe.
+
+    Returns:
+        In the first process the results, which it writes and prints too; None in the others, which end as soon as the
+        features are there, so that none waits for a long fit.
+
+    Raises:
+        ValueError: The model, the data or a setting is not what is expected.
+        FileNotFoundError: There is no such data.
+        ImportError: A package is absent; the message names the extra.
     """
     from accelerate import PartialState
 
@@ -239,9 +272,10 @@ def probe(args: LinearProbeArguments) -> list[EvalResult] | None:
     return results
 
 
-def report_doubts(fitted: Fit, c: float, swept: list[dict], args: LinearProbeArguments) -> None:
-    """Says on stderr what makes a result less than it seems: features that hardly differ, no convergence, a C at the
-    end of the range.
+def report_doubts(fitted: Fit, c: float, swept: Sequence[Mapping[str, Any]], args: LinearProbeArguments) -> None:
+    """Says on stderr what makes a result less than it seems.
+
+    That is: features that hardly differ, no convergence, a C at the end of the range.
     """
     if not fitted.iterations:
         print(

@@ -5,7 +5,7 @@
 RUN is the folder of a finished run (its `final/` is published) or a model folder itself; it is only read. The model
 card is written from `training.json`, which the run left beside the weights and which is published too, and from the
 result files of `training.evaluate`. The code goes along, so that `AutoModel` can load the repository with
-`trust_remote_code=True`. Exit codes: 0, or 2 where the folder or the repository is not what is needed.
+`trust_remote_code=True`.
 """
 
 import argparse
@@ -13,8 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyramidclip_command import CommandParser, run_command
-from pyramidclip_hf.hub import PublishError
+from pyramidclip_command import CommandParser, Failure, run_command
 from training.loop.card import publish
 
 
@@ -32,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     """Publishes and prints the address of the commit."""
     try:
         print(publish(args.run, args.repo_id, args.private, args.results))
-    except (OSError, PublishError) as error:  # nothing was published
+    except (OSError, Failure) as error:  # nothing was published
         raise ValueError(str(error)) from error
 
 

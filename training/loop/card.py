@@ -7,8 +7,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
+from pyramidclip_command import Failure
 from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
-from pyramidclip_hf.hub import build_model_card, publish_folder
+from pyramidclip_hf.hub import PublishError, build_model_card, publish_folder
 from training.evaluation.results import hub_identifier, read_json
 
 # What a reader of the card wants to know; all settings are in training.json.
@@ -26,8 +27,12 @@ def run_card(
 ) -> ModelCard:
     """The model card of a run.
 
-    folder: of the model. record: what `training.json` holds (settings, data, length, metrics). repo_id: what the card's
-    example loads. results: beside those of the run's own validation. remote_code: the code lies beside the weights.
+    Args:
+        folder: Of the model.
+        record: What `training.json` holds: settings, data, length, metrics.
+        repo_id: What the card's example loads.
+        results: Beside those of the run's own validation.
+        remote_code: The code lies beside the weights.
     """
     settings = record["settings"]
     training = {name.replace("_", " "): settings[name] for name in CARD_SETTINGS}
@@ -75,7 +80,11 @@ def _validation_results(metrics: Mapping[str, float], data: str | None) -> list[
 
 
 def model_folder(path: Path) -> Path:
-    """The model folder that a run or model folder means; ValueError where it is neither."""
+    """The model folder that a run or model folder means.
+
+    Raises:
+        ValueError: It is neither.
+    """
     for folder in (path / "final", path):
         if (folder / "config.json").is_file():
             return folder
@@ -85,8 +94,15 @@ def model_folder(path: Path) -> Path:
 def publish(path: Path, repo_id: str, private: bool | None = None, result_files: Sequence[Path] = ()) -> str:
     """Publishes the model of a run; returns the address of the commit.
 
-    Raises ValueError where there is no model, a result file is something else or the id cannot be, PublishError where
-    the Hub refuses.
+    Args:
+        path: Folder of the run, or of the model.
+        repo_id: owner/name.
+        private: Whether a new repository is; None: as the account has it.
+        result_files: Of `training.evaluate`, for the card.
+
+    Raises:
+        ValueError: There is no model, a result file is something else, or the id cannot be.
+        Failure: The Hub refuses.
     """
     folder = model_folder(Path(path))
     results = [result for file in result_files for result in read_json(file)[1]]
@@ -99,4 +115,7 @@ def publish(path: Path, repo_id: str, private: bool | None = None, result_files:
         card = run_card(folder, described, repo_id, results, remote_code=True)
     elif results:
         raise ValueError(f"{folder} has no training.json, so there is no card that the results could go into")
-    return publish_folder(folder, repo_id, card=card, remote_code=True, private=private)
+    try:
+        return publish_folder(folder, repo_id, card=card, remote_code=True, private=private)
+    except PublishError as error:
+        raise Failure(str(error)) from error

@@ -285,7 +285,7 @@ def _summed(states: list[dict[str, Any]]) -> dict[str, Any]:
     for state in states:
         for name, value in state.items():
             if isinstance(value, Mapping):
-                total[name] = _summed([total.get(name, {}), value])
+                total[name] = _summed([total.get(name, {}), dict(value)])
             else:
                 total[name] = total[name] + value if name in total else value
     return total
@@ -297,10 +297,10 @@ def _read_tensors(path: Path) -> Any:
 
 def random_state() -> dict[str, Any]:
     """The states of all generators of this process, as tensors and plain numbers."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }

@@ -5,6 +5,8 @@ two public collectives for whole tensors, which gloo and NCCL both have; the hel
 of `torch.distributed.nn` that did this are deprecated.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -27,21 +29,20 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows):
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
         gathered = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
         _all_gather(gathered, rows.contiguous())
         return gathered
 
     @staticmethod
-    def backward(ctx, gathered_grad):
+    def backward(ctx: Any, gathered_grad: torch.Tensor) -> torch.Tensor:
         own = gathered_grad.new_empty((gathered_grad.shape[0] // world_size(), *gathered_grad.shape[1:]))
         _reduce_scatter(own, gathered_grad.contiguous(), op=dist.ReduceOp.SUM)
         return own
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """The rows of all processes, (n, ...) -> (processes x n, ...), in the order of the ranks; n must be the same
-    everywhere.
+    """The rows of all processes, (n, ...) -> (processes x n, ...), in the order of the ranks; n is the same everywhere.
 
     Gradients go back: what the other processes' losses say about this process's rows is summed into their gradient.
     Booleans are sent as bytes, without gradient.
@@ -69,34 +70,36 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 
 def check_equal_batches(size: int, device: torch.device) -> None:
-    """ValueError, on every process, that names the processes whose batch is not of the first one's size."""
+    """Compares the sizes of all processes' batches; all call it together.
+
+    Raises:
+        ValueError: On every process; it names those whose batch is not of the first one's size.
+    """
     if world_size() == 1:
         return
-    sizes = torch.zeros(world_size(), dtype=torch.int64, device=device)
-    _all_gather(sizes, torch.tensor([size], device=device))
-    sizes = sizes.tolist()
+    gathered = torch.zeros(world_size(), dtype=torch.int64, device=device)
+    _all_gather(gathered, torch.tensor([size], device=device))
+    sizes = gathered.tolist()
     if len(set(sizes)) > 1:
         others = {process: found for process, found in enumerate(sizes) if found != sizes[0]}
         raise ValueError(
             f"every process must bring the same number of pairs, but process 0 has {sizes[0]} and others "
-            f"differ: {others}. The gathered "
-            "loss would pair the wrong rows; check the loader of those processes"
+            f"differ: {others}. The gathered loss would pair the wrong rows; check the loader of those processes"
         )
 
 
 class StopVote:
-    """All processes leave the loop after the same step when one of them was asked to stop, without waiting for a
-    device.
+    """All processes leave the loop after the same step when one of them was asked to stop; no device is waited for.
 
     Each step every process puts in its vote (`cast`) and learns the outcome of the step before. The votes travel
     through a gloo group of their own between the hosts, while the step computes, so the device is never synchronised
     for them.
     """
 
-    def __init__(self):
-        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
-        self._pending = None
-        self._work = None
+    def __init__(self) -> None:
+        self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
+        self._pending = torch.zeros(1, dtype=torch.int64)
+        self._work: Any = None
 
     def cast(self, stop: bool) -> bool:
         """Votes; True when any process voted to stop in the previous call (a single process: in this one)."""

@@ -20,8 +20,9 @@ that is not under `no_sync`, as `logit_scale x gradient`: so it is counted once,
 same reduction as all other parameters.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +30,8 @@ from torch import nn
 from pyramidclip_hf.modeling_pyramidclip_base import frozen_batch_norm_statistics
 from training.loop.objective import ContrastiveObjective
 from training.loop.task import StepLoss
+
+Chunk = dict[str, torch.Tensor]
 
 
 class RandomState:
@@ -41,9 +44,7 @@ class RandomState:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Inside, random numbers come as they did after construction; afterwards, as if nothing had been drawn
-        inside.
-        """
+        """Inside, random numbers come as they did after construction; afterwards, as if none had been drawn inside."""
         with torch.random.fork_rng(self._devices):
             torch.set_rng_state(self._cpu)
             for one, state in zip(self._devices, self._cuda):
@@ -54,11 +55,13 @@ class RandomState:
 class GradientCache:
     """The three phases, for an objective that Accelerate has prepared.
 
-    accelerator: decides gradient scaling and `no_sync`. wrapped: the prepared objective (DDP, or the module itself).
-    chunk_size: pairs encoded at a time by each process; must divide the process's batch.
+    Args:
+        accelerator: Accelerate's `Accelerator`, which decides gradient scaling and `no_sync`.
+        wrapped: The prepared objective: DDP, or the module itself.
+        chunk_size: Pairs encoded at a time by each process; must divide the process's batch.
     """
 
-    def __init__(self, accelerator, wrapped: nn.Module, chunk_size: int):
+    def __init__(self, accelerator: Any, wrapped: nn.Module, chunk_size: int):
         self.accelerator = accelerator
         self.wrapped = wrapped
         self.objective: ContrastiveObjective = accelerator.unwrap_model(wrapped)
@@ -67,7 +70,8 @@ class GradientCache:
     def forward_backward(self, batch: Mapping[str, torch.Tensor]) -> StepLoss:
         """Adds the gradients of the global batch to the parameters; returns the losses, without gradient.
 
-        Raises ValueError where the chunk size does not divide the batch.
+        Raises:
+            ValueError: The chunk size does not divide the batch.
         """
         chunks = self._split(batch)
         states, embeddings = self._embed(chunks)
@@ -75,22 +79,25 @@ class GradientCache:
         self._encode_again(chunks, states, embedding_gradients, scale_gradient)
         return losses
 
-    def _split(self, batch):
+    def _split(self, batch: Mapping[str, torch.Tensor]) -> list[Chunk]:
         rows = len(next(iter(batch.values())))
         if rows % self.chunk_size:
             raise ValueError(f"the chunk size {self.chunk_size} must divide the {rows} pairs of this process's batch")
         split = {key: value.split(self.chunk_size) for key, value in batch.items()}
         return [{key: parts[i] for key, parts in split.items()} for i in range(rows // self.chunk_size)]
 
-    def _embed(self, chunks):
-        states, embeddings = [], []
+    def _embed(self, chunks: Sequence[Chunk]) -> tuple[list[RandomState], torch.Tensor]:
+        states: list[RandomState] = []
+        embeddings: list[torch.Tensor] = []
         with torch.no_grad(), frozen_batch_norm_statistics(self.objective):
             for chunk in chunks:
                 states.append(RandomState(self.accelerator.device))
                 embeddings.append(self.objective.embed(chunk))
         return states, torch.cat(embeddings)
 
-    def _differentiate(self, embeddings, batch):
+    def _differentiate(
+        self, embeddings: torch.Tensor, batch: Mapping[str, torch.Tensor]
+    ) -> tuple[StepLoss, tuple[torch.Tensor, ...], torch.Tensor | None]:
         embeddings = embeddings.requires_grad_()
         scale = self.objective.model.logit_scale
         losses = self.objective.loss(embeddings, self.objective.present(batch), self.objective.text_keys(batch))
@@ -99,7 +106,13 @@ class GradientCache:
         scale_gradient = gradients[1] if scale.requires_grad else None
         return losses._replace(loss=losses.loss.detach()), gradients[0].split(self.chunk_size), scale_gradient
 
-    def _encode_again(self, chunks, states, embedding_gradients, scale_gradient):
+    def _encode_again(
+        self,
+        chunks: Sequence[Chunk],
+        states: Sequence[RandomState],
+        embedding_gradients: Sequence[torch.Tensor],
+        scale_gradient: torch.Tensor | None,
+    ) -> None:
         for i, (chunk, state) in enumerate(zip(chunks, states)):
             last = i == len(chunks) - 1
             with state.replayed(), nullcontext() if last else self.accelerator.no_sync(self.wrapped):

@@ -1,7 +1,9 @@
 """Where a run starts: a named architecture with new weights, or a folder or Hub repository with trained ones."""
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,8 +21,9 @@ def initial_model(args: PretrainingArguments) -> tuple[PyramidCLIPModel, Pyramid
     `args.model` is a name of `ARCHITECTURES` (changed by `args.model_config`), a folder, or a Hub id; new weights
     depend on `args.seed` only.
 
-    Raises ValueError where it is none of these, naming near architectures, or where `model_config` meets trained
-    weights.
+    Raises:
+        ValueError: It is none of these (near architectures are named), `model_config` meets trained weights, or the
+            trained model is not whole.
     """
     model, processor = named_model(args.model, args.model_config, args.seed)
     if args.loss_weights is not None:
@@ -32,14 +35,25 @@ def initial_model(args: PretrainingArguments) -> tuple[PyramidCLIPModel, Pyramid
     return model, processor
 
 
-def named_model(name: str, changes: dict | None, seed: int) -> tuple[PyramidCLIPModel, PyramidCLIPProcessor]:
-    """The dual encoder in fp32 and its processor that a name means; `changes` to an architecture's config, `seed` of
-    new weights. Raises as `initial_model`.
+def named_model(
+    name: str, changes: Mapping[str, Any] | None, seed: int
+) -> tuple[PyramidCLIPModel, PyramidCLIPProcessor]:
+    """The dual encoder in fp32 and its processor that a name means.
+
+    Args:
+        name: As the setting `model`.
+        changes: To an architecture's config.
+        seed: Of new weights.
+
+    Raises:
+        ValueError: As `initial_model`.
     """
     return _new_model(name, changes, seed) if name in ARCHITECTURES else _trained_model(name, changes)
 
 
-def _new_model(name, changes, seed):
+def _new_model(
+    name: str, changes: Mapping[str, Any] | None, seed: int
+) -> tuple[PyramidCLIPModel, PyramidCLIPProcessor]:
     config = PyramidCLIPConfig.from_architecture(name, **(changes or {}))
     torch.manual_seed(seed)
     model = PyramidCLIPModel(config)
@@ -48,7 +62,7 @@ def _new_model(name, changes, seed):
     return model, PyramidCLIPProcessor(images, roi_feature_size=config.vision_config.roi_feature_size)
 
 
-def _trained_model(name, changes):
+def _trained_model(name: str, changes: Mapping[str, Any] | None) -> tuple[PyramidCLIPModel, PyramidCLIPProcessor]:
     if not Path(name).is_dir() and "/" not in name:
         near = difflib.get_close_matches(name, ARCHITECTURES, n=3) or list(ARCHITECTURES)
         raise ValueError(

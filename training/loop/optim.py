@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,13 +13,16 @@ from torch import nn
 NO_DECAY_NAMES = ("position_embedding", "positional_embedding", "class_embedding", "logit_scale")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups of the trainable parameters: with weight decay, and without.
 
     Without: norms, biases, position and class embeddings, logit_scale. The order within a group is that of
     `named_parameters`, so a stored optimizer state fits again.
+
+    Raises:
+        ValueError: No parameter is left to train.
     """
-    groups = {True: [], False: []}
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.dim() > 1 and not any(part in name for part in NO_DECAY_NAMES)
@@ -34,7 +38,8 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`; the fused kernel where the device has one.
 
-    Raises ValueError for weights that are not fp32 or fp64: AdamW's small updates vanish in half precision.
+    Raises:
+        ValueError: Weights are not fp32 or fp64: AdamW's small updates vanish in half precision.
     """
     half = sorted({str(p.dtype) for p in model.parameters() if p.dtype not in (torch.float32, torch.float64)})
     if half:
@@ -51,12 +56,11 @@ def build_optimizer(
 def learning_rate_at(
     step: int, total_steps: int, peak: float, warmup_fraction: float, final_fraction: float = 0.0
 ) -> float:
-    """The learning rate of optimizer step `step` (from 0): linear from 0 to the peak, then half a cosine to the end
-    (paper, appendix A.2).
+    """The learning rate of optimizer step `step`, from 0: a linear rise, then half a cosine (paper, appendix A.2).
 
     Depends on nothing but its arguments: neither on the number of processes nor on how often it was asked. The
     warm-up takes ceil(warmup_fraction x total_steps) steps; the first of them has 1/warm-up of the peak, so that no
-    step is wasted at 0.
+    step is wasted at 0. The cosine ends at `final_fraction` of the peak.
     """
     warmup = math.ceil(warmup_fraction * total_steps)
     if step < warmup:
@@ -74,7 +78,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 class MovingAverage:
     """Exponential moving average of a model's floating-point weights and buffers; integers are copied.
 
-    tensors: name -> average, named as the model's state dict, so it can be saved and loaded as one.
+    Attributes:
+        decay: Of the average.
+        tensors: Name -> average, named as the model's state dict, so it can be saved and loaded as one.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -83,7 +89,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """average <- decay x average + (1 - decay) x model."""
+        """The average becomes decay x average + (1 - decay) x model."""
         state = model.state_dict()
         floating = [name for name, tensor in state.items() if tensor.is_floating_point()]
         torch._foreach_lerp_(

@@ -117,7 +117,8 @@ def complete_run(settings: Settings, make_task: MakeTask[Settings]) -> RunResult
             if is_worker_death(error):
                 raise worker_died(error, settings.dataloader_workers) from error
             raise
-        final, metrics = None, {}
+        final: Path | None = None
+        metrics: Metrics = {}
         if settings.dry_run:
             describe_dry_run(run)
         elif complete:

@@ -33,7 +33,7 @@ class StepLoss(NamedTuple):
         loss: Scalar with gradient, this process's share times the number of processes, by which DDP divides again.
         shares: (1 + terms,) float, without gradient: this process's share of the global loss, then of each term; their
             sums over processes are the global means.
-        counts: (terms,) int64, pairs N_t that the term ran on, global.
+        counts: (terms,) int64, pairs N_t that the term ran on, global; (0,) where the terms are not over pairs.
     """
 
     loss: torch.Tensor

@@ -6,11 +6,11 @@ finite is therefore found at the end of its window, but reported with its own st
 
 One line of metrics.jsonl is one JSON object: `step`, and either training metrics
 
-    loss/total, loss/TERM       global means over the window's steps; chance/TERM: ln N_t, what a model that knows
-    nothing has
-    empty_steps/TERM            steps of the window in which fewer than two samples had both levels (the term was 0),
-    where any learning_rate, logit_scale, temperature (its inverse), grad_norm (before clipping, the window's last),
-    epoch
+    loss/total, loss/TERM       global means over the window's steps
+    chance/TERM                 ln N_t, what a model that knows nothing has
+    empty_steps/TERM            steps of the window in which fewer than two samples had both levels, where there are any
+                                (the term was 0)
+    learning_rate, logit_scale, temperature (its inverse), grad_norm (before clipping), epoch        the window's last
     samples_per_second, data_wait_share, seconds        the only ones that differ between two equal runs
     data/bad_fraction, data/truncated_LEVEL, duplicates/LEVEL
 
@@ -19,43 +19,59 @@ or `validation/TERM/METRIC`.
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from pyramidclip_command import Failure
 from pyramidclip_hf.configuration_pyramidclip import LEVELS, levels_of_kind
+from pyramidclip_hf.files import write_atomically
 from training.loop.distributed import any_process, rank, sum_over_processes
 from training.loop.task import StepLoss
 
 
 class NonFiniteLoss(Failure):
-    """A loss or gradient norm was NaN or infinite; the message has the step, each term, and where the sample keys
-    are.
-    """
+    """A loss or gradient norm was NaN or infinite; the message has step, each term, and where the sample keys are."""
+
+
+# Of one step: `step`, `loss`, `terms` and `counts` by name, `grad_norm`, `learning_rate`, perhaps `logit_scale`.
+Row = dict[str, Any]
+
+
+class _Pending(NamedTuple):
+    """A step whose numbers are still where they were computed; values: gradient norm, and the scale where it is."""
+
+    step: int
+    shares: torch.Tensor
+    counts: torch.Tensor
+    values: torch.Tensor
+    learning_rate: float
+    sample_keys: list[str]
 
 
 class StepWindow:
     """The steps since the last line of the log.
 
-    terms: names of the loss terms, in the order of `StepLoss.shares`. run_dir: where sample keys go when a loss is
-    not finite. check_gradients: also stop at a gradient norm that is not finite (not under fp16, where the scaler
-    skips such steps by design).
+    Args:
+        terms: Names of the loss terms, in the order of `StepLoss.shares`.
+        run_dir: Where sample keys go when a loss is not finite.
+        check_gradients: Also stop at a gradient norm that is not finite; not under fp16, where the scaler skips such
+            steps by design.
+        rows: Those of a run that is continued.
     """
 
-    def __init__(self, terms: Sequence[str], run_dir: Path, check_gradients: bool, rows: Sequence[dict] = ()):
+    def __init__(self, terms: Sequence[str], run_dir: Path, check_gradients: bool, rows: Sequence[Row] = ()):
         self.terms = tuple(terms)
         self.run_dir = Path(run_dir)
         self.check_gradients = check_gradients
         self._rows = list(rows)
-        self._pending = []
+        self._pending: list[_Pending] = []
         self._start_clock()
 
-    def _start_clock(self):
+    def _start_clock(self) -> None:
         self._started, self._waited, self._samples = time.perf_counter(), 0.0, 0
 
     def add(
@@ -69,42 +85,53 @@ class StepWindow:
         samples: int,
         waited: float,
     ) -> None:
-        """Remembers a step. logit_scale: the parameter (a logarithm) after the step, None where the objective has none.
-        samples: of all processes. waited: seconds spent waiting for data.
+        """Remembers a step.
+
+        Args:
+            step: Its number, from 1.
+            losses: As the objective gave them.
+            grad_norm: 0-d, before clipping.
+            logit_scale: The parameter (a logarithm) after the step, None where the objective has none.
+            learning_rate: Of the step.
+            sample_keys: Of this process's rows.
+            samples: In the batch of all processes.
+            waited: Seconds spent waiting for data.
         """
         scale = [] if logit_scale is None else [logit_scale.detach().float().exp()]
         values = torch.stack([grad_norm.detach().float(), *scale])
-        self._pending.append((step, losses.shares.float(), losses.counts, values, learning_rate, list(sample_keys)))
+        pending = _Pending(step, losses.shares.float(), losses.counts, values, learning_rate, list(sample_keys))
+        self._pending.append(pending)
         self._waited += waited
         self._samples += samples
 
-    def rows(self) -> list[dict]:
-        """One plain dictionary for each step of the window; all processes call it together.
+    def rows(self) -> list[Row]:
+        """One for each step of the window; all processes call it together.
 
-        Raises NonFiniteLoss, on every process, at the first step whose losses (or gradient norm) are not finite.
+        Raises:
+            NonFiniteLoss: On every process, at the first step whose losses or gradient norm are not finite.
         """
         if self._pending:
-            shares = sum_over_processes(torch.stack([entry[1] for entry in self._pending])).cpu()
-            counts = torch.stack([entry[2] for entry in self._pending]).cpu()
-            values = torch.stack([entry[3] for entry in self._pending]).cpu()
+            shares = sum_over_processes(torch.stack([entry.shares for entry in self._pending])).cpu()
+            counts = torch.stack([entry.counts for entry in self._pending]).cpu()
+            values = torch.stack([entry.values for entry in self._pending]).cpu()
             for i, entry in enumerate(self._pending):
-                row = self._row(entry[0], shares[i].tolist(), counts[i].tolist(), values[i].tolist(), entry[4])
-                self._check(row, entry[5])
+                row = self._row(entry, shares[i].tolist(), counts[i].tolist(), values[i].tolist())
+                self._check(row, entry.sample_keys)
                 self._rows.append(row)
             self._pending = []
         return self._rows
 
-    def _row(self, step, shares, counts, values, learning_rate):
+    def _row(self, entry: _Pending, shares: list[float], counts: list[int], values: list[float]) -> Row:
         return {
-            "step": step,
+            "step": entry.step,
             "loss": shares[0],
             "terms": dict(zip(self.terms, shares[1:])),
             "counts": dict(zip(self.terms, counts)),
             "grad_norm": values[0],
-            "learning_rate": learning_rate,
+            "learning_rate": entry.learning_rate,
         } | ({"logit_scale": values[1]} if len(values) > 1 else {})
 
-    def _check(self, row: dict, sample_keys: list[str]):
+    def _check(self, row: Row, sample_keys: list[str]) -> None:
         values = [row["loss"], *row["terms"].values()] + ([row["grad_norm"]] if self.check_gradients else [])
         if all(map(math.isfinite, values)):
             return
@@ -131,9 +158,12 @@ class StepWindow:
             return {}
         last, metrics = rows[-1], {"loss/total": sum(row["loss"] for row in rows) / len(rows)}
         for name in self.terms:
-            full = [row for row in rows if row["counts"][name] >= 2]
+            counts = [row["counts"].get(name, 2) for row in rows]
+            full = [row for row, count in zip(rows, counts) if count >= 2]
             metrics[f"loss/{name}"] = sum(row["terms"][name] for row in full) / len(full) if full else 0.0
-            metrics[f"chance/{name}"] = sum(math.log(row["counts"][name]) for row in full) / len(full) if full else 0.0
+            if name in last["counts"]:
+                chances = [math.log(count) for count in counts if count >= 2]
+                metrics[f"chance/{name}"] = sum(chances) / len(chances) if chances else 0.0
             if len(full) < len(rows):
                 metrics[f"empty_steps/{name}"] = len(rows) - len(full)
         metrics |= {name: last[name] for name in ("learning_rate", "logit_scale", "grad_norm") if name in last}
@@ -149,20 +179,22 @@ class StepWindow:
 
 
 def duplicate_rates(batch: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """`duplicates/LEVEL`: the share of the global batch's texts that stand in it already; all processes call it
-    together.
+    """`duplicates/LEVEL`: the share of the global batch's texts that stand in it already.
 
-    batch: a process's batch on the host. Equal texts in a batch are each other's negatives, so a level with many of
-    them cannot reach its floor.
+    Equal texts in a batch are each other's negatives, so a level with many of them cannot reach its floor. All
+    processes call it together.
+
+    Args:
+        batch: This process's, on the host.
     """
     from accelerate.utils import gather_object
 
-    rates = {}
+    rates: dict[str, float] = {}
     for level in levels_of_kind("text"):
         ids = batch.get(LEVELS[level].input)
         if ids is None:
             continue
-        present = batch.get(LEVELS[level].mask)
+        present = batch.get(LEVELS[level].mask or "")
         rows = ids if present is None else ids[present]
         # Padding (0) is left out: its length may differ from process to process.
         texts = gather_object([tuple(row[row != 0].tolist()) for row in rows])
@@ -171,25 +203,25 @@ def duplicate_rates(batch: Mapping[str, torch.Tensor]) -> dict[str, float]:
 
 
 class MetricsLog:
-    """Appends lines to RUN/metrics.jsonl and hands the same numbers to Accelerate's trackers; only the first process
-    writes.
+    """Appends lines to RUN/metrics.jsonl and hands the same numbers to Accelerate's trackers, in the first process.
 
-    resumed_at: the step that a continued run starts from; lines after it, left by the run that was killed, are
-    removed first.
+    Args:
+        run_dir: The run's folder.
+        accelerator: Accelerate's `Accelerator`.
+        resumed_at: The step that a continued run starts from; lines after it, left by the run that was killed, are
+            removed first.
     """
 
-    def __init__(self, run_dir: Path, accelerator, resumed_at: int = 0):
+    def __init__(self, run_dir: Path, accelerator: Any, resumed_at: int = 0):
         self.path = Path(run_dir) / "metrics.jsonl"
         self.accelerator = accelerator
         if accelerator.is_main_process:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._forget_after(resumed_at)
 
-    def _forget_after(self, step: int):
+    def _forget_after(self, step: int) -> None:
         kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
-        aside = self.path.with_name(f".{self.path.name}.partial")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(aside, self.path)
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Logs numbers under an optimizer step."""
@@ -215,9 +247,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def start_trackers(accelerator, run_dir: Path, settings: Mapping[str, Any], resumed_at: int) -> None:
-    """Starts the trackers that the accelerator was made with; TensorBoard drops what a killed run wrote after
-    `resumed_at`.
+def start_trackers(accelerator: Any, run_dir: Path, settings: Mapping[str, Any], resumed_at: int) -> None:
+    """Starts the trackers that the accelerator was made with.
+
+    Args:
+        accelerator: Accelerate's `Accelerator`.
+        run_dir: The run's folder, whose name is the run's.
+        settings: Field -> plain value.
+        resumed_at: The step that a continued run starts from; TensorBoard drops what a killed run wrote after it.
     """
     flat = {
         name: value if isinstance(value, (int, float, str, bool)) else json.dumps(value)

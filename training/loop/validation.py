@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from pyramidclip_hf.configuration_pyramidclip import TERMS
+from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.records import Sample, has_level
 from training.data.samples import ShardSamples
 from training.evaluation.embedding import embed_levels, levels_of_pairs
@@ -21,12 +22,18 @@ KEPT_METRICS = ("R@1", "R@5", "R@10", "mean_rank")
 class ValidationSet:
     """The first samples of a data set, held in memory and encoded without augmentation.
 
-    data: names it, see `training.data.sources`. max_samples: how many from its beginning. pairs: names of the level
-    pairs to evaluate, beside `ALWAYS`; those of which fewer than two samples have both levels are left out. processor:
-    `PyramidCLIPProcessor`. max_regions: regions used of each sample, as in training.
+    Args:
+        data: Names it, see `training.data.sources`.
+        max_samples: How many from its beginning.
+        pairs: Names of the level pairs to evaluate, beside `ALWAYS`; those of which fewer than two samples have both
+            levels are left out.
+        processor: Of the model.
+        max_regions: Regions used of each sample, as in training.
     """
 
-    def __init__(self, data: str, max_samples: int, pairs: Sequence[str], processor, max_regions: int):
+    def __init__(
+        self, data: str, max_samples: int, pairs: Sequence[str], processor: PyramidCLIPProcessor, max_regions: int
+    ):
         self.samples = [_first_regions(sample, max_regions) for sample in ShardSamples(data, max_samples)]
         self.processor = processor
         self.pairs = tuple(
@@ -35,10 +42,14 @@ class ValidationSet:
             if sum(all(has_level(sample, level) for level in TERMS[name]) for sample in self.samples) >= 2
         )
 
-    def metrics(self, model: nn.Module, autocast_dtype: torch.dtype | None = None) -> dict[str, float]:
+    def metrics(self, model: PyramidCLIPModel, autocast_dtype: torch.dtype | None = None) -> dict[str, float]:
         """`validation/PAIR/METRIC` -> value, see `retrieval_metrics`; all processes call it together.
 
         BatchNorm's running statistics are first made those of process 0, which are what a checkpoint holds.
+
+        Args:
+            model: Comes back in evaluation mode.
+            autocast_dtype: bfloat16 or float16 for the encoders, None for fp32.
         """
         if not self.pairs:
             return {}
@@ -58,4 +69,4 @@ class ValidationSet:
 def _first_regions(sample: Sample, count: int) -> Sample:
     if sample.roi is None:
         return sample
-    return replace(sample, roi=sample.roi[:count], regions=sample.regions[:count])
+    return replace(sample, roi=sample.roi[:count], regions=sample.regions and sample.regions[:count])

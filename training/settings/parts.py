@@ -24,11 +24,14 @@ class PartSettings(Protocol):
     train_data: str
     validation_data: str | None
     test_data: str | None
-    validation_fraction: float
     test_fraction: float
     dataset: str | None
     classes: str | None
     seed: int
+
+    @property
+    def validation_fraction(self) -> float | None:
+        """None as 0."""
 
 
 def check_part_settings(settings: PartSettings) -> None:
@@ -37,7 +40,7 @@ def check_part_settings(settings: PartSettings) -> None:
     Raises:
         ValueError: The message names the setting, what was expected and what came.
     """
-    check_share("validation_fraction", settings.validation_fraction)
+    check_share("validation_fraction", settings.validation_fraction or 0.0)
     check_share("test_fraction", settings.test_fraction)
     if not settings.train_data:
         raise ValueError("train_data: expected a folder with a sub-folder of pictures for each class, or shards")

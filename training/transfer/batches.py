@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from pyramidclip_hf.image_processing_pyramidclip import upright_rgb
+from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.batches import BatchReport, DataError
 from training.data.labelled import LabelledPictures
 from training.data.loader import BatchReader
@@ -24,14 +25,27 @@ _CROP, _FLIP = range(2)
 class LabelledBatches(torch.utils.data.Dataset):
     """Makes training batches of labelled pictures; runs inside loader workers.
 
-    data: the pictures. order: `SampleOrder` over one shard of them. height, width, mean, std: of the pictures made.
-    area: shares of the picture in a crop. flip: mirror half of them. Crop and mirroring are functions of (seed, epoch,
-    picture) alone.
+    Crop and mirroring are functions of (seed, epoch, picture) alone.
+
+    Args:
+        data: The pictures.
+        order: Over one shard of them.
+        processor: Decides size, mean and standard deviation of what is made.
+        area: Smallest and largest share of the picture in a crop.
+        flip: Whether half of them are mirrored.
     """
 
-    def __init__(self, data: LabelledPictures, order: SampleOrder, processor, area: Sequence[float], flip: bool):
+    def __init__(
+        self,
+        data: LabelledPictures,
+        order: SampleOrder,
+        processor: PyramidCLIPProcessor,
+        area: Sequence[float],
+        flip: bool,
+    ):
         images = processor.image_processor
-        self.data, self.order, self.area, self.flip = data, order, tuple(area), flip
+        self.data, self.order, self.flip = data, order, flip
+        self.area = (area[0], area[1])
         self.height, self.width = images.crop_size["height"], images.crop_size["width"]
         self.mean = torch.tensor(images.image_mean).view(1, 3, 1, 1)
         self.std = torch.tensor(images.image_std).view(1, 3, 1, 1)
@@ -39,14 +53,15 @@ class LabelledBatches(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, epoch_and_positions) -> dict[str, Any]:
+    def __getitem__(self, epoch_and_positions: tuple[int, Sequence[int]]) -> dict[str, Any]:
         """`pixel_values` (B, 3, height, width) float32, `labels` (B,) int64, `sample_keys`, `report`.
 
         A picture that cannot be read is named in `report`, and the batch holds nothing else then.
         """
         epoch, positions = epoch_and_positions
         numbers = [self.order.locate(epoch, position)[2] for position in positions]
-        report, views = BatchReport(), []
+        report = BatchReport()
+        views: list[torch.Tensor] = []
         for number in numbers:
             try:
                 views.append(self.view(epoch, number))
@@ -71,7 +86,7 @@ class LabelledBatches(torch.utils.data.Dataset):
 class LabelledReader(BatchReader):
     """The training batches of this process; a picture that cannot be read ends the run with its name."""
 
-    def __init__(self, part: Part, processor, args: FinetuneArguments):
+    def __init__(self, part: Part, processor: PyramidCLIPProcessor, args: FinetuneArguments):
         data = part.pictures
         order = SampleOrder([[len(data)]], args.seed, window_shards=1)
         super().__init__(

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPForImageClassification
+from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.labelled import LabelledPictures
 from training.evaluation.embedding import map_batches
 from training.loop.distributed import world_size
@@ -22,10 +22,15 @@ def distinct_labels(class_names: Sequence[str]) -> list[str]:
     return [f"{name} ({number})" if count[name] > 1 else name for number, name in enumerate(class_names)]
 
 
-def initial_classifier(args: FinetuneArguments, class_names: Sequence[str]):
-    """(classifier in fp32 with a new head for these classes, processor): the encoder of the model that `args` name.
+def initial_classifier(
+    args: FinetuneArguments, class_names: Sequence[str]
+) -> tuple[PyramidCLIPForImageClassification, PyramidCLIPProcessor]:
+    """The encoder of the model that `args` name under a new head for these classes, in fp32, and its processor.
 
     Parameters that pictures do not reach (those of the region branch) lose `requires_grad`.
+
+    Raises:
+        ValueError: As `training.loop.initial_model.named_model`.
     """
     encoder, processor = named_model(args.model, args.model_config, args.seed)
     config = encoder.config
@@ -47,14 +52,24 @@ def initial_classifier(args: FinetuneArguments, class_names: Sequence[str]):
 class ClassificationObjective(Objective):
     """Cross-entropy of a classifier; one forward a step.
 
-    model: the classifier, the submodule `model`. label_smoothing: share of the target spread over all classes.
-    autocast_dtype: of the model's forward, None for fp32. `head_only`: the encoder is a fixed function, without
-    gradient and in evaluation mode.
+    Args:
+        model: The classifier; becomes the submodule `model`.
+        label_smoothing: Share of the target spread over all classes.
+        autocast_dtype: Of the model's forward, None for fp32.
+
+    Attributes:
+        head_only: The encoder is a fixed function, without gradient and in evaluation mode.
     """
 
+    model: PyramidCLIPForImageClassification
     terms = ()
 
-    def __init__(self, model: nn.Module, label_smoothing: float = 0.0, autocast_dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        model: PyramidCLIPForImageClassification,
+        label_smoothing: float = 0.0,
+        autocast_dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.model, self.label_smoothing, self.autocast_dtype = model, label_smoothing, autocast_dtype
         self.head_only = False
@@ -74,8 +89,10 @@ class ClassificationObjective(Objective):
             self.train(self.training)
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> StepLoss:
-        """batch: `pixel_values` (B, 3, H, W), `labels` (B,) int64. The loss is the mean over this process's B; shares
-        add up to the mean over all processes, which have equally many.
+        """The mean over this process's B; shares add up to the mean over all processes, which have equally many.
+
+        Args:
+            batch: `pixel_values` (B, 3, H, W), `labels` (B,) int64.
         """
         pixels, labels = batch["pixel_values"], batch["labels"]
         with torch.autocast(pixels.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
@@ -89,10 +106,20 @@ class ClassificationObjective(Objective):
 
 @torch.inference_mode()
 def classify(
-    model: PyramidCLIPForImageClassification, processor, data: LabelledPictures, batch_size: int, autocast_dtype=None
+    model: PyramidCLIPForImageClassification,
+    processor: PyramidCLIPProcessor,
+    data: LabelledPictures,
+    batch_size: int,
+    autocast_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """(N, C) float32 logits of all pictures, resized and centre-cropped, in the model's present mode; the same on any
-    number of processes.
+    """(N, C) float32 logits of all pictures, resized and centre-cropped; the same on any number of processes.
+
+    Args:
+        model: In the mode that it is to have.
+        processor: Of the model.
+        data: N pictures.
+        batch_size: Pictures at a time.
+        autocast_dtype: Of the model's forward, None for fp32.
     """
 
     def scores(numbers: range) -> torch.Tensor:

@@ -4,16 +4,19 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+from torch import nn
 
 import pyramidclip_hf
 from pyramidclip_hf.files import cache_folder, write_atomically
+from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.labelled import LabelledPictures
 from training.evaluation.embedding import map_batches
 from training.loop.distributed import any_process
@@ -22,18 +25,42 @@ from training.transfer.parts import Part, content_digest
 _CACHE_FORMAT = 1
 
 
+FeatureKind = Literal["backbone", "projected"]
+Features = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class FeatureSettings(Protocol):
+    """How features are computed and kept.
+
+    Attributes:
+        features: See `picture_features`.
+        batch_size: Pictures encoded at a time by each process.
+        cache_dir: Folder of kept features; "none": they are not kept; None: one in the project's cache.
+    """
+
+    features: FeatureKind
+    batch_size: int
+    cache_dir: str | None
+
+
 @torch.inference_mode()
-def picture_features(model, processor, data: LabelledPictures, kind: str, batch_size: int) -> torch.Tensor:
+def picture_features(
+    model: PyramidCLIPModel, processor: PyramidCLIPProcessor, data: LabelledPictures, kind: FeatureKind, batch_size: int
+) -> torch.Tensor:
     """(N, D) float32 features of all pictures, equal on any number of processes.
 
-    kind: "backbone", the vision tower's `pooler_output` (ViT: the class token after the last norm; ResNet: the
-    attention pooling before its output projection), or "projected", the embedding without normalisation. model: in
-    evaluation mode here.
+    Args:
+        model: In evaluation mode afterwards.
+        processor: Of the model.
+        data: N pictures.
+        kind: "backbone", the vision tower's `pooler_output` (ViT: the class token after the last norm; ResNet: the
+            attention pooling before its output projection), or "projected", the embedding without normalisation.
+        batch_size: Pictures encoded at a time by each process.
     """
     model.eval()
 
     def encode(numbers: range) -> torch.Tensor:
-        pictures = processor(images=[data.read(number) for number in numbers], return_tensors="pt")
+        pictures = processor.image_processor([data.read(number) for number in numbers], return_tensors="pt")
         pixels = pictures["pixel_values"].to(model.device, model.dtype)
         pooled = model.vision_model(pixels).pooler_output if kind == "backbone" else model.encode_image(pixels)
         return pooled.float().cpu()
@@ -41,9 +68,13 @@ def picture_features(model, processor, data: LabelledPictures, kind: str, batch_
     return torch.cat(map_batches(encode, len(data), batch_size, f"features of {data.name}"))
 
 
-def features_key(model, processor, part: Part, args: Any) -> dict[str, Any]:
+def features_key(
+    model: PyramidCLIPModel, processor: PyramidCLIPProcessor, part: Part, args: FeatureSettings
+) -> dict[str, Any]:
     """All that features depend on: weights, configuration, pixels, preprocessing, how they are computed."""
-    modules = [model.vision_model] + ([model.visual_projection] if args.features == "projected" else [])
+    modules: list[nn.Module] = [model.vision_model]
+    if args.features == "projected":
+        modules.append(model.visual_projection)
     weights = hashlib.sha256()
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
@@ -62,7 +93,7 @@ def features_key(model, processor, part: Part, args: Any) -> dict[str, Any]:
     }
 
 
-def read_features(path: Path, key: str) -> np.ndarray | None:
+def read_features(path: Path, key: str) -> Features | None:
     """The features kept in a file under `key`; None where there are none, or the file is damaged or another's."""
     if not path.is_file():
         return None
@@ -74,7 +105,9 @@ def read_features(path: Path, key: str) -> np.ndarray | None:
         return None
 
 
-def cached_features(model, processor, part: Part, args: Any) -> np.ndarray:
+def cached_features(
+    model: PyramidCLIPModel, processor: PyramidCLIPProcessor, part: Part, args: FeatureSettings
+) -> Features:
     """(N, D) float32 features of the pictures of a part, from the cache where it has those of its whole source.
 
     All processes call it together; what is kept on disk is written once, whole or not at all.
@@ -85,7 +118,7 @@ def cached_features(model, processor, part: Part, args: Any) -> np.ndarray:
     folder = Path(args.cache_dir) if args.cache_dir else cache_folder() / "features"
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     features = read_features(path, key)
-    if any_process(features is None):  # one without it needs all of them
+    if any_process(features is None) or features is None:  # one without it needs all of them
         features = picture_features(model, processor, part.data, args.features, args.batch_size).numpy()
         if _is_first_process():
             folder.mkdir(parents=True, exist_ok=True)
@@ -96,4 +129,5 @@ def cached_features(model, processor, part: Part, args: Any) -> np.ndarray:
 def _is_first_process() -> bool:
     from accelerate import PartialState
 
-    return PartialState().is_main_process
+    first: bool = PartialState().is_main_process
+    return first

@@ -9,9 +9,10 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,20 +22,26 @@ from training.data.remote import is_url
 from training.data.sources import shard_names
 from training.evaluation.embedding import map_batches
 from training.evaluation.sets import open_both_splits
+from training.settings.parts import PartSettings
 
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
 # Files hashed at a time by one process.
 _DIGEST_BATCH = 256
 
 
-def subset(data: LabelledPictures, numbers: Sequence[int]) -> LabelledPictures:
+def subset(data: LabelledPictures, numbers: Iterable[int]) -> LabelledPictures:
     """The pictures with these numbers, in this order, under the same class numbers."""
-    numbers = [int(number) for number in numbers]
-    labels = [data.labels[number] for number in numbers]
-    return dataclasses.replace(data, labels=labels, read=lambda number: data.read(numbers[number]))
+    chosen = [int(number) for number in numbers]
+    labels = [data.labels[number] for number in chosen]
+    return dataclasses.replace(data, labels=labels, read=lambda number: data.read(chosen[number]))
 
 
 def with_classes_of(data: LabelledPictures, reference: LabelledPictures) -> LabelledPictures:
-    """`data` with the class numbers of `reference`; ValueError where the two do not have the same classes."""
+    """`data` with the class numbers of `reference`.
+
+    Raises:
+        ValueError: The two do not have the same classes.
+    """
     if data.class_names == reference.class_names:  # names may repeat then, as in CLIP's list for ImageNet
         return data
     own, wanted = set(data.class_names), set(reference.class_names)
@@ -50,15 +57,18 @@ def with_classes_of(data: LabelledPictures, reference: LabelledPictures) -> Labe
     )
 
 
-def held_out(labels: Sequence[int], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def held_out(labels: Sequence[int] | Numbers, fraction: float, seed: int) -> tuple[Numbers, Numbers]:
     """(numbers kept, numbers held out), each sorted: `fraction` of every class, rounded, at least one picture.
 
-    A function of its arguments alone. ValueError where a class has a single picture.
+    A function of its arguments alone.
+
+    Raises:
+        ValueError: A class has a single picture.
     """
-    labels = np.asarray(labels)
-    chosen = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
+    given = np.asarray(labels)
+    chosen = np.zeros(len(given), bool)
+    for label in np.unique(given):
+        members = np.flatnonzero(given == label)
         if len(members) < 2:
             raise ValueError(
                 f"class number {label} has a single picture, so none can be held out; name the data to measure on "
@@ -71,18 +81,25 @@ def held_out(labels: Sequence[int], fraction: float, seed: int) -> tuple[np.ndar
 
 @dataclass(frozen=True)
 class Part:
-    """Pictures `numbers` of an opened source. source: as the user named it. data: all its pictures."""
+    """Some pictures of an opened source.
+
+    Attributes:
+        source: As the user named it.
+        data: All its pictures.
+        numbers: (n,) int64, which of them.
+    """
 
     source: str
     data: LabelledPictures
-    numbers: np.ndarray
+    numbers: Numbers
 
     @property
     def pictures(self) -> LabelledPictures:
+        """Those of the part alone, numbered from 0."""
         return subset(self.data, self.numbers)
 
     @property
-    def labels(self) -> np.ndarray:
+    def labels(self) -> Numbers:
         """(n,) int64."""
         return np.asarray(self.data.labels, np.int64)[self.numbers]
 
@@ -95,13 +112,11 @@ class Part:
         )
 
 
-def open_parts(args) -> dict[str, Part]:
+def open_parts(args: PartSettings) -> dict[str, Part]:
     """The parts "train", "validation" and "test" that settings name; one that they do not name is absent.
 
-    args: `train_data`, `validation_data`, `test_data` (sources or None), `validation_fraction`, `test_fraction` (shares
-    of the training data held out where no source is named; the test share is taken first; 0: none), `dataset` (one of
-    `TABLE_7`, whose folder is in `train_data`, and which has its own test part; or None), `classes` (file with names,
-    or None), `seed`. Raises ValueError where classes differ or both a source and a share are named.
+    Raises:
+        ValueError: Classes differ, or both a source and a share are named.
     """
     if args.dataset:
         data, test = open_both_splits(args.dataset, args.train_data, args.classes)
@@ -123,8 +138,9 @@ def open_parts(args) -> dict[str, Part]:
 
 
 def source_files(part: Part) -> list[Path]:
-    """The local files that a part's whole source is read from, in its order; none for a URL or a manifest, or where
-    pictures have none of their own (CIFAR).
+    """The local files that a part's whole source is read from, in its order.
+
+    None for a URL or a manifest, or where pictures have none of their own (CIFAR).
     """
     if part.data.files is not None:
         return list(part.data.files)
@@ -137,8 +153,9 @@ def _relative(path: Path, source: str) -> str:
 
 
 def fingerprint(part: Part) -> str:
-    """What must stay the same for a run to continue on a part: names and sizes of its files, which pictures of them,
-    their classes; not where they lie.
+    """What must stay the same for a run to continue on a part.
+
+    Names and sizes of its files, which pictures of them, their classes; not where they lie.
     """
     listing = [[_relative(path, part.source), path.stat().st_size] for path in source_files(part)]
     identity = [listing or part.data.name, part.numbers.tolist(), part.data.class_names, part.data.labels]
@@ -164,6 +181,9 @@ def content_digest(part: Part) -> str:
         pictures = (np.asarray(upright_rgb(part.data.read(number))) for number in numbers)
         return [f"{pixels.shape} {hashlib.sha256(pixels.tobytes()).hexdigest()}" for pixels in pictures]
 
-    function, items = (of_files, len(files)) if files else (of_pictures, len(part.data))
-    digests = map_batches(function, items, _DIGEST_BATCH, "identity of the pictures")
+    what = "identity of the pictures"
+    if files:
+        digests = map_batches(of_files, len(files), _DIGEST_BATCH, what)
+    else:
+        digests = map_batches(of_pictures, len(part.data), _DIGEST_BATCH, what)
     return hashlib.sha256(json.dumps([len(part.data), digests]).encode()).hexdigest()
