@@ -34,6 +34,7 @@ import transformers
 
 from pyramidclip_command import EXIT_STOPPED, Failure, run_command
 from pyramidclip_hf.files import write_atomically
+from pyramidclip_hf.loading import load_model
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES
@@ -43,7 +44,6 @@ from training.data.samples import ShardSamples
 from training.emoji.pictures import ATTRIBUTION
 from training.emoji.scoring import PER_OBJECT, TRAIN, VALIDATION, Scores, draw_scenes, save_arrays, score_model
 from training.evaluation.embedding import embed_levels
-from training.evaluation.loading import load_model
 from training.loop.tracking import read_metrics
 from training.reports.demo_page import SCENES_SHOWN, ReportedDemo, ReportedRun, write_report
 from training.settings.fields import usable_cores
@@ -238,7 +238,8 @@ def reload_stage(args: DemoArguments) -> int:
     with np.load(args.folder / "pyramid/before_saving.npz") as kept:
         before = {name: kept[name] for name in kept.files}
     training_process = int(before.pop("process"))
-    model, processor = load_model(str(args.folder / "pyramid/final"))
+    loaded = load_model(str(args.folder / "pyramid/final"))
+    model, processor = loaded.model, loaded.processor
     after = compared_embeddings(model, processor, args.folder / "scenes/validation")
     different = sum(int((before[level].view(np.uint32) != after[level].view(np.uint32)).sum()) for level in before)
     comparison = {

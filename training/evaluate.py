@@ -21,12 +21,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from huggingface_hub import EvalResult
 
 from pyramidclip_command import run_command
-from pyramidclip_hf.loading import choose_device, load_model
+from pyramidclip_hf.loading import load_model
 from training.evaluation.clip_benchmark import run_clip_benchmark
+from training.evaluation.process import this_process
 from training.evaluation.results import results_table, write_csv, write_json
 from training.evaluation.tasks import TASKS, EvaluationArguments
 from training.settings.reading import parse_settings
@@ -40,11 +40,9 @@ def evaluate(args: EvaluationArguments) -> list[EvalResult]:
         FileNotFoundError: there is no such data.
         ImportError: a package is absent; the message names the extra.
     """
-    from accelerate import PartialState
-
-    state = PartialState(cpu=args.cpu or args.device == "cpu")
+    state, device = this_process(args.device, args.cpu)
     started = time.perf_counter()
-    loaded = load_model(args.model, device=_device(args, state.device, state.num_processes), dtype=args.dtype)
+    loaded = load_model(args.model, device=device, dtype=args.dtype)
     results = TASKS[args.task](loaded.model, loaded.processor, args)
     if state.is_main_process:
         details = vars(args) | {"seconds": round(time.perf_counter() - started, 2), "processes": state.num_processes}
@@ -54,15 +52,6 @@ def evaluate(args: EvaluationArguments) -> list[EvalResult]:
             write_csv(results, args.csv)
         print(results_table(results))
     return results
-
-
-def _device(args: EvaluationArguments, own: torch.device, processes: int) -> torch.device:
-    """Where this process computes; `own` is what Accelerate gave it."""
-    if args.cpu or args.device in ("auto", "cpu"):
-        return own
-    if processes > 1:
-        raise ValueError(f"--device {args.device}: each of {processes} processes takes its own; expected auto or cpu")
-    return choose_device(args.device)
 
 
 def parse(argv: Sequence[str]) -> EvaluationArguments | list[str]:

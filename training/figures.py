@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 from pyramidclip_command import run_command
 from pyramidclip_hf.explain import explain_image, explain_regions
 from pyramidclip_hf.files import write_atomically
-from pyramidclip_hf.loading import choose_device
+from pyramidclip_hf.loading import load_model
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES, class_embeddings, image_embeddings, retrieve, text_embeddings
@@ -38,7 +38,6 @@ from training.data.records import Sample, phrase
 from training.data.samples import ShardSamples, open_picture
 from training.data.shards import read_dataset_json
 from training.evaluation.classification import read_templates
-from training.evaluation.loading import load_model
 from training.evaluation.tasks import EvaluationArguments, open_labelled, open_samples
 from training.reports.plots import INK, SOFT
 from training.settings.reading import parse_settings
@@ -206,7 +205,8 @@ def draw_tsne(args: TsneArguments) -> str:
     ]
     if count < 2 or len(chosen) < 4:
         raise ValueError(f"{args.data}: t-SNE needs two classes and four pictures, got {count} and {len(chosen)}")
-    model, processor = load_model(args.model, args.dtype, choose_device(args.device))
+    loaded = load_model(args.model, dtype=args.dtype, device=args.device)
+    model, processor = loaded.model, loaded.processor
     names = [data.class_names[number] for number in shown]
     templates = read_templates(args.templates) or IMAGENET_TEMPLATES
     prompts = class_embeddings(model, processor, names, templates, progress=True)
@@ -266,7 +266,8 @@ def draw_retrieval(args: RetrievalArguments) -> str:
         block.suptitle("\n".join(textwrap.wrap(f"“{caption}”", 21 * top)), fontsize=11, color=INK)
     hits = []
     for row, name in enumerate(args.models):
-        model, processor = load_model(name, args.dtype, choose_device(args.device))
+        loaded = load_model(name, dtype=args.dtype, device=args.device)
+        model, processor = loaded.model, loaded.processor
         pictures = (_picture(sample) for sample in samples)
         matches = retrieve(
             text_embeddings(model, processor, captions),
@@ -373,7 +374,8 @@ def _inside(box: Sequence[float], shape: tuple[int, int]) -> np.ndarray:
 
 def print_check(args: CheckArguments) -> str:
     """Runs the check and returns its table."""
-    model, processor = load_model(args.model, args.dtype, choose_device(args.device))
+    loaded = load_model(args.model, dtype=args.dtype, device=args.device)
+    model, processor = loaded.model, loaded.processor
     found = localisation(model, processor, ShardSamples(args.data, args.max_samples), args.prompt)
     mass, area = np.array(found.mass), np.array(found.area)
     asked = [one for one in found.found if one is not None]

@@ -27,8 +27,9 @@ import torch
 from huggingface_hub import EvalResult
 
 from pyramidclip_command import run_command
+from pyramidclip_hf.loading import load_model
 from training.evaluation.classification import classification_metrics
-from training.evaluation.loading import load_model
+from training.evaluation.process import this_process
 from training.evaluation.results import metric_results, results_table, write_csv, write_json
 from training.evaluation.sets import TABLE_7
 from training.settings.parts import check_part_settings
@@ -90,7 +91,11 @@ class LinearProbeArguments:
     split: str | None = field(default="test", metadata={"help": "split in the results"})
     output: str | None = field(default=None, metadata={"help": "JSON file for the results, a model index of the Hub"})
     csv: str | None = field(default=None, metadata={"help": "CSV file for the results"})
-    cpu: bool = field(default=False, metadata={"help": "use the CPU where there is a GPU"})
+    device: str = field(
+        default="auto",
+        metadata={"help": "auto: an accelerator if there is one, for each process its own; cpu; or e.g. cuda:1"},
+    )
+    cpu: bool = field(default=False, metadata={"help": "the same as --device cpu"})
 
     def __post_init__(self) -> None:
         """What can be refused before anything is loaded."""
@@ -225,12 +230,11 @@ def probe(args: LinearProbeArguments) -> list[EvalResult] | None:
         FileNotFoundError: There is no such data.
         ImportError: A package is absent; the message names the extra.
     """
-    from accelerate import PartialState
-
-    state, started = PartialState(cpu=args.cpu), time.perf_counter()
+    state, device = this_process(args.device, args.cpu)
+    started = time.perf_counter()
     parts = open_parts(args)
-    model, processor = load_model(args.model, args.dtype, state.device)
-    found = {name: cached_features(model, processor, part, args) for name, part in parts.items()}
+    loaded = load_model(args.model, dtype=args.dtype, device=device)
+    found = {name: cached_features(loaded.model, loaded.processor, part, args) for name, part in parts.items()}
     if not state.is_main_process:
         return None
     labels = {name: part.labels for name, part in parts.items()}

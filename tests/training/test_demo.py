@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_same_time_in_steps(args):
 def test_one_changed_bit_is_found(args, monkeypatch):
     embeds = {"global": np.ones((4, 8), np.float32), "caption": np.full((5, 8), -0.0, np.float32)}
     save_arrays(args.folder / "pyramid/before_saving.npz", process=7, **embeds)
-    monkeypatch.setattr("training.demo.load_model", lambda folder: (None, None))
+    monkeypatch.setattr("training.demo.load_model", lambda folder: SimpleNamespace(model=None, processor=None))
 
     def compared_with(after):
         monkeypatch.setattr("training.demo.compared_embeddings", lambda *_: after)

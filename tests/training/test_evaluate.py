@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pyramidclip_hf.configuration_pyramidclip import LEVELS, TERMS
+from pyramidclip_hf.loading import load_model
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPForImageClassification
 from tests.hub_server import Repository, client_environment, running_hub
 from tests.training.evaluation_models import FEATURES, save_tiny_model
@@ -25,7 +26,6 @@ from training.data.shards import ShardWriter, write_dataset_json
 from training.evaluate import main
 from training.evaluation.classification import classification_metrics, read_templates, zero_shot_scores
 from training.evaluation.embedding import embed_levels, local_view
-from training.evaluation.loading import load_model
 from training.evaluation.results import read_json
 from training.evaluation.retrieval import retrieval_metrics
 from training.evaluation.sets import open_set
@@ -89,7 +89,8 @@ def encode_alone(model, processor, sample):
 
 
 def test_levels_equal_one_sample_at_a_time(model_folder, data):
-    model, processor = load_model(model_folder)
+    loaded = load_model(model_folder)
+    model, processor = loaded.model, loaded.processor
     samples = ShardSamples(data)
     found = embed_levels(model, processor, samples, list(LEVELS), batch_size=5)
     assert found.keys == [f"s{i:02d}" for i in range(13)]
@@ -126,7 +127,8 @@ def test_retrieval_command(model_folder, data, tmp_path, capsys):
         11,
         15,
     )
-    model, processor = load_model(model_folder)
+    loaded = load_model(model_folder)
+    model, processor = loaded.model, loaded.processor
     alone = [encode_alone(model, processor, sample) for sample in ShardSamples(data)]
     both = [one for one in alone if one["roi"] and one["tags"]]
     expected = retrieval_metrics(*(torch.stack([one[level][0] for one in both]) for level in ("roi", "tags")))
@@ -169,7 +171,8 @@ def test_named_data_sets(model_folder, sets_root, tmp_path, capsys):
     assert marked == [("imagenet", "top_1", "main metric"), ("sun397", "top_1", "main metric")]
     assert "main metric" in capsys.readouterr().out and "main metric" in (tmp_path / "z.csv").read_text()
     # CLIP's list calls two of these classes "missile": they share their place in every order, whichever is right.
-    model, processor = load_model(model_folder)
+    loaded = load_model(model_folder)
+    model, processor = loaded.model, loaded.processor
     pictures = open_set("imagenet", sets_root)
     scores = zero_shot_scores(model, processor, pictures, ["my {}"], 4)
     assert torch.equal(scores[:, 2], scores[:, 3]) and not torch.equal(scores[:, 0], scores[:, 1])
@@ -233,7 +236,8 @@ def test_zero_shot_command(model_folder, data, tmp_path):
     arguments = ["--model", model_folder, "--data", data, "--task", "zero-shot", "--batch-size", "4", "--cpu"]
     assert main([*arguments, "--templates", str(templates), "--output", str(tmp_path / "z.json")]) == 0
     values = {one.metric_type: one.metric_value for one in read_json(tmp_path / "z.json")[1]}
-    model, processor = load_model(model_folder)
+    loaded = load_model(model_folder)
+    model, processor = loaded.model, loaded.processor
     classes = []
     for name in WORDS[5:8]:
         prompts = [f"a photo of a {name}", f"my {name}"]
@@ -266,7 +270,8 @@ def test_scores_that_are_no_numbers_are_refused():
 
 def test_half_a_model_is_refused(model_folder, tmp_path):
     """A classifier has no text tower, which would be drawn at random."""
-    model, processor = load_model(model_folder)
+    loaded = load_model(model_folder)
+    model, processor = loaded.model, loaded.processor
     classifier = PyramidCLIPForImageClassification(model.config)
     classifier.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)

@@ -12,11 +12,11 @@ from PIL import Image
 from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
 from pyramidclip_hf.explain import Explanation, RegionExplanation
 from pyramidclip_hf.image_processing_pyramidclip import PyramidCLIPImageProcessor
+from pyramidclip_hf.loading import load_model
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from tests.training.prepare.small_data import FEATURES, make_sample, write_shards
 from training.data.samples import ShardSamples
-from training.evaluation.loading import load_model
 from training.figures import attribution_of, localisation, main, tsne_points
 
 ATTRIBUTION = "Drawn by somebody. License: CC BY-SA 4.0"
@@ -151,7 +151,8 @@ def test_check_measures_heat_in_the_boxes(model_folder, shards, monkeypatch, cap
 
     monkeypatch.setattr("training.figures.explain_image", left_half)
     monkeypatch.setattr("training.figures.explain_regions", second_region)
-    model, processor = load_model(model_folder)
+    loaded = load_model(model_folder)
+    model, processor = loaded.model, loaded.processor
     samples = ShardSamples(shards)
     found = localisation(model, processor, samples, "a {phrase} or {label}")
     regions = [region for number in range(9) for region in make_sample(number).regions or []]
@@ -220,7 +221,8 @@ def test_heat_of_a_trained_model_lies_on_the_named_object(tower, scenes, tmp_pat
     words += ["--global-batch-size", "64", "--learning-rate", "2e-3", "--warmup-fraction", "0.05"]
     words += ["--dataloader-workers", "0"]
     assert pretrain.run(parse_settings(PretrainingArguments, words)).finished
-    model, processor = load_model(str(tmp_path / "run/final"))
+    loaded = load_model(str(tmp_path / "run/final"))
+    model, processor = loaded.model, loaded.processor
     found = localisation(model, processor, ShardSamples(str(scenes / "validation")))
     mass, area = np.array(found.mass), np.array(found.area)
     print(f"{tower}: mass {mass.mean():.3f}, area {area.mean():.3f}, more in {(mass > area).mean():.3f}")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from pyramidclip_hf.loading import load_model
 from tests.training.labelled_files import write_pictures
 from tests.training.processes import run_in_processes
 from tests.training.runs import MODEL_CONFIG
-from training.evaluation.loading import load_model
 from training.linear_probe import LinearProbeArguments, c_of, fit, main, probe, sweep
 from training.loop.initial_model import named_model
 from training.transfer import features as kept
@@ -84,7 +84,8 @@ def test_the_sweep_finds_the_peak_of_the_whole_grid():
 
 
 def test_features_are_those_of_the_tower_and_of_the_embedding(args):
-    model, processor = load_model(args.model)
+    loaded = load_model(args.model)
+    model, processor = loaded.model, loaded.processor
     data = open_parts(args)["test"].data
     for kind, width in (("backbone", 16), ("projected", 8)):
         found = picture_features(model.train(), processor, data, kind, batch_size=5)
@@ -131,7 +132,8 @@ def test_two_processes_give_what_one_gives(args, tmp_path):
 
 
 def test_kept_features_are_used_again_and_never_for_anything_else(args, tmp_path, monkeypatch):
-    model, processor = load_model(args.model)
+    loaded = load_model(args.model)
+    model, processor = loaded.model, loaded.processor
     computed = []
     original = kept.picture_features
     monkeypatch.setattr(kept, "picture_features", lambda *arguments: computed.append(1) or original(*arguments))
@@ -165,7 +167,8 @@ def test_kept_features_are_used_again_and_never_for_anything_else(args, tmp_path
 
 
 def test_a_damaged_cache_is_computed_again(args, tmp_path, capsys):
-    model, processor = load_model(args.model)
+    loaded = load_model(args.model)
+    model, processor = loaded.model, loaded.processor
     part = open_parts(args)["test"]
     first = cached_features(model, processor, part, args)
     (path,) = (tmp_path / "cache").iterdir()

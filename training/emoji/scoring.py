@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from pyramidclip_hf.files import write_atomically
+from pyramidclip_hf.loading import load_model
 from training.data.labelled import labelled_shards
 from training.data.samples import ShardSamples
 from training.emoji.scenes import Recipe, build
 from training.evaluation.classification import classification_metrics, zero_shot_scores
 from training.evaluation.embedding import embed_levels
-from training.evaluation.loading import load_model
 from training.evaluation.retrieval import level_metrics
 
 # How many scenes there are where nothing else is asked for.
@@ -53,7 +53,8 @@ def score_model(folder: Path, scenes: Path) -> tuple[Scores, dict[str, np.ndarra
         The scores, and what is behind them: "caption_scores" (Q, I), cosines of captions and pictures, and
         "object_scores" (N, C), cosines of pictures and classes, float32.
     """
-    model, processor = load_model(str(folder))
+    loaded = load_model(str(folder))
+    model, processor = loaded.model, loaded.processor
     samples = ShardSamples(str(scenes / "validation"))
     found = embed_levels(model, processor, samples, ["global", "caption", "summary"])
     retrieval = level_metrics(found.embeds, ["global_caption", "global_summary"], found.present, found.owners)

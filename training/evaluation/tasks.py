@@ -95,8 +95,6 @@ class EvaluationArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected a number of at least 1, got {value}")
-        if self.cpu and self.device not in ("auto", "cpu"):
-            raise ValueError(f"--device {self.device} and --cpu contradict each other")
         if self.task == "zero-shot":
             read_templates(self.templates)
         known: dict[str, Collection[str]] = {"zero-shot": TABLE_7, "retrieval": CAPTION_SETS}
