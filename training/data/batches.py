@@ -6,22 +6,31 @@ positions asked for, so it is the same bytes whichever process makes it.
 
 import collections
 import threading
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
+from pyramidclip_command import Failure
 from pyramidclip_hf.configuration_pyramidclip import LEVELS, levels_of_kind
-from training.data.records import IMAGE_SUFFIXES, BadSample, level_text, sample_from_members
+from pyramidclip_hf.tokenization_pyramidclip import PyramidCLIPTokenizer
+from training.data.order import SampleOrder
+from training.data.records import IMAGE_SUFFIXES, BadSample, Fault, Sample, level_text, sample_from_members
 from training.data.remote import ShardCache, is_url
+from training.data.sources import DataSet, UnitReader
 from training.data.views import BadPicture, ViewSettings, make_views
 
 MAX_REPLACEMENTS = 32
 # What is drawn for a sample beside its crops, whose numbers are 0 and 1.
 _CAPTION = 2
 
+# Tensors under the names of the model's arguments, and what is not a tensor: see `BatchMaker.batch`.
+Batch = dict[str, Any]
 
-class DataError(RuntimeError):
+
+class DataError(Failure):
     """The data cannot be trained on as it is; the message says why and what to do."""
 
 
@@ -29,24 +38,23 @@ class DataError(RuntimeError):
 class BatchSettings:
     """What a batch holds.
 
-    levels: those of `LEVELS` that the objective names; nothing else is read or decoded.
-    views: sizes and crops. mean and std: of each channel, pixels are (value / 255 - mean) / std. pooling: "max" pads
-    texts to `max_length`, "eos" to the longest of the batch. max_regions: the most confident regions that are kept.
-    roi_feature_size: F without the box. allow_mixed_regions: region features of another width count as missing, not
-    as an error.
+    levels: those of `LEVELS` that the objective names; nothing else is read or decoded. views: sizes and crops. mean,
+    std: of each channel, pixels are (value / 255 - mean) / std. pooling: "max" pads texts to `max_length`, "eos" to the
+    longest of the batch. max_regions: the most confident regions that are kept. roi_feature_size: F without the box.
+    allow_mixed_regions: region features of another width count as missing, not as an error.
     """
 
-    levels: tuple = tuple(LEVELS)
+    levels: tuple[str, ...] = tuple(LEVELS)
     views: ViewSettings = field(default_factory=ViewSettings)
-    mean: tuple = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple = (0.26862954, 0.26130258, 0.27577711)
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     pooling: str = "max"
     max_length: int = 77
     max_regions: int = 10
     roi_feature_size: int = 2048
     allow_mixed_regions: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         unknown = sorted(set(self.levels) - set(LEVELS))
         if unknown or not self.levels:
             raise ValueError(f"levels {self.levels}: expected some of {', '.join(LEVELS)}, {unknown} are none")
@@ -58,24 +66,37 @@ class BatchSettings:
 
 @dataclass
 class BatchReport:
-    """What making a batch met: `bad` as (key, where, reason, detail), `truncated` {text level: texts cut}, `texts`
-    {text level: texts there}."""
+    """What making a batch met.
 
-    bad: list = field(default_factory=list)
-    truncated: dict = field(default_factory=dict)
-    texts: dict = field(default_factory=dict)
-
-
-class BatchMaker(torch.utils.data.Dataset):
-    """Makes batches from data sets in a given order.
-
-    Args: `data_sets` list of `data_sources.DataSet`, `order` the `SampleOrder` over them, `settings`, `tokenizer` a
-    `PyramidCLIPTokenizer` (None where no text level is wanted), `cache` for remote shards.
-
-    `maker[(epoch, positions)]` gives the batch (see `batch`), so a torch DataLoader can use it as a map-style dataset.
+    bad: samples that were replaced. truncated: text level -> texts that were cut. texts: text level -> texts there.
     """
 
-    def __init__(self, data_sets, order, settings, tokenizer, cache=None):
+    bad: list[Fault] = field(default_factory=list)
+    truncated: dict[str, int] = field(default_factory=dict)
+    texts: dict[str, int] = field(default_factory=dict)
+
+
+class BatchMaker(torch.utils.data.Dataset[Batch]):
+    """Makes batches from data sets in a given order.
+
+    `maker[(epoch, positions)]` gives the batch (see `batch`), so a torch DataLoader can use it as a map-style dataset.
+
+    Args:
+        data_sets: where samples are read.
+        order: over them.
+        settings: what a batch holds.
+        tokenizer: of the text levels.
+        cache: for remote shards.
+    """
+
+    def __init__(
+        self,
+        data_sets: Sequence[DataSet],
+        order: SampleOrder,
+        settings: BatchSettings,
+        tokenizer: PyramidCLIPTokenizer,
+        cache: ShardCache | None = None,
+    ):
         self.data_sets, self.order, self.settings = data_sets, order, settings
         self.tokenizer, self.cache = tokenizer, cache or ShardCache()
         self._suffixes = {"json", "txt"}
@@ -86,34 +107,38 @@ class BatchMaker(torch.utils.data.Dataset):
             self._suffixes.add("roi.npy")
         # Twice a window: positions near a boundary go back and forth between two windows.
         self._most_readers = 2 * order.window_shards + 2
-        self._readers = collections.OrderedDict()
-        self._window, self._fetching = None, None
+        self._readers: collections.OrderedDict[tuple[int, int], UnitReader] = collections.OrderedDict()
+        self._window: tuple[int, int] | None = None
+        self._fetching: threading.Thread | None = None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.order.total
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state.update(_readers=collections.OrderedDict(), _window=None, _fetching=None)
         return state
 
-    def __getitem__(self, epoch_and_positions):
+    def __getitem__(self, epoch_and_positions: tuple[int, Iterable[int]]) -> Batch:
         return self.batch(*epoch_and_positions)
 
-    def batch(self, epoch, positions):
-        """The batch of the samples at `positions` of an epoch: the keys of design section 3 that `levels` name,
-        `sample_keys` (list of str) and `report` (`BatchReport`).
+    def batch(self, epoch: int, positions: Iterable[int]) -> Batch:
+        """The batch of the samples at B positions of an epoch.
 
-        pixel_values, local_pixel_values (B, 3, height, width) float32; input_ids, summary_input_ids, tag_input_ids
-        (B, L) int64; has_summary, has_tags (B,) bool; roi_features (B, K, F + 4) float32 and roi_mask (B, K) bool, K
-        the longest of the batch, at least 1.
+        Returns:
+            Of the levels that are wanted: `pixel_values`, `local_pixel_values` (B, 3, height, width) float32;
+            `input_ids`, `summary_input_ids`, `tag_input_ids` (B, L) int64; `has_summary`, `has_tags` (B,) bool;
+            `roi_features` (B, K, F + 4) float32 and `roi_mask` (B, K) bool, K the longest of the batch, at least 1.
+            Always `sample_keys`, a list of str, and `report`, a `BatchReport`.
 
-        Raises `DataError` where a sample and all that might replace it are bad.
+        Raises:
+            DataError: a sample and all that might replace it are bad.
+            OSError: a shard cannot be read.
         """
         report = BatchReport()
         loaded = [self.load(epoch, position, report) for position in positions]
         samples = [sample for sample, _ in loaded]
-        batch = self._pixels([views for _, views in loaded])
+        batch: Batch = self._pixels([views for _, views in loaded])
         batch.update(self._texts(samples, report))
         if "roi" in self.settings.levels:
             batch["roi_features"], batch["roi_mask"] = self._regions(samples)
@@ -121,19 +146,19 @@ class BatchMaker(torch.utils.data.Dataset):
         batch["report"] = report
         return batch
 
-    def load(self, epoch, position, report):
-        """(sample, views) at a position, or of what replaces it; bad ones go into `report`."""
+    def load(self, epoch: int, position: int, report: BatchReport) -> tuple[Sample, dict[str, torch.Tensor]]:
+        """The sample at a position and its views, or those of what replaces it; bad ones go into `report`."""
         where = self.order.locate(epoch, position)
         for attempt in range(MAX_REPLACEMENTS + 1):
             try:
                 return self._load(epoch, *where)
             except BadSample as bad:
                 report.bad.append(bad.fault)
-                last = bad
             where = self.order.replacement(epoch, position, attempt)
+        last = BadSample(*report.bad[-1])
         raise DataError(f"{last}; the {MAX_REPLACEMENTS} samples drawn in place of it and its like are bad too")
 
-    def _load(self, epoch, dataset, unit, index):
+    def _load(self, epoch: int, dataset: int, unit: int, index: int) -> tuple[Sample, dict[str, torch.Tensor]]:
         reader = self._reader(epoch, dataset, unit)
         key = None
         try:
@@ -147,16 +172,16 @@ class BatchMaker(torch.utils.data.Dataset):
                 rng = np.random.default_rng((self.order.seed, epoch, number, _CAPTION))
                 sample.caption = sample.captions[int(rng.integers(len(sample.captions)))]
             self._check_regions(sample, reader.name)
-            views = {}
-            if self._views:
+            views: dict[str, torch.Tensor] = {}
+            if sample.image is not None and self._views:
                 views = make_views(sample.image, self.settings.views, self.order.seed, epoch, number, self._views)
             return sample, views
         except BadPicture as bad:
             raise BadSample(key, reader.name, bad.reason, str(bad)) from None
 
-    def _check_regions(self, sample, where):
+    def _check_regions(self, sample: Sample, where: str) -> None:
         """Leaves the most confident regions, in that order, as float32 features."""
-        if sample.roi is None:
+        if sample.roi is None or sample.regions is None:
             return
         width = sample.roi.shape[1]
         if width != self.settings.roi_feature_size:
@@ -173,9 +198,9 @@ class BatchMaker(torch.utils.data.Dataset):
         if not np.isfinite(sample.roi).all():
             raise BadSample(sample.key, where, "roi-not-finite", "region features hold NaN or infinity")
 
-    def _pixels(self, views):
+    def _pixels(self, views: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Stacks the views of each level and normalises them at once, a channel at a time: one pass over the bytes."""
-        batch = {}
+        batch: dict[str, torch.Tensor] = {}
         for level in self._views:
             stacked = torch.stack([view[level] for view in views])
             pixels = torch.empty(stacked.shape, dtype=torch.float32)
@@ -185,8 +210,9 @@ class BatchMaker(torch.utils.data.Dataset):
             batch[LEVELS[level].input] = pixels
         return batch
 
-    def _texts(self, samples, report):
-        batch = {}
+    def _texts(self, samples: Sequence[Sample], report: BatchReport) -> dict[str, torch.Tensor]:
+        """Token ids and masks of the text levels; counts go into `report`."""
+        batch: dict[str, torch.Tensor] = {}
         for level in levels_of_kind("text", self.settings.levels):
             texts = [level_text(sample, level) for sample in samples]
             encoded = self.tokenizer(
@@ -200,25 +226,26 @@ class BatchMaker(torch.utils.data.Dataset):
             )
             batch[LEVELS[level].input] = torch.from_numpy(np.asarray(encoded["input_ids"], np.int64))
             present = [text is not None for text in texts]
-            if LEVELS[level].mask:
-                batch[LEVELS[level].mask] = torch.tensor(present)
+            if (mask := LEVELS[level].mask) is not None:
+                batch[mask] = torch.tensor(present)
             report.truncated[level] = int(np.sum(encoded["truncated"]))
             report.texts[level] = sum(present)
         return batch
 
-    def _regions(self, samples):
+    def _regions(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`roi_features` and `roi_mask`, see `batch`."""
         count = max(1, *(0 if sample.roi is None else len(sample.roi) for sample in samples))
         width = self.settings.roi_feature_size
         features = np.zeros((len(samples), count, width + 4), np.float32)
         mask = np.zeros((len(samples), count), bool)
         for row, sample in enumerate(samples):
-            if sample.roi is not None:
+            if sample.roi is not None and sample.regions is not None:
                 features[row, : len(sample.roi), :width] = sample.roi
                 features[row, : len(sample.roi), width:] = [region.box for region in sample.regions]
                 mask[row, : len(sample.roi)] = True
         return torch.from_numpy(features), torch.from_numpy(mask)
 
-    def _reader(self, epoch, dataset, unit):
+    def _reader(self, epoch: int, dataset: int, unit: int) -> UnitReader:
         """The open reader of a unit; the one used longest ago is closed when too many are open."""
         reader = self._readers.get((dataset, unit))
         if reader is None:
@@ -230,7 +257,7 @@ class BatchMaker(torch.utils.data.Dataset):
         self._readers.move_to_end((dataset, unit))
         return reader
 
-    def _fetch_ahead(self, epoch, dataset, unit):
+    def _fetch_ahead(self, epoch: int, dataset: int, unit: int) -> None:
         """Fetches the remote shards of the window after this one in the background, in one worker of each process."""
         worker = torch.utils.data.get_worker_info()
         if (worker is not None and worker.id) or not is_url(self.data_sets[dataset].units[unit].name):
@@ -242,7 +269,7 @@ class BatchMaker(torch.utils.data.Dataset):
         self._window = (epoch, number)
         names = [self.data_sets[w.dataset].units[s].name for w in windows[number + 1 : number + 2] for s in w.shards]
 
-        def fetch():
+        def fetch() -> None:
             for name in filter(is_url, names):
                 try:
                     self.cache.fetch(name)

@@ -1,4 +1,4 @@
-"""The training data of one process, batch after batch (design sections 6 and 9).
+"""The training data of one process, batch after batch (docs/data.md).
 
     reader = TrainingReader(["data/shards"], processor=processor, global_batch_size=4096, levels=("local", "caption"))
     for batch in reader.batches(epoch=0, position=0):
@@ -14,14 +14,19 @@ import collections
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 
 from pyramidclip_hf.configuration_pyramidclip import levels_of_kind
-from training.data.batches import BatchMaker, BatchSettings, DataError
+from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
+from pyramidclip_hf.tokenization_pyramidclip import PyramidCLIPTokenizer
+from training.data.batches import Batch, BatchMaker, BatchReport, BatchSettings, DataError
 from training.data.order import SampleOrder, batch_positions
+from training.data.records import Fault
 from training.data.remote import ShardCache
-from training.data.sources import open_data_set
+from training.data.sources import DataSet, open_data_set
 from training.data.views import ViewSettings
 
 # A few bad samples at the very beginning say nothing about the fraction.
@@ -33,7 +38,7 @@ class WorkerDied(DataError):
     """A loader worker was killed, most often by the kernel for want of memory."""
 
 
-def is_worker_death(error):
+def is_worker_death(error: BaseException) -> bool:
     """Whether a RuntimeError is torch's report of a dead worker, for which it has no type of its own.
 
     It is raised wherever the process happens to be when the worker dies, not only where a batch is waited for.
@@ -41,21 +46,35 @@ def is_worker_death(error):
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
-def worker_died(error, workers):
+def worker_died(error: BaseException, workers: int) -> WorkerDied:
     """The `WorkerDied` that explains torch's report."""
     return WorkerDied(
-        f"a loader worker died ({(str(error) or type(error).__name__).splitlines()[0]}). The kernel kills "
-        f"processes when memory runs out: lower "
-        f"dataloader_workers (now {workers}) or the batch, or enlarge /dev/shm. Continue with --resume latest; no data "
-        "is skipped"
+        f"a loader worker died ({(str(error) or type(error).__name__).splitlines()[0]}). The kernel kills processes "
+        f"when memory runs out: lower dataloader_workers (now {workers}) or the batch, or enlarge /dev/shm. Continue "
+        "with --resume latest; no data is skipped"
     )
 
 
-def settings_for(processor, levels, pooling="max", max_length=77, roi_feature_size=2048, **changes):
-    """`BatchSettings` that agree with a `PyramidCLIPProcessor`: view size, mean and std are its image processor's.
+def settings_for(
+    processor: PyramidCLIPProcessor,
+    levels: Sequence[str],
+    pooling: str = "max",
+    max_length: int = 77,
+    roi_feature_size: int = 2048,
+    **changes: Any,
+) -> BatchSettings:
+    """Settings that agree with a processor: view size, mean and std are its image processor's.
 
-    `changes` are further fields of `BatchSettings`, and `global_area`, `local_area`, `max_image_pixels` of
-    `ViewSettings`.
+    Args:
+        processor: of the model.
+        levels: see `BatchSettings`, also for the next three.
+        pooling: of the text tower.
+        max_length: of texts, in tokens.
+        roi_feature_size: F.
+        **changes: further fields of `BatchSettings`, and all but the size of `ViewSettings`.
+
+    Raises:
+        ValueError: a setting out of its range.
     """
     images = processor.image_processor
     names = ("global_area", "local_area", "aspect", "max_image_pixels")
@@ -73,14 +92,15 @@ def settings_for(processor, levels, pooling="max", max_length=77, roi_feature_si
     )
 
 
-def check_regions(data_sets, settings):
+def check_regions(data_sets: Sequence[DataSet], settings: BatchSettings) -> None:
     """Refuses region features that do not belong together, from what the `dataset.json` files say.
 
-    Raises `ValueError` where two detectors made them, or their width is not the model's, unless mixing is allowed.
+    Raises:
+        ValueError: two detectors made them, or their width is not the model's, and mixing is not allowed.
     """
     if "roi" not in settings.levels or settings.allow_mixed_regions:
         return
-    makers = {}
+    makers: dict[str, str] = {}
     for data in data_sets:
         for described in data.described:
             width = described.get("roi_feature_size")
@@ -100,9 +120,8 @@ def check_regions(data_sets, settings):
         )
 
 
-def fingerprint_of(data_sets):
-    """What must stay the same for a run to continue on the data: names, sizes and keys of all shards, not where they
-    lie."""
+def fingerprint_of(data_sets: Sequence[DataSet]) -> str:
+    """What must stay equal for a run to continue: names, sizes and keys of all shards, not where they lie."""
     identity = [[unit.identity + (unit.samples,) for unit in data.units] for data in data_sets]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
@@ -125,24 +144,25 @@ class BatchReader:
         pin_memory: for GPUs.
         start_method: how workers start ("fork", "spawn", "forkserver"; None: the platform's).
 
-    Raises `ValueError` where the data is smaller than one global batch (with the arithmetic) or the batch cannot be
-    shared equally.
+    Raises:
+        ValueError: the data is smaller than one global batch (with the arithmetic), or the batch cannot be shared
+            equally.
     """
 
     def __init__(
         self,
-        maker,
-        order,
-        global_batch_size,
-        process_index=0,
-        num_processes=1,
-        workers=0,
-        prefetch=2,
-        max_bad_fraction=0.01,
-        overfit_batches=0,
-        bad_log=None,
-        pin_memory=False,
-        start_method=None,
+        maker: torch.utils.data.Dataset[Batch],
+        order: SampleOrder,
+        global_batch_size: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+        workers: int = 0,
+        prefetch: int = 2,
+        max_bad_fraction: float = 0.01,
+        overfit_batches: int = 0,
+        bad_log: str | os.PathLike[str] | None = None,
+        pin_memory: bool = False,
+        start_method: str | None = None,
     ):
         self.maker, self.order, self.samples = maker, order, order.total
         self.batches_per_epoch = order.batches_per_epoch(global_batch_size)
@@ -150,17 +170,24 @@ class BatchReader:
         self.global_batch_size, self.process_index, self.num_processes = global_batch_size, process_index, num_processes
         self.workers, self.prefetch, self.pin_memory, self.start_method = workers, prefetch, pin_memory, start_method
         self.max_bad_fraction, self.overfit_batches, self.bad_log = max_bad_fraction, overfit_batches, bad_log
-        self._counts = collections.Counter()
-        self._named = []
-        self._pipeline, self._next = None, None
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._named: list[Fault] = []
+        self._pipeline: Iterator[Batch] | None = None
+        self._next: tuple[int, int] | None = None
 
-    def batches(self, epoch, position=0):
-        """Yields the batches of this process from global `position` to the end of the epoch; see `BatchMaker.batch`
-        for the keys.
+    def batches(self, epoch: int, position: int = 0) -> Iterator[Batch]:
+        """The batches of this process from global `position` to the end of the epoch.
 
         Only complete global batches come. Asking for what comes next in turn continues the workers at work, anything
-        else starts them anew. Raises `DataError` (too many bad samples), `WorkerDied`, and `ValueError` for a
-        position that is not a multiple of the global batch.
+        else starts them anew.
+
+        Yields:
+            What `BatchMaker.batch` makes, without its `report`.
+
+        Raises:
+            DataError: too many bad samples.
+            WorkerDied: a worker was killed.
+            ValueError: `position` is not a multiple of the global batch.
         """
         if position % self.global_batch_size:
             raise ValueError(f"position {position} is not a multiple of the global batch of {self.global_batch_size}")
@@ -173,7 +200,8 @@ class BatchReader:
             self._account(made.pop("report"), len(made["sample_keys"]), epoch)
             yield made
 
-    def _start(self, epoch, batch):
+    def _start(self, epoch: int, batch: int) -> None:
+        """Starts the workers anew at a global batch."""
         self.close()
         schedule = _Schedule(
             epoch,
@@ -197,9 +225,10 @@ class BatchReader:
         )
         self._pipeline = iter(loader)
 
-    def _take(self):
+    def _take(self) -> Batch:
         try:
-            return next(self._pipeline)
+            # Nothing else may hold on to the pipeline: its workers end when it is let go.
+            return next(cast(Iterator[Batch], self._pipeline))
         except (RuntimeError, ConnectionError, EOFError) as error:
             self.close()
             # A worker that dies while it hands over a batch breaks the connection before torch notices its death.
@@ -210,11 +239,12 @@ class BatchReader:
             self.close()
             raise
 
-    def close(self):
+    def close(self) -> None:
         """Ends the workers."""
         self._pipeline = None
 
-    def _account(self, report, samples, epoch):
+    def _account(self, report: BatchReport, samples: int, epoch: int) -> None:
+        """Counts, and names bad samples; `DataError` where there are too many."""
         counts = self._counts
         counts["samples"] += samples
         for level, number in report.texts.items():
@@ -222,16 +252,13 @@ class BatchReader:
             counts[f"truncated/{level}"] += report.truncated[level]
         if not report.bad:
             return
-        for key, where, reason, detail in report.bad:
+        for fault in report.bad:
             counts["bad"] += 1
-            counts[f"bad/{reason}"] += 1
+            counts[f"bad/{fault.reason}"] += 1
             if len(self._named) < NAMED_BAD_SAMPLES:
-                self._named.append([key, where, reason, detail])
+                self._named.append(fault)
         if self.bad_log:
-            lines = [
-                json.dumps({"key": key, "where": where, "reason": reason, "detail": detail, "epoch": epoch}) + "\n"
-                for key, where, reason, detail in report.bad
-            ]
+            lines = [json.dumps(fault._asdict() | {"epoch": epoch}) + "\n" for fault in report.bad]
             with open(self.bad_log, "a", encoding="utf-8") as file:
                 file.write("".join(lines))
         if counts["bad"] > self.max_bad_fraction * max(counts["samples"], LEAST_SAMPLES):
@@ -244,16 +271,16 @@ class BatchReader:
                 "wrong) or raise max_bad_fraction"
             )
 
-    def state(self):
+    def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the reader: counts and the names of bad samples, as far as batches were taken."""
-        return {"counts": dict(self._counts), "named": list(self._named)}
+        return {"counts": dict(self._counts), "named": list(map(list, self._named))}
 
-    def load_state(self, state):
+    def load_state(self, state: dict[str, Any]) -> None:
         """Continues from `state()`."""
         self._counts = collections.Counter(state.get("counts", {}))
-        self._named = [list(entry) for entry in state.get("named", [])]
+        self._named = [Fault(*entry) for entry in state.get("named", [])]
 
-    def metrics(self):
+    def metrics(self) -> dict[str, float]:
         """This process's shares so far: bad samples, and texts of each level that were cut at the end."""
         counts = self._counts
         metrics = {"data/bad_fraction": counts["bad"] / max(counts["samples"] + counts["bad"], 1)}
@@ -262,7 +289,7 @@ class BatchReader:
                 metrics[f"data/truncated_{level}"] = counts[f"truncated/{level}"] / counts[f"texts/{level}"]
         return metrics
 
-    def report(self):
+    def report(self) -> list[str]:
         """Lines for the end of a run: bad samples by reason over all processes, and the first of them by name.
 
         With several processes all of them have to call it.
@@ -278,12 +305,13 @@ class BatchReader:
             )
         return lines
 
-    def _over_processes(self):
+    def _over_processes(self) -> tuple[collections.Counter[str], list[Fault]]:
+        """Counts and named samples of all processes."""
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return self._counts, self._named
-        gathered = [None] * torch.distributed.get_world_size()
+        gathered: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, (dict(self._counts), self._named))
-        counts = collections.Counter()
+        counts: collections.Counter[str] = collections.Counter()
         for one, _ in gathered:
             counts.update(one)
         return counts, [entry for _, names in gathered for entry in names]
@@ -293,31 +321,39 @@ class TrainingReader(BatchReader):
     """Batches of one process for pre-training.
 
     Args:
-        data: list of data sets, each a string as `training.data.sources` explains.
-        settings: `BatchSettings`, see `settings_for`.
-        tokenizer: `PyramidCLIPTokenizer`.
-        seed, window_shards: see `training.data.order`.
-        cache: `ShardCache` for remote shards.
-        global_batch_size, process_index, num_processes, options: see `BatchReader`.
+        data: data sets, each a string as `training.data.sources` explains.
+        settings: see `settings_for`.
+        tokenizer: of the text levels.
+        global_batch_size: see `BatchReader`, also for the next two.
+        process_index: from 0.
+        num_processes: how many there are.
+        seed: see `training.data.order`, also for the next.
+        window_shards: how many are shuffled together.
+        cache: for remote shards.
+        **options: see `BatchReader`.
 
-    Attributes: `samples` in the data, `fingerprint`, `description` (for a model card).
+    Attributes:
+        samples: how many the data has.
+        fingerprint: see `fingerprint_of`.
 
-    Raises `ValueError` where the data is smaller than one global batch (with the arithmetic), the batch cannot be
-    shared equally, or regions of two detectors are mixed; `FileNotFoundError` where there is no data.
+    Raises:
+        ValueError: the data is smaller than one global batch (with the arithmetic), the batch cannot be shared equally,
+            or regions of two detectors are mixed.
+        FileNotFoundError: there is no data.
     """
 
     def __init__(
         self,
-        data,
-        settings,
-        tokenizer,
-        global_batch_size,
-        process_index=0,
-        num_processes=1,
-        seed=0,
-        window_shards=8,
-        cache=None,
-        **options,
+        data: Sequence[str],
+        settings: BatchSettings,
+        tokenizer: PyramidCLIPTokenizer,
+        global_batch_size: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+        seed: int = 0,
+        window_shards: int = 8,
+        cache: ShardCache | None = None,
+        **options: Any,
     ):
         if not data:
             raise ValueError("no training data named: expected at least one folder, shard list or manifest")
@@ -331,7 +367,7 @@ class TrainingReader(BatchReader):
         self.fingerprint = fingerprint_of(self.data_sets)
 
     @property
-    def description(self):
+    def description(self) -> list[dict[str, Any]]:
         """What the data is: per data set its name, numbers and what its `dataset.json` says of makers and licences."""
         told = ("made_by", "attribution", "license")
         return [
@@ -345,27 +381,28 @@ class TrainingReader(BatchReader):
         ]
 
 
-def _reasons(counts):
+def _reasons(counts: collections.Counter[str]) -> str:
     found = sorted(((n, name[4:]) for name, n in counts.items() if name.startswith("bad/")), reverse=True)
     return ", ".join(f"{n} {reason}" for n, reason in found)
 
 
-def _first(named):
+def _first(named: Sequence[Fault]) -> str:
     key, where, reason, detail = named[0]
     return f"{where}: {key}: {reason} ({detail})"
 
 
-def _as_it_is(batch):
+def _as_it_is(batch: Any) -> Any:
+    """In place of collating: with `batch_size=None`, torch hands over what the maker made."""
     return batch
 
 
 class _Schedule:
     """What the workers make, without end: (epoch, positions) of the global batches in turn."""
 
-    def __init__(self, epoch, batch, batches, overfit, share):
+    def __init__(self, epoch: int, batch: int, batches: int, overfit: bool, share: tuple[int, int, int]):
         self.epoch, self.batch, self.batches, self.overfit, self.share = epoch, batch, batches, overfit, share
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[int, range]]:
         size, index, processes = self.share
         epoch, batch = self.epoch, self.batch
         while True:

@@ -1,4 +1,4 @@
-"""In which order samples are seen: a pure function of (seed, epoch, position), design section 6.
+"""In which order samples are seen: a pure function of (seed, epoch, position), docs/data.md.
 
 Datasets are visited one after another, in an order drawn anew each epoch (paper, appendix A.1); within a dataset the
 shards are permuted; the samples of each run of W consecutive shards (a window) are permuted among themselves.
@@ -10,7 +10,9 @@ it sees the same batches.
 import bisect
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,19 +27,30 @@ class Window:
     start: int
     size: int
     dataset: int
-    shards: tuple
+    shards: tuple[int, ...]
+
+
+class Place(NamedTuple):
+    """Where a sample lies: the numbers of its data set, of the shard in it, and of the sample in that."""
+
+    dataset: int
+    shard: int
+    sample: int
 
 
 class SampleOrder:
     """Where each position of each epoch points.
 
-    Args: `shard_sizes` number of samples of every shard, a list per dataset; `seed`; `window_shards` W, how many
-    shards are shuffled together (more mixes better and keeps more shards open).
+    Args:
+        shard_sizes: number of samples of every shard, a list for each data set.
+        seed: of all that is drawn.
+        window_shards: W, how many shards are shuffled together (more mixes better and keeps more shards open).
 
-    Raises `ValueError` where there are no samples or W is below 1.
+    Raises:
+        ValueError: there are no samples, or W is below 1.
     """
 
-    def __init__(self, shard_sizes, seed, window_shards=8):
+    def __init__(self, shard_sizes: Sequence[Sequence[int] | np.ndarray], seed: int, window_shards: int = 8):
         if window_shards < 1:
             raise ValueError(f"window_shards is {window_shards}, expected at least 1 shard")
         self.shard_sizes = [np.asarray(sizes, np.int64).reshape(-1) for sizes in shard_sizes]
@@ -51,17 +64,21 @@ class SampleOrder:
         self._windows = functools.lru_cache(maxsize=2)(self._draw_windows)
         self._permutation = functools.lru_cache(maxsize=3)(self._draw_permutation)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.total
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {"shard_sizes": self.shard_sizes, "seed": self.seed, "window_shards": self.window_shards}
 
-    def __setstate__(self, state):
-        self.__init__(**state)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        SampleOrder.__init__(self, **state)
 
-    def batches_per_epoch(self, global_batch_size):
-        """Number of complete global batches; `ValueError` with the arithmetic where there is not one."""
+    def batches_per_epoch(self, global_batch_size: int) -> int:
+        """Number of complete global batches.
+
+        Raises:
+            ValueError: there is not one; with the arithmetic.
+        """
         batches = self.total // global_batch_size
         if batches == 0:
             raise ValueError(
@@ -70,13 +87,13 @@ class SampleOrder:
             )
         return batches
 
-    def locate(self, epoch, position):
-        """(dataset, shard, sample in it) of a position, 0 <= position < total."""
+    def locate(self, epoch: int, position: int) -> Place:
+        """The sample at a position, 0 <= position < total; IndexError elsewhere."""
         window, number, at = self._window_at(epoch, position)
         return self._in_window(window, int(self._permutation(epoch, number)[at]))
 
-    def replacement(self, epoch, position, attempt):
-        """(dataset, shard, sample) to use where the sample of `position` is bad; `attempt` counts from 0.
+    def replacement(self, epoch: int, position: int, attempt: int) -> Place:
+        """The sample to use where that of `position` is bad; `attempt` counts from 0.
 
         A pure function as well. It stays in the window, whose shards are at hand.
         """
@@ -84,31 +101,34 @@ class SampleOrder:
         rng = np.random.default_rng((self.seed, _REPLACEMENT, epoch, position, attempt))
         return self._in_window(window, int(rng.integers(window.size)))
 
-    def sample_id(self, dataset, shard, sample):
+    def sample_id(self, dataset: int, shard: int, sample: int) -> int:
         """The number of a sample in the unshuffled data: what augmentation is keyed on."""
         return int(self._firsts[dataset][shard]) + sample
 
-    def windows(self, epoch):
+    def windows(self, epoch: int) -> list[Window]:
         """The windows of an epoch in the order in which they are visited."""
         return self._windows(epoch)[0]
 
-    def _window_at(self, epoch, position):
+    def _window_at(self, epoch: int, position: int) -> tuple[Window, int, int]:
+        """The window that holds a position, its number in the epoch, and the place in it."""
         if not 0 <= position < self.total:
             raise IndexError(f"position {position} of an epoch of {self.total} samples")
         windows, starts = self._windows(epoch)
         number = bisect.bisect_right(starts, position) - 1
         return windows[number], number, position - windows[number].start
 
-    def _in_window(self, window, index):
+    def _in_window(self, window: Window, index: int) -> Place:
         sizes = self.shard_sizes[window.dataset]
         for shard in window.shards:
             if index < sizes[shard]:
-                return window.dataset, shard, index
+                return Place(window.dataset, shard, index)
             index -= int(sizes[shard])
         raise IndexError(f"index beyond the window of {window.size} samples")
 
-    def _draw_windows(self, epoch):
-        windows, start = [], 0
+    def _draw_windows(self, epoch: int) -> tuple[list[Window], list[int]]:
+        """The windows of an epoch, and where each starts."""
+        windows: list[Window] = []
+        start = 0
         for dataset in np.random.default_rng((self.seed, _DATASETS, epoch)).permutation(len(self.shard_sizes)).tolist():
             sizes = self.shard_sizes[dataset]
             full = np.flatnonzero(sizes)
@@ -120,17 +140,17 @@ class SampleOrder:
                 start += size
         return windows, [window.start for window in windows]
 
-    def _draw_permutation(self, epoch, number):
+    def _draw_permutation(self, epoch: int, number: int) -> np.ndarray:
         size = self._windows(epoch)[0][number].size
         rng = np.random.default_rng((self.seed, _WINDOW, epoch, number))
         return rng.permutation(np.arange(size, dtype=np.int32 if size < 2**31 else np.int64))
 
 
-def batch_positions(batch, global_batch_size, process_index, num_processes):
-    """The positions of global batch number `batch` that belong to one process: those equal to its index modulo their
-    number.
+def batch_positions(batch: int, global_batch_size: int, process_index: int, num_processes: int) -> range:
+    """The positions of global batch number `batch` that belong to a process: those equal to its index modulo all.
 
-    Raises `ValueError` where the global batch cannot be shared equally.
+    Raises:
+        ValueError: the global batch cannot be shared equally.
     """
     if global_batch_size % num_processes:
         raise ValueError(f"global batch of {global_batch_size} over {num_processes} processes: expected a multiple")

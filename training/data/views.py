@@ -1,4 +1,4 @@
-"""The two views of a picture: a global and a local crop, independent of each other, from one decode (design section 5).
+"""The two views of a picture: a global and a local crop, independent of each other, from one decode (docs/data.md).
 
 Global 0.9 to 1.0 and local 0.5 to 1.0 of the area, aspect 3/4 to 4/3, no flip (captions name sides, boxes have
 coordinates). The crops are a pure function of (seed, epoch, sample). What a picture is (EXIF rotation, palettes,
@@ -10,6 +10,7 @@ Decoding dominates the time, so a JPEG is decoded at 1/2, 1/4 or 1/8 of its size
 
 import math
 import struct
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from pyramidclip_hf.image_processing_pyramidclip import PICTURE_FORMATS, open_undecoded, upright_rgb
+from training.data.records import Box
 
 REDUCED_MARGIN = 1.25
 # Before the bicubic filter, larger pictures are averaged by whole factors down to this many pixels for each pixel of
@@ -41,24 +43,27 @@ DECODING_ERRORS = (
 class BadPicture(ValueError):
     """A picture that cannot be used; `reason` is `no-picture-format`, `picture-too-large` or `bad-picture`."""
 
-    def __init__(self, reason, detail):
+    def __init__(self, reason: str, detail: str):
         super().__init__(detail)
         self.reason = reason
 
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """What the views look like: `height` and `width` in pixels, shares of the area (paper), aspect ratios, the pixel
-    limit."""
+    """What the views look like.
+
+    height, width: in pixels. global_area, local_area: least and largest share of the picture's area (paper). aspect:
+    least and largest width over height of a crop. max_image_pixels: larger pictures are refused; None: PIL's limit.
+    """
 
     height: int = 224
     width: int = 224
-    global_area: tuple = (0.9, 1.0)
-    local_area: tuple = (0.5, 1.0)
-    aspect: tuple = (3 / 4, 4 / 3)
+    global_area: Sequence[float] = (0.9, 1.0)
+    local_area: Sequence[float] = (0.5, 1.0)
+    aspect: Sequence[float] = (3 / 4, 4 / 3)
     max_image_pixels: int | None = 100_000_000
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("global_area", "local_area"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
@@ -71,14 +76,23 @@ class ViewSettings:
             raise ValueError(f"views of {self.height} x {self.width} pixels, expected positive sizes")
 
 
-def crop_box(width, height, area, aspect, rng):
-    """One random crop (x1, y1, x2, y2) of a `width` x `height` picture, floats in pixels; `rng` is a NumPy generator.
+def crop_box(
+    width: float, height: float, area: Sequence[float], aspect: Sequence[float], rng: np.random.Generator
+) -> Box:
+    """One random crop of a `width` x `height` picture: x1, y1, x2, y2, floats in pixels.
 
     The share of the area is uniform; the aspect ratio is log-uniform among those of `aspect` with which that share
     fits into the picture (what drawing again until it fits would give). A picture too long for any of them gives the
     largest crop of the nearest aspect ratio.
+
+    Args:
+        width: of the picture in pixels.
+        height: of the picture in pixels.
+        area: least and largest share.
+        aspect: least and largest width over height.
+        rng: four numbers are drawn from it.
     """
-    share = rng.uniform(*area)
+    share = rng.uniform(area[0], area[1])
     low, high = max(aspect[0], share * width / height), min(aspect[1], width / height / share)
     where = rng.uniform(size=3)
     if low <= high:
@@ -92,7 +106,7 @@ def crop_box(width, height, area, aspect, rng):
     return x, y, min(x + crop_width, width), min(y + crop_height, height)
 
 
-def view_boxes(width, height, settings, seed, epoch, sample):
+def view_boxes(width: int, height: int, settings: ViewSettings, seed: int, epoch: int, sample: int) -> dict[str, Box]:
     """The boxes of both views {"global", "local"} of one sample in one epoch, in pixels of the upright picture."""
     boxes = {}
     for number, (level, area) in enumerate((("global", settings.global_area), ("local", settings.local_area))):
@@ -102,10 +116,11 @@ def view_boxes(width, height, settings, seed, epoch, sample):
     return boxes
 
 
-def open_picture(data, max_image_pixels=None):
-    """Opens encoded bytes without decoding them and returns the PIL picture.
+def open_picture(data: bytes, max_image_pixels: int | None = None) -> Image.Image:
+    """Opens encoded bytes without decoding them.
 
-    Raises `BadPicture` where the bytes are no picture or it has more than `max_image_pixels` pixels.
+    Raises:
+        BadPicture: the bytes are no picture, or it has more than `max_image_pixels` pixels.
     """
     try:
         return open_undecoded(data, max_image_pixels)
@@ -122,7 +137,7 @@ def open_picture(data, max_image_pixels=None):
         raise BadPicture("picture-too-large", str(error)) from None
 
 
-def upright_size(picture):
+def upright_size(picture: Image.Image) -> tuple[int, int]:
     """Width and height of an opened picture after its EXIF rotation, in pixels."""
     try:
         turned = picture.getexif().get(ORIENTATION) in (5, 6, 7, 8)
@@ -131,11 +146,30 @@ def upright_size(picture):
     return picture.size[::-1] if turned else picture.size
 
 
-def make_views(data, settings, seed, epoch, sample, levels=("global", "local")):
-    """Decodes a picture once and returns {level: uint8 tensor (3, height, width)} for the wanted `levels`.
+def make_views(
+    data: bytes,
+    settings: ViewSettings,
+    seed: int,
+    epoch: int,
+    sample: int,
+    levels: Collection[str] = ("global", "local"),
+) -> dict[str, torch.Tensor]:
+    """Decodes a picture once and cuts the wanted views.
 
-    Args: `data` the encoded bytes; `seed`, `epoch`, `sample` (non-negative integers) decide the crops, which are
-    rounded to whole pixels of the decoded picture. Raises `BadPicture`.
+    Args:
+        data: the encoded bytes.
+        settings: of the views.
+        seed: with `epoch` and `sample`, all three not negative, decides the crops, which are rounded to whole pixels of
+            the decoded picture.
+        epoch: see `seed`.
+        sample: see `seed`.
+        levels: the wanted views.
+
+    Returns:
+        Level -> uint8 (3, height, width).
+
+    Raises:
+        BadPicture: the picture cannot be used.
     """
     picture = open_picture(data, settings.max_image_pixels)
     try:
@@ -145,13 +179,24 @@ def make_views(data, settings, seed, epoch, sample, levels=("global", "local")):
     pixels = torch.from_numpy(decoded).permute(2, 0, 1)[None]
     views = {}
     for level, box in boxes.items():
-        views[level] = cut_view(pixels, [side / scale for side in box], settings.height, settings.width)
+        x1, y1, x2, y2 = box
+        scaled = (x1 / scale, y1 / scale, x2 / scale, y2 / scale)
+        views[level] = cut_view(pixels, scaled, settings.height, settings.width)
     return views
 
 
-def cut_view(pixels, box, height, width):
-    """The box (x1, y1, x2, y2; floats in pixels, rounded) of `pixels`, uint8 (1, 3, H, W), resized to uint8 (3,
-    `height`, `width`)."""
+def cut_view(pixels: torch.Tensor, box: Box, height: int, width: int) -> torch.Tensor:
+    """A box of a picture, resized.
+
+    Args:
+        pixels: uint8 (1, 3, H, W).
+        box: x1, y1, x2, y2, in pixels of it, rounded here.
+        height: of the result.
+        width: of the result.
+
+    Returns:
+        uint8 (3, height, width).
+    """
     x1, y1, x2, y2 = box
     left, right = _whole(x1, x2, pixels.shape[3])
     top, bottom = _whole(y1, y2, pixels.shape[2])
@@ -160,9 +205,10 @@ def cut_view(pixels, box, height, width):
     return torch.nn.functional.interpolate(crop, (height, width), mode="bicubic", antialias=True)[0]
 
 
-def _decode(picture, settings, seed, epoch, sample, levels):
-    """The upright picture as an array, the boxes of the levels in its original pixels, how many of those make one
-    now."""
+def _decode(
+    picture: Image.Image, settings: ViewSettings, seed: int, epoch: int, sample: int, levels: Collection[str]
+) -> tuple[np.ndarray, dict[str, Box], int]:
+    """The upright picture (H, W, 3), the boxes of the levels in its original pixels, how many of those make one now."""
     if picture.format not in _JPEGS:
         # Before anything asks for metadata: reading those of a PNG decodes it and hides its errors.
         picture.load()
@@ -183,6 +229,6 @@ def _decode(picture, settings, seed, epoch, sample, levels):
     return np.array(picture), boxes, scale
 
 
-def _whole(low, high, size):
+def _whole(low: float, high: float, size: int) -> tuple[int, int]:
     low = min(round(low), size - 1)
     return low, max(min(round(high), size), low + 1)

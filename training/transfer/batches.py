@@ -12,6 +12,7 @@ from training.data.batches import BatchReport, DataError
 from training.data.labelled import LabelledPictures
 from training.data.loader import BatchReader
 from training.data.order import SampleOrder
+from training.data.records import Fault
 from training.data.views import crop_box, cut_view
 from training.loop.distributed import rank, world_size
 from training.settings.finetuning import FinetuneArguments
@@ -66,7 +67,7 @@ class LabelledBatches(torch.utils.data.Dataset):
             try:
                 views.append(self.view(epoch, number))
             except ValueError as error:
-                report.bad.append((str(number), self.data.name, "bad-picture", str(error)))
+                report.bad.append(Fault(str(number), self.data.name, "bad-picture", str(error)))
         keys = [str(number) for number in numbers]
         if report.bad:
             return {"sample_keys": keys, "report": report}
