@@ -262,8 +262,7 @@ _STATISTICS = 8 * 8 * 3 + 4 * 4 * 8 + 4 * 4 * 4
 
 
 def describe_regions(picture: Image.Image, boxes: Sequence[tuple[int, int, int, int]]) -> np.ndarray:
-    """Descriptors (K, 2048) float16 of the regions `boxes` (in pixels) of an RGB picture, in the place of a detector's
-    features.
+    """Descriptors (K, 2048) float16 of the regions `boxes` (in pixels) of an RGB picture, as a detector has features.
 
     Each region is scaled to 32 x 32 and gives three statistics of its pixels: an 8 x 8 colour thumbnail, histograms
     of 8 gradient directions in 4 x 4 cells, a 4 x 4 x 4 colour histogram (384 numbers, each group standardised). A

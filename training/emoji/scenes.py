@@ -1,5 +1,4 @@
-"""Builds the embedded data set "emoji scenes": a small pyramid with known truth, made from OpenMoji artwork without
-any download.
+"""Builds "emoji scenes": a small pyramid with known truth, made from OpenMoji artwork without any download.
 
     python -m training.emoji.scenes --output-dir DIR [--seed 0] [--train 16000] [--validation 1000]
 
@@ -133,8 +132,10 @@ def names_of_detector(recipe: Recipe) -> tuple[str, ...]:
 def detect(
     recipe: Recipe, number: int, things: Sequence[words.Thing], boxes: Sequence[PixelBox]
 ) -> tuple[list[words.Thing], list[PixelBox]]:
-    """What the detector says of training scene `number`: the things that it finds, named as it names them, and their
-    boxes. All of them, rightly named, unless the recipe says otherwise."""
+    """What the detector says of training scene `number`: the things that it finds, as it names them, and their boxes.
+
+    All of them, rightly named, unless the recipe says otherwise.
+    """
     rng, known = scene_rng(recipe, "detector", number), names_of_detector(recipe)
     found: list[tuple[words.Thing, PixelBox]] = []
     for thing, box in zip(things, boxes):
@@ -254,8 +255,9 @@ def write_shard(recipe: Recipe, folder: str | Path, split: str, shard: int) -> i
 
 
 def claim_folder(recipe: Recipe, folder: str | Path) -> None:
-    """Writes the recipe into the folder, or checks that the one there is the same. A folder that was drawn before the
-    detector had settings has one without mistakes.
+    """Writes the recipe into the folder, or checks that the one there is the same.
+
+    A folder that was drawn before the detector had settings has one without mistakes.
 
     Raises:
         ValueError: it has another; the settings that differ are named.

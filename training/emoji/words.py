@@ -28,7 +28,16 @@ OBJECTS = tuple(f"{ANIMALS} {FOOD} {THINGS}".split())
 SIZES = {"small": (0.28, 0.34), None: (0.36, 0.42), "big": (0.46, 0.56)}
 
 _PLURALS = {"cherries", "grapes", "scissors"}
-_SHOPS = "PixelMart.com ArtBarn CraftHub.net wallpaperz ClipKing PosterPlanet StickerBox.de GiftHouse".split()
+_SHOPS = (
+    "PixelMart.com",
+    "ArtBarn",
+    "CraftHub.net",
+    "wallpaperz",
+    "ClipKing",
+    "PosterPlanet",
+    "StickerBox.de",
+    "GiftHouse",
+)
 _NOUNS = (
     "sticker",
     "clipart",
@@ -48,8 +57,14 @@ _RESERVED_SHARE = 16
 
 @dataclass
 class Thing:
-    """One object of a scene: `name` of `OBJECTS`, `size` word or None, `tint` word or None; `box` in fractions once
-    it is drawn."""
+    """One object of a scene.
+
+    Attributes:
+        name: of `OBJECTS`.
+        size: "small", "big" or None.
+        tint: of `TINTS`, or None.
+        box: x1, y1, x2, y2 in fractions of the picture, once it is drawn.
+    """
 
     name: str
     size: str | None = None
@@ -62,7 +77,7 @@ class Thing:
         return [word for word in (self.size, self.tint) if word]
 
     def words(self, size: bool = True, tint: bool = True) -> str:
-        """ "a small red fox", leaving out what is not wanted."""
+        """In words, as "a small red fox", leaving out what is not wanted."""
         parts = [word for word, wanted in ((self.size, size), (self.tint, tint), (self.name, True)) if wanted and word]
         if self.name in _PLURALS:
             return " ".join(["some", *parts])
@@ -129,8 +144,10 @@ def tags(things: Sequence[Thing]) -> list[str]:
 
 
 def human_caption(things: Sequence[Thing], scene: str, rng: Random) -> str:
-    """A careful caption, as evaluation sets have them: every object, most attributes, a place or a relation, the
-    background."""
+    """A careful caption, as evaluation sets have them.
+
+    It names every object, most attributes, a place or a relation, and the background.
+    """
     order = rng.sample(things, len(things))
     words = [thing.words(size=rng.random() < 0.7, tint=rng.random() < 0.9) for thing in order]
     style = rng.randrange(4)
@@ -146,8 +163,10 @@ def human_caption(things: Sequence[Thing], scene: str, rng: Random) -> str:
 
 
 def web_caption(things: Sequence[Thing], scene: str, rng: Random) -> str:
-    """A caption as the web writes them: some objects missing, some said twice, hardly an attribute, file names and
-    shop words around."""
+    """A caption as the web writes them.
+
+    Some objects are missing, some said twice, hardly an attribute is there; file names and shop words stand around.
+    """
     kept = [thing for thing in things if rng.random() < 0.55]
     if not kept and rng.random() < 0.75:
         kept = [rng.choice(things)]

@@ -1,5 +1,4 @@
-"""Adds the region level: boxes, names, attributes and features of the ten most confident regions, and the tags made of
-them.
+"""Adds the region level: boxes, names, attributes and features of the ten most confident regions, and their tags.
 
     accelerate launch -m training.prepare.detect --input-dir data/mine --detector vinvl-x152c4
     python -m training.prepare.detect --input-dir data/mine --detector PekingU/rtdetr_r50vd --feature-size 2048
@@ -136,8 +135,7 @@ def run(
 
 
 class Change:
-    """The step on one shard (`training.prepare.steps.work.rewrite_shards`): pictures are decoded by threads, one batch
-    ahead."""
+    """The step on one shard (`steps.rewriting.Change`): pictures are decoded by threads, one batch ahead."""
 
     def __init__(self, provider: Detector, arguments: DetectArguments, top: int):
         self.provider, self.arguments, self.top = provider, arguments, top
@@ -146,6 +144,7 @@ class Change:
     def __call__(
         self, reader: ShardReader, samples: Iterator[Opened], tally: Tally, advance: Advance
     ) -> Iterator[Opened]:
+        """Gives back the samples of a shard with their regions and tags."""
         with ThreadPoolExecutor(self.arguments.decode_threads) as pool:
             batch, pictures = self._next(samples, pool)
             while batch:
@@ -182,8 +181,10 @@ class Change:
                 tally.count(f"feature_size_{roi.shape[1]}")
 
     def _found(self, wanted: Sequence[tuple[Opened, Image.Image]], tally: Tally) -> list[tuple[Opened, Detections]]:
-        """(sample, Detections) pairs. Where a batch is refused each picture is tried alone, so that one costs only
-        itself."""
+        """(sample, Detections) pairs.
+
+        Where a batch is refused each picture is tried alone, so that one costs only itself.
+        """
         if not wanted:
             return []
         try:

@@ -194,8 +194,11 @@ class Importer:
         return best_regions(found, self.arguments.top, tally, path, opened.key, line)
 
     def _size(self, row: int, sample: Sample) -> Size | None:
-        """The size that the boxes are in pixels of. Raises `BadRow` where the picture is another one than was looked
-        at."""
+        """The size that the boxes are in pixels of.
+
+        Raises:
+            BadRow: nobody says it, or the picture is another one than was looked at.
+        """
         recorded, shown = self.rows.size(row), picture_size(sample.image or b"")
         if recorded is None:
             if self.rows.in_pixels and shown is None:

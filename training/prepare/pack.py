@@ -186,8 +186,10 @@ def _find_repeats(stage: Stage, source: PairSource, parts: dict[str, SourcePart]
 
 
 def _hash(key: str | None) -> int:
-    """64 bits of a key; 0 stands for rows without one. Among 100 million keys two agree by accident once in 3,700 data
-    sets."""
+    """64 bits of a key; 0 stands for rows without one.
+
+    Among 100 million keys two agree by accident once in 3,700 data sets.
+    """
     if key is None:
         return 0
     return int.from_bytes(blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little") or 1
@@ -232,8 +234,10 @@ class Packer:
             self._write(part.name, self.source.read(part), self.repeats.get(part.name, {}), tally, advance)
 
     def _pack_stream(self, part: SourcePart, tally: Tally, advance: Advance) -> None:
-        """Shards PART-0000, PART-0001, ...; each has a report of its own, so that a stream continues behind the last
-        finished one."""
+        """Shards PART-0000, PART-0001, ...
+
+        Each has a report of its own, so that a stream continues behind the last finished one.
+        """
         step, number, skip = self.settings.source.samples_per_shard, 0, 0
         repeated = self.repeats.get(part.name, {})
         pieces: list[StageReport] = []

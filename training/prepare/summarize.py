@@ -195,8 +195,7 @@ def _no_progress(number: int) -> None:
 
 
 class FirstClause:
-    """The first clause without junk words (`training.prepare.steps.first_clause`); no model, and it does not claim
-    to be one."""
+    """The first clause without junk words (`steps.first_clause`); no model, and it does not claim to be one."""
 
     made_by: MadeBy = {"maker": NO_MODEL}
 
@@ -207,8 +206,10 @@ class FirstClause:
 
 
 class SummaryCache:
-    """Summaries by content in one SQLite file, which several processes of a machine may share. What is in it survives a
-    kill."""
+    """Summaries by content in one SQLite file, which several processes of a machine may share.
+
+    What is in it survives a kill.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -343,8 +344,7 @@ class ModelSummarizer:
 
 
 class Change:
-    """The step on one shard (`training.prepare.steps.work.rewrite_shards`): all its captions first, then the samples
-    with their summaries."""
+    """The step on one shard (`steps.rewriting.Change`): all its captions first, then the samples with summaries."""
 
     def __init__(self, summarizer: Summarizer):
         self.summarizer = summarizer
@@ -352,6 +352,7 @@ class Change:
     def __call__(
         self, reader: ShardReader, samples: Iterator[Opened], tally: Tally, advance: Advance
     ) -> Iterator[Opened]:
+        """Gives back the samples of a shard with their summaries."""
         captions = captions_of(reader)
         summaries = self.summarizer.summarize(list(dict.fromkeys(captions)), advance)
         advance(len(reader) - len(summaries))
@@ -372,8 +373,10 @@ class Change:
 
 
 def captions_of(reader: ShardReader) -> list[str]:
-    """The captions of a shard in order, without those of samples that cannot be read (they are named when they are
-    copied)."""
+    """The captions of a shard in order.
+
+    Without those of samples that cannot be read, which are named when they are copied.
+    """
     captions = []
     for i, key in enumerate(reader.keys):
         try:

@@ -23,8 +23,10 @@ class LxmertOptions:
 
 
 class LxmertRows(TsvRows):
-    """LXMERT's ten columns: img_id, img_h, img_w, objects_id, objects_conf, attrs_id, attrs_conf, num_boxes, boxes,
-    features. Ids count the lines of bottom-up-attention's name lists from 0."""
+    """Rows of ten columns, whose ids count the lines of bottom-up-attention's name lists from 0.
+
+    They are img_id, img_h, img_w, objects_id, objects_conf, attrs_id, attrs_conf, num_boxes, boxes, features.
+    """
 
     name = "lxmert"
     options = LxmertOptions

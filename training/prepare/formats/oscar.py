@@ -38,8 +38,11 @@ class OscarOptions:
 
 
 class OscarRows(TsvRows):
-    """Features of Oscar and VinVL: key, number, base64 of (n, width + 6) float32 or float16, told by the length; or the
-    caption form: key, JSON of num_boxes and features. The last six columns are the box, as fractions, and its size."""
+    """Rows of key, number, and base64 of (n, width + 6) float32 or float16, told by the length.
+
+    Or the caption form: key, JSON of num_boxes and features. The last six of the width + 6 numbers are the box, as
+    fractions, and its size.
+    """
 
     name = "oscar"
     options = OscarOptions

@@ -29,8 +29,9 @@ class SceneGraphOptions:
 
 
 class SceneGraphRows(TsvRows):
-    """`predictions.tsv`: key, JSON of objects with rect, class, conf, feature and perhaps attributes. The size of a
-    picture is in the `hw.tsv` of the data set it was run on, else in the picture.
+    """Rows of key, and JSON of objects with rect, class, conf, feature and perhaps attributes.
+
+    The size of a picture is in the `hw.tsv` of the data set it was run on, else in the picture.
 
     Raises:
         ValueError: the program was told to leave out what is needed; it says how to have it written.

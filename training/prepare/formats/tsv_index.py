@@ -5,6 +5,7 @@ for every process of a machine.
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -75,7 +76,8 @@ class TsvIndex:
             RowProblem(str(self.path), line, None if key is None else _text(key), *why) for line, key, *why in found
         ]
         self._last: tuple[int, list[bytes]] | None = None
-        self._file = open(self.path, "rb")
+        # Open as long as the index is.
+        self._file = io.BufferedReader(io.FileIO(self.path))
 
     def __len__(self) -> int:
         return self._count

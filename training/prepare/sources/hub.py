@@ -9,8 +9,9 @@ from training.prepare.sources.pairs import RawPair, SourceArguments, SourcePart
 
 
 class HubSource:
-    """A dataset of the Hub, or one that `save_to_disk` wrote. Pictures are taken as the stored bytes, never decoded
-    and encoded again.
+    """A dataset of the Hub, or one that `save_to_disk` wrote.
+
+    Pictures are taken as the stored bytes, never decoded and encoded again.
 
     Raises:
         ImportError: `datasets` is missing; it names the extra.

@@ -412,8 +412,11 @@ class OpenVocabularyDetector:
 
 
 def prompted_name(text: str, names: Sequence[str]) -> str:
-    """The prompted name behind the words that a detector gives back: itself, else the one that shares most words with
-    it (Grounding DINO joins the words it finds likely), else "", which is no name and is refused further on."""
+    """The prompted name behind the words that a detector gives back.
+
+    It is the text itself, else the name that shares most words with it (Grounding DINO joins the words it finds
+    likely), else "", which is no name and is refused further on.
+    """
     if text in names:
         return text
     words = set(text.split())

@@ -45,8 +45,11 @@ _needless_end = re.compile(r"\s+(?:by|from|at|on|in|of|for|with|via|and|or|the|a
 
 
 def first_clause(caption: str, min_words: int = MIN_WORDS) -> str:
-    """The first clause of `caption` that has words left after the junk is gone; at commas it ends only where it has
-    `min_words` before. A caption that is junk throughout is given back as it is, blanks tidied."""
+    """The first clause of a caption that has words left after the junk is gone.
+
+    At commas it ends only where it has `min_words` before. A caption that is junk throughout is given back as it is,
+    blanks tidied.
+    """
     caption = " ".join(caption.split())
     head = caption[:_MAX_LETTERS]
     least = min(2, len(head.split()))

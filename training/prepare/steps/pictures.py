@@ -47,8 +47,10 @@ def decoded(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def picture_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of encoded picture bytes, or None where it cannot be told how an extractor saw it: no picture, or
-    one with an EXIF rotation, which some apply and some do not."""
+    """(width, height) of encoded picture bytes, or None where it cannot be told how an extractor saw it.
+
+    That is no picture, or one with an EXIF rotation, which some apply and some do not.
+    """
     try:
         picture = open_picture(data)
     except BadPicture:

@@ -126,8 +126,10 @@ def best_regions(found: Detections, top: int, tally: Tally, where: object, key: 
 
 
 def confident_attributes(names: Sequence[str], scores: Sequence[float], threshold: float) -> list[str]:
-    """The attribute names of one object whose score reaches `threshold`, the most confident last. The paddings that
-    scene-graph-benchmark writes (score 0, `__no_attribute__`) never count."""
+    """The attribute names of one object whose score reaches `threshold`, the most confident last.
+
+    The paddings that scene-graph-benchmark writes (score 0, `__no_attribute__`) never count.
+    """
     pairs = [
         (float(score), -rank, name)
         for rank, (name, score) in enumerate(zip(names, scores))
@@ -137,8 +139,9 @@ def confident_attributes(names: Sequence[str], scores: Sequence[float], threshol
 
 
 def read_names(path: str | Path) -> list[str]:
-    """One name a line, as bottom-up-attention's lists have them: line number = id from 0, of comma-separated synonyms
-    the first.
+    """One name a line, as bottom-up-attention's lists have them.
+
+    The line number, from 0, is the id; of comma-separated synonyms the first is taken.
 
     Raises:
         ValueError: the file is empty or has a blank line in the middle (the ids behind it would be wrong).

@@ -148,8 +148,7 @@ def _opened(reader: ShardReader, tally: Tally) -> Iterator[Opened]:
 
 
 def _mark_unfinished(stage: Stage) -> None:
-    """Says in `dataset.json` that a step has begun on the shards beside it, so that half-made levels cannot pass for
-    whole ones."""
+    """Says in `dataset.json` that a step has begun, so that half-made levels cannot pass for whole ones."""
     content = read_dataset_json(stage.folder)
     if content is None or stage.name in content.get("unfinished", []):
         return

@@ -1,5 +1,4 @@
-"""How the preparation commands run: shard by shard, on any number of processes, to be stopped and continued at any
-moment.
+"""How the preparation commands run: shard by shard, on any number of processes, stopped and continued at any moment.
 
 A shard is done or not done. Its tar is written aside and renamed (`training.data.shards.ShardWriter`); after that its
 report is, in `FOLDER/reports/STAGE/`, and only the report counts as done. So a run that was killed does the
