@@ -29,6 +29,13 @@ def picture(number=0, size=(32, 24), form="JPEG"):
     return buffer.getvalue()
 
 
+def plain_picture(form, size=(30, 20), **options):
+    """Encoded bytes of a red picture."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, "red").save(buffer, form, **options)
+    return buffer.getvalue()
+
+
 def write_pictures(folder, count, size=(32, 24)):
     """`count` files 0.jpg, 1.jpg, ...; returns their bytes."""
     folder.mkdir(parents=True, exist_ok=True)

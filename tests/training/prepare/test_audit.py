@@ -41,11 +41,6 @@ def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("data") / "scenes", range(30), spoil=changes)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYRAMIDCLIP_CACHE", str(tmp_path / "cache"))
-
-
 def audited(shards, **options):
     sources = [open_data_set(str(shards))]
     tally, repeats = audit(sources, progress=False, **options)

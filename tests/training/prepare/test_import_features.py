@@ -11,15 +11,6 @@ from tests.training.prepare.small_data import counts, picture, problems, read_ta
 from training.data.records import sample_from_members
 from training.data.shards import read_dataset_json
 from training.prepare import import_features
-from training.prepare.formats import BadRow, scene_graph
-from training.prepare.formats.tsv_index import TsvIndex
-from training.prepare.steps.regions import Detections, best_regions, confident_attributes, faults_of, read_names
-from training.prepare.steps.work import Tally
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYRAMIDCLIP_CACHE", str(tmp_path / "cache"))
 
 
 def run(path, *flags, made_by="a detector"):
@@ -429,56 +420,3 @@ def test_a_store_merges_to_what_the_file_merges_to(tmp_path, names):
                 "cpu",
             ],
         )
-
-
-def test_lineidx_is_used_and_a_foreign_one_is_refused(tmp_path):
-    lines = [f"k{i}\t" + "x" * (i * 7) for i in range(20)]
-    path = tmp_path / "t.tsv"
-    path.write_text("\n".join(lines) + "\n")
-    plain = TsvIndex(path)
-    starts = [sum(len(line) + 1 for line in lines[:i]) for i in range(20)]
-    assert [plain.offset(row) for row in range(20)] == starts
-    path.with_suffix(".lineidx").write_text("\n".join(map(str, starts)) + "\n")
-    path.touch()
-    indexed = TsvIndex(path)
-    assert [indexed.offset(row) for row in range(20)] == starts
-    assert [indexed.line(row) for row in range(20)] == list(range(1, 21))
-    for i in (0, 7, 19):
-        assert indexed.find(f"k{i}") == i and indexed.columns(i)[1] == b"x" * (i * 7)
-    assert indexed.find("k20") is None
-    for wrong in (["0", str(starts[1] + 1)], ["0", "99999"], ["3"], ["0", "x"]):
-        path.with_suffix(".lineidx").write_text("\n".join(wrong) + "\n")
-        path.touch()
-        with pytest.raises(ValueError, match="does not belong to"):
-            TsvIndex(path)
-
-
-def test_name_lists(tmp_path):
-    (tmp_path / "n.txt").write_text("yolk\ngoal, goals\nbath room\n")
-    assert read_names(tmp_path / "n.txt") == ["yolk", "goal", "bath room"]
-    (tmp_path / "n.txt").write_text("yolk\n\ngoal\n")
-    with pytest.raises(ValueError, match="line 2"):
-        read_names(tmp_path / "n.txt")
-
-
-def test_equal_scores_keep_their_order_and_tags_do_not_repeat():
-    found = Detections(np.tile([0, 0, 1, 1], (4, 1)), [0.5, 0.7, 0.5, 0.7], ["a", "b", "a", "c"], np.eye(4))
-    levels = best_regions(found, 3, Tally(), "here", "k")
-    assert [r.label for r in levels["regions"]] == ["b", "c", "a"] and levels["tags"] == ["b", "c", "a"]
-    np.testing.assert_array_equal(levels["roi"], np.eye(4)[[1, 3, 0]])
-    levels = best_regions(found, 4, Tally(), "here", "k")
-    assert levels["tags"] == ["b", "c", "a"] and len(levels["regions"]) == 4
-    assert faults_of(Detections([[0, 0, 1, 1]], [1], [" "], [[1.0]])) == {0: ("no-label", "")}
-    with pytest.raises(ValueError, match="expected equal numbers"):
-        Detections([[0, 0, 1, 1]], [1, 2], ["a"], [[1.0]])
-
-
-def test_confident_attributes():
-    assert confident_attributes(["a", "b", "__no_attribute__", "c"], [0.1, 0.5, 0.9, 0.0], 0.0) == ["a", "b"]
-    assert confident_attributes(["a", "b"], [0.09, 0.1], 0.1) == ["b"]
-
-
-def test_size_rows():
-    assert scene_graph._size_of(b"50 100") == (100, 50)
-    with pytest.raises(BadRow, match="bad-size"):
-        scene_graph._size_of(b"[]")

@@ -8,11 +8,11 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from tests.training.prepare.small_data import (
     counts,
     picture,
+    plain_picture,
     problems,
     read_tars,
     run_step,
@@ -21,15 +21,8 @@ from tests.training.prepare.small_data import (
     write_pictures,
     write_tar,
 )
-from training.data.records import BadSample
-from training.data.shards import ShardReader, read_dataset_json
-from training.prepare import pack, sources
-from training.prepare.steps.pictures import picture_suffix
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYRAMIDCLIP_CACHE", str(tmp_path / "cache"))
+from training.data.shards import ShardReader
+from training.prepare import pack
 
 
 def run(output, *flags):
@@ -55,33 +48,6 @@ def test_csv_keeps_every_word_that_spreadsheets_call_missing(tmp_path):
     assert counts(tmp_path / "out", "pack") == {"in": 11, "out": 10, "rejected": 1}
 
 
-@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl", "t.parquet"])
-def test_how_a_table_is_cut_does_not_matter(tmp_path, name):
-    rng = np.random.default_rng(0)
-    words = ["x", "line\nbreak", 'quote "q"', "tab\tand, comma", "\r\n", "é" * 50, "\n\n"]
-    rows = [{"image": f"{i}.jpg", "caption": "c" + "".join(rng.choice(words, 3)), "id": f"k{i}"} for i in range(41)]
-    write_pictures(tmp_path / "in", 41, (8, 8))
-    path = tmp_path / "in" / name
-    if name.endswith("parquet"):
-        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=7)
-    elif name.endswith("jsonl"):
-        path.write_text("\n".join(json.dumps(row) + ("\n" if i % 5 == 0 else "") for i, row in enumerate(rows)))
-    else:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0], delimiter="\t" if name.endswith("tsv") else ",")
-            writer.writeheader()
-            writer.writerows(rows)
-    for step in (1, 5, 7, 40, 1000):
-        out = tmp_path / f"out{step}"
-        run(out, "--input", path, "--samples_per_shard", step, "--key_column", "id")
-        samples = read_tars(out)
-        assert list(samples) == [row["id"] for row in rows]
-        assert [members["txt"].decode() for members in samples.values()] == [row["caption"] for row in rows]
-        sizes = [shard["samples"] for shard in read_dataset_json(out)["shards"].values()]
-        assert sizes == [min(step, 41 - start) for start in range(0, 41, step)]
-
-
 def test_line_numbers_point_into_the_file(tmp_path):
     write_pictures(tmp_path / "in", 2)
     text = 'image,caption\n0.jpg,"a\nb"\n\nmissing.jpg,x\n1.jpg\n1.jpg,ok\n'
@@ -105,12 +71,6 @@ def _png(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
-def _encoded(form, size=(30, 20), **options):
-    buffer = io.BytesIO()
-    Image.new("RGB", size, "red").save(buffer, form, **options)
-    return buffer.getvalue()
-
-
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -118,12 +78,12 @@ def _encoded(form, size=(30, 20), **options):
         (b"words, no picture", "no-picture-format"),
         (picture(1, (400, 300))[:9000], "bad-picture"),
         (picture(1, (60, 40), "PNG")[:-3000], "bad-picture"),
-        (_encoded("WEBP")[:-20], "bad-picture"),
+        (plain_picture("WEBP")[:-20], "bad-picture"),
         (_png(40_000, 40_000), "picture-too-large"),
         (_png(9_000, 9_000), "picture-too-large"),
-        (_encoded("GIF"), "unsupported-format"),
-        (_encoded("BMP"), "unsupported-format"),
-        (_encoded("TIFF"), "unsupported-format"),
+        (plain_picture("GIF"), "unsupported-format"),
+        (plain_picture("BMP"), "unsupported-format"),
+        (plain_picture("TIFF"), "unsupported-format"),
         (b"<!DOCTYPE html><html>", "no-picture-format"),
     ],
 )
@@ -141,18 +101,6 @@ def test_each_bad_picture_is_named_and_the_rest_goes_on(tmp_path, data, reason):
     run(tmp_path / "out", "--input", source, "--max_image_pixels", 80_000_000)
     assert problems(tmp_path / "out", "pack") == [("rejected", "two", reason, None)]
     assert list(read_tars(tmp_path / "out")) == ["one", "three"]
-
-
-def test_suffix_is_that_of_the_content():
-    assert picture_suffix(_encoded("PNG"), 10_000) == "png"
-    assert picture_suffix(_encoded("WEBP"), 10_000) == "webp"
-    assert picture_suffix(_encoded("JPEG", progressive=True), 10_000) == "jpg"
-    with pytest.raises(BadSample, match="picture-too-large.*31 x 20"):
-        picture_suffix(_encoded("JPEG", (31, 20)), 600)
-    cut = _encoded("JPEG", (300, 200))[:-400]
-    assert picture_suffix(cut, 100_000, decode=False) == "jpg"
-    with pytest.raises(BadSample, match="bad-picture"):
-        picture_suffix(cut, 100_000)
 
 
 def test_tars_keep_all_members_and_wrong_names_are_set_right(tmp_path):
@@ -377,9 +325,3 @@ def test_lost_samples_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(pack.Tally, "reject", lambda self, *a, **k: None)
     with pytest.raises(RuntimeError, match="1 in, but 0 out and 0 rejected"):
         run(tmp_path / "out", "--input", table)
-
-
-def test_key_column_of_a_part_is_listed_as_it_is_read(tmp_path):
-    table = write_jsonl(tmp_path / "t.jsonl", [{"image": "a", "caption": "c", "id": i} for i in (5, None, "", "x")])
-    source = sources.open_source(sources.SourceArguments(input=[str(table)], key_column="id", samples_per_shard=3))
-    assert [source.keys(part) for part in source.parts()] == [["5", None, None], ["x"]]

@@ -23,7 +23,6 @@ COMMANDS = {
 @pytest.fixture
 def inputs(tmp_path, monkeypatch):
     """{name: path} of what the flags below name; the working folder is empty but for them."""
-    monkeypatch.setenv("PYRAMIDCLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     write_pictures(tmp_path / "pictures", 3)
     (tmp_path / "empty").mkdir()

@@ -44,11 +44,6 @@ def gpt(tmp_path_factory):
     return make_language_model(tmp_path_factory.mktemp("gpt"), LONG, causal=True)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYRAMIDCLIP_CACHE", str(tmp_path / "cache"))
-
-
 def config(model, **changes):
     return SummaryConfig(**{"model": model, "num_beams": 2, "max_new_tokens": 8, "batch_size": 3, **changes})
 

@@ -1,14 +1,11 @@
-"""How the preparation commands run: killed and continued, on several processes, in parts; and the page that shows the
-result."""
+"""How the preparation commands run: killed and continued, on several processes, in parts."""
 
 import base64
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -25,15 +22,8 @@ from tests.training.prepare.small_data import (
     write_pictures,
     write_tar,
 )
-from training.data.records import Region, Sample
-from training.data.shards import ShardWriter
-from training.prepare import detect, import_features, pack, summarize, view
+from training.prepare import detect, import_features, pack, summarize
 from training.prepare.steps.work import Stage, Tally, Worker
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYRAMIDCLIP_CACHE", str(tmp_path / "cache"))
 
 
 def command(module, *flags, checkout, launch=()):
@@ -212,66 +202,3 @@ def test_a_report_counts_only_with_its_settings(tmp_path):
     assert Stage(tmp_path, "s", {"a": 2}, overwrite=True).report("x") is None
     with pytest.raises(ValueError, match="a: then 2, now 1"):
         Stage(tmp_path, "s", {"a": 1})
-
-
-class Seen(HTMLParser):
-    """Tags with their attributes, and the text, of a page."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.texts = [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-
-def test_the_page_shows_every_level_and_loads_nothing(tmp_path):
-    regions = [
-        Region((0.25, 0.5, 0.75, 1.0), 0.875, "cat", ["very", "small", "striped", "grey"]),
-        Region((0, 0, 1, 1), None, "<i>wall", []),
-    ]
-    with ShardWriter(tmp_path / "0.tar") as writer:
-        writer.write(
-            Sample(
-                "one", picture(0, (1280, 640)), "jpg", "caption <script>", "summary & more", ["striped cat"], regions
-            )
-        )
-        writer.write(Sample("two", picture(1), "jpg", "plain"))
-        writer.write_members("broken", {"jpg": b"no picture", "txt": b"x"})
-        writer.write_members("unfit", {"jpg": picture(1), "json": b"{"})
-    assert 0 == view.main([str(tmp_path / "0.tar"), "--output", str(tmp_path / "page.html"), "--number", "9"])
-    page = Seen((tmp_path / "page.html").read_text(encoding="utf-8"))
-    text = " ".join(page.texts)
-    for expected in (
-        "caption <script>",
-        "summary & more",
-        "striped cat",
-        "1 small striped grey cat",
-        "2 <i>wall",
-        "plain",
-        "0.875",
-        "no score",
-    ):
-        assert expected in text, expected
-    assert "are no JPEG" in text
-    assert "bad-json" in text and text.count("none") >= 2
-    boxes = [a for tag, a in page.tags if tag == "rect" and a["fill"] == "none"]
-    shown = {name: float(boxes[0][name]) for name in ("x", "y", "width", "height")}
-    assert shown == {"x": 160, "y": 160, "width": 320, "height": 160}
-    sources = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href")]
-    assert len(sources) == 2 and all(value.startswith("data:image/jpeg;base64,") for value in sources)
-    assert "script" not in {tag for tag, _ in page.tags}
-    with pytest.raises(ValueError, match="which has 4"):
-        view.page(tmp_path / "0.tar", 1, first=4)
-
-
-def test_labels_do_not_cover_each_other(tmp_path):
-    taken = []
-    places = [view._free_place(10, 10, 100, 640, 480, taken) for _ in range(10)]
-    assert len({top for _, top in places}) == 10
-    assert all(abs(a - b) >= 16 for i, (_, a) in enumerate(places) for _, b in places[:i])
-    assert json.dumps(places) == json.dumps(taken and [(left, top) for left, top, _ in taken])
