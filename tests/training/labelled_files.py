@@ -6,6 +6,8 @@ import numpy as np
 from PIL import Image
 
 COLOURS = {"blue": (40, 60, 220), "green": (40, 200, 60), "dark_red": (160, 20, 30)}
+# Class -> pictures, for most tests.
+COUNTS = dict.fromkeys(COLOURS, 8)
 
 
 def write_pictures(folder, counts, seed=0, size=(20, 18)):

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
-from pyramidclip_hf import PyramidCLIPForImageClassification, PyramidCLIPModel, PyramidCLIPProcessor
-from tests.training.labelled_files import write_pictures
+from pyramidclip_hf import PyramidCLIPForImageClassification, PyramidCLIPProcessor
+from tests.training.labelled_files import COUNTS, write_pictures
 from tests.training.processes import run_in_processes
 from tests.training.runs import MODEL_CONFIG, NO_BATCH_NORM, TIMES, after_step, assert_equal_runs
 from training import finetune
@@ -26,7 +25,6 @@ from training.linear_probe import LinearProbeArguments
 from training.loop import card
 from training.loop import run as loop
 from training.loop.checkpoint import IdentityError, list_checkpoints
-from training.loop.initial_model import named_model
 from training.loop.optim import learning_rate_at
 from training.loop.tracking import read_metrics
 from training.pretrain import EXIT_STOPPED
@@ -34,8 +32,6 @@ from training.settings.finetuning import FinetuneArguments
 from training.transfer.batches import LabelledBatches
 from training.transfer.classifier import classify
 from training.transfer.parts import open_parts
-
-COUNTS = {"blue": 8, "green": 8, "dark_red": 8}
 
 
 @pytest.fixture(scope="module")
@@ -127,16 +123,6 @@ def test_the_first_stage_moves_the_head_alone_and_the_second_everything(tmp_path
     assert any("running_mean" in name for name in start)
 
 
-def test_the_encoder_starts_from_saved_weights(tmp_path, data):
-    model, processor = named_model("ViT-B-32", MODEL_CONFIG, seed=7)
-    model.save_pretrained(tmp_path), processor.save_pretrained(tmp_path)
-    args = settings(tmp_path / "run", data, model=str(tmp_path), model_config=None)
-    classifier, _ = finetune.initial_classifier(args, ["a", "b"])
-    expected = PyramidCLIPModel.from_pretrained(tmp_path).vision_model.state_dict()
-    assert all(torch.equal(expected[name], value) for name, value in classifier.vision_model.state_dict().items())
-    assert classifier.classifier.weight.shape == (2, 16)
-
-
 def test_the_logged_loss_is_the_cross_entropy_of_the_samples(tmp_path, data):
     args = settings(tmp_path, data, epochs=1, head_epochs=0, learning_rate=0.0, label_smoothing=0.1, log_every_steps=1)
     finetune.run(args)
@@ -152,32 +138,6 @@ def test_the_logged_loss_is_the_cross_entropy_of_the_samples(tmp_path, data):
         losses.append(-(0.9 * right + 0.1 * logs.mean(axis=1)).mean())
     logged = [line["loss/total"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss/total" in line]
     assert logged == pytest.approx(losses, rel=1e-5)
-
-
-def test_views_depend_on_seed_epoch_and_picture_alone(data):
-    pictures, order = labelled_folder(data["train"]), SampleOrder([[24]], 3, 1)
-    processor = named_model("ViT-B-32", MODEL_CONFIG, 0)[1]
-
-    def maker(area=(0.3, 0.9), flip=True):
-        return LabelledBatches(pictures, order, processor, area, flip)
-
-    first = maker()[1, range(8)]
-    assert torch.equal(first["pixel_values"], maker()[1, range(8)]["pixel_values"])
-    number = int(first["sample_keys"][5])
-    assert order.locate(1, 5)[2] == number and first["labels"][5] == pictures.labels[number]
-    assert not torch.equal(maker().view(1, number), maker().view(2, number))
-    flipped = 0
-    for number in range(24):
-        plain, perhaps = maker(flip=False).view(0, number), maker().view(0, number)
-        assert torch.equal(perhaps, plain) or torch.equal(perhaps, plain.flip(-1))
-        flipped += torch.equal(perhaps, plain.flip(-1))
-    assert 4 < flipped < 20
-    # The whole picture, against PIL's own filter.
-    whole = maker((1.0, 1.0), flip=False)
-    square = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8))
-    whole.data = dataclasses.replace(pictures, read=lambda number: square)
-    expected = np.asarray(square.resize((16, 16), Image.BICUBIC)).astype(int)
-    assert np.abs(whole.view(0, 0).permute(1, 2, 0).numpy().astype(int) - expected).max() <= 2
 
 
 def test_two_processes_do_what_one_does(tmp_path, data, monkeypatch):

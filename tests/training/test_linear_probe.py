@@ -7,36 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from pyramidclip_hf.loading import load_model
-from tests.training.labelled_files import write_pictures
+from tests.training.labelled_files import COUNTS, write_pictures
 from tests.training.processes import run_in_processes
-from tests.training.runs import MODEL_CONFIG
 from training.linear_probe import LinearProbeArguments, c_of, fit, main, probe, sweep
-from training.loop.initial_model import named_model
 from training.transfer import features as kept
-from training.transfer.features import cached_features, picture_features
-from training.transfer.parts import open_parts
-
-COUNTS = {"blue": 8, "green": 8, "dark_red": 8}
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("model"))
-    for part in named_model("ViT-B-32", MODEL_CONFIG, 0):
-        part.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def args(tmp_path, model_folder):
-    train, test = (write_pictures(tmp_path / name, COUNTS, seed) for seed, name in enumerate(("train", "test")))
-    return LinearProbeArguments(
-        model=model_folder, train_data=train, test_data=test, cache_dir=str(tmp_path / "cache"), cpu=True, batch_size=5,
-        output=str(tmp_path / "probe.json"), validation_fraction=0.25,
-    )  # fmt: skip
 
 
 def value_of(results, metric):
@@ -83,46 +58,31 @@ def test_the_sweep_finds_the_peak_of_the_whole_grid():
     assert [c_of(step) for step in (0, 48, 56, 96)] == pytest.approx([1e-6, 1, 10, 1e6])
 
 
-def test_features_are_those_of_the_tower_and_of_the_embedding(args):
-    loaded = load_model(args.model)
-    model, processor = loaded.model, loaded.processor
-    data = open_parts(args)["test"].data
-    for kind, width in (("backbone", 16), ("projected", 8)):
-        found = picture_features(model.train(), processor, data, kind, batch_size=5)
-        assert found.shape == (24, width) and found.dtype == torch.float32
-        for number in (0, 7, 23):
-            pixels = processor(images=data.read(number), return_tensors="pt")["pixel_values"]
-            with torch.no_grad():
-                pooled = model.eval().vision_model(pixel_values=pixels).pooler_output[0]
-                expected = pooled if kind == "backbone" else model.visual_projection(pooled)
-            torch.testing.assert_close(found[number], expected, atol=1e-5, rtol=1e-5)
-
-
-def test_colours_are_told_apart_and_the_results_are_written(args, tmp_path, capsys):
-    args.csv = str(tmp_path / "probe.csv")
-    results = probe(args)
+def test_colours_are_told_apart_and_the_results_are_written(probe_args, tmp_path, capsys):
+    probe_args.csv = str(tmp_path / "probe.csv")
+    results = probe(probe_args)
     assert value_of(results, "top_1") == value_of(results, "mean_per_class") == 1.0
     assert "100.00 %" in capsys.readouterr().out and "top_1" in (tmp_path / "probe.csv").read_text()
     details = json.loads((tmp_path / "probe.json").read_text())["details"]
     assert details["pictures"] == {"train": 18, "validation": 6, "test": 24} and details["feature_size"] == 16
     scores = {row["c"]: row["top_1"] for row in details["sweep"]}
     assert details["c"] == min(c for c, score in scores.items() if score == max(scores.values()))
-    args.c, args.validation_fraction, args.features = 2.0, 0.0, "projected"
-    assert value_of(probe(args), "top_1") == 1.0
+    probe_args.c, probe_args.validation_fraction, probe_args.features = 2.0, 0.0, "projected"
+    assert value_of(probe(probe_args), "top_1") == 1.0
     assert json.loads((tmp_path / "probe.json").read_text())["details"]["sweep"] == []
 
 
-def test_two_processes_give_what_one_gives(args, tmp_path):
-    def probed(rank, world_size, args):
-        results = probe(args)
+def test_two_processes_give_what_one_gives(probe_args, tmp_path):
+    def probed(rank, world_size, probe_args):
+        results = probe(probe_args)
         return None if results is None else [(result.metric_type, result.metric_value) for result in results]
 
-    args.train_data = write_pictures(tmp_path / "train", COUNTS, seed=5, size=(9, 30))
-    args.max_iterations = 40
+    probe_args.train_data = write_pictures(tmp_path / "train", COUNTS, seed=5, size=(9, 30))
+    probe_args.max_iterations = 40
     outcomes = []
     for world_size in (1, 2):
-        args.cache_dir = str(tmp_path / f"cache-{world_size}")
-        outcomes.append(run_in_processes(probed, world_size, args))
+        probe_args.cache_dir = str(tmp_path / f"cache-{world_size}")
+        outcomes.append(run_in_processes(probed, world_size, probe_args))
         outcomes[-1].append(json.loads((tmp_path / "probe.json").read_text())["details"]["sweep"])
     (alone, swept), (first, second, swept_by_two) = outcomes
     assert alone == first and second is None and swept == swept_by_two
@@ -131,75 +91,27 @@ def test_two_processes_give_what_one_gives(args, tmp_path):
     assert all(one.read_bytes() == two.read_bytes() for one, two in zip(*kept))
 
 
-def test_kept_features_are_used_again_and_never_for_anything_else(args, tmp_path, monkeypatch):
-    loaded = load_model(args.model)
-    model, processor = loaded.model, loaded.processor
-    computed = []
-    original = kept.picture_features
-    monkeypatch.setattr(kept, "picture_features", lambda *arguments: computed.append(1) or original(*arguments))
-
-    def features():
-        before = len(computed)
-        found = cached_features(model, processor, open_parts(args)["test"], args)
-        return found, len(computed) - before
-
-    first, fresh = features()
-    assert fresh == 1
-    again, fresh = features()
-    assert fresh == 0 and np.array_equal(first, again)
-    path = tmp_path / "test" / "green" / "03.png"
-    Image.fromarray(255 - np.asarray(Image.open(path))).save(path)  # another picture
-    changed, fresh = features()
-    assert fresh == 1 and np.flatnonzero((changed != first).any(axis=1)).tolist() == [19]
-    with torch.no_grad():
-        model.vision_model.post_layernorm.bias[0] += 0.5  # another model
-    shifted, fresh = features()
-    assert fresh == 1 and np.abs(shifted[:, 0] - changed[:, 0] - 0.5).max() < 1e-5
-    processor.image_processor.image_mean = [0.0, 0.0, 0.0]  # other preprocessing
-    assert features()[1] == 1
-    args.features = "projected"
-    assert features()[1] == 1
-    with torch.no_grad():
-        model.visual_projection.weight[0] += 1
-    assert features()[1] == 1
-    model.text_model.final_layer_norm.bias.data += 1  # pictures do not pass through it
-    assert features()[1] == 0
-
-
-def test_a_damaged_cache_is_computed_again(args, tmp_path, capsys):
-    loaded = load_model(args.model)
-    model, processor = loaded.model, loaded.processor
-    part = open_parts(args)["test"]
-    first = cached_features(model, processor, part, args)
-    (path,) = (tmp_path / "cache").iterdir()
-    path.write_bytes(path.read_bytes()[:40])
-    assert np.array_equal(cached_features(model, processor, part, args), first)
-    assert "damaged" in capsys.readouterr().err
-    assert np.array_equal(cached_features(model, processor, part, args), first)
-    assert "damaged" not in capsys.readouterr().err
-
-
-def test_a_fit_that_did_not_converge_is_said(args, tmp_path, capsys):
-    args.c, args.max_iterations, args.validation_fraction = 1e4, 2, 0.0
-    probe(args)
+def test_a_fit_that_did_not_converge_is_said(probe_args, tmp_path, capsys):
+    probe_args.c, probe_args.max_iterations, probe_args.validation_fraction = 1e4, 2, 0.0
+    probe(probe_args)
     assert "had not converged after 2 iterations" in capsys.readouterr().err
     assert json.loads((tmp_path / "probe.json").read_text())["details"]["converged"] is False
 
 
-def test_features_that_hardly_differ_are_said_and_standardised_on_demand(args, tmp_path, capsys, monkeypatch):
+def test_features_that_hardly_differ_are_said_and_standardised_on_demand(probe_args, tmp_path, capsys, monkeypatch):
     original = kept.picture_features
     monkeypatch.setattr(kept, "picture_features", lambda *arguments: original(*arguments) * 1e-5 + 3)
-    args.cache_dir = "none"
-    assert value_of(probe(args), "top_1") == pytest.approx(1 / 3)
+    probe_args.cache_dir = "none"
+    assert value_of(probe(probe_args), "top_1") == pytest.approx(1 / 3)
     assert "hardly differ" in capsys.readouterr().err
-    args.standardize = True
-    assert value_of(probe(args), "top_1") > 0.9
+    probe_args.standardize = True
+    assert value_of(probe(probe_args), "top_1") > 0.9
     assert "hardly differ" not in capsys.readouterr().err
 
 
-def test_the_paper_s_data_sets(args, tmp_path):
+def test_the_paper_s_data_sets(probe_args, tmp_path):
     base = tmp_path / "data/oxford-iiit-pet"
-    for split, folder in (("trainval", args.train_data), ("test", args.test_data)):
+    for split, folder in (("trainval", probe_args.train_data), ("test", probe_args.test_data)):
         paths = sorted(Path(folder).rglob("*.png"))
         names = [f"{path.parent.name}_{split}{path.stem}" for path in paths]
         classes = {name: number for number, name in enumerate(sorted(COUNTS), 1)}
@@ -210,21 +122,26 @@ def test_the_paper_s_data_sets(args, tmp_path):
             (base / "images").mkdir(exist_ok=True)
             (base / "images" / f"{name}.jpg").write_bytes(path.read_bytes())
     named = LinearProbeArguments(
-        model=args.model, train_data=str(tmp_path / "data"), dataset="pets", cpu=True, cache_dir=args.cache_dir
+        model=probe_args.model,
+        train_data=str(tmp_path / "data"),
+        dataset="pets",
+        cpu=True,
+        cache_dir=probe_args.cache_dir,
     )
-    assert named.metric == "mean_per_class" and args.metric == "top_1"
+    assert named.metric == "mean_per_class" and probe_args.metric == "top_1"
     found = probe(named)
     assert "Oxford-IIIT Pets (not the paper's split: found 24 in 3 classes" in found[0].dataset_name
     plain = LinearProbeArguments(
-        model=args.model, train_data=args.train_data, test_data=args.test_data, cpu=True, cache_dir=args.cache_dir,
+        model=probe_args.model, train_data=probe_args.train_data, test_data=probe_args.test_data, cpu=True,
+        cache_dir=probe_args.cache_dir,
         metric="mean_per_class",
     )  # fmt: skip
     for metric in ("top_1", "mean_per_class"):
         assert value_of(found, metric) == pytest.approx(value_of(probe(plain), metric), abs=1e-6)
 
 
-def test_what_is_wrong_is_said(args, tmp_path, capsys, monkeypatch):
-    words = ["--model", args.model, "--train-data", args.train_data, "--cpu", "--cache-dir", "none"]
+def test_what_is_wrong_is_said(probe_args, tmp_path, capsys, monkeypatch):
+    words = ["--model", probe_args.model, "--train-data", probe_args.train_data, "--cpu", "--cache-dir", "none"]
 
     def error_of(*more):
         assert main([*words, *more]) == 2
@@ -238,8 +155,9 @@ def test_what_is_wrong_is_said(args, tmp_path, capsys, monkeypatch):
     assert "no folder" in error_of("--test-data", str(tmp_path / "nowhere"))
     assert "dataset: expected one of cifar10, " in error_of("--dataset", "mnist")
     assert "pets has its own test part: leave out" in error_of("--dataset", "pets", "--test-fraction", "0.2")
+    assert "--device cuda:0 and --cpu contradict" in error_of("--test-fraction", "0.2", "--device", "cuda:0")
     assert "lacks Oxford-IIIT Pets" in error_of("--dataset", "pets")
     (tmp_path / "test" / "green" / "03.png").write_bytes(b"no picture")
-    assert "03.png cannot be read" in error_of("--test-data", args.test_data)
+    assert "03.png cannot be read" in error_of("--test-data", probe_args.test_data)
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     assert 'pip install -e ".[eval]"' in error_of("--test-fraction", "0.2")

@@ -1,0 +1,26 @@
+"""What several tests of training share."""
+
+import pytest
+
+from tests.training.labelled_files import COUNTS, write_pictures
+from tests.training.runs import MODEL_CONFIG
+from training.linear_probe import LinearProbeArguments
+from training.loop.initial_model import named_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("model"))
+    for part in named_model("ViT-B-32", MODEL_CONFIG, 0):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def probe_args(tmp_path, tiny_model_folder):
+    train, test = (write_pictures(tmp_path / name, COUNTS, seed) for seed, name in enumerate(("train", "test")))
+    return LinearProbeArguments(
+        model=tiny_model_folder, train_data=train, test_data=test, cache_dir=str(tmp_path / "cache"), cpu=True,
+        batch_size=5,
+        output=str(tmp_path / "probe.json"), validation_fraction=0.25,
+    )  # fmt: skip
