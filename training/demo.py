@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -215,7 +215,8 @@ def train_stage(args: DemoArguments) -> int:
     if not result.finished:
         return EXIT_STOPPED
     if args.training == "pyramid" and int(os.environ.get("RANK", 0)) == 0:
-        embeds = compared_embeddings(result.model, result.processor, args.folder / "scenes/validation")
+        model = cast(PyramidCLIPModel, result.model)  # what every pre-training trains
+        embeds = compared_embeddings(model, result.processor, args.folder / "scenes/validation")
         save_arrays(args.folder / "pyramid/before_saving.npz", process=os.getpid(), **embeds)
     return 0
 

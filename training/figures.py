@@ -254,9 +254,12 @@ def draw_retrieval(args: RetrievalArguments) -> str:
     outside = [query for query in args.queries if not 0 <= query < len(samples)]
     if outside:
         raise ValueError(f"--queries {outside[0]}: {args.data} has samples 0 to {len(samples) - 1}")
-    captions = [samples[query].caption for query in args.queries]
-    if None in captions:
-        raise ValueError(f"--queries {args.queries[captions.index(None)]}: that sample has no caption")
+    captions = []
+    for query in args.queries:
+        caption = samples[query].caption
+        if caption is None:
+            raise ValueError(f"--queries {query}: that sample has no caption")
+        captions.append(caption)
     top = min(args.top, len(samples))
     rows = len(args.queries) * len(args.models)
     figure = _figure((1.85 * top + 1.3, 2.15 * rows + 0.5 * len(args.queries)), None, attribution_of(args.data))
@@ -358,7 +361,8 @@ def localisation(
             result.found.append(None)
             result.chance.append(1 / len(regions))
             if sample.roi is not None:
-                inputs = processor(regions=[(sample.roi, [one.box for one in regions])], return_tensors="pt")
+                boxes = [one.box for one in regions]
+                inputs = processor(regions=[(sample.roi, boxes)], images_kwargs={"return_tensors": "pt"})
                 relevance = explain_regions(model, processor, inputs["roi_features"], text).relevance
                 result.found[-1] = int(relevance.argmax()) == place
     if not result.mass:
