@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.training.labelled_files import COUNTS, write_pictures
 from tests.training.runs import MODEL_CONFIG
+from tests.training.to_evaluate import COUNTS, write_pictures
 from training.linear_probe import LinearProbeArguments
 from training.loop.initial_model import named_model
 

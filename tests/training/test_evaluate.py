@@ -18,8 +18,8 @@ from pyramidclip_hf.configuration_pyramidclip import LEVELS, TERMS
 from pyramidclip_hf.loading import load_model
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPForImageClassification
 from tests.hub_server import Repository, client_environment, running_hub
-from tests.training.evaluation_models import FEATURES, save_tiny_model
 from tests.training.processes import run_in_processes
+from tests.training.to_evaluate import FEATURES, save_tiny_model
 from training.data.records import Region, Sample, tag_text
 from training.data.samples import ShardSamples
 from training.data.shards import ShardWriter, write_dataset_json

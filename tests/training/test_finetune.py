@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from pyramidclip_hf import PyramidCLIPForImageClassification, PyramidCLIPProcessor
-from tests.training.labelled_files import COUNTS, write_pictures
 from tests.training.processes import run_in_processes
 from tests.training.runs import MODEL_CONFIG, NO_BATCH_NORM, TIMES, after_step, assert_equal_runs
+from tests.training.to_evaluate import COUNTS, write_pictures
 from training import finetune
 from training.data.batches import DataError
 from training.data.labelled import labelled_folder

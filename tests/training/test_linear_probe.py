@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training.labelled_files import COUNTS, write_pictures
 from tests.training.processes import run_in_processes
+from tests.training.to_evaluate import COUNTS, write_pictures
 from training.linear_probe import LinearProbeArguments, c_of, fit, main, probe, sweep
 from training.transfer import features as kept
 

@@ -4,8 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.training.evaluation_models import save_tiny_model
-from tests.training.labelled_files import write_pictures
+from tests.training.to_evaluate import save_tiny_model, write_pictures
 from training import evaluate, finetune, linear_probe, pretrain
 
 COMMANDS = {"pretrain": pretrain, "finetune": finetune, "evaluate": evaluate, "linear_probe": linear_probe}

@@ -8,11 +8,6 @@ from training.data.samples import ShardSamples
 from training.data.shards import ShardWriter, write_dataset_json
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYRAMIDCLIP_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Eight samples in shards of three: part-0.tar, part-1.tar, part-2.tar."""

@@ -12,11 +12,6 @@ from training.data.shard_index import build_index, index_path, load_index, read_
 from training.data.shards import ShardReader, ShardWriter, read_dataset_json, write_dataset_json
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYRAMIDCLIP_CACHE", str(tmp_path / "cache"))
-
-
 def sample(i):
     regions = [Region((0.0, 0.0, 0.5, 0.5), 0.5, "dog", ["red"])] * (i % 3)
     roi = np.full((i % 3, 8), i, np.float16) if i % 3 else None
@@ -181,3 +176,11 @@ def test_dataset_json(tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(ValueError, match="99"):
         read_dataset_json(tmp_path)
+
+
+def test_an_index_that_places_nothing_is_built_anew(tmp_path):
+    path = write(tmp_path / "a.tar", 2)
+    index = load_index(path)
+    index.spans[0] = -1
+    index_path(path).write_text(index.dumps())
+    assert (load_index(path).spans[0, :, 0] >= 0).any()

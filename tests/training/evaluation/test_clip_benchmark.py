@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.training.evaluation_models import save_tiny_model
+from tests.training.to_evaluate import save_tiny_model
 from training.evaluate import main
 from training.evaluation.clip_benchmark import _arguments, load_pyramidclip
 from training.evaluation.results import read_json

@@ -3,8 +3,8 @@
 import dataclasses
 import json
 
-from tests.training.labelled_files import write_pictures
 from tests.training.runs import MODEL_CONFIG, settings, use_memory
+from tests.training.to_evaluate import write_pictures
 from training import finetune, pretrain
 from training.loop.checkpoint import list_checkpoints
 from training.settings.fields import Through, identity_of

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tests.training.labelled_files import COUNTS, write_pictures
 from tests.training.runs import MODEL_CONFIG
+from tests.training.to_evaluate import COUNTS, write_pictures
 from training.data.labelled import labelled_folder
 from training.data.order import SampleOrder
 from training.loop.initial_model import named_model

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.training.labelled_files import write_pictures
+from tests.training.to_evaluate import write_pictures
 from training.data.labelled import open_pictures
 from training.evaluation.sets import TABLE_7, Listing
 from training.transfer.classifier import distinct_labels

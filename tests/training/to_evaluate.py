@@ -1,6 +1,10 @@
-"""A tiny saved model, complete with tokenizer and image processor, for the evaluation tests."""
+"""What the tests evaluate: a tiny saved model, and folders of labelled pictures that a classifier can learn."""
 
+from pathlib import Path
+
+import numpy as np
 import torch
+from PIL import Image
 
 from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
 from pyramidclip_hf.image_processing_pyramidclip import PyramidCLIPImageProcessor
@@ -8,6 +12,9 @@ from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 
 FEATURES = 8
+COLOURS = {"blue": (40, 60, 220), "green": (40, 200, 60), "dark_red": (160, 20, 30)}
+# Class -> pictures, for most tests.
+COUNTS = dict.fromkeys(COLOURS, 8)
 
 
 def save_tiny_model(folder):
@@ -19,4 +26,16 @@ def save_tiny_model(folder):
     PyramidCLIPModel(config).save_pretrained(folder)
     images = PyramidCLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     PyramidCLIPProcessor(images, roi_feature_size=FEATURES).save_pretrained(folder)
+    return str(folder)
+
+
+def write_pictures(folder, counts, seed=0, size=(20, 18)):
+    """`folder/CLASS/N.png` for each class of `counts`, {class: pictures}."""
+    rng = np.random.default_rng(seed)
+    for name, count in counts.items():
+        (Path(folder) / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            noise = rng.normal(0, 40, (size[1], size[0], 3))
+            pixels = (noise + COLOURS[name]).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(Path(folder) / name / f"{number:02d}.png")
     return str(folder)

@@ -1,0 +1,93 @@
+"""What batches hold: the samples' texts, pixels, regions and captions, of the levels that are wanted."""
+
+import io
+import json
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tests.training.data.same_batches import equal
+from tests.training.prepare.small_data import jpeg, make_sample, write_shards
+from training.data.views import view_boxes
+
+
+def test_batch_holds_what_the_samples_say(shards, reader, processor):
+    data = reader(shards, seed=3)
+    batches = list(data.batches(1))
+    assert len(batches) == data.batches_per_epoch == 44 // 8
+    assert len({key for batch in batches for key in batch["sample_keys"]}) == 40
+    for batch in batches[:2]:
+        samples = [make_sample(int(key)) for key in batch["sample_keys"]]
+        encoded = processor(
+            text=[s.caption for s in samples],
+            summary=[s.summary for s in samples],
+            tags=[s.tags for s in samples],
+            padding="max_length",
+            return_tensors="pt",
+        )
+        for key in ("input_ids", "summary_input_ids", "tag_input_ids", "has_summary", "has_tags"):
+            assert torch.equal(batch[key], encoded[key]), key
+            assert batch[key].dtype == encoded[key].dtype
+        assert batch["input_ids"].shape == (8, 77)
+        for row, sample in enumerate(samples):
+            count = len(sample.regions or ())
+            assert batch["roi_mask"][row].tolist() == [True] * count + [False] * (batch["roi_mask"].shape[1] - count)
+            scores = [region.score for region in sample.regions or ()]
+            order = sorted(range(count), key=lambda i: -scores[i])
+            for place, i in enumerate(order):
+                expected = np.concatenate([sample.roi[i].astype(np.float32), np.float32(sample.regions[i].box)])
+                assert np.array_equal(batch["roi_features"][row, place].numpy(), expected)
+            assert not batch["roi_features"][row, count:].any()
+        assert max(len(s.regions or ()) for s in samples) == batch["roi_mask"].shape[1]
+
+
+def test_pixels_are_the_processors_normalisation_of_the_crop(shards, reader, processor):
+    data = reader(shards, batch=4, seed=3)
+    batch = next(data.batches(0))
+    for row, key in enumerate(batch["sample_keys"]):
+        picture = Image.open(io.BytesIO(jpeg(int(key))))
+        boxes = view_boxes(60, 48, data.maker.settings.views, 3, 0, int(key))
+        for level, name in (("global", "pixel_values"), ("local", "local_pixel_values")):
+            crop = picture.crop(tuple(round(v) for v in boxes[level])).resize((32, 32), Image.BICUBIC)
+            expected = processor.image_processor(crop, return_tensors="pt")["pixel_values"][0]
+            # One of 255 levels of rounding between PIL's and torch's filter.
+            assert (batch[name][row] - expected).abs().max() < 1.01 / 255 / 0.26
+            assert (batch[name][row] - expected).abs().mean() < 0.002
+
+
+def test_only_named_levels_are_made(shards, reader, monkeypatch):
+    clip = next(reader(shards, levels=("global", "caption")).batches(0))
+    assert set(clip) == {"pixel_values", "input_ids", "sample_keys"}
+    everything = next(reader(shards).batches(0))
+    assert torch.equal(clip["pixel_values"], everything["pixel_values"])
+    no_pictures = next(reader(shards, levels=("roi", "tags")).batches(0))
+    assert set(no_pictures) == {"roi_features", "roi_mask", "tag_input_ids", "has_tags", "sample_keys"}
+
+
+def test_eos_pooling_pads_to_the_longest(shards, reader):
+    batch = next(reader(shards, settings={"pooling": "eos"}).batches(0))
+    lengths = (batch["input_ids"] != 0).sum(1)
+    assert batch["input_ids"].shape[1] == lengths.max() < 20
+    short = next(reader(shards, settings={"pooling": "eos", "max_length": 4}).batches(0))
+    assert short["input_ids"].shape[1] == 4 and (short["input_ids"].max(1).values == 49407).all()
+
+
+def test_most_confident_regions_are_kept(shards, reader):
+    full, two = (next(reader(shards, settings={"max_regions": n}).batches(0)) for n in (10, 2))
+    assert two["roi_features"].shape[1] == 2
+    assert torch.equal(full["roi_features"][:, :2], two["roi_features"])
+
+
+def test_several_captions(tmp_path, reader, processor):
+    def several(members):
+        return {**members, "json": json.dumps({"captions": ["one", "two", "three"]}).encode()}
+
+    folder = write_shards(tmp_path / "data", range(16), spoil=dict.fromkeys(range(16), several))
+    data = reader(folder, levels=("global", "caption"), batch=16)
+    texts = [
+        processor.tokenizer.batch_decode(next(data.batches(epoch))["input_ids"], skip_special_tokens=True)
+        for epoch in range(4)
+    ]
+    assert {text.strip() for epoch in texts for text in epoch} == {"one", "two", "three"}
+    assert equal(list(data.batches(2)), list(reader(folder, levels=("global", "caption"), batch=16).batches(2)))

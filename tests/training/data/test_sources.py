@@ -1,0 +1,110 @@
+"""Where training data may lie: folders, lists, URLs, manifests and the Hub give the same batches."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.hub_server import Repository, client_environment, running_hub
+from tests.training.data.same_batches import equal
+from tests.training.prepare.small_data import Served, make_sample, write_shards
+from training.data.records import members_from_sample
+from training.data.remote import DownloadError, ShardCache
+from training.data.sources import shard_names
+
+
+def test_sources_give_the_same_batches(shards, tmp_path, reader):
+    expected = list(reader(shards).batches(0))
+    listing = tmp_path / "list.txt"
+    listing.write_text("# shards\n" + "\n".join(str(path) for path in sorted(shards.glob("*.tar"))) + "\n")
+    with Served(shards) as served:
+        pattern = f"{served.url}/part-{{000..005}}.tar"
+        remote = tmp_path / "remote.txt"
+        remote.write_text("\n".join(f"{served.url}/part-{n:03d}.tar" for n in range(6)))
+        for data in (f"{shards}/part-*.tar", listing, served.url, pattern, remote):
+            assert equal(list(reader(data).batches(0)), expected), data
+        before = len(served.requests)
+        assert equal(list(reader(served.url).batches(0)), expected)
+        assert not [path for path in served.requests[before:] if path.endswith(".tar")]  # all in the cache
+        assert equal(list(reader(served.url, workers=2).batches(0)), expected)
+    assert reader(listing).fingerprint == reader(shards).fingerprint
+
+
+def test_manifest_gives_the_same_batches(shards, tmp_path, reader):
+    folder = tmp_path / "loose"
+    folder.mkdir()
+    lines = []
+    for number in range(44):
+        sample = make_sample(number)
+        (folder / f"{number:04d}.jpg").write_bytes(sample.image)
+        record = json.loads(members_from_sample(sample).get("json", b"{}"))
+        record.update(image=f"{number:04d}.jpg", key=sample.key, caption=sample.caption)
+        if sample.roi is not None:
+            np.save(folder / f"{number:04d}.npy", sample.roi)
+            record["roi"] = f"{number:04d}.npy"
+        lines.append(json.dumps(record))
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n\n")
+    loose = reader(folder / "data.jsonl", window_shards=100)
+    packed = reader(write_shards(tmp_path / "one", range(44), shard_size=44), window_shards=100)
+    assert equal(list(loose.batches(0)), list(packed.batches(0)))
+    assert equal(list(reader(folder / "data.jsonl", window_shards=100, workers=2).batches(0)), list(packed.batches(0)))
+    # Bad lines are bad samples, not the end.
+    lines[3], lines[7] = "{", json.dumps({"image": "none.jpg", "caption": "x"})
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    data = reader(folder / "data.jsonl")
+    list(data.batches(0)), list(data.batches(1))
+    assert {reason for _, _, reason, _ in data.state()["named"]} == {"bad-json", "no-image"}
+    assert any("data.jsonl:4" in where for _, where, _, _ in data.state()["named"])
+
+
+def test_names_that_lead_nowhere(tmp_path, reader):
+    for name in ("nothing", "no*thing.tar", "none.jsonl", "none.txt"):
+        with pytest.raises(FileNotFoundError, match=name.replace("*", r"\*")):
+            reader(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="expected a folder with"):
+        reader(tmp_path / "empty")
+    with Served(tmp_path) as served:
+        with pytest.raises(FileNotFoundError, match="dataset.json"):
+            reader(f"{served.url}/empty")
+        with pytest.raises(DownloadError, match="not found"):
+            ShardCache(attempts=1).fetch(f"{served.url}/none.tar")
+    assert shard_names("https://host/a{08..11}.tar") == [f"https://host/a{n:02d}.tar" for n in range(8, 12)]
+
+
+READ_ALL = """
+import hashlib, sys
+from pyramidclip_hf import PyramidCLIPImageProcessor, PyramidCLIPProcessor, PyramidCLIPTokenizer
+from tests.training.prepare.small_data import FEATURES
+from training.data.loader import TrainingReader, settings_for
+processor = PyramidCLIPProcessor(PyramidCLIPImageProcessor(size=32), PyramidCLIPTokenizer(), roi_feature_size=FEATURES)
+settings = settings_for(processor, ("global", "roi", "caption"), roi_feature_size=FEATURES)
+reader = TrainingReader([sys.argv[1]], settings, processor.tokenizer, 8)
+for batch in reader.batches(0):
+    print(" ".join(batch["sample_keys"]), hashlib.sha256(batch["pixel_values"].numpy().tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.loopback
+def test_shards_of_a_data_set_on_the_hub(shards, tmp_path, checkout):
+    def read(data, **environment):
+        environment = os.environ | {"PYTHONPATH": str(checkout), "PYRAMIDCLIP_CACHE": str(tmp_path / "x")} | environment
+        ran = subprocess.run([sys.executable, "-c", READ_ALL, data], capture_output=True, text=True, env=environment)
+        return ran.stdout.splitlines(), ran.stderr
+
+    with running_hub() as hub:
+        hub.repositories["tester/scenes"] = Repository()
+        files = {path.name: path.read_bytes() for path in shards.iterdir() if path.is_file()}
+        del files["part-001.tar.index.json"]  # as other tools leave their tars: the reader makes the index
+        hub.repositories["tester/scenes"].commit(files)
+        environment = client_environment(hub, tmp_path / "home")
+        lines, errors = read("hf://datasets/tester/scenes", **environment)
+        assert len(lines) == 44 // 8, errors
+        one, errors = read("hf://datasets/tester/scenes/part-{000..001}.tar", **environment)
+        assert len(one) == 2, errors
+        nothing, errors = read("hf://datasets/tester/scenes/part-{008..009}.tar", **environment)
+        assert nothing == [] and "hf://datasets/tester/scenes/part-008.tar: not found" in errors
+    assert lines == read(str(shards))[0]
