@@ -38,10 +38,16 @@ class DataError(Failure):
 class BatchSettings:
     """What a batch holds.
 
-    levels: those of `LEVELS` that the objective names; nothing else is read or decoded. views: sizes and crops. mean,
-    std: of each channel, pixels are (value / 255 - mean) / std. pooling: "max" pads texts to `max_length`, "eos" to the
-    longest of the batch. max_regions: the most confident regions that are kept. roi_feature_size: F without the box.
-    allow_mixed_regions: region features of another width count as missing, not as an error.
+    Attributes:
+        levels: those of `LEVELS` that the objective names; nothing else is read or decoded.
+        views: sizes and crops.
+        mean: of each channel, pixels are (value / 255 - mean) / std.
+        std: of each channel, pixels are (value / 255 - mean) / std.
+        pooling: "max" pads texts to `max_length`, "eos" to the longest of the batch.
+        max_length: of texts, in tokens.
+        max_regions: the most confident regions that are kept.
+        roi_feature_size: F without the box.
+        allow_mixed_regions: region features of another width count as missing, not as an error.
     """
 
     levels: tuple[str, ...] = tuple(LEVELS)
@@ -68,7 +74,10 @@ class BatchSettings:
 class BatchReport:
     """What making a batch met.
 
-    bad: samples that were replaced. truncated: text level -> texts that were cut. texts: text level -> texts there.
+    Attributes:
+        bad: samples that were replaced.
+        truncated: text level -> texts that were cut.
+        texts: text level -> texts there.
     """
 
     bad: list[Fault] = field(default_factory=list)

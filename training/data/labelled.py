@@ -22,11 +22,15 @@ from training.data.shards import read_dataset_json
 class LabelledPictures:
     """Pictures for classification.
 
-    name: the data set, as results call it. class_names: the C names that prompts are made of. labels: one class number
-    a picture. read: picture number -> PIL picture. described: fields of `EvalResult` that say which data this is.
-    main_metric: the metric that this data set is reported by, and a word on it; None where there is no such custom.
-    files: the picture files, in the order of `labels`; empty where pictures have no files of their own, None where they
-    lie in shards.
+    Attributes:
+        name: the data set, as results call it.
+        class_names: the C names that prompts are made of.
+        labels: one class number a picture.
+        read: picture number -> PIL picture.
+        described: fields of `EvalResult` that say which data this is.
+        main_metric: the metric that this data set is reported by, and a word on it; None where there is no such custom.
+        files: the picture files, in the order of `labels`; empty where pictures have no files of their own, None where
+            they lie in shards.
     """
 
     name: str

@@ -34,8 +34,11 @@ Box = tuple[float, float, float, float]
 class Fault(NamedTuple):
     """Why a sample cannot be used.
 
-    key: the sample's; None where it is not known. where: the shard or file it came from; None where it is not known.
-    reason: one short machine-readable word, which counts are kept by. detail: a sentence for people.
+    Attributes:
+        key: the sample's; None where it is not known.
+        where: the shard or file it came from; None where it is not known.
+        reason: one short machine-readable word, which counts are kept by.
+        detail: a sentence for people.
     """
 
     key: str | None
@@ -64,8 +67,11 @@ class BadSample(Exception):
 class Region:
     """One detected region.
 
-    box: x1, y1, x2, y2 over the width and height of the uncropped picture. score: the detector's confidence, if known.
-    attributes: the most confident one last.
+    Attributes:
+        box: x1, y1, x2, y2 over the width and height of the uncropped picture.
+        score: the detector's confidence, if known.
+        label: the noun.
+        attributes: the most confident one last.
     """
 
     box: Box
@@ -78,9 +84,11 @@ class Region:
 class Sample:
     """A checked sample.
 
-    image: the undecoded bytes of the picture, of the kind `image_suffix`. roi: read-only float16 (K, F), in the order
-    of `regions`. extra: the keys of `KEY.json` that are not ours. captions: all of them where a picture has several;
-    `caption` is then the first.
+    Attributes:
+        image: the undecoded bytes of the picture, of the kind `image_suffix`.
+        roi: read-only float16 (K, F), in the order of `regions`.
+        extra: the keys of `KEY.json` that are not ours.
+        captions: all of them where a picture has several; `caption` is then the first.
     """
 
     key: str

@@ -24,7 +24,9 @@ _OPEN_UNITS = 64
 class Samples(Sequence[Sample]):
     """Samples by number, from 0, each read when it is asked for; a slice gives a list.
 
-    name: the data set, as results call it. described: fields of `EvalResult` that say which data this is.
+    Attributes:
+        name: the data set, as results call it.
+        described: fields of `EvalResult` that say which data this is.
     """
 
     name: str

@@ -48,8 +48,13 @@ def index_path(shard: str | os.PathLike[str]) -> Path:
 class ShardIndex:
     """Where each of the n samples of a shard lies.
 
-    keys: n names. suffixes: the S kinds of member. spans: (n, S, 2) int64, a `Span` for each sample and kind. tar_bytes
-    and mtime_ns: of the tar that the index was made from. truncated: the tar ends in the middle.
+    Attributes:
+        keys: n names.
+        suffixes: the S kinds of member.
+        spans: (n, S, 2) int64, a `Span` for each sample and kind.
+        tar_bytes: of the tar that the index was made from.
+        mtime_ns: of the tar that the index was made from.
+        truncated: the tar ends in the middle.
     """
 
     keys: list[str]

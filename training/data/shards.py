@@ -281,10 +281,8 @@ def read_dataset_json(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         ValueError: the file is there but unreadable or of an unknown format.
     """
     name = f"{os.fspath(folder).rstrip('/')}/dataset.json"
-    if is_url(name):
-        data = read_small(name)
-    else:
-        data = Path(name).read_bytes() if os.path.exists(name) else None
+    path = Path(name)
+    data = read_small(name) if is_url(name) else path.read_bytes() if path.exists() else None
     if data is None:
         return None
     try:

@@ -49,7 +49,11 @@ class UnitIdentity(NamedTuple):
 class Unit:
     """A shard, or a stretch of a manifest.
 
-    name: path or URL. samples: how many. first: the number of the stretch's first line in the manifest.
+    Attributes:
+        name: path or URL.
+        samples: how many.
+        identity: what it is known by.
+        first: the number of the stretch's first line in the manifest.
     """
 
     name: str
@@ -82,8 +86,11 @@ class UnitReader(Protocol):
 class DataSet:
     """What one string names.
 
-    name: the string. described: the contents of the `dataset.json` beside its shards, one for each folder that has one.
-    manifest: where the units are stretches of one.
+    Attributes:
+        name: the string.
+        units: in a fixed order.
+        described: the contents of the `dataset.json` beside its shards, one for each folder that has one.
+        manifest: where the units are stretches of one.
     """
 
     name: str

@@ -52,8 +52,13 @@ class BadPicture(ValueError):
 class ViewSettings:
     """What the views look like.
 
-    height, width: in pixels. global_area, local_area: least and largest share of the picture's area (paper). aspect:
-    least and largest width over height of a crop. max_image_pixels: larger pictures are refused; None: PIL's limit.
+    Attributes:
+        height: in pixels.
+        width: in pixels.
+        global_area: least and largest share of the picture's area (paper).
+        local_area: least and largest share of the picture's area (paper).
+        aspect: least and largest width over height of a crop.
+        max_image_pixels: larger pictures are refused; None: PIL's limit.
     """
 
     height: int = 224

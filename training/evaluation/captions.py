@@ -169,8 +169,12 @@ def _picture_paths(names: list[str], folders: list[Path], where: str) -> list[Pa
 class NamedCaptions:
     """A retrieval data set of section 4.3 of the paper.
 
-    pictures: how many its usual test split has. files (with `{split}`) and folders: where annotations and pictures are
-    looked for under the data root. download: what to fetch, and from where.
+    Attributes:
+        title: as results call it.
+        pictures: how many its usual test split has.
+        files: annotations, looked for in this order under the data root; `{split}` stands for the split.
+        folders: where pictures are looked for under the data root.
+        download: what to fetch, and from where.
     """
 
     title: str

@@ -35,6 +35,7 @@ class PictureTransform:
         self.image_processor = image_processor
 
     def __call__(self, picture: Image.Image) -> torch.Tensor:
+        """The pixel values of one picture."""
         return self.image_processor(images=[picture], return_tensors="pt")["pixel_values"][0]
 
 
@@ -45,6 +46,7 @@ class TextsToIds:
         self.tokenizer = tokenizer
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
+        """The token ids of one text or of several."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         return self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")["input_ids"]
 

@@ -72,8 +72,11 @@ def map_batches(
 class LevelEmbeddings:
     """Embeddings of the levels of N samples, ready for `retrieval.level_metrics`.
 
-    embeds: level -> (N, D) float32, not normalised; for "caption" (T, D), all captions of all samples. present: level
-    -> (N,) bool. owners: {"caption": (T,) int64}, the sample of each caption. keys: (N,) sample keys.
+    Attributes:
+        embeds: level -> (N, D) float32, not normalised; for "caption" (T, D), all captions of all samples.
+        present: level -> (N,) bool.
+        owners: {"caption": (T,) int64}, the sample of each caption.
+        keys: (N,) sample keys.
     """
 
     embeds: dict[str, torch.Tensor]

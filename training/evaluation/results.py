@@ -61,8 +61,9 @@ def write_csv(results: Iterable[EvalResult], path: str | Path) -> None:
 
 
 def hub_identifier(title: str) -> str:
-    """A title in the form that the Hub takes as `dataset.type` of a result: letters, digits, "_", "-", "." and one "/"
-    between owner and name; what else it holds becomes "-".
+    """A title in the form that the Hub takes as `dataset.type` of a result.
+
+    That is letters, digits, "_", "-", "." and one "/" between owner and name; what else it holds becomes "-".
     """
     owner, _, name = title.rpartition("/") if title.count("/") == 1 else ("", "", title)
     parts = [re.sub(r"[^A-Za-z0-9_-]+", "-", owner).strip("-"), re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.")]
@@ -77,8 +78,15 @@ def metric_results(
     config: str | None = None,
     dataset_name: str | None = None,
 ) -> list[EvalResult]:
-    """One result for each metric of a task on data. config: what was measured there, where there are several.
-    dataset_name: default: that of the data.
+    """One result for each metric of a task on data.
+
+    Args:
+        task: its name on the Hub.
+        data: what was measured on.
+        split: of the data.
+        metrics: name -> value.
+        config: what was measured there, where there are several.
+        dataset_name: default: that of the data.
     """
     kind = data.described.get("dataset_type") if dataset_name is None else None
     name = dataset_name or data.name

@@ -23,8 +23,10 @@ DEFAULT_KS = (1, 5, 10)
 class RankCounts:
     """What decides the place of the right answer, for each of Q queries; every field is an int64 tensor of shape (Q,).
 
-    above: wrong candidates that score strictly higher than the best right one. tied: wrong candidates with the same
-    score as it. right: right candidates with that score (at least 1).
+    Attributes:
+        above: wrong candidates that score strictly higher than the best right one.
+        tied: wrong candidates with the same score as it.
+        right: right candidates with that score (at least 1).
     """
 
     above: torch.Tensor

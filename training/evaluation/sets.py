@@ -36,8 +36,11 @@ MAIN_METRIC = "main metric"
 class Listing:
     """What a library lists.
 
-    keys: the classes as the files of the data set name them. names: as prompts do. pictures: paths, or (H, W, 3) uint8
-    arrays where they have no files. labels: one class number a picture.
+    Attributes:
+        keys: the classes as the files of the data set name them.
+        names: as prompts do.
+        pictures: paths, or (H, W, 3) uint8 arrays where they have no files.
+        labels: one class number a picture.
     """
 
     keys: list[str]
@@ -54,12 +57,16 @@ Reader = Callable[[Path, str], Listing]
 class NamedSet:
     """One row of Table 7, and where its files are.
 
-    numbers: classes, training pictures, test pictures in Table 7. metric: `top_1` ("accuracy") or `mean_per_class`.
-    pictures: the folder under the data root that the paths of a split file start from; `{part}` is the split as
-    `parts` calls it, and `a|b` the first of two that is there. needs: what else has to be there. download: what to
-    fetch, and from where. read: (root, "train" or "test") -> `Listing`. split_files: split files that are taken by
-    themselves where they are there, {"train": paths, "test": paths}. whole: the library lists all pictures whichever
-    split is asked for.
+    Attributes:
+        numbers: classes, training pictures, test pictures in Table 7.
+        metric: `top_1` ("accuracy") or `mean_per_class`.
+        pictures: the folder under the data root that the paths of a split file start from; `{part}` is the split as
+            `parts` calls it, and `a|b` the first of two that is there.
+        needs: what else has to be there.
+        download: what to fetch, and from where.
+        read: (root, "train" or "test") -> `Listing`.
+        split_files: split files that are taken by themselves where they are there, {"train": paths, "test": paths}.
+        whole: the library lists all pictures whichever split is asked for.
     """
 
     title: str

@@ -208,7 +208,9 @@ class Task(Protocol):
 
     def __call__(
         self, model: PyramidCLIPModel, processor: PyramidCLIPProcessor, args: EvaluationArguments
-    ) -> list[EvalResult]: ...
+    ) -> list[EvalResult]:
+        """The results; every process calls it and gets the same."""
+        ...
 
 
 TASKS: dict[str, Task] = {"retrieval": evaluate_retrieval, "zero-shot": evaluate_zero_shot}
