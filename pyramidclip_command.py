@@ -195,7 +195,7 @@ def _add_common(parser: argparse.ArgumentParser, model_help: str = "", batches: 
     parser.add_argument("--model", required="default" not in model_help, help=model_help)
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, mps; default: an accelerator if there is one"
+        "--device", default="auto", help="default: auto, an accelerator if there is one; or cpu, cuda, cuda:1, mps"
     )
     types = ("float32", "bfloat16", "float16")
     parser.add_argument("--dtype", default="float32", choices=types, help="of the model (default: %(default)s)")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-from pyramidclip_command import run_command
+from pyramidclip_command import CommandParser, run_command
 from pyramidclip_hf.explain import explain_image, explain_regions
 from pyramidclip_hf.files import write_atomically
 from pyramidclip_hf.loading import load_model
@@ -441,9 +441,9 @@ FIGURES: dict[str, tuple[type[FigureArguments], Callable[[Any], str]]] = {
 
 def parse(argv: Sequence[str]) -> FigureArguments:
     """The settings of the figure, or of the check, that the words of the command line stand for."""
-    if argv and argv[0] in ("-h", "--help"):
-        print(__doc__)
-        raise SystemExit(0)
+    if argv and argv[0] in ("-h", "--help", "--version"):
+        usage = f"%(prog)s {{{','.join(FIGURES)}}} [--flag value ...]"
+        CommandParser(usage=usage, description=__doc__).parse_args(argv[:1])
     if not argv or argv[0] not in FIGURES:
         got = repr(argv[0]) if argv else "nothing"
         raise ValueError(f"expected one of {', '.join(FIGURES)}, as in `python -m training.figures tsne`, got {got}")

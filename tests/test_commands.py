@@ -1,0 +1,125 @@
+"""Every command: its help, what it says about a wrong flag and about a path that is not there, and its exit codes."""
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+# What lies directly in these folders and has a `main` is a command.
+FOLDERS = ("training", "training/prepare", "training/emoji", "conversion")
+
+# The least words with which each command looks for something that is not there; GONE is a path. None: it reads nothing.
+WORDS_WITH_A_MISSING_PATH = {
+    "conversion.convert_original_checkpoint": "--checkpoint GONE --output-dir OUT",
+    "conversion.convert_vinvl": "--checkpoint GONE --labelmap GONE --output-dir OUT",
+    "conversion.init_from_clip": "--model GONE --output-dir OUT",
+    "pyramidclip_command": "embed GONE --model GONE --output OUT.npz",
+    "training.ablations": None,
+    "training.demo": None,
+    "training.emoji.scenes": None,
+    "training.evaluate": "--model GONE --data GONE",
+    "training.figures": "check --model GONE --data GONE",
+    "training.finetune": "--model GONE --train-data GONE --output-dir OUT",
+    "training.linear_probe": "--model GONE --train-data GONE --test-data GONE",
+    "training.prepare.audit": "GONE",
+    "training.prepare.detect": "--input-dir GONE --detector GONE --device cpu",
+    "training.prepare.import_features": "--input GONE --merge-into GONE --made-by someone",
+    "training.prepare.pack": "--input GONE --output-dir OUT",
+    "training.prepare.summarize": "--input-dir GONE --model first-clause",
+    "training.prepare.view": "GONE --output OUT.html",
+    "training.pretrain": "--model GONE --train-data GONE --output-dir OUT --max-steps 1",
+    "training.publish": "GONE someone/name",
+    "training.scale": "--config GONE --gpus 8",
+}
+
+
+# Commands with subcommands, and one of them.
+SUBCOMMANDS = {"pyramidclip_command": ["embed"], "training.figures": ["check"]}
+TAKES_A_DEVICE = {"pyramidclip_command", "training.evaluate", "training.figures", "training.linear_probe",
+                  "training.prepare.detect", "training.prepare.summarize"}  # fmt: skip
+
+
+def module_names():
+    yield "pyramidclip_command"
+    for folder in FOLDERS:
+        for path in sorted((CHECKOUT / folder).glob("*.py")):
+            tree = ast.parse(path.read_text(encoding="utf8"))
+            if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
+                yield f"{folder.replace('/', '.')}.{path.stem}"
+
+
+COMMANDS = list(module_names())
+
+
+def main_of(name):
+    return importlib.import_module(name).main
+
+
+def error_line(capsys):
+    """What stands on stderr, which is one line that says `error:`."""
+    err = capsys.readouterr().err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and err.splitlines()[-1] == errors[0] and "Traceback" not in err, err
+    return errors[0]
+
+
+def test_each_command_has_its_words():
+    assert set(COMMANDS) == WORDS_WITH_A_MISSING_PATH.keys()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_comes_in_the_common_way(name):
+    """The source as a whole, as some have subcommands: `main` is nothing but a call of `run_command`."""
+    source = importlib.util.find_spec(name).origin
+    tree = ast.parse(Path(source).read_text(encoding="utf8"))
+    (main,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+    (called,) = (node for node in main.body if isinstance(node, ast.Return))
+    assert ast.unparse(called).startswith("return run_command(")
+    assert [argument.arg for argument in main.args.args] == ["argv"] and ast.unparse(main.returns) == "int"
+    assert ast.unparse(tree.body[-1]) == "if __name__ == '__main__':\n    sys.exit(main())"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_what_it_is_and_the_exit_codes(name, capsys):
+    with pytest.raises(SystemExit) as left:
+        main_of(name)(["--help"])
+    assert left.value.code == 0
+    shown = re.sub(r"\s+", " ", capsys.readouterr().out)
+    first = (importlib.import_module(name).__doc__ or "").split("\n\n")[0] if name != "pyramidclip_command" else ""
+    assert re.sub(r"\s+", " ", first).strip() in shown
+    assert all(f" {code} " in shown.partition("exit codes:")[2] for code in (0, 1, 2, 130)), shown[-500:]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_wrong_flag_is_one_line(name, capsys):
+    assert main_of(name)([*SUBCOMMANDS.get(name, []), "--no-such-flag"]) == 2
+    assert "--" in error_line(capsys)
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if WORDS_WITH_A_MISSING_PATH.get(name)])
+def test_a_path_that_is_not_there_is_one_line(name, capsys, tmp_path):
+    words = (
+        WORDS_WITH_A_MISSING_PATH[name].replace("GONE", str(tmp_path / "gone")).replace("OUT", str(tmp_path / "out"))
+    )
+    assert main_of(name)(words.split()) == 2
+    assert str(tmp_path / "gone") in error_line(capsys)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_version(name, capsys):
+    with pytest.raises(SystemExit) as left:
+        main_of(name)(["--version"])
+    assert left.value.code == 0 and capsys.readouterr().out.startswith("pyramidclip-hf ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_choice_of_device_is_auto_unless_said(name, capsys):
+    with pytest.raises(SystemExit):
+        main_of(name)([*SUBCOMMANDS.get(name, []), "--help"])
+    shown = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for described in re.findall(r" --device [A-Z]+ ([a-z].{60})", shown):
+        assert "auto" in described
+    assert name not in TAKES_A_DEVICE or " --device " in shown
