@@ -107,7 +107,7 @@ def test_what_was_made_by_what_is_told(prepared):
 
 
 def test_the_page_of_a_shard(prepared, tmp_path):
-    assert 0 == view.main([str(prepared / "00000.tar"), "--output", str(tmp_path / "page.html")])
+    assert view.main([str(prepared / "00000.tar"), "--output", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     with ShardReader(prepared / "00000.tar") as reader:
         assert page.count("<article>") == len(reader) == 4
@@ -117,7 +117,7 @@ def test_the_page_of_a_shard(prepared, tmp_path):
 def test_the_audit_finds_every_level_and_no_fault(prepared, tmp_path):
     from training.prepare import audit
 
-    assert 0 == audit.main([str(prepared), "--output-dir", str(tmp_path / "audit"), "--workers", "1"])
+    assert audit.main([str(prepared), "--output-dir", str(tmp_path / "audit"), "--workers", "1"]) == 0
     report = json.loads((tmp_path / "audit" / "audit.json").read_text())
     assert report["samples"] == 10 and report["bad"]["count"] == 0
     levels = dict(zip(report["levels"], report["both_present"][0]))

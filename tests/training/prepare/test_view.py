@@ -42,7 +42,7 @@ def test_the_page_shows_every_level_and_loads_nothing(tmp_path):
         writer.write(Sample("two", picture(1), "jpg", "plain"))
         writer.write_members("broken", {"jpg": b"no picture", "txt": b"x"})
         writer.write_members("unfit", {"jpg": picture(1), "json": b"{"})
-    assert 0 == view.main([str(tmp_path / "0.tar"), "--output", str(tmp_path / "page.html"), "--number", "9"])
+    assert view.main([str(tmp_path / "0.tar"), "--output", str(tmp_path / "page.html"), "--number", "9"]) == 0
     page = Seen((tmp_path / "page.html").read_text(encoding="utf-8"))
     text = " ".join(page.texts)
     for expected in (
