@@ -70,9 +70,10 @@ gpu-wheels:  ## fetch the pure-Python wheels that a bare machine with a GPU lack
 	$(PYTHON) -m pip download --disable-pip-version-check --no-deps --only-binary :all: --constraint constraints.txt \
 		--dest wheels $(GPU_WHEELS)
 
-lint: $(VENV)/installed  ## ruff check and format check
+lint: $(VENV)/installed  ## ruff, its format check, and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:  ## remove the environments and what the tools cached
 	rm -rf $(VENV) $(CORE) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .cache

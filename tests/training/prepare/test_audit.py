@@ -152,9 +152,9 @@ def test_twins_in_a_batch_as_in_drawn_batches():
 
 
 def test_command(shards, tmp_path, capsys):
-    assert main(
-        [str(shards), "--output-dir", str(tmp_path / "out"), "--workers", "1", "--batch-size", "8", "--json"]
-    ) == 0
+    assert (
+        main([str(shards), "--output-dir", str(tmp_path / "out"), "--workers", "1", "--batch-size", "8", "--json"]) == 0
+    )
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "out" / "audit.json").read_text())
     assert Image.open(tmp_path / "out" / "audit.png").size[0] > 1000
