@@ -53,7 +53,7 @@ def test_the_logged_losses_are_those_of_the_objective(tmp_path):
         ),
         ({"overfit_batches": 6}, "overfit_batches 6: the data has only 5 batches of 8"),
         ({"precision": "fp16"}, "fp16 needs a GPU"),
-        ({"validation_data": "nowhere"}, "no folder nowhere"),
+        ({"validation_data": "nowhere"}, "no folder or file nowhere"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_it_starts(tmp_path, changes, message):
