@@ -43,8 +43,11 @@ def pictures(number, side):
 def measure(what, pairs, run):
     """Runs once, prints pairs a second of processor time."""
     start = time.process_time()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        run()
+    said = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        code = run()
+    if code:
+        raise SystemExit(f"{what}: {said.getvalue().splitlines()[-1]}")
     seconds = time.process_time() - start
     print(
         f"{what:58s} {pairs / seconds:9.0f} pairs/s a core   {1e9 / pairs * seconds / 3600:8.0f} core-hours a billion",

@@ -190,9 +190,9 @@ def test_oscar_rows_that_do_not_belong_together(tmp_path):
         names.write_text((tmp_path / "good" / "predictions.tsv").read_text() + names.read_text())
         run(path, "--store_dir", tmp_path / f"store-{name}")
         assert problems(tmp_path / f"store-{name}", "regions") == [("rejected", "b", reason, 2)]
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "features.tsv").write_text(good)
     with pytest.raises(ValueError, match="features without names and scores"):
-        (tmp_path / "alone").mkdir()
-        (tmp_path / "alone" / "features.tsv").write_text(good)
         run(tmp_path / "alone" / "features.tsv", "--store_dir", tmp_path / "store")
 
 
