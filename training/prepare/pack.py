@@ -132,11 +132,11 @@ def _expand(inputs: Sequence[str]) -> list[str]:
 
 
 def _refuse_own_folder(inputs: Sequence[str], output_dir: str) -> None:
-    inside = [
-        name for name in inputs if not is_url(name) and Path(output_dir).resolve() in Path(name).resolve().parents
-    ]
-    if inside and any(name.endswith(".tar") for name in inside):
-        raise ValueError(f"--output_dir {output_dir} holds the input {inside[0]}: choose another folder")
+    output = Path(output_dir).resolve()
+    for name in inputs:
+        own = None if is_url(name) else Path(name).resolve()
+        if own == output or (own is not None and name.endswith(".tar") and output in own.parents):
+            raise ValueError(f"--output_dir {output_dir} holds the input {name}: choose another folder")
 
 
 def _remove_stale(stage: Stage) -> None:

@@ -316,6 +316,9 @@ def test_wrong_input_is_told(tmp_path):
     tar = write_tar(tmp_path / "tars" / "a.tar", [("k", {"jpg": picture(0), "txt": b"x"})])
     with pytest.raises(ValueError, match="choose another folder"):
         run(tmp_path / "tars", "--input", tar)
+    with pytest.raises(ValueError, match="choose another folder"):
+        run(tmp_path / "tars", "--input", tmp_path / "tars")
+    assert read_tars(tmp_path / "tars") == {"k": {"jpg": picture(0), "txt": b"x"}}
     with pytest.raises(ValueError, match="1 tars and 1 tables"):
         run(tmp_path / "o5", "--input", tar, table)
 
