@@ -27,11 +27,10 @@ from pyramidclip_command import EXIT_STOPPED, run_command
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.evaluation.classification import classification_metrics
 from training.evaluation.results import metric_results, write_json
-from training.loop.checkpoint import IDENTITY_WITHOUT, Identity
+from training.loop.checkpoint import Identity
 from training.loop.distributed import broadcast_buffers, sum_over_processes, world_size
-from training.loop.run import RunResult, complete_run
+from training.loop.run import RunResult, complete_run, exit_code
 from training.loop.task import AUTOCAST, Batch, Metrics, Plan, Reader, StepLoss, Task, plan_steps
-from training.settings.fields import identity_of
 from training.settings.finetuning import FinetuneArguments
 from training.settings.reading import parse_settings
 from training.transfer.batches import LabelledReader
@@ -80,21 +79,11 @@ class ClassificationTask(Task):
         return losses
 
     def identity(self) -> Identity:
-        """What the settings say, and what is known of pictures, classes and model once they are there."""
-        said, names = identity_of(self.settings), self.parts["train"].data.class_names
-        model = self.objective.model.config.to_dict()
-        for name in (*IDENTITY_WITHOUT, "id2label", "label2id"):
-            model.pop(name, None)
-        data = {
-            "fingerprint": self.reader.fingerprint,
-            "samples": self.plan.samples,
-            "classes": f"{len(names)}: {hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}",
-        }
-        return said | {
-            "data": data | said["data"],
-            "schedule": {"total_steps": self.plan.total_steps, **said["schedule"]},
-            "model": model,
-        }
+        """With the names of the classes, in their order, in place of the labels that the model makes of them."""
+        known, names = super().identity(), self.parts["train"].data.class_names
+        classes = f"{len(names)}: {hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}"
+        model = {name: value for name, value in known["model"].items() if name not in ("id2label", "label2id")}
+        return {**known, "data": {**known["data"], "classes": classes}, "model": model}
 
     @property
     def eval_every_steps(self) -> int:
@@ -195,14 +184,9 @@ def run(args: FinetuneArguments) -> RunResult:
     return complete_run(args, classification_task)
 
 
-def run_to_exit_code(args: FinetuneArguments) -> int:
-    """0, or 75 where the run was stopped before its end."""
-    return 0 if run(args).finished or args.dry_run else EXIT_STOPPED
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line, runs, and returns the exit code."""
-    return run_command(parse, run_to_exit_code, argv)
+    return run_command(parse, lambda args: exit_code(run(args), args), argv)
 
 
 if __name__ == "__main__":

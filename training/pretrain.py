@@ -22,18 +22,17 @@ from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig, levels_o
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.loader import TrainingReader, settings_for
 from training.loop.card import write_card
-from training.loop.checkpoint import IDENTITY_WITHOUT, Identity, Stateful
+from training.loop.checkpoint import Identity, Stateful
 from training.loop.distributed import rank, world_size
 from training.loop.gradient_cache import GradientCache
 from training.loop.initial_model import initial_model
 from training.loop.objective import ContrastiveObjective
 from training.loop.optim import MovingAverage
 from training.loop.processes import NOT_UNDER_DEEPSPEED
-from training.loop.run import RunResult, complete_run
+from training.loop.run import RunResult, complete_run, exit_code
 from training.loop.task import AUTOCAST, Batch, Metrics, Plan, Reader, StepLoss, Task, plan_steps
 from training.loop.tracking import duplicate_rates
 from training.loop.validation import ValidationSet
-from training.settings.fields import identity_of
 from training.settings.pretraining import PretrainingArguments
 from training.settings.reading import parse_settings
 
@@ -75,18 +74,11 @@ class ContrastiveTask(Task):
             self.average.update(self.objective.model)
 
     def identity(self) -> Identity:
-        """What the settings say, and what is known of data, objective and model once they are there."""
-        objective, said = self.objective, identity_of(self.settings)
-        model = objective.model.config.to_dict()
-        for name in (*IDENTITY_WITHOUT, "loss_weights", "label_smoothing"):
-            model.pop(name, None)
+        """With the objective as it is; the model's config may name another."""
+        known, objective = super().identity(), self.objective
         told = {"loss_weights": dict(objective.loss_weights), "label_smoothing": objective.label_smoothing}
-        return said | {
-            "data": {"fingerprint": self.reader.fingerprint, "samples": self.plan.samples, **said["data"]},
-            "objective": said["objective"] | told,
-            "schedule": {"total_steps": self.plan.total_steps, **said["schedule"]},
-            "model": model,
-        }
+        model = {name: value for name, value in known["model"].items() if name not in told}
+        return {**known, "objective": {**known["objective"], **told}, "model": model}
 
     @property
     def kept(self) -> Mapping[str, Stateful]:
@@ -207,14 +199,9 @@ def run(args: PretrainingArguments) -> RunResult:
     return complete_run(args, contrastive_task)
 
 
-def run_to_exit_code(args: PretrainingArguments) -> int:
-    """0, or 75 where the run was stopped before its end."""
-    return 0 if run(args).finished or args.dry_run else EXIT_STOPPED
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line, runs, and returns the exit code."""
-    return run_command(parse, run_to_exit_code, argv)
+    return run_command(parse, lambda args: exit_code(run(args), args), argv)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pyramidclip_command import EXIT_STOPPED
 from pyramidclip_hf import PyramidCLIPForImageClassification, PyramidCLIPProcessor
 from tests.training.processes import run_in_processes
 from tests.training.runs import MODEL_CONFIG, NO_BATCH_NORM, TIMES, after_step, assert_equal_runs
@@ -27,7 +28,6 @@ from training.loop import run as loop
 from training.loop.checkpoint import IdentityError, list_checkpoints
 from training.loop.optim import learning_rate_at
 from training.loop.tracking import read_metrics
-from training.pretrain import EXIT_STOPPED
 from training.settings.finetuning import FinetuneArguments
 from training.transfer.batches import LabelledBatches
 from training.transfer.classifier import classify

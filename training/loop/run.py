@@ -18,6 +18,7 @@ from typing import Any, TypeVar, final
 import torch
 from torch import nn
 
+from pyramidclip_command import EXIT_STOPPED
 from pyramidclip_hf.files import folder_written_aside
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.loader import is_worker_death, worker_died
@@ -130,6 +131,11 @@ def complete_run(settings: Settings, make_task: MakeTask[Settings]) -> RunResult
         run.accelerator.end_training()
     finished = complete and not settings.dry_run
     return RunResult(folder, run.progress.step, finished, final, metrics, task.objective.model, task.processor)
+
+
+def exit_code(result: RunResult, settings: RunSettings) -> int:
+    """Of a command that trained: 0, or 75 where the run was stopped before its end."""
+    return 0 if result.finished or settings.dry_run else EXIT_STOPPED
 
 
 ##################################################################################################

@@ -15,9 +15,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
-from training.loop.checkpoint import Identity, Stateful
+from training.loop.checkpoint import IDENTITY_WITHOUT, Identity, Stateful
 from training.loop.distributed import world_size
 from training.loop.optim import build_optimizer, learning_rate_at
+from training.settings.fields import identity_of
 from training.settings.run import RunSettings
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -192,8 +193,17 @@ class Task(Protocol):
     # What must stay the same, and what is kept
 
     def identity(self) -> Identity:
-        """What a checkpoint must agree on to be continued; see `training.loop.checkpoint.compare_identity`."""
-        ...
+        """What a checkpoint must agree on to be continued, see `training.loop.checkpoint.compare_identity`.
+
+        What the settings say, and what is known of data, length and model once they are there.
+        """
+        said, model = identity_of(self.settings), self.objective.model.config.to_dict()
+        return {
+            **said,
+            "data": {"fingerprint": self.reader.fingerprint, "samples": self.plan.samples, **said["data"]},
+            "schedule": {"total_steps": self.plan.total_steps, **said["schedule"]},
+            "model": {name: value for name, value in model.items() if name not in IDENTITY_WITHOUT},
+        }
 
     @property
     def kept(self) -> Mapping[str, Stateful]:

@@ -12,7 +12,6 @@ from training.loop import run as loop
 from training.loop.checkpoint import IdentityError, list_checkpoints
 from training.loop.initial_model import named_model
 from training.loop.task import Objective, StepLoss, Task, plan_steps
-from training.settings.fields import identity_of
 from training.settings.run import RunSettings
 
 
@@ -64,9 +63,6 @@ class SpreadTask(Task):
 
     def after_step(self):
         self.objective.queue.push()
-
-    def identity(self):
-        return identity_of(self.settings)
 
     @property
     def kept(self):
