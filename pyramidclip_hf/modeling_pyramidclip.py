@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange
@@ -44,6 +43,7 @@ from .modeling_pyramidclip_text import (
     checked_input_ids,
     end_positions,
     is_traced,
+    keys_with_first,
     mask_of_keys,
     take_position,
 )
@@ -289,7 +289,7 @@ class PyramidCLIPVisionModel(PyramidCLIPPreTrainedModel):
         if "roi_features" in inputs:
             first = self.config.num_leff_layers
             if roi_mask is not None:
-                keys = F.pad(roi_mask, (1, 0), value=True)
+                keys = keys_with_first(roi_mask)
                 mask = mask_of_keys(self.config, hidden_states, keys)
                 kwargs["query_mask"] = mask_of_keys(self.config, hidden_states[:, :1], keys, hidden_states)
         else:

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_pyramidclip import PyramidCLIPVisionConfig
-from .modeling_pyramidclip_text import AttentionMask, eager_attention_forward, mask_of_keys
+from .modeling_pyramidclip_text import AttentionMask, eager_attention_forward, keys_with_first, mask_of_keys
 
 
 class PyramidCLIPResNetStem(nn.Module):
@@ -174,7 +174,7 @@ class PyramidCLIPAttentionPool(nn.Module):
             tokens = self._embed_map(feature_map, interpolate_pos_encoding)
         mask = None
         if roi_mask is not None:
-            mask = mask_of_keys(self.config, tokens[:, :1], F.pad(roi_mask, (1, 0), value=True), tokens)
+            mask = mask_of_keys(self.config, tokens[:, :1], keys_with_first(roi_mask), tokens)
         pooled, weights = self._attend(tokens, mask, **kwargs)
         return tokens, pooled, weights
 

@@ -60,6 +60,14 @@ def mask_of_keys(
     )
 
 
+def keys_with_first(keys: torch.Tensor) -> torch.Tensor:
+    """(B, L) bool -> (B, 1 + L), True in front: what `mask_of_keys` takes where a token that all see comes first."""
+    # Each number is read from inside of `keys`. Of a concatenation along the last dimension, and of a write into place,
+    # torch.compile makes CPU code that loads from one number before its start: at the start of a page, a fault.
+    place = torch.arange(-1, keys.shape[1], device=keys.device)
+    return keys[:, place.clamp(min=0)] | (place < 0)
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
