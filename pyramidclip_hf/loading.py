@@ -103,7 +103,7 @@ def load_dual_encoder(
     _check_parts(folder, ("weights",), called)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     try:
-        with quiet_transformers():
+        with quiet_transformers(warnings=False):  # what they would say is checked below
             model, info = PyramidCLIPModel.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
             )
@@ -120,11 +120,12 @@ def load_dual_encoder(
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Neither progress bars nor warnings of transformers: what they would say is checked, or of no interest."""
+def quiet_transformers(*, warnings: bool = True) -> Iterator[None]:
+    """No progress bars of transformers between our own lines; without `warnings`, no warnings either."""
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    if not warnings:
+        logging.set_verbosity_error()
     try:
         yield
     finally:

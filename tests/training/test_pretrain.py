@@ -10,12 +10,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyramidclip_hf import PyramidCLIPModel
+from pyramidclip_hf.loading import quiet_transformers
 from tests.training.processes import run_in_processes
 from tests.training.runs import MODEL_CONFIG, NO_BATCH_NORM, MemoryReader, logged, run_settings, settings, use_memory
 from tests.training.tiny import RESNET, TEXT, VIT
 from training import pretrain
 from training.loop import run as loop
-from training.loop.checkpoint import quiet_transformers
 
 
 @pytest.fixture(autouse=True)

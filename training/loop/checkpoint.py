@@ -16,8 +16,7 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +29,7 @@ from transformers import PreTrainedModel
 
 from pyramidclip_command import Failure
 from pyramidclip_hf.files import replace_folder
+from pyramidclip_hf.loading import quiet_transformers
 from training.loop.distributed import any_process, rank, world_size
 
 FORMAT = 1
@@ -205,20 +205,6 @@ def _write_files(folder: Path, state: TrainingState, progress: Progress) -> None
     common = {name: value for name, value in asdict(progress).items() if name != "reader"}
     record = {"format": FORMAT, "processes": world_size(), "identity": state.identity, "progress": common}
     (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bar of transformers between the lines of the run's own."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _write_tensors(path: Path, content: Any) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 
 from pyramidclip_command import EXIT_STOPPED
 from pyramidclip_hf.files import folder_written_aside
+from pyramidclip_hf.loading import quiet_transformers
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.loader import is_worker_death, worker_died
 from training.loop.card import publish
@@ -29,7 +30,6 @@ from training.loop.checkpoint import (
     checkpoint_path,
     find_checkpoint,
     list_checkpoints,
-    quiet_transformers,
     read_checkpoint,
     write_checkpoint,
 )
