@@ -207,7 +207,10 @@ class Task(Protocol):
 
     @property
     def kept(self) -> Mapping[str, Stateful]:
-        """File name -> what a checkpoint holds as NAME.safetensors beside model and optimizer: an average, a queue."""
+        """File name -> what a checkpoint holds as NAME.safetensors beside model and optimizer: an average, a queue.
+
+        The first process writes its own, and all read that.
+        """
         return {}
 
     # What is measured and said
