@@ -16,6 +16,8 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Trainings here are trainings on the CPU; what a GPU does is measured by `make gpu`.
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 # Inductor's cache does not ask for which instructions a kernel was compiled: run under others, it ends the process.
 if capability := os.environ.get("ATEN_CPU_CAPABILITY"):

@@ -169,7 +169,7 @@ def classification_task(args: FinetuneArguments, accelerator: Any, folder: Path)
     parts = open_parts(args)
     model, processor = initial_classifier(args, parts["train"].data.class_names)
     plan = plan_steps(len(parts["train"].numbers), args.global_batch_size, epochs=args.epochs)
-    reader = LabelledReader(parts["train"], processor, args)
+    reader = LabelledReader(parts["train"], processor, args, accelerator.device)
     objective = ClassificationObjective(model, args.label_smoothing, AUTOCAST[args.precision]).to(accelerator.device)
     return ClassificationTask(args, objective, processor, reader, plan, parts)
 

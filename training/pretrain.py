@@ -129,7 +129,7 @@ def contrastive_task(args: PretrainingArguments, accelerator: Any, folder: Path)
     if args.per_device_chunk_size and accelerator.distributed_type == "DEEPSPEED":
         raise ValueError(NOT_UNDER_DEEPSPEED)
     model, processor = initial_model(args)
-    reader = open_reader(args, processor, model.config, folder)
+    reader = open_reader(args, processor, model.config, folder, accelerator.device)
     plan = plan_steps(
         reader.samples,
         args.global_batch_size,
@@ -157,9 +157,13 @@ def contrastive_task(args: PretrainingArguments, accelerator: Any, folder: Path)
 
 
 def open_reader(
-    args: PretrainingArguments, processor: PyramidCLIPProcessor, config: PyramidCLIPConfig, folder: Path
+    args: PretrainingArguments,
+    processor: PyramidCLIPProcessor,
+    config: PyramidCLIPConfig,
+    folder: Path,
+    device: torch.device,
 ) -> TrainingReader:
-    """The training data of this process; only the levels that the objective names are read."""
+    """The training data of this process for `device`; only the levels that the objective names are read."""
     settings = settings_for(
         processor,
         levels_of(config.loss_weights),
@@ -185,7 +189,7 @@ def open_reader(
         max_bad_fraction=args.max_bad_fraction,
         overfit_batches=args.overfit_batches,
         bad_log=folder / f"bad-samples-{rank():05d}.jsonl",
-        pin_memory=torch.cuda.is_available(),
+        device=device,
     )
 
 

@@ -68,7 +68,7 @@ def test_auto_classes_find_ours(folder):
 
 def test_zero_shot_pipeline_equals_the_model(folder, pictures):
     labels = ["a dog", "a remarkably long name of a cat", "!"]
-    classify = pipeline("zero-shot-image-classification", model=str(folder))
+    classify = pipeline("zero-shot-image-classification", model=str(folder), device="cpu")
     model, processor = PyramidCLIPModel.from_pretrained(folder), PyramidCLIPProcessor.from_pretrained(folder)
     texts = [f"This is a photo of {label}." for label in labels]
     for picture in pictures:
@@ -88,13 +88,13 @@ def test_image_classification_and_feature_pipelines(folder, pictures, tmp_path):
     processor = PyramidCLIPImageProcessor.from_pretrained(folder)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    found = pipeline("image-classification", model=str(tmp_path))(pictures[0], top_k=3)
+    found = pipeline("image-classification", model=str(tmp_path), device="cpu")(pictures[0], top_k=3)
     with torch.no_grad():
         pixels = processor(pictures[0], return_tensors="pt").pixel_values
         wanted = model(pixels).logits.softmax(-1)[0].sort(descending=True).values
     assert [entry["score"] for entry in found] == pytest.approx(wanted.tolist(), abs=1e-6)
     vision = PyramidCLIPVisionModel.from_pretrained(folder)
-    extract = pipeline("image-feature-extraction", model=vision, image_processor=processor)
+    extract = pipeline("image-feature-extraction", model=vision, image_processor=processor, device="cpu")
     with torch.no_grad():
         tokens = vision(pixels).last_hidden_state
     np.testing.assert_allclose(extract(pictures[0]), tokens.numpy(), atol=1e-6)
@@ -119,7 +119,9 @@ def test_device_map_offloads(folder, tmp_path, place):
     inputs = _inputs(plain)
     parts = {"text_model": place, "vision_model": place, "visual_projection": "cpu", "text_projection": place}
     device_map = {**parts, "logit_scale": "cpu"} if place == "disk" else "auto"
-    loaded = PyramidCLIPModel.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path)
+    loaded = PyramidCLIPModel.from_pretrained(
+        folder, device_map=device_map, max_memory={"cpu": "4GB"}, offload_folder=tmp_path
+    )
     if place == "disk":
         assert next(loaded.vision_model.parameters()).device.type == "meta"
     with torch.no_grad():

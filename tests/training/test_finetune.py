@@ -92,7 +92,7 @@ def test_a_run_learns_and_leaves_a_classifier_that_transformers_loads(tmp_path, 
     assert model.config.label2id == {"blue": 0, "dark red": 1, "green": 2}
     assert type(PyramidCLIPProcessor.from_pretrained(result.final).tokenizer).__name__ == "PyramidCLIPTokenizer"
     test = labelled_folder(data["test"])
-    classify = pipeline("image-classification", model=str(result.final))
+    classify = pipeline("image-classification", model=str(result.final), device="cpu")
     pixels = AutoImageProcessor.from_pretrained(result.final)(test.read(9), return_tensors="pt")
     with torch.no_grad():
         expected = model(**pixels).logits.softmax(-1)[0]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.training.prepare.small_data import FEATURES, write_shards
 from tests.training.processes import run_in_processes
@@ -63,6 +64,25 @@ def test_a_killed_run_continues_bit_for_bit_with_the_real_loader(tmp_path, shard
     again = settings(disturbed, shards, dataloader_workers=2 - workers, resume="latest")
     run_in_processes(run_settings, world_size, again)
     assert_equal_runs(undisturbed, disturbed)
+
+
+@pytest.fixture
+def unused_gpu(monkeypatch):
+    """A machine whose GPU may not be touched."""
+
+    def touched():
+        raise AssertionError("the GPU was touched")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", touched)
+    # torch's own: an optimizer asks whether the GPU's stream is being captured, wherever its parameters are.
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+        monkeypatch.setattr(torch.optim.Optimizer, name, lambda optimizer: None, raising=False)
+
+
+def test_a_training_on_the_cpu_leaves_the_gpu_alone(tmp_path, shards, unused_gpu):
+    pretrain.run(settings(tmp_path, shards, max_steps=2, dataloader_workers=1))
+    pretrain.run(settings(tmp_path, shards, max_steps=2, dataloader_workers=1, resume="latest"))
 
 
 def validate(rank, world_size, args):

@@ -13,6 +13,7 @@ and named; beyond `max_bad_fraction` the run stops.
 import collections
 import hashlib
 import json
+import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -141,8 +142,9 @@ class BatchReader:
             samples had been read).
         overfit_batches: only the first so many global batches of epoch 0, over and over; 0: off.
         bad_log: file that names each bad sample, one JSON object a line, appended.
-        pin_memory: for GPUs.
-        start_method: how workers start ("fork", "spawn", "forkserver"; None: the platform's).
+        device: where the batches go. For a CPU nothing is pinned, and no other device is touched.
+        start_method: how workers start ("fork", "spawn", "forkserver"; None: the platform's way for a CPU; a fork of
+            a process that touched no device for every other device).
 
     Raises:
         ValueError: the data is smaller than one global batch (with the arithmetic), or the batch cannot be shared
@@ -161,14 +163,15 @@ class BatchReader:
         max_bad_fraction: float = 0.01,
         overfit_batches: int = 0,
         bad_log: str | os.PathLike[str] | None = None,
-        pin_memory: bool = False,
+        device: torch.device | str = "cpu",
         start_method: str | None = None,
     ):
         self.maker, self.order, self.samples = maker, order, order.total
         self.batches_per_epoch = order.batches_per_epoch(global_batch_size)
         batch_positions(0, global_batch_size, process_index, num_processes)
         self.global_batch_size, self.process_index, self.num_processes = global_batch_size, process_index, num_processes
-        self.workers, self.prefetch, self.pin_memory, self.start_method = workers, prefetch, pin_memory, start_method
+        self.workers, self.prefetch, self.device = workers, prefetch, torch.device(device)
+        self.start_method = start_method or _start_method(self.device)
         self.max_bad_fraction, self.overfit_batches, self.bad_log = max_bad_fraction, overfit_batches, bad_log
         self._counts: collections.Counter[str] = collections.Counter()
         self._named: list[Fault] = []
@@ -220,7 +223,7 @@ class BatchReader:
             num_workers=self.workers,
             collate_fn=_as_it_is,
             prefetch_factor=self.prefetch if self.workers else None,
-            pin_memory=self.pin_memory,
+            pin_memory=self.device.type == "cuda",
             multiprocessing_context=self.start_method if self.workers else None,
         )
         self._pipeline = iter(loader)
@@ -394,6 +397,15 @@ def _first(named: Sequence[Fault]) -> str:
 def _as_it_is(batch: Any) -> Any:
     """In place of collating: with `batch_size=None`, torch hands over what the maker made."""
     return batch
+
+
+def _start_method(device: torch.device) -> str | None:
+    """How processes start beside one that trains on `device`: what a GPU's driver holds does not survive a fork."""
+    if device.type == "cpu" or "forkserver" not in multiprocessing.get_all_start_methods():
+        return None
+    # Imported once, by the process that all workers are forked from.
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    return "forkserver"
 
 
 class _Schedule:

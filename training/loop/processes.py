@@ -30,7 +30,7 @@ def start_processes(settings: RunSettings, folder: Path) -> Any:
     if "tensorboard" in settings.trackers and importlib.util.find_spec("tensorboard") is None:
         raise ImportError('trackers: tensorboard is not installed: pip install -e ".[train]", or set trackers: none')
     # Said here because a launcher without --cpu leaves several processes on a machine without GPU unconnected.
-    cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available()
     if PartialState(cpu=cpu).device.type == "cpu" and settings.precision == "fp16":
         raise ValueError("precision fp16 needs a GPU; on CPU use bf16 or fp32")
     # Without SyncBatchNorm the first process's running statistics are everyone's, so that what is evaluated and saved

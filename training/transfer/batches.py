@@ -87,7 +87,7 @@ class LabelledBatches(torch.utils.data.Dataset):
 class LabelledReader(BatchReader):
     """The training batches of this process; a picture that cannot be read ends the run with its name."""
 
-    def __init__(self, part: Part, processor: PyramidCLIPProcessor, args: FinetuneArguments):
+    def __init__(self, part: Part, processor: PyramidCLIPProcessor, args: FinetuneArguments, device: torch.device):
         data = part.pictures
         order = SampleOrder([[len(data)]], args.seed, window_shards=1)
         super().__init__(
@@ -97,8 +97,8 @@ class LabelledReader(BatchReader):
             rank(),
             world_size(),
             workers=args.dataloader_workers,
-            pin_memory=torch.cuda.is_available(),
-            # The pictures are read through functions that cannot be pickled.
+            device=device,
+            # The pictures are read through functions that cannot be pickled. Workers compute on no device.
             start_method="fork",
         )
         self.fingerprint = fingerprint(part)

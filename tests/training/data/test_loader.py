@@ -11,7 +11,9 @@ from training.data.batches import BatchReport, DataError
 from training.data.shards import ShardWriter
 
 
-@pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "start_method", ["fork", *(pytest.param(name, marks=pytest.mark.slow) for name in ("spawn", "forkserver"))]
+)
 def test_workers_change_no_byte(shards, reader, start_method):
     alone = reader(shards, seed=1)
     expected = [batch for epoch in range(2) for batch in alone.batches(epoch)]
@@ -27,6 +29,18 @@ def test_continues_from_any_position(shards, reader, workers):
     assert equal(list(resumed.batches(3, 8)), expected[1:])  # not in turn: started anew
     with pytest.raises(ValueError, match="multiple of the global batch of 8"):
         next(resumed.batches(0, 12))
+
+
+@pytest.mark.parametrize(("device", "pinned", "method"), [("cpu", False, None), ("cuda", True, "forkserver")])
+def test_the_device_of_a_run_decides_whether_memory_is_pinned_and_how_workers_start(
+    shards, reader, monkeypatch, device, pinned, method
+):
+    """Whatever the machine has."""
+    seen = {}
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda maker, **options: seen.update(options) or [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    reader(shards, workers=2, device=device)._start(0, 0)
+    assert (seen["pin_memory"], seen["multiprocessing_context"]) == (pinned, method)
 
 
 def test_epochs_and_seeds_differ(shards, reader):

@@ -141,7 +141,7 @@ def test_the_ablation_rows_are_the_papers():
 @pytest.mark.parametrize("stem", ["rn50_15m_8_epochs", "vit_b_16_143m_32_epochs"])
 def test_overfitting_two_batches_drives_a_recipe_to_its_floor(stem, tmp_path, monkeypatch):
     """Everything of the recipe but sizes, length and learning rate."""
-    monkeypatch.setattr(pretrain, "open_reader", lambda args, processor, config, folder: reader)
+    monkeypatch.setattr(pretrain, "open_reader", lambda *arguments: reader)
     vision = RESNET if stem.startswith("rn50") else MODEL_CONFIG["vision_config"]
     config = {**MODEL_CONFIG, "vision_config": vision, "projection_dim": 16}
     settings = read_settings(PretrainingArguments, CONFIGS / f"{stem}.yaml")
