@@ -7,13 +7,15 @@
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
     AutoTokenizer,
 )
+
+# From its own module: among the names of transformers it needs torchvision in versions below 5.23.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_pyramidclip import (
     ARCHITECTURES,

@@ -6,6 +6,8 @@
 9
 """
 
+from .versions_pyramidclip import BUILDS_SUB_CONFIGS  # isort: skip  # first: it says which versions this needs
+
 import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -271,6 +273,7 @@ class PyramidCLIPVisionConfig(PreTrainedConfig):
 
 
 TowerConfig: TypeAlias = PyramidCLIPTextConfig | PyramidCLIPVisionConfig
+_TOWERS: dict[str, type[TowerConfig]] = {"vision_config": PyramidCLIPVisionConfig, "text_config": PyramidCLIPTextConfig}
 
 
 @strict
@@ -287,10 +290,10 @@ class PyramidCLIPConfig(PreTrainedConfig):
     """
 
     model_type = "pyramidclip"
-    sub_configs_defaults: ClassVar[dict[str, Any]] = {
-        "vision_config": PyramidCLIPVisionConfig,
-        "text_config": PyramidCLIPTextConfig,
-    }
+    if BUILDS_SUB_CONFIGS:
+        sub_configs_defaults: ClassVar[dict[str, Any]] = _TOWERS
+    else:
+        sub_configs: ClassVar[dict[str, Any]] = _TOWERS
 
     text_config: TextConfig = _NOT_GIVEN
     vision_config: VisionConfig = _NOT_GIVEN
@@ -307,6 +310,10 @@ class PyramidCLIPConfig(PreTrainedConfig):
         _reject_unknown_keys(self, kwargs)
         if self.loss_weights is None:
             self.loss_weights = dict(DEFAULT_LOSS_WEIGHTS)
+        if not BUILDS_SUB_CONFIGS:
+            for name, config_class in _TOWERS.items():
+                if not isinstance(given := getattr(self, name), PreTrainedConfig):
+                    setattr(self, name, config_class(**(given or {})))
         super().__post_init__(**kwargs)
         for tower in (self.text_config, self.vision_config):
             tower.projection_dim = self.projection_dim

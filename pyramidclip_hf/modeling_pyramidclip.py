@@ -48,6 +48,7 @@ from .modeling_pyramidclip_text import (
     take_position,
 )
 from .modeling_pyramidclip_vit import PyramidCLIPLeFFLayer, PyramidCLIPVisionEmbeddings
+from .versions_pyramidclip import NO_CACHE
 
 MAX_LOGIT_SCALE = math.log(100.0)
 
@@ -162,9 +163,7 @@ class PyramidCLIPTextModel(PyramidCLIPPreTrainedModel):
                 position_ids = torch.cat([position_ids, rest.expand(position_ids.shape[0], -1)], dim=1)
             input_ids = canonical_input_ids(input_ids, attention_mask, self.config)
         hidden_states = self.embeddings(input_ids, position_ids)
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None
-        )
+        mask = create_causal_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=None, **NO_CACHE)
         kwargs.pop("is_causal", None)
         if pooled_only and ends is not None:
             kwargs |= {"query_at": ends, "query_mask": self._mask_behind(ends, hidden_states)}

@@ -34,6 +34,7 @@ from .modeling_pyramidclip_text import (
     PyramidCLIPTextLayer,
 )
 from .modeling_pyramidclip_vit import PyramidCLIPVisionEmbeddings
+from .versions_pyramidclip import HAS_ACTIVATION_CHECKPOINTING
 
 Source: TypeAlias = str | os.PathLike[str] | None
 
@@ -157,13 +158,19 @@ class PyramidCLIPPreTrainedModel(PreTrainedModel):
         self._refuse_if_fused("save_pretrained()")
         return super().save_pretrained(*args, **kwargs)
 
+    if not HAS_ACTIVATION_CHECKPOINTING:
+
+        def activation_checkpointing_enable(
+            self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+        ) -> None:
+            """As in newer versions of transformers."""
+            chosen = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
+            self.gradient_checkpointing_enable(gradient_checkpointing_kwargs=chosen, **kwargs)
+
     def _set_gradient_checkpointing(
-        self,
-        enable: bool = True,
-        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
-        every_n_layers: int = 1,
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
     ) -> None:
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
         for module in self.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 run = partial(_checkpoint_layer, gradient_checkpointing_func, module)

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_pyramidclip import PyramidCLIPTextConfig, TowerConfig
+from .versions_pyramidclip import DEVICE_ONLY
 
 QUICK_GELU_SLOPE = 1.702
 # What an attention backend takes: bool (True = seen) or added to the scores, (B or 1, 1, Q, L); flash attention's
@@ -54,10 +55,7 @@ def mask_of_keys(
 
     `states` (B, L, D) are these tokens where they are not the queries themselves.
     """
-    # A mask that hides nothing could be left out, but the host would have to read it off the device.
-    return create_bidirectional_mask(
-        config, queries, keys, encoder_hidden_states=states, allow_is_bidirectional_skip=False
-    )
+    return create_bidirectional_mask(config, queries, keys, encoder_hidden_states=states, **DEVICE_ONLY)
 
 
 def keys_with_first(keys: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Text
 from .configuration_pyramidclip import LEVELS
 from .image_processing_pyramidclip import PyramidCLIPImageProcessor
 from .tokenization_pyramidclip import PyramidCLIPTokenizer
+from .versions_pyramidclip import HAS_PROCESSOR_DEFAULTS
 
 _BOX = 4
 # How far float16 boxes may lie outside the picture.
@@ -52,6 +53,8 @@ class PyramidCLIPProcessor(ProcessorMixin):
 
     valid_processor_kwargs: type[Any] = PyramidCLIPProcessorKwargs
     text_kwargs = {"padding": True}
+    if not HAS_PROCESSOR_DEFAULTS:
+        valid_processor_kwargs._defaults = {"text_kwargs": text_kwargs}
 
     def __init__(
         self,
@@ -111,7 +114,8 @@ class PyramidCLIPProcessor(ProcessorMixin):
         regions = regions if regions is None or isinstance(regions, list) else [regions]
         _check_lengths(text=text, summary=summary, tags=tags)
         _check_lengths(images=images, local_images=local_images, regions=regions)
-        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        init_kwargs = self.tokenizer.init_kwargs
+        merged = self._merge_kwargs(self.valid_processor_kwargs, tokenizer_init_kwargs=init_kwargs, **kwargs)
         text_kwargs, image_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         return_tensors = text_kwargs.get("return_tensors") or image_kwargs.get("return_tensors")
 

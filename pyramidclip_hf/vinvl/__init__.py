@@ -13,7 +13,8 @@ Running the model needs torchvision: `pip install "pyramidclip-hf[vinvl]"`. `fol
 with `AutoConfig` and `AutoImageProcessor`.
 """
 
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_vinvl import VinVLConfig
 from .image_processing_vinvl import VinVLImageProcessor

@@ -1,0 +1,58 @@
+# Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Needs transformers 5.6 and torch 2.6 or newer. What moved between these and today's is met here, and nowhere else.
+
+The configuration imports this module first, so that older versions get a sentence; a folder on the Hub carries it too.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+
+NEEDED = {"transformers": "5.6", "torch": "2.6"}
+
+
+def check_versions(installed: Mapping[str, str]) -> None:
+    """ImportError, in a sentence, where one of `installed` (name -> version) is older than NEEDED says."""
+    for name, lowest in NEEDED.items():
+        if Version(installed[name]) < Version(lowest):
+            raise ImportError(
+                f"PyramidCLIP needs {name} {lowest} or newer, and {name} {installed[name]} is installed: "
+                f'pip install "{name}>={lowest}"'
+            )
+
+
+check_versions({"transformers": transformers.__version__, "torch": torch.__version__})
+
+from transformers.configuration_utils import PreTrainedConfig  # noqa: E402  # what follows is not in older ones
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask  # noqa: E402
+from transformers.modeling_utils import PreTrainedModel  # noqa: E402
+from transformers.processing_utils import ProcessorMixin  # noqa: E402
+
+
+def _those_known(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that `function` names."""
+    return {name: value for name, value in arguments.items() if name in inspect.signature(function).parameters}
+
+
+# The cache of generation, which has to be given; renamed in 5.24, where the older name warns.
+NO_CACHE = _those_known(create_causal_mask, {"cache": None})
+NO_CACHE = NO_CACHE or _those_known(create_causal_mask, {"past_key_values": None})
+
+# A mask that hides nothing could be left out, but the host would have to read it off the device. Older versions always
+# read it.
+DEVICE_ONLY = _those_known(create_bidirectional_mask, {"allow_is_bidirectional_skip": False})
+
+# Who builds the towers' configurations of their dictionaries: transformers, or before it did the class itself.
+BUILDS_SUB_CONFIGS = hasattr(PreTrainedConfig, "sub_configs_defaults")
+
+# Older versions call it gradient checkpointing.
+HAS_ACTIVATION_CHECKPOINTING = hasattr(PreTrainedModel, "activation_checkpointing_enable")
+
+# Whether a processor's defaults are its own attributes; before, they were `_defaults` of its arguments' class.
+HAS_PROCESSOR_DEFAULTS = (
+    inspect.signature(ProcessorMixin._merge_kwargs).parameters["ModelProcessorKwargs"].default is None
+)
