@@ -8,7 +8,7 @@ CORE_TORCH := 2.13.0
 CORE_TESTS := tests/pyramidclip_hf --ignore tests/pyramidclip_hf/vinvl tests/test_core_environment.py
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-main test-core test-all test-kernels test-upstream bench gpu gpu-wheels lint clean
+.PHONY: help setup demo test test-main test-core test-all test-kernels test-upstream bench gpu gpu-wheels test-versions lint clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -53,6 +53,24 @@ test-kernels: $(VENV)/installed  ## the tests with the arithmetic of lesser proc
 	ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -n $(WORKERS) -m "not slow"
 	OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 $(PYTEST) -n $(WORKERS) -m "not slow"
 
+# The core alone, with the oldest versions that setup.cfg allows, those of a machine of the middle, and the newest.
+VERSIONS := oldest middle newest
+VERSIONS_TESTS := tests/pyramidclip_hf --ignore tests/pyramidclip_hf/vinvl
+OLDEST := torch==2.6.0 torchvision==0.21.0 transformers==5.10.0 numpy==2.0.0 pillow==11.0.0 ftfy==6.3.0
+MIDDLE := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0
+NEWEST := torch torchvision transformers huggingface_hub numpy pillow
+
+test-versions: $(VERSIONS:%=.venv-%/passed)  ## the core's tests with the oldest, middle and newest versions of what it needs
+
+.venv-oldest/passed: PACKAGES = $(OLDEST)
+.venv-middle/passed: PACKAGES = $(MIDDLE)
+.venv-newest/passed: PACKAGES = $(NEWEST)
+.venv-%/passed: setup.cfg pyproject.toml $(wildcard pyramidclip_hf/*.py)
+	[ -x .venv-$*/bin/python ] || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --disable-pip-version-check --quiet $(PACKAGES) pytest pytest-timeout pytest-xdist .
+	.venv-$*/bin/pytest -n $(WORKERS) -m "not slow and not loopback" $(VERSIONS_TESTS)
+	touch $@
+
 test-upstream: $(VENV)/installed  ## transformers' own common tests against these classes (downloads its source distribution once)
 	$(BIN)/python -m tests.upstream
 
@@ -76,4 +94,4 @@ lint: $(VENV)/installed  ## ruff, its format check, and mypy
 	$(BIN)/mypy
 
 clean:  ## remove the environments and what the tools cached
-	rm -rf $(VENV) $(CORE) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .cache
+	rm -rf $(VENV) $(CORE) $(VERSIONS:%=.venv-%) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .cache

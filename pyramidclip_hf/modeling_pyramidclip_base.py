@@ -34,7 +34,7 @@ from .modeling_pyramidclip_text import (
     PyramidCLIPTextLayer,
 )
 from .modeling_pyramidclip_vit import PyramidCLIPVisionEmbeddings
-from .versions_pyramidclip import HAS_ACTIVATION_CHECKPOINTING
+from .versions_pyramidclip import HAS_ACTIVATION_CHECKPOINTING, NOT_CUSTOM_CODE
 
 Source: TypeAlias = str | os.PathLike[str] | None
 
@@ -70,7 +70,7 @@ class PyramidCLIPPreTrainedModel(PreTrainedModel):
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # Transformers skips the blocks of custom code that hold no tensors of their own, because such code may write
         # over loaded weights. Ours does not (`init` leaves loaded tensors alone), and it initialises per block.
-        super()._initialize_weights(module, is_custom_code=False)
+        super()._initialize_weights(module, **NOT_CUSTOM_CODE)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -161,16 +161,22 @@ class PyramidCLIPPreTrainedModel(PreTrainedModel):
     if not HAS_ACTIVATION_CHECKPOINTING:
 
         def activation_checkpointing_enable(
-            self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+            self, activation_checkpointing_kwargs: Any = None, every_n_layers: int = 1, offload: bool = False
         ) -> None:
-            """As in newer versions of transformers."""
+            """As newer versions of transformers have it, but for what older ones cannot do."""
+            if every_n_layers != 1 or offload:
+                raise ValueError("every_n_layers and offload need a newer version of transformers.")
             chosen = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
-            self.gradient_checkpointing_enable(gradient_checkpointing_kwargs=chosen, **kwargs)
+            self.gradient_checkpointing_enable(gradient_checkpointing_kwargs=chosen)
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
     ) -> None:
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        more = {} if every_n_layers == 1 else {"every_n_layers": every_n_layers}  # older versions do not know it
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **more)
         for module in self.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 run = partial(_checkpoint_layer, gradient_checkpointing_func, module)

@@ -114,8 +114,11 @@ class PyramidCLIPProcessor(ProcessorMixin):
         regions = regions if regions is None or isinstance(regions, list) else [regions]
         _check_lengths(text=text, summary=summary, tags=tags)
         _check_lengths(images=images, local_images=local_images, regions=regions)
-        init_kwargs = self.tokenizer.init_kwargs
-        merged = self._merge_kwargs(self.valid_processor_kwargs, tokenizer_init_kwargs=init_kwargs, **kwargs)
+        merged = self._merge_kwargs(
+            self.valid_processor_kwargs,  # type: ignore[arg-type]  # the class, as transformers' own processors give it
+            tokenizer_init_kwargs=self.tokenizer.init_kwargs,
+            **kwargs,
+        )
         text_kwargs, image_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         return_tensors = text_kwargs.get("return_tensors") or image_kwargs.get("return_tensors")
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Needs transformers 5.6 and torch 2.6 or newer. What moved between these and today's is met here, and nowhere else.
+"""Needs transformers 5.10 and torch 2.6 or newer. What moved between these and today's is met here, and nowhere else.
 
 The configuration imports this module first, so that older versions get a sentence; a folder on the Hub carries it too.
 """
@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 import transformers
-from packaging.version import Version
+from torch.torch_version import TorchVersion
 
-NEEDED = {"transformers": "5.6", "torch": "2.6"}
+NEEDED = {"transformers": "5.10", "torch": "2.6"}
 
 
 def check_versions(installed: Mapping[str, str]) -> None:
     """ImportError, in a sentence, where one of `installed` (name -> version) is older than NEEDED says."""
     for name, lowest in NEEDED.items():
-        if Version(installed[name]) < Version(lowest):
+        if TorchVersion(installed[name]) < lowest:
             raise ImportError(
                 f"PyramidCLIP needs {name} {lowest} or newer, and {name} {installed[name]} is installed: "
                 f'pip install "{name}>={lowest}"'
@@ -56,3 +56,6 @@ HAS_ACTIVATION_CHECKPOINTING = hasattr(PreTrainedModel, "activation_checkpointin
 HAS_PROCESSOR_DEFAULTS = (
     inspect.signature(ProcessorMixin._merge_kwargs).parameters["ModelProcessorKwargs"].default is None
 )
+
+# Older versions initialise all code alike.
+NOT_CUSTOM_CODE = _those_known(PreTrainedModel._initialize_weights, {"is_custom_code": False})

@@ -18,13 +18,14 @@ CORE_BRINGS = {"filelock", "tqdm", "yaml", "fsspec", "packaging", "regex"}
 OURS = {"pyramidclip_command", "pyramidclip_hf", "conversion", "training"}
 
 # Each module of the package and the siblings it may import. A new module gets its place here first.
-TOWERS = {"configuration_pyramidclip", "loss_pyramidclip"}
+TOWERS = {"versions_pyramidclip", "configuration_pyramidclip", "loss_pyramidclip"}
 PARTS = {"modeling_pyramidclip_text", "modeling_pyramidclip_resnet"}
 BLOCKS = TOWERS | PARTS | {"modeling_pyramidclip_vit"}
 MODEL = BLOCKS | {"fusion_pyramidclip", "modeling_pyramidclip_base"}
 PREPROCESSING = {"configuration_pyramidclip", "image_processing_pyramidclip", "tokenization_pyramidclip"}
 SIBLINGS = {
-    "configuration_pyramidclip": set(),
+    "versions_pyramidclip": set(),
+    "configuration_pyramidclip": {"versions_pyramidclip"},
     "loss_pyramidclip": {"configuration_pyramidclip"},
     "modeling_pyramidclip_text": TOWERS,
     "modeling_pyramidclip_resnet": TOWERS | {"modeling_pyramidclip_text"},
@@ -35,7 +36,7 @@ SIBLINGS = {
     "explain": MODEL | {"modeling_pyramidclip", "image_processing_pyramidclip"},
     "image_processing_pyramidclip": {"configuration_pyramidclip"},
     "tokenization_pyramidclip": {"configuration_pyramidclip"},
-    "processing_pyramidclip": PREPROCESSING,
+    "processing_pyramidclip": PREPROCESSING | {"versions_pyramidclip"},
     "zero_shot": PREPROCESSING | {"processing_pyramidclip"},
     "files": set(),
     "embedding_files": {"files"},
