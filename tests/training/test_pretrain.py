@@ -3,6 +3,7 @@
 import ctypes
 import math
 import mmap
+import os
 
 import numpy as np
 import pytest
@@ -159,6 +160,34 @@ def test_a_model_continues_from_a_folder_and_freezes_a_tower(tmp_path):
     changed = {n for n, t in after.state_dict().items() if not torch.equal(t, before.state_dict()[n])}
     assert changed and not [name for name in changed if name.startswith(("vision_model.", "visual_projection."))]
     assert after.config.loss_weights == {"global_caption": 1.0} and after.config.label_smoothing == 0.0
+
+
+def how_torch_computes():
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    return torch.are_deterministic_algorithms_enabled(), warn_only, benchmark, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+
+
+def test_deterministic_algorithms_are_for_one_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    before, seen = how_torch_computes(), []
+    advance = loop.advance
+    monkeypatch.setattr(loop, "advance", lambda run: (seen.append(how_torch_computes()), advance(run)))
+    pretrain.run(settings(tmp_path / "a", max_steps=1, deterministic=True))
+    pretrain.run(settings(tmp_path / "b", max_steps=1))
+    assert seen == [(True, False, False, ":4096:8"), before]
+    assert how_torch_computes() == before == (False, False, True, None)
+
+
+@pytest.mark.parametrize("workspace", [None, ":0:0"])
+def test_deterministic_algorithms_are_refused_where_cuda_has_started_without_them(tmp_path, monkeypatch, workspace):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if workspace:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(ValueError, match="deterministic: CUDA has started .* without CUBLAS_WORKSPACE_CONFIG: set it"):
+        pretrain.run(settings(tmp_path, deterministic=True))
 
 
 class FencedReader(MemoryReader):

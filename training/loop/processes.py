@@ -1,8 +1,10 @@
 """The processes of a run: Accelerate's start, engines that are refused, and BatchNorm over several of them."""
 
+import contextlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,42 @@ from training.settings.run import RunSettings
 NOT_UNDER_DEEPSPEED = (
     "under DeepSpeed, per_device_chunk_size and precision fp16 are not possible; use DDP, or bf16 without chunks"
 )
+
+# What CUDA's matrix products need to run in one order, and the values with which they do.
+WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+
+
+@contextlib.contextmanager
+def algorithms(deterministic: bool) -> Iterator[None]:
+    """Inside, torch uses deterministic algorithms alone, where asked for; afterwards, what it used before.
+
+    Raises:
+        ValueError: CUDA has started in this process without the workspace that this needs.
+        RuntimeError: Inside, torch's own, of an operation that has no deterministic algorithm.
+    """
+    if not deterministic:
+        yield
+        return
+    workspace = os.environ.get(WORKSPACE)
+    if workspace not in WORKSPACES:
+        if torch.cuda.is_initialized():
+            raise ValueError(
+                f"deterministic: CUDA has started in this process already, without {WORKSPACE}: set it to "
+                f"{WORKSPACES[0]} before Python starts, or train in a process of its own"
+            )
+        os.environ[WORKSPACE] = WORKSPACES[0]
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark
+        if not torch.cuda.is_initialized():  # else it is what CUDA goes on with
+            os.environ.pop(WORKSPACE)
+            os.environ.update({} if workspace is None else {WORKSPACE: workspace})
 
 
 def start_processes(settings: RunSettings, folder: Path) -> Any:

@@ -35,7 +35,7 @@ from training.loop.checkpoint import (
 )
 from training.loop.distributed import StopVote, check_equal_batches, rank, world_size
 from training.loop.optim import set_learning_rate
-from training.loop.processes import start_processes, synchronised_batch_norm
+from training.loop.processes import algorithms, start_processes, synchronised_batch_norm
 from training.loop.task import Batch, Metrics, StepLoss, Task
 from training.loop.tracking import MetricsLog, StepWindow, start_trackers
 from training.settings.fields import default_identity
@@ -108,6 +108,7 @@ def complete_run(settings: Settings, make_task: MakeTask[Settings]) -> RunResult
     """
     with contextlib.ExitStack() as stack:
         stop_requested = stack.enter_context(termination_noticed())
+        stack.enter_context(algorithms(settings.deterministic))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if settings.dry_run else settings.output_dir)
         run = start(settings, make_task, folder)
         task = run.task

@@ -114,6 +114,12 @@ class RunSettings:
         section="precision",
         identity="how",
     )
+    deterministic: bool = setting(
+        False,
+        "a GPU's deterministic algorithms alone, slower: a continued run equals an undisturbed one bit for bit",
+        section="precision",
+        identity="how",
+    )
 
     log_every_steps: int = setting(
         50,
