@@ -88,6 +88,9 @@ def this_worker(arguments: WorkArguments, has_model: bool = True) -> Worker:
     )
     # Nothing is ever exchanged, and an idle process group ends jobs whose processes finish hours apart.
     if state.num_processes > 1:
+        # gloo connects all with all at once: who left first would cut off those that are still connecting.
+        if torch.distributed.get_backend() == "gloo":
+            torch.distributed.barrier()
         state.destroy_process_group()
     return worker
 
