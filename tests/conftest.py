@@ -36,15 +36,15 @@ SHARED = CHECKOUT.parent / "shared"
 sys.path.append(str(CHECKOUT))
 
 
-def pytest_configure(config):
-    """Gives this test process a Hugging Face home of its own."""
-    config.hugging_face_home = tempfile.mkdtemp(prefix="pyramidclip-tests-")
-    os.environ["HF_HOME"] = config.hugging_face_home
+# A Hugging Face home for each test process. Made here and not in a hook: the conftest of a folder that was named on the
+# command line imports huggingface_hub, which reads the variable then, before any hook runs.
+HUGGING_FACE_HOME = tempfile.mkdtemp(prefix="pyramidclip-tests-")
+os.environ["HF_HOME"] = HUGGING_FACE_HOME
 
 
 def pytest_unconfigure(config):
     """Removes that home again."""
-    shutil.rmtree(config.hugging_face_home, ignore_errors=True)
+    shutil.rmtree(HUGGING_FACE_HOME, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
