@@ -150,7 +150,12 @@ def contrastive_task(args: PretrainingArguments, accelerator: Any, folder: Path)
     validation = None
     if args.validation_data:
         validation = ValidationSet(
-            args.validation_data, args.validation_samples, objective.terms, processor, args.max_regions
+            args.validation_data,
+            args.validation_samples,
+            objective.terms,
+            processor,
+            args.max_regions,
+            args.allow_unfinished,
         )
     average = MovingAverage(model, args.ema_decay) if args.ema_decay else None
     return ContrastiveTask(args, objective, processor, reader, plan, validation, average)
@@ -185,6 +190,7 @@ def open_reader(
         world_size(),
         seed=args.seed,
         window_shards=args.shuffle_window_shards,
+        allow_unfinished=args.allow_unfinished,
         workers=args.dataloader_workers,
         max_bad_fraction=args.max_bad_fraction,
         overfit_batches=args.overfit_batches,

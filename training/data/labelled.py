@@ -96,10 +96,13 @@ def spread_evenly(items: int, wanted: int) -> list[int]:
     return [number * items // wanted for number in range(wanted)]
 
 
-def open_pictures(data: str, classes_file: str | None = None, max_samples: int | None = None) -> LabelledPictures:
+def open_pictures(
+    data: str, classes_file: str | None = None, max_samples: int | None = None, allow_unfinished: bool = False
+) -> LabelledPictures:
     """The pictures of a folder of classes, or of shards; see `labelled_folder` and `labelled_shards`."""
-    has_classes = os.path.isdir(data) and not any(Path(data).glob("*.tar"))
-    return (labelled_folder if has_classes else labelled_shards)(data, classes_file, max_samples)
+    if os.path.isdir(data) and not any(Path(data).glob("*.tar")):
+        return labelled_folder(data, classes_file, max_samples)
+    return labelled_shards(data, classes_file, max_samples, allow_unfinished)
 
 
 def labelled_folder(folder: str, classes_file: str | None = None, max_samples: int | None = None) -> LabelledPictures:
@@ -174,7 +177,9 @@ def names_from_file(classes_file: str, folders: list[str]) -> list[str]:
     return lines
 
 
-def labelled_shards(data: str, classes_file: str | None = None, max_samples: int | None = None) -> LabelledPictures:
+def labelled_shards(
+    data: str, classes_file: str | None = None, max_samples: int | None = None, allow_unfinished: bool = False
+) -> LabelledPictures:
     """Pictures of shards whose `KEY.json` has `class_name`, as the split "objects" of the emoji scenes.
 
     Args:
@@ -182,12 +187,13 @@ def labelled_shards(data: str, classes_file: str | None = None, max_samples: int
             class names are `classes` of its `dataset.json`; else those met, sorted.
         classes_file: gives other names, in lines `class_name<TAB>name`, or lists the `class_name`s, one a line.
         max_samples: so many, spread evenly over the samples.
+        allow_unfinished: see `ShardSamples`.
 
     Raises:
         FileNotFoundError: there is nothing, or no such file.
         ValueError: a sample without a class or with one that is not among the names, or a class without a picture.
     """
-    samples = ShardSamples(data)
+    samples = ShardSamples(data, allow_unfinished=allow_unfinished)
     chosen = spread_evenly(len(samples), max_samples or len(samples))
     found = [_class_of(samples[number], data) for number in chosen]
     is_folder = os.path.isdir(data) or (is_url(data) and ".tar" not in Path(data).name and not data.endswith(".txt"))

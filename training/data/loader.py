@@ -333,6 +333,7 @@ class TrainingReader(BatchReader):
         seed: see `training.data.order`, also for the next.
         window_shards: how many are shuffled together.
         cache: for remote shards.
+        allow_unfinished: also data of which a step of preparation has begun and not ended.
         **options: see `BatchReader`.
 
     Attributes:
@@ -341,7 +342,7 @@ class TrainingReader(BatchReader):
 
     Raises:
         ValueError: the data is smaller than one global batch (with the arithmetic), the batch cannot be shared equally,
-            or regions of two detectors are mixed.
+            regions of two detectors are mixed, or the data is unfinished.
         FileNotFoundError: there is no data.
     """
 
@@ -356,12 +357,13 @@ class TrainingReader(BatchReader):
         seed: int = 0,
         window_shards: int = 8,
         cache: ShardCache | None = None,
+        allow_unfinished: bool = False,
         **options: Any,
     ):
         if not data:
             raise ValueError("no training data named: expected at least one folder, shard list or manifest")
         cache = cache or ShardCache()
-        self.data_sets = [open_data_set(name, cache) for name in data]
+        self.data_sets = [open_data_set(name, cache, allow_unfinished) for name in data]
         check_regions(self.data_sets, settings)
         sizes = [[unit.samples for unit in one.units] for one in self.data_sets]
         order = SampleOrder(sizes, seed, window_shards)

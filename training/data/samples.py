@@ -57,16 +57,17 @@ class ShardSamples(Samples):
     Args:
         data: the string that names it, see `training.data.sources`.
         max_samples: only the first so many.
+        allow_unfinished: also data of which a step of preparation has begun and not ended.
 
     Raises:
         FileNotFoundError: there is nothing.
-        ValueError: it is not what is expected, has no samples, or names a shard twice.
+        ValueError: it is not what is expected, has no samples, is unfinished, or names a shard twice.
         DownloadError: a URL cannot be read.
     """
 
-    def __init__(self, data: str, max_samples: int | None = None):
+    def __init__(self, data: str, max_samples: int | None = None, allow_unfinished: bool = False):
         self.name = data
-        self._data = open_data_set(data)
+        self._data = open_data_set(data, allow_unfinished=allow_unfinished)
         places = [(unit.name, unit.first) for unit in self._data.units]
         if repeated := next((name for name, first in places if places.count((name, first)) > 1), None):
             raise ValueError(f"{data} names {repeated} twice; here every sample counts once")

@@ -274,6 +274,27 @@ def write_dataset_json(
     return content
 
 
+def refuse_unfinished(folder: str | os.PathLike[str], described: Mapping[str, Any]) -> None:
+    """Refuses a folder of which a step of preparation has begun and not ended.
+
+    Its levels are of two makers, or some of its shards are missing.
+
+    Args:
+        folder: in the message.
+        described: the content of its `dataset.json`.
+
+    Raises:
+        ValueError: it lists steps under `unfinished`.
+    """
+    if steps := described.get("unfinished"):
+        names = ", ".join(map(str, steps)) if isinstance(steps, list) else str(steps)
+        raise ValueError(
+            f"{os.fspath(folder)}: {names} has begun and not ended, says its dataset.json: some shards are as before, "
+            "others as after. Run that step again, which goes on where it was; or, to use the data as they are, set "
+            "allow_unfinished (training.pretrain), --allow-unfinished (training.evaluate, training.prepare.audit)"
+        )
+
+
 def read_dataset_json(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The content of `dataset.json` of a local folder or URL, or None where there is none.
 

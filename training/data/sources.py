@@ -26,7 +26,7 @@ import numpy as np
 from training.data.records import MAX_JSON_BYTES, BadSample
 from training.data.remote import ShardCache, is_url, read_small
 from training.data.shard_index import index_path, load_index, parse_index_header, read_index_header
-from training.data.shards import MAX_MEMBER_BYTES, ShardReader, read_dataset_json
+from training.data.shards import MAX_MEMBER_BYTES, ShardReader, read_dataset_json, refuse_unfinished
 
 MANIFEST_UNIT = 1000
 EXPECTED = (
@@ -122,16 +122,19 @@ class DataSet:
         return reader
 
 
-def open_data_set(name: str | os.PathLike[str], cache: ShardCache | None = None) -> DataSet:
+def open_data_set(
+    name: str | os.PathLike[str], cache: ShardCache | None = None, allow_unfinished: bool = False
+) -> DataSet:
     """The data that a string names, see the module.
 
     Args:
         name: the string.
         cache: for shards behind a URL that have to be fetched before their samples can be counted.
+        allow_unfinished: also data of which a step of preparation has begun and not ended.
 
     Raises:
         FileNotFoundError: there is nothing.
-        ValueError: it is not what is expected, or has no samples.
+        ValueError: it is not what is expected, has no samples, or is unfinished.
         DownloadError: a URL cannot be read.
     """
     name = os.fspath(name)
@@ -140,6 +143,9 @@ def open_data_set(name: str | os.PathLike[str], cache: ShardCache | None = None)
         return DataSet(name, manifest.units(), manifest=manifest)
     shards = shard_names(name)
     described = {folder: read_dataset_json(folder) or {} for folder in dict.fromkeys(map(_folder, shards))}
+    if not allow_unfinished:
+        for folder, content in described.items():
+            refuse_unfinished(folder, content)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         units = list(pool.map(lambda shard: _unit(shard, described[_folder(shard)], cache), shards))
     if not any(unit.samples for unit in units):

@@ -72,6 +72,9 @@ class EvaluationArguments:
         default=256, metadata={"help": "queries scored at a time; memory is chunk_size x candidates"}
     )
     max_samples: int | None = field(default=None, metadata={"help": "evaluate on so many samples only"})
+    allow_unfinished: bool = field(
+        default=False, metadata={"help": "also shards of which a step of preparation has begun and not ended"}
+    )
     dataset_name: str | None = field(default=None, metadata={"help": "name in the results; default: the folder's name"})
     split: str | None = field(
         default=None,
@@ -125,7 +128,7 @@ def open_samples(args: EvaluationArguments, dataset: str | None = None) -> Sampl
     if is_hub_data(args.data):
         columns = (args.image_column, args.caption_column)
         return CaptionedRows(args.data, args.split, args.subset, *columns, args.max_samples)
-    return ShardSamples(args.data, args.max_samples)
+    return ShardSamples(args.data, args.max_samples, args.allow_unfinished)
 
 
 def evaluate_retrieval(
@@ -164,7 +167,7 @@ def open_labelled(args: EvaluationArguments, dataset: str | None = None) -> Labe
     if is_hub_data(args.data):
         columns = (args.image_column, args.label_column)
         return labelled_hub(args.data, args.split, args.subset, *columns, args.classes, args.max_samples)
-    return open_pictures(args.data, args.classes, args.max_samples)
+    return open_pictures(args.data, args.classes, args.max_samples, args.allow_unfinished)
 
 
 def evaluate_zero_shot(

@@ -29,12 +29,20 @@ class ValidationSet:
             levels are left out.
         processor: Of the model.
         max_regions: Regions used of each sample, as in training.
+        allow_unfinished: See `ShardSamples`.
     """
 
     def __init__(
-        self, data: str, max_samples: int, pairs: Sequence[str], processor: PyramidCLIPProcessor, max_regions: int
+        self,
+        data: str,
+        max_samples: int,
+        pairs: Sequence[str],
+        processor: PyramidCLIPProcessor,
+        max_regions: int,
+        allow_unfinished: bool = False,
     ):
-        self.samples = [_first_regions(sample, max_regions) for sample in ShardSamples(data, max_samples)]
+        samples = ShardSamples(data, max_samples, allow_unfinished)
+        self.samples = [_first_regions(sample, max_regions) for sample in samples]
         self.processor = processor
         self.pairs = tuple(
             name

@@ -153,6 +153,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max-image-pixels", type=int, default=100_000_000, help="as in training (default: %(default)s)"
     )
+    parser.add_argument(
+        "--allow-unfinished", action="store_true", help="also data of which a step has begun and not ended"
+    )
     return parser.parse_args(words)
 
 
@@ -177,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Audits and reports."""
     folder: Path | None = arguments.output_dir
-    sources = [open_data_set(name) for name in arguments.sources]
+    sources = [open_data_set(name, allow_unfinished=arguments.allow_unfinished) for name in arguments.sources]
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     parts = folder / "parts" if folder else None

@@ -28,6 +28,7 @@ from training.prepare.steps.rewriting import (
     MadeBy,
     Opened,
     describe_dataset,
+    mark_unfinished,
     refuse_other_maker,
     rewrite_shards,
     shards_of,
@@ -240,6 +241,8 @@ class Importer:
                     tally.count("in")
                     self._store_row(row, writer, tally)
 
+        if any(self.stage.report(name) is None for name in worker.share(items)):
+            mark_unfinished(self.stage)
         self.stage.run({name: len(rows) for name, rows in items.items()}, do, worker, unit="row")
         return self.stage.finish(items, self._close_store)
 

@@ -29,7 +29,7 @@ from training.data.shards import ShardWriter
 from training.prepare.sources import PairSource, RawPair, SourceArguments, SourcePart, open_source
 from training.prepare.steps.flags import parse_dataclasses
 from training.prepare.steps.pictures import picture_suffix
-from training.prepare.steps.rewriting import MadeBy, describe_dataset
+from training.prepare.steps.rewriting import MadeBy, describe_dataset, mark_unfinished
 from training.prepare.steps.work import Advance, Stage, StageReport, Tally, WorkArguments, Worker, this_worker
 
 STAGE = "pack"
@@ -107,6 +107,8 @@ def pack(settings: PackSettings) -> Tally | None:
     looks_everywhere = source.has_keys and settings.pack.duplicates == "dataset"
     repeats = _find_repeats(stage, source, parts, worker) if looks_everywhere else {}
     packer = Packer(stage, source, settings, repeats)
+    if any(stage.report(name) is None for name in worker.share(parts)):
+        mark_unfinished(stage)
 
     def do(name: str, tally: Tally, advance: Advance) -> None:
         packer.pack(parts[name], tally, advance)

@@ -90,6 +90,12 @@ class PretrainingArguments(RunSettings):
         section="data",
         identity="data",
     )
+    allow_unfinished: bool = setting(
+        False,
+        "also read data of which a step of preparation has begun and not ended",
+        section="data",
+        identity=None,
+    )
     global_crop_area: list[float] = setting(
         [0.9, 1.0],
         "smallest and largest share of the picture in the global view (paper)",

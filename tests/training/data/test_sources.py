@@ -13,7 +13,11 @@ from tests.training.data.same_batches import equal
 from tests.training.prepare.small_data import Served, make_sample, write_shards
 from training.data.records import members_from_sample
 from training.data.remote import DownloadError, ShardCache
+from training.data.shards import read_dataset_json
 from training.data.sources import shard_names
+from training.evaluation.tasks import EvaluationArguments, open_labelled, open_samples
+from training.prepare import audit
+from training.prepare.formats.store import StoreRows
 
 
 def test_sources_give_the_same_batches(shards, tmp_path, reader):
@@ -31,6 +35,29 @@ def test_sources_give_the_same_batches(shards, tmp_path, reader):
         assert not [path for path in served.requests[before:] if path.endswith(".tar")]  # all in the cache
         assert equal(list(reader(served.url, workers=2).batches(0)), expected)
     assert reader(listing).fingerprint == reader(shards).fingerprint
+
+
+def test_data_that_a_step_left_unfinished_is_refused_by_every_reader(tmp_path, reader):
+    folder = write_shards(tmp_path / "scenes", range(16))
+    content = read_dataset_json(folder)
+    (folder / "dataset.json").write_text(json.dumps(content | {"unfinished": ["regions", "summary"]}))
+    refused = pytest.raises(ValueError, match="scenes: regions, summary has begun and not ended.*allow_unfinished")
+    (tmp_path / "list.txt").write_text("scenes/part-001.tar\n")
+    for data in (folder, f"{folder}/part-*.tar", tmp_path / "list.txt"):
+        with refused:
+            reader(data)
+        reader(data, allow_unfinished=True)
+    given = {"model": "none", "data": str(folder)}
+    with refused:
+        open_samples(EvaluationArguments(**given))
+    assert len(open_samples(EvaluationArguments(**given, allow_unfinished=True))) == 16
+    with refused:
+        open_labelled(EvaluationArguments(**given, task="zero-shot"))
+    with refused:
+        audit.run(audit.parse([str(folder)]))
+    audit.run(audit.parse([str(folder), "--allow-unfinished", "--workers", "1"]))
+    with refused:
+        StoreRows(folder)
 
 
 def test_manifest_gives_the_same_batches(shards, tmp_path, reader):

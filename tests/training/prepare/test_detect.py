@@ -17,6 +17,7 @@ from tests.training.prepare.small_data import (
 )
 from training.data.records import sample_from_members
 from training.data.shards import read_dataset_json
+from training.data.sources import open_data_set
 from training.prepare import detect
 from training.prepare.steps.regions import Detections
 from training.prepare.steps.work import Worker
@@ -129,7 +130,7 @@ def test_two_kinds_are_not_mixed_unknowingly(tmp_path):
     assert read_dataset_json(tmp_path / "data")["made_by"]["regions"] == {"maker": "another"}
 
 
-def test_unfinished_regions_are_marked(tmp_path):
+def test_unfinished_regions_are_marked_and_refused(tmp_path):
     packed(tmp_path / "data")
     run(tmp_path / "data")
 
@@ -141,9 +142,16 @@ def test_unfinished_regions_are_marked(tmp_path):
                 raise KeyboardInterrupt
             return super().one(width)
 
+    class Resumed(Scripted):
+        made_by = Stops.made_by
+
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "data", Stops(), overwrite=True)
     assert read_dataset_json(tmp_path / "data")["unfinished"] == ["regions"]
+    with pytest.raises(ValueError, match=r"data: regions has begun and not ended"):
+        open_data_set(tmp_path / "data")
+    run(tmp_path / "data", Resumed(), overwrite=True)
+    assert open_data_set(tmp_path / "data").samples
 
 
 def test_the_command(tmp_path, checkpoint):

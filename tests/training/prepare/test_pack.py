@@ -22,6 +22,7 @@ from tests.training.prepare.small_data import (
     write_tar,
 )
 from training.data.shards import ShardReader
+from training.data.sources import open_data_set
 from training.prepare import pack
 
 
@@ -268,6 +269,8 @@ def test_hub_stream_is_cut_into_shards_and_continues_in_its_middle(tmp_path, hub
     monkeypatch.setattr(pack.Packer, "_write", _stop_after(3, pack.Packer._write, written))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", *flags)
+    with pytest.raises(ValueError, match="cut: pack has begun and not ended"):
+        open_data_set(tmp_path / "cut")
     monkeypatch.setattr(pack.Packer, "_write", _stop_after(99, written[0], second := []))
     run(tmp_path / "cut", *flags)
     assert len(second) - 1 == 6 - 3

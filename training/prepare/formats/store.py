@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from training.data.records import BadSample, sample_from_members
-from training.data.shards import ShardReader, read_dataset_json
+from training.data.shards import ShardReader, read_dataset_json, refuse_unfinished
 from training.prepare.formats.tsv import FormatOptions, Head, Place, Size
 from training.prepare.formats.tsv_index import BadRow, RowProblem
 from training.prepare.steps.regions import Detections
@@ -18,7 +18,7 @@ class StoreRows:
     """A store of regions; it says which detector made them.
 
     Raises:
-        ValueError: the folder has no tar.
+        ValueError: the folder has no tar, or its store was begun and not ended.
     """
 
     name = "store"
@@ -33,7 +33,9 @@ class StoreRows:
             raise ValueError(
                 f"{folder} has no *.tar: expected a store that import_features wrote, but {contents_of(folder)}"
             )
-        self.made_by: MadeBy | None = (read_dataset_json(folder) or {}).get("made_by", {}).get("regions")
+        described = read_dataset_json(folder) or {}
+        refuse_unfinished(folder, described)
+        self.made_by: MadeBy | None = described.get("made_by", {}).get("regions")
         self.rows = [(reader, i) for reader in self.readers for i in range(len(reader))]
         self.by_key = {reader.keys[i]: row for row, (reader, i) in reversed(list(enumerate(self.rows)))}
 

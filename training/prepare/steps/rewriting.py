@@ -10,7 +10,7 @@ import numpy as np
 
 from pyramidclip_hf.files import write_atomically
 from training.data.records import BadSample, Region, Sample, members_from_sample, sample_from_members
-from training.data.shards import ShardReader, ShardWriter, read_dataset_json, write_dataset_json
+from training.data.shards import DATASET_FORMAT, ShardReader, ShardWriter, read_dataset_json, write_dataset_json
 from training.prepare.steps.work import Advance, Stage, Tally, Worker, contents_of
 
 # Who made a level, as JSON: data sets with equal entries may be mixed.
@@ -112,7 +112,7 @@ def rewrite_shards(
     sizes = (read_dataset_json(source) or {}).get("shards", {})
     items = {name: sizes.get(name, {}).get("samples") for name in shards}
     if any(stage.report(name) is None for name in worker.share(items)):
-        _mark_unfinished(stage)
+        mark_unfinished(stage)
 
     def do(name: str, tally: Tally, advance: Advance) -> None:
         with ShardReader(shards[name]) as reader, ShardWriter(stage.folder / name) as writer:
@@ -147,10 +147,13 @@ def _opened(reader: ShardReader, tally: Tally) -> Iterator[Opened]:
         yield Opened(key, reader.name, members, sample)
 
 
-def _mark_unfinished(stage: Stage) -> None:
-    """Says in `dataset.json` that a step has begun, so that half-made levels cannot pass for whole ones."""
-    content = read_dataset_json(stage.folder)
-    if content is None or stage.name in content.get("unfinished", []):
+def mark_unfinished(stage: Stage) -> None:
+    """Says in `dataset.json` that a step has begun, so that half-made levels or half of the shards cannot pass for all.
+
+    `refuse_unfinished` of `training.data.shards` is who looks.
+    """
+    content = read_dataset_json(stage.folder) or {"format": DATASET_FORMAT}
+    if stage.name in content.get("unfinished", []):
         return
     content["unfinished"] = sorted({*content.get("unfinished", []), stage.name})
     write_atomically(stage.folder / "dataset.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
