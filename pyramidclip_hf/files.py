@@ -1,5 +1,5 @@
 # Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Files and folders that are there whole or not at all; locks between processes; where caches lie.
+"""Files and folders that are there whole or not at all; locks between processes; where caches lie; hidden files.
 
 What is written goes beside its name and is renamed when it is complete and on the disk. So a full disk, an error, a
 kill or a loss of power leaves what was there before, and a reader sees the old or the new, never a part.
@@ -19,6 +19,20 @@ from filelock import FileLock, Timeout
 def cache_folder() -> Path:
     """Where indexes, fetched shards and features are kept: `$PYRAMIDCLIP_CACHE`, else `~/.cache/pyramidclip`."""
     return Path(os.environ.get("PYRAMIDCLIP_CACHE") or Path.home() / ".cache" / "pyramidclip")
+
+
+# What macOS and network drives put among people's files, beside all that begins with a dot.
+_HIDDEN = ("__MACOSX", "@eaDir")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name, without its path, is one that people neither made nor see."""
+    return name.startswith(".") or name in _HIDDEN
+
+
+def visible(folder: str | os.PathLike[str], pattern: str = "*") -> list[Path]:
+    """The files and folders in `folder` that fit the pattern, sorted, without hidden ones."""
+    return sorted(path for path in Path(folder).glob(pattern) if not is_hidden(path.name))
 
 
 @contextmanager

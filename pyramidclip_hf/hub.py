@@ -33,6 +33,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.processing_utils import ProcessorMixin
 
 from .configuration_pyramidclip import PyramidCLIPConfig
+from .files import is_hidden
 from .modeling_pyramidclip import PyramidCLIPModel
 
 CARD_TEMPLATE = "model_card_template.md"
@@ -360,7 +361,7 @@ def _files_to_publish(folder: Path) -> dict[str, Path]:
     return {
         name.as_posix(): path
         for name, path in paths.items()
-        if not any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+        if not any(is_hidden(part) or part == "__pycache__" for part in name.parts)
     }
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .files import written_aside
+from .files import is_hidden, written_aside
 from .image_processing_pyramidclip import open_undecoded, upright_rgb
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -34,8 +34,8 @@ class UnreadablePicture(Exception):
 def find_pictures(arguments: Sequence[str], stdin: Iterable[str] = ()) -> list[str]:
     """The pictures that files, folders (searched to any depth), globs and "-" (paths in `stdin`) name, each once.
 
-    In folders and globs, only files with a picture's suffix count, and nothing that begins with a dot; what is named
-    outright counts whatever its name. A folder's pictures come sorted, everything else as it was given.
+    In folders and globs, only files with a picture's suffix count, and nothing hidden; what is named outright counts
+    whatever its name. A folder's pictures come sorted, everything else as it was given.
 
     Raises:
         ValueError: an argument that is not there, or no picture at all.
@@ -45,14 +45,14 @@ def find_pictures(arguments: Sequence[str], stdin: Iterable[str] = ()) -> list[s
         if argument == "-":
             found.update((line.rstrip("\r\n"), None) for line in stdin if line.strip())
         elif os.path.isdir(argument):
-            found.update(dict.fromkeys(_pictures_below(argument)))
+            found.update(dict.fromkeys(pictures_below(argument)))
         elif os.path.isfile(argument):
             found[argument] = None
         elif glob.has_magic(argument):
             for match in sorted(glob.glob(argument, recursive=True)):
                 if os.path.isdir(match):
-                    found.update(dict.fromkeys(_pictures_below(match)))
-                elif match.lower().endswith(PICTURE_SUFFIXES):
+                    found.update(dict.fromkeys(pictures_below(match)))
+                elif _is_picture(os.path.basename(match)):
                     found[match] = None
         else:
             raise ValueError(f"There is no file or folder {argument!r}.")
@@ -63,12 +63,15 @@ def find_pictures(arguments: Sequence[str], stdin: Iterable[str] = ()) -> list[s
     return list(found)
 
 
-def _pictures_below(folder: str) -> Iterator[str]:
+def pictures_below(folder: str | os.PathLike[str]) -> Iterator[str]:
+    """The paths of the pictures in a folder, at any depth, sorted within each folder; hidden ones are left out."""
     for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith("."):
-                yield os.path.join(place, name)
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        yield from (os.path.join(place, name) for name in sorted(files) if _is_picture(name))
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(PICTURE_SUFFIXES) and not is_hidden(name)
 
 
 def read_picture(path: str, max_image_pixels: int | None) -> Image.Image:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from pyramidclip_hf.picture_files import PICTURE_SUFFIXES
+from pyramidclip_hf.files import visible
+from pyramidclip_hf.picture_files import pictures_below
 from training.data.records import Sample
 from training.data.remote import is_url
 from training.data.samples import ShardSamples, open_picture
@@ -100,13 +101,25 @@ def open_pictures(
     data: str, classes_file: str | None = None, max_samples: int | None = None, allow_unfinished: bool = False
 ) -> LabelledPictures:
     """The pictures of a folder of classes, or of shards; see `labelled_folder` and `labelled_shards`."""
-    if os.path.isdir(data) and not any(Path(data).glob("*.tar")):
+    if os.path.isdir(data) and not visible(data, "*.tar"):
         return labelled_folder(data, classes_file, max_samples)
     return labelled_shards(data, classes_file, max_samples, allow_unfinished)
 
 
+def pictures_of_classes(folder: Path) -> tuple[list[str], list[Path], list[int]]:
+    """What lies in a folder that has one sub-folder for each class, as torchvision's ImageFolder expects it.
+
+    Returns:
+        The names of the sub-folders, sorted; the pictures in them, at any depth, sorted within each; the number of the
+        class of each. Hidden files and folders (`.ipynb_checkpoints`, macOS's `._x.jpg`) are left out.
+    """
+    names = [path.name for path in visible(folder) if path.is_dir()]
+    found = [(Path(path), label) for label, name in enumerate(names) for path in sorted(pictures_below(folder / name))]
+    return names, [path for path, _ in found], [label for _, label in found]
+
+
 def labelled_folder(folder: str, classes_file: str | None = None, max_samples: int | None = None) -> LabelledPictures:
-    """Pictures in one sub-folder for each class (searched at any depth), as torchvision's ImageFolder expects them.
+    """Pictures in one sub-folder for each class, see `pictures_of_classes`.
 
     Args:
         folder: with the sub-folders, whose names with "_" read as a blank are the class names.
@@ -118,19 +131,14 @@ def labelled_folder(folder: str, classes_file: str | None = None, max_samples: i
         ValueError: splits instead of classes, names that do not fit, or a class without a picture.
     """
     root = Path(folder)
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    folders, paths, labels = pictures_of_classes(root)
+    files = list(zip(paths, labels))
     if not folders:
         raise FileNotFoundError(f"{folder}: expected one sub-folder of pictures for each class, found none")
     if set(folders) <= {"train", "training", "val", "valid", "validation", "test"}:
         raise ValueError(
             f"{folder}: its folders {folders} are splits, not classes; name one, e.g. {root / folders[-1]}"
         )
-    files = [
-        (path, label)
-        for label, name in enumerate(folders)
-        for path in sorted(root.joinpath(name).rglob("*"))
-        if path.suffix.lower() in PICTURE_SUFFIXES
-    ]
     names = [name.replace("_", " ") for name in folders]
     if classes_file:
         names = names_from_file(classes_file, folders)

@@ -25,6 +25,8 @@ MAX_TEXT_BYTES = 1 << 20
 # (pixels for fractions).
 BOX_TOLERANCE = 0.01
 
+# What a sample that lacks a member may be: one of which the members lie apart.
+_TORN = "; in a tar, the members of a sample stand next to each other"
 _JSON_KEYS = ("caption", "captions", "summary", "tags", "regions")
 
 
@@ -149,7 +151,7 @@ def sample_from_members(members: Mapping[str, bytes], key: str, where: str, requ
     suffix = next((s for s in (*IMAGE_SUFFIXES, "jpeg") if s in members), None)
     if suffix is None and require_image:
         found = ", ".join(sorted(members)) or "nothing"
-        raise BadSample(key, where, "no-image", f"expected a member .jpg, .png or .webp, found {found}")
+        raise BadSample(key, where, "no-image", f"expected a member .jpg, .png or .webp, found {found}{_TORN}")
     record = _read_json(members.get("json"), key, where)
     captions = _captions(members.get("txt"), record, key, where)
     regions = _regions(record.get("regions"), key, where)

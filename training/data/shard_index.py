@@ -19,6 +19,8 @@ from pyramidclip_hf.files import cache_folder, write_atomically
 INDEX_FORMAT = 1
 # A tar consists of blocks of so many bytes.
 BLOCK = 512
+# Which members a new index takes in; an index that was cached under another rule is built anew.
+_MEMBERS_RULE = 2
 
 
 class Span(NamedTuple):
@@ -185,11 +187,12 @@ def split_name(name: str) -> tuple[str, str]:
     """Key and suffix of a member's name, cut at the first dot of its last component, as WebDataset does.
 
     Returns:
-        The key with its folders, and the suffix in lower case, empty where there is no dot.
+        The key with its folders, and the suffix in lower case, empty where there is no dot or the name begins with it:
+        macOS's tar puts a `._KEY.jpg` in front of each `KEY.jpg`.
     """
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
-    return folder + slash + stem, suffix.lower()
+    return folder + slash + stem, suffix.lower() if stem else ""
 
 
 def _has_end(path: str | os.PathLike[str], size: int) -> bool:
@@ -216,7 +219,7 @@ def load_index(path: str | os.PathLike[str]) -> ShardIndex:
     if index is not None and _index_fits(path, index):
         return index
     stat = os.stat(path)
-    name = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:24]
+    name = hashlib.sha256(f"{_MEMBERS_RULE} {os.path.abspath(path)}".encode()).hexdigest()[:24]
     cached = cache_folder() / "indexes" / f"{name}.json"
     index = _read_index(cached)
     if index is not None and (index.tar_bytes, index.mtime_ns) == (stat.st_size, stat.st_mtime_ns):

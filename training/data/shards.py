@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pyramidclip_hf.files import write_atomically
+from pyramidclip_hf.files import visible, write_atomically
 from training.data.records import BadSample, Sample, members_from_sample
 from training.data.remote import ShardCache, is_url, read_small
 from training.data.shard_index import BLOCK, ShardIndex, Span, index_path, load_index, span_table
@@ -259,7 +259,7 @@ def write_dataset_json(
     """
     folder = Path(folder)
     shards: dict[str, dict[str, Any]] = {}
-    for shard in sorted(folder.glob("*.tar")):
+    for shard in visible(folder, "*.tar"):
         index = load_index(shard)
         shards[shard.name] = {"samples": len(index.keys), "bytes": index.tar_bytes, "keys_digest": index.keys_digest()}
     content = {

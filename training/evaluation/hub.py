@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pyramidclip_hf.files import visible
 from training.data.labelled import (
     LabelledPictures,
     check_class_names,
@@ -44,7 +45,7 @@ def is_hub_data(data: str) -> bool:
         return bool(_NAME.fullmatch(data.removeprefix(HUB_PREFIX))) and not read_dataset_json(data)
     path = Path(data)
     if path.is_dir():
-        return not any(path.glob("*.tar")) and any(any(path.glob(pattern)) for pattern in _FOLDERS)
+        return not visible(path, "*.tar") and any(visible(path, pattern) for pattern in _FOLDERS)
     if path.exists() or data.endswith((".tar", ".jsonl", ".txt")):
         return data.endswith(".parquet")
     # data/mine, where the folder data is there, is a slip in a path and not a name on the Hub.

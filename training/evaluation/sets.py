@@ -23,6 +23,7 @@ from training.data.labelled import (
     check_class_names,
     check_every_class_has_pictures,
     names_from_file,
+    pictures_of_classes,
     spread_evenly,
 )
 from training.data.samples import open_picture
@@ -297,15 +298,8 @@ def _sun397(root: Path, split: str) -> Listing:
     return Listing(listing.keys, listing.names, [paths[i] for i in order], [listing.labels[i] for i in order])
 
 
-def _folders(folder: Path) -> tuple[list[str], list[Path], list[int]]:
-    from torchvision.datasets import ImageFolder
-
-    data = ImageFolder(folder, loader=Path)
-    return data.classes, [Path(path) for path, _ in data.samples], [label for _, label in data.samples]
-
-
 def _caltech101(root: Path, split: str) -> Listing:
-    keys, pictures, labels = _folders(root / "caltech101" / "101_ObjectCategories")
+    keys, pictures, labels = pictures_of_classes(root / "caltech101" / "101_ObjectCategories")
     names = _clip_names("caltech101")  # in the order of the sorted folders, the background class first
     if len(keys) == len(names) - 1 and "BACKGROUND_Google" not in keys:
         names = names[1:]
@@ -317,7 +311,7 @@ def _caltech101(root: Path, split: str) -> Listing:
 def _imagenet(root: Path, split: str) -> Listing:
     from clip_benchmark.datasets.builder import all_imagenet_wordnet_ids
 
-    keys, pictures, labels = _folders(TABLE_7["imagenet"].folder(root, split))
+    keys, pictures, labels = pictures_of_classes(TABLE_7["imagenet"].folder(root, split))
     names = dict(zip(all_imagenet_wordnet_ids, _clip_names("imagenet1k")))
     unknown = [key for key in keys if key not in names]
     if unknown:

@@ -66,6 +66,18 @@ def test_folder_of_classes(image_folder, tmp_path):
     assert labelled_folder(str(image_folder), str(tmp_path / "names")).class_names == ["hound", "seal"]
 
 
+def test_hidden_files_and_folders_are_no_data(image_folder):
+    clean = labelled_folder(str(image_folder))
+    (image_folder / "dog" / "._0.png").write_bytes(b"\0\5\x16\7")
+    for hidden in (".ipynb_checkpoints", "dog/.thumbs", "__MACOSX", "dog/@eaDir/0.png"):
+        (image_folder / hidden).mkdir(parents=True)
+        (image_folder / hidden / "1-checkpoint.png").write_bytes(picture("blue"))
+    found = labelled_folder(str(image_folder))
+    assert (found.class_names, found.labels, found.files) == (clean.class_names, clean.labels, clean.files)
+    (image_folder / "._000.tar").write_bytes(b"\0\5\x16\7")
+    assert open_pictures(str(image_folder)).files == clean.files
+
+
 def test_folder_and_names_that_do_not_fit(image_folder, tmp_path):
     (tmp_path / "names").write_text("one\ntwo\nthree\n")
     with pytest.raises(ValueError, match="has 3 names, but the data has 2 classes"):

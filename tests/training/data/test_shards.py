@@ -1,5 +1,6 @@
 """Shards: written, indexed, read; damaged ones."""
 
+import io
 import json
 import os
 import tarfile
@@ -61,6 +62,29 @@ def test_long_and_odd_names(tmp_path):
     for i, key in enumerate(keys):
         assert reader.keys[i] == rebuilt.keys[i] == key
         assert reader.read(i)["jpg"] == rebuilt.read(i)["jpg"] == key.encode()
+
+
+@pytest.mark.parametrize("folder", ["", "in/"])
+def test_what_macos_puts_between_the_members_of_a_tar_is_no_data(tmp_path, folder):
+    names = [f"{i}.{suffix}" for i in range(5) for suffix in ("jpg", "txt")]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for path in (f"{folder}{mark}{name}" for name in names for mark in ("._", "")):
+            info = tarfile.TarInfo(path)
+            info.size = len(path)
+            tar.addfile(info, io.BytesIO(path.encode()))
+    with ShardReader(tmp_path / "0.tar") as reader:
+        assert reader.keys == [f"{folder}{i}" for i in range(5)]
+        assert reader.read(3) == {suffix: f"{folder}3.{suffix}".encode() for suffix in ("jpg", "txt")}
+    if not folder:  # in folders, webdataset takes the hidden ones for one more sample
+        webdataset = pytest.importorskip("webdataset")
+        theirs = list(webdataset.WebDataset(str(tmp_path / "0.tar"), shardshuffle=False))
+        assert [item["__key__"] for item in theirs if "jpg" in item] == reader.keys
+
+
+def test_a_hidden_tar_is_no_shard(tmp_path):
+    write(tmp_path / "a.tar")
+    (tmp_path / "._a.tar").write_bytes(b"\0\5\x16\7")
+    assert list(write_dataset_json(tmp_path, {}, None, {})["shards"]) == ["a.tar"]
 
 
 @pytest.mark.parametrize("key", ["a.b", "../up", "/abs", "a/../b", "", "a//b", "a\\b"])

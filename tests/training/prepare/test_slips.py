@@ -2,12 +2,16 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
 from tests.training.prepare.small_data import picture, write_jsonl, write_pictures, write_tar
 from training.emoji import scenes
 from training.prepare import audit, detect, import_features, pack, summarize, view
+from training.prepare.formats.store import StoreRows
+from training.prepare.sources import SourceArguments, open_source
+from training.prepare.steps.rewriting import shards_of
 
 COMMANDS = {
     "pack": pack,
@@ -124,3 +128,11 @@ def test_nothing_is_made_where_nothing_could_be_read(inputs, tmp_path, words):
     COMMANDS[name].main(flags)
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_hidden_files_beside_shards_are_passed_over(inputs, tmp_path):
+    """macOS writes `._NAME` beside each file that it copies to another file system."""
+    (tmp_path / "shards" / "._00000.tar").write_bytes(b"\0\5\x16\7" * 20)
+    assert [Path(name).name for name in open_source(SourceArguments(["shards"])).files] == ["00000.tar"]
+    assert list(shards_of("shards")) == ["00000.tar"]
+    assert len(StoreRows(tmp_path / "shards").rows) == 1

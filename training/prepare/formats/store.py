@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pyramidclip_hf.files import visible
 from training.data.records import BadSample, sample_from_members
 from training.data.shards import ShardReader, read_dataset_json, refuse_unfinished
 from training.prepare.formats.tsv import FormatOptions, Head, Place, Size
@@ -28,7 +29,7 @@ class StoreRows:
     problems: Sequence[RowProblem] = ()
 
     def __init__(self, folder: Path):
-        self.readers = [ShardReader(path) for path in sorted(folder.glob("*.tar"))]
+        self.readers = [ShardReader(path) for path in visible(folder, "*.tar")]
         if not self.readers:
             raise ValueError(
                 f"{folder} has no *.tar: expected a store that import_features wrote, but {contents_of(folder)}"

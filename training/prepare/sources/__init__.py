@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from pyramidclip_hf.files import visible
 from training.data.remote import is_url
 from training.prepare.sources.hub import HubSource
 from training.prepare.sources.pairs import Fault, PairSource, RawPair, SourceArguments, SourcePart
@@ -69,7 +70,7 @@ def _files(inputs: Sequence[str]) -> list[str]:
 
 
 def _files_of(folder: str) -> list[str]:
-    there = sorted(Path(folder).iterdir())
+    there = visible(folder)
     found = [str(path) for path in there if path.suffix == ".tar"]
     found = found or [str(path) for path in there if path.suffix.lower() in TABLE_SUFFIXES]
     if not found:

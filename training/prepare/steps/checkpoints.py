@@ -4,10 +4,11 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+
+from pyramidclip_hf.files import visible
 
 
 @contextmanager
@@ -44,8 +45,8 @@ def checkpoint_content(name: str, described: PreTrainedConfig) -> str:
     """What identifies a checkpoint: a hash of its files for a folder, the commit for a Hub name."""
     if os.path.isdir(name):
         digest = hashlib.sha256()
-        for path in sorted(Path(name).iterdir()):
-            if path.is_file() and not path.name.startswith(".") and path.suffix.lower() != ".md":
+        for path in visible(name):
+            if path.is_file() and path.suffix.lower() != ".md":
                 with open(path, "rb") as file:
                     digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()[:32]

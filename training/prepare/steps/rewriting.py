@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from pyramidclip_hf.files import write_atomically
+from pyramidclip_hf.files import visible, write_atomically
 from training.data.records import BadSample, Region, Sample, members_from_sample, sample_from_members
 from training.data.shards import DATASET_FORMAT, ShardReader, ShardWriter, read_dataset_json, write_dataset_json
 from training.prepare.steps.work import Advance, Stage, Tally, Worker, contents_of
@@ -78,7 +78,7 @@ def shards_of(folder: str | Path) -> dict[str, Path]:
     Raises:
         FileNotFoundError: there are none.
     """
-    shards = {shard.name: shard for shard in sorted(Path(folder).glob("*.tar"))}
+    shards = {shard.name: shard for shard in visible(folder, "*.tar")}
     if not shards:
         raise FileNotFoundError(
             f"no *.tar in {folder}: expected a folder that training.prepare.pack wrote, but {contents_of(folder)}"
