@@ -109,7 +109,7 @@ def _target_config(
     return make_config(
         text_config={**sections["text_config"], "pooling": pooling},
         vision_config={**sections["vision_config"], "num_leff_layers": num_leff_layers,
-                       "roi_feature_size": roi_feature_size},
+                       "num_picture_layers": num_leff_layers, "roi_feature_size": roi_feature_size},
         projection_dim=config.projection_dim,
     )  # fmt: skip
 

@@ -96,6 +96,12 @@ def _text(config: PyramidCLIPConfig) -> list[Row]:
 
 def _vit(config: PyramidCLIPConfig) -> list[Row]:
     vision, ours = config.vision_config, "vision_model."
+    if vision.num_picture_layers != vision.num_leff_layers:
+        raise ValueError(
+            "The released layout lets regions enter where LeFF ends, and this model has LeFF in "
+            f"{vision.num_leff_layers} blocks and regions behind {vision.num_picture_layers} (num_picture_layers): it "
+            "cannot hold that."
+        )
     return [
         Row("visual.class_embedding", (f"{ours}embeddings.class_embedding",)),
         Row("visual.positional_embedding", (f"{ours}embeddings.position_embedding.weight",)),

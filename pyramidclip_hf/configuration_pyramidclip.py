@@ -198,8 +198,10 @@ class PyramidCLIPVisionConfig(PreTrainedConfig):
         tower: `"vit"` or `"resnet"`.
         image_size: side of the square picture, pixels; a multiple of `patch_size` (ViT) or of 32 (ResNet).
         hidden_size: token width. ViT 768 by default; ResNet always `32 * width`, the width of the pooled vector.
-        num_leff_layers: how many blocks, from the first, have the locally-enhanced feed-forward; the region branch
-            runs through the blocks behind them (paper, section 3.3).
+        num_leff_layers: how many blocks, from the first, have the locally-enhanced feed-forward (paper, section 3.3).
+        num_picture_layers: how many blocks, from the first, only pictures run through; the region branch enters behind
+            them (the paper's M). `num_leff_layers` when not given, as in the paper, and at least that: LeFF needs a
+            grid, which regions do not have.
         freeze_patch_embedding: keep the patch convolution at its initial value in training, as the reference does.
         layers: blocks per stage of the ResNet.
         width: stem width of the ResNet.
@@ -221,6 +223,7 @@ class PyramidCLIPVisionConfig(PreTrainedConfig):
     num_attention_heads: Derived = _NOT_GIVEN
     patch_size: int = 16
     num_leff_layers: Derived = _NOT_GIVEN
+    num_picture_layers: Derived = _NOT_GIVEN
     freeze_patch_embedding: bool = True
     layers: list[int] | tuple[int, ...] = (3, 4, 6, 3)
     width: int = 64
@@ -236,6 +239,8 @@ class PyramidCLIPVisionConfig(PreTrainedConfig):
         self.num_hidden_layers = self.num_hidden_layers or (12 if vit else len(self.layers))
         if self.num_leff_layers is None:
             self.num_leff_layers = min(9, self.num_hidden_layers) if vit else 0
+        if self.num_picture_layers is None:
+            self.num_picture_layers = self.num_leff_layers
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
         self.num_attention_heads = self.num_attention_heads or max(1, self.hidden_size // 64)
         super().__post_init__(**kwargs)
@@ -255,6 +260,12 @@ class PyramidCLIPVisionConfig(PreTrainedConfig):
                     f"vision_config: num_leff_layers ({self.num_leff_layers}) must lie between 0 and "
                     f"num_hidden_layers ({self.num_hidden_layers})."
                 )
+            if not self.num_leff_layers <= self.num_picture_layers <= self.num_hidden_layers:
+                raise ValueError(
+                    f"vision_config: num_picture_layers ({self.num_picture_layers}) must lie between num_leff_layers "
+                    f"({self.num_leff_layers}), as regions have no grid for LeFF, and num_hidden_layers "
+                    f"({self.num_hidden_layers})."
+                )
         else:
             if len(self.layers) != 4 or min(self.layers) < 1:
                 raise ValueError(f"vision_config: layers must hold four positive block counts, got {self.layers}.")
@@ -263,8 +274,9 @@ class PyramidCLIPVisionConfig(PreTrainedConfig):
                     f"vision_config: a ResNet needs an even width and hidden_size = 32 * width, got width "
                     f"{self.width} and hidden_size {self.hidden_size}."
                 )
-            if self.num_leff_layers:
-                raise ValueError(f"vision_config: num_leff_layers is for the ViT, got {self.num_leff_layers}.")
+            for name in ("num_leff_layers", "num_picture_layers"):
+                if getattr(self, name):
+                    raise ValueError(f"vision_config: {name} is for the ViT, got {getattr(self, name)}.")
 
     @property
     def grid_size(self) -> int:
@@ -285,7 +297,7 @@ class PyramidCLIPConfig(PreTrainedConfig):
         vision_config: the same for the image tower.
         projection_dim: width of the shared embedding space; both towers' `projection_dim` follow it.
         logit_scale_init_value: initial logarithm of the softmax scale; ln(1 / 0.07).
-        loss_weights: term name -> weight, used as given; `{"global_caption": 1.0}` is CLIP.
+        loss_weights: term name -> weight, used as given; `{"global_caption": 1.0}` with `label_smoothing` 0 is CLIP's.
         label_smoothing: the mass `a` of softened targets that goes to the N - 1 negatives (paper, section 3.4).
     """
 

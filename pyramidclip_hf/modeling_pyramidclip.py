@@ -286,7 +286,7 @@ class PyramidCLIPVisionModel(PyramidCLIPPreTrainedModel):
         if pooled_only and self.config.num_leff_layers < self.config.num_hidden_layers:
             kwargs["query_at"] = hidden_states.new_zeros(hidden_states.shape[0], dtype=torch.long)
         if "roi_features" in inputs:
-            first = self.config.num_leff_layers
+            first = self.config.num_picture_layers
             if roi_mask is not None:
                 keys = keys_with_first(roi_mask)
                 mask = mask_of_keys(self.config, hidden_states, keys)
@@ -478,7 +478,7 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
         if "picture" in kinds:
             names |= {name for name in vision if not name.startswith(region_only)}
         if "regions" in kinds:
-            first = self.config.vision_config.num_leff_layers
+            first = self.config.vision_config.num_picture_layers
             skipped = [f"vision_model.encoder.layers.{index}." for index in range(first)]
             skipped += ["vision_model.embeddings.patch_", "vision_model.embeddings.position_"]
             skipped += ["vision_model.trunk.", "vision_model.attention_pool.position_"]
@@ -573,7 +573,7 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
             terms = [name for name in self.config.loss_weights if set(TERMS[name]) & set(absent)]
             raise ValueError(
                 f"return_loss=True needs {[LEVELS[level].input for level in absent]} for the terms {terms} of "
-                'config.loss_weights; pass them, or set config.loss_weights, e.g. {"global_caption": 1.0} for CLIP.'
+                'config.loss_weights; pass them, or set config.loss_weights, e.g. {"global_caption": 1.0}.'
             )
 
     def _loss_of(self, embeds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor | None]) -> PyramidLoss:

@@ -147,7 +147,7 @@ class ViT(nn.Module):
 
     def regions(self, features, mask):
         x = self.pre_layernorm(self.tokens(self.embeddings.roi_projection(features)))
-        for layer in self.encoder.layers[self.config.num_leff_layers :]:
+        for layer in self.encoder.layers[self.config.num_picture_layers :]:
             x = layer(x, hide_padding(mask))
         return self.post_layernorm(x)[:, 0]
 

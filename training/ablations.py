@@ -1,4 +1,4 @@
-"""Does the method work? Every row of the paper's ablations (Tables 5, 14 and 15) on emoji scenes.
+"""Does the method work? Every row of the paper's ablations (Tables 5, 14 and 15, Figure 6) on emoji scenes.
 
     python -m training.ablations [--output-dir runs/ablations] [--only components] [--families resnet] [--seeds 0]
 
@@ -46,10 +46,12 @@ from training.emoji.scoring import PER_OBJECT, TRAIN, VALIDATION, draw_scenes, s
 from training.reports.ablations_page import Family, Plan, write_page
 from training.settings.fields import usable_cores
 from training.settings.pretraining import PretrainingArguments
-from training.settings.reading import parse_settings, read_settings
+from training.settings.reading import parse_settings, read_settings, with_changes
 
 SECONDS_TO_STOP = 120
 SCENES = {"train": TRAIN, "validation": VALIDATION, "per_object": PER_OBJECT}
+# Settings of a ViT that count blocks, and how many of these the paper's ViTs have.
+BLOCKS, PAPER_DEPTH = ("num_leff_layers", "num_picture_layers"), 12
 # What has to do with where a run is and how it is watched, not with its result.
 WATCHING: dict[str, Any] = {"validation_data": None, "trackers": [], "eval_every_steps": 0, "push_to_hub": None}
 
@@ -77,7 +79,7 @@ class AblationArguments:
         default=None, metadata={"help": "optimizer steps of every row; default: the config's, equal within a family"}
     )
     only: list[str] | None = field(
-        default=None, metadata={"help": "tables: components, peer_level, mismatched; default: all"}
+        default=None, metadata={"help": "tables: components, peer_level, mismatched, front; default: all"}
     )
     rows: list[str] | None = field(default=None, metadata={"help": "rows of these tables by name; default: all"})
     families: list[str] | None = field(default=None, metadata={"help": "resnet, vit; default: all"})
@@ -143,18 +145,18 @@ def family_settings(base: Mapping[str, Any], family: Mapping[str, Any]) -> dict[
 
 
 def row_settings(shared: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a row. Where the row has LeFF, or does not say, a ViT has as many LeFF blocks as its family."""
-    changes = {name: value for name, value in row.items() if name != "vit"}
-    settings = {**shared, **changes}
+    """The settings of a row. Its numbers of blocks become the same share of the family's ViT; a ResNet has no such."""
+    towers, changes = shared["model_config"], row.get("model_config", {})
+    vision = dict(changes.get("vision_config", {}))
+    asked = {name: vision.pop(name) for name in BLOCKS if name in vision}
     if str(shared["model"]).startswith("ViT"):
-        vision = dict(shared["model_config"]["vision_config"])
-        if "num_leff_layers" not in vision:
-            raise ValueError(f"a ViT family must state num_leff_layers, its vision_config has {sorted(vision)}")
-        asked = row.get("vit", {}).get("model_config", {}).get("vision_config", {}).get("num_leff_layers")
-        if asked == 0:
-            vision["num_leff_layers"] = 0
-        settings["model_config"] = {**shared["model_config"], "vision_config": vision}
-    return settings
+        if "num_leff_layers" not in towers["vision_config"]:
+            raise ValueError(
+                f"a ViT family must state num_leff_layers, its vision_config has {sorted(towers['vision_config'])}"
+            )
+        depth = towers["vision_config"].get("num_hidden_layers", PAPER_DEPTH)
+        vision |= {name: round(number * depth / PAPER_DEPTH) for name, number in asked.items()}
+    return {**shared, **row, "model_config": with_changes(towers, {**changes, "vision_config": vision})}
 
 
 def expand(
@@ -163,14 +165,18 @@ def expand(
     """Distinct runs of a family, and which run each row is.
 
     Returns:
-        {run: settings} and {table: {row: run}}; rows with equal settings are one run, named by the first of them.
+        {run: settings} and {table: {row: run}}; rows with equal settings are one run, named by the first of them. A
+        table whose rows are all one run, such as LeFF's of a ResNet, is left out.
     """
     runs: dict[str, dict[str, Any]] = {}
     rows: dict[str, dict[str, str]] = {}
     for table, entries in tables.items():
+        every = {row: row_settings(shared, changes) for row, changes in entries.items()}
+        first = next(iter(every.values()))
+        if len(every) > 1 and all(settings == first for settings in every.values()):
+            continue
         rows[table] = {}
-        for row, changes in entries.items():
-            settings = row_settings(shared, changes)
+        for row, settings in every.items():
             same = next((name for name, known in runs.items() if known == settings), None)
             if same is None:
                 same = f"{table}_{row}" if row in runs else row
@@ -282,15 +288,16 @@ def chosen(kind: str, wanted: Sequence[str] | None, known: Sequence[str]) -> lis
 def jobs_of(plan: Plan, args: AblationArguments) -> list[Job]:
     """The distinct runs in the order in which they are started: by seed, then by table."""
     families = chosen("families", args.families, list(plan["families"]))
-    tables = chosen("only", args.only, list(plan["families"][families[0]]["rows"]))
-    rows = {table: plan["families"][families[0]]["rows"][table] for table in tables}
-    names = chosen("rows", args.rows, list(dict.fromkeys(row for table in tables for row in rows[table])))
+    found = [plan["families"][family]["rows"] for family in families]
+    tables = chosen("only", args.only, list(dict.fromkeys(table for rows in found for table in rows)))
+    known = [row for table in tables for rows in found for row in rows.get(table, {})]
+    names = chosen("rows", args.rows, list(dict.fromkeys(known)))
     seeds = {table: args.seeds or plan["seeds"][table] for table in tables}
     wanted = [
         (seed, place, number, Job(family, run, seed))
         for place, table in enumerate(tables)
         for family in families
-        for number, (row, run) in enumerate(plan["families"][family]["rows"][table].items())
+        for number, (row, run) in enumerate(plan["families"][family]["rows"].get(table, {}).items())
         if row in names
         for seed in seeds[table]
     ]

@@ -2,8 +2,8 @@
 
     python -m training.demo [--output-dir runs/demo]
 
-Draws the emoji scenes, trains the pyramid objective and CLIP's with the settings of `training/configs/demo.yaml`
-(equal steps and samples; only `loss_weights` differs) and CLIP once more for the pyramid's time, loads the pyramid in a
+Draws the emoji scenes, trains the pyramid with the settings of `training/configs/demo.yaml`, CLIP with those and
+`training/configs/clip.yaml` (equal steps and samples) and CLIP once more for the pyramid's time, loads the pyramid in a
 new process and compares its embeddings with those before saving, evaluates all three, and writes `report.html`.
 
 A demo that was stopped continues: finished stages are kept, a training continues from its last checkpoint. The folder:
@@ -50,7 +50,7 @@ from training.settings.fields import usable_cores
 from training.settings.pretraining import PretrainingArguments
 from training.settings.reading import parse_settings, read_chain
 
-CLIP_WEIGHTS = {"global_caption": 1.0}
+CLIP = "training/configs/clip.yaml"
 TITLES = {"pyramid": "Pyramid", "clip": "CLIP, same samples", "clip_same_time": "CLIP, same time"}
 STAGE_TITLES = {
     "scenes": "drawing the scenes",
@@ -82,8 +82,9 @@ class DemoArguments:
         """Settles the number of processes and their threads, and checks what is given."""
         self.processes = self.processes or min(2, usable_cores())
         self.threads = max(1, usable_cores() // self.processes)
-        if not Path(self.config).is_file():
-            raise ValueError(f"--config: there is no {self.config}; run the demo in the checkout's folder")
+        for file in (self.config, CLIP):
+            if not Path(file).is_file():
+                raise ValueError(f"--config: there is no {file}; run the demo in the checkout's folder")
         for name in ("train", "validation", "per_object"):
             if getattr(self, name) < 2:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least 2, got {getattr(self, name)}")
@@ -96,7 +97,7 @@ class DemoArguments:
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that finished stages depend on."""
-        content = b"".join(path.read_bytes() for path, _ in read_chain(self.config))
+        content = b"".join(path.read_bytes() for path, _ in read_chain(self.config, CLIP))
         digest = hashlib.sha256(content).hexdigest()[:16]
         return {name: getattr(self, name) for name in ("train", "validation", "per_object")} | {"config": digest}
 
@@ -199,11 +200,10 @@ def start(args: DemoArguments, stage: str, run: str, max_steps: int | None = Non
 
 def training_settings(args: DemoArguments) -> PretrainingArguments:
     """The settings of one of the three runs."""
-    words = ["--config", args.config, "--output-dir", str(args.folder / args.training), "--resume", "latest"]
+    words = ["--config", args.config, *([] if args.training == "pyramid" else [CLIP])]
+    words += ["--output-dir", str(args.folder / args.training), "--resume", "latest"]
     words += ["--train-data", str(args.folder / "scenes/train")]
     words += ["--validation-data", str(args.folder / "scenes/validation")]
-    if args.training != "pyramid":
-        words += ["--loss-weights", json.dumps(CLIP_WEIGHTS)]
     if args.max_steps:
         words += ["--max-steps", str(args.max_steps)]
     return parse_settings(PretrainingArguments, words)
@@ -295,6 +295,7 @@ def reported_run(args: DemoArguments, name: str, scores: Scores) -> ReportedRun:
         name=name,
         title=TITLES[name],
         objective=", ".join(f"{term} {weight:.3g}" for term, weight in scores["loss_weights"].items()),
+        smoothing=scores["label_smoothing"],
         steps=record["steps"],
         samples=record["samples_seen"],
         seconds=record["seconds"],
@@ -320,7 +321,6 @@ def report(args: DemoArguments, stages: Stages) -> Path:
         class_names=objects.class_names,
         template_count=len(IMAGENET_TEMPLATES),
         scale=results["pyramid"]["scale"],
-        smoothing=results["pyramid"]["label_smoothing"],
         batch_size=training_record(args, "pyramid")["settings"]["global_batch_size"],
         parameters=results["pyramid"]["parameters"],
         training_scenes=args.train,
@@ -357,7 +357,7 @@ def commands_text(args: DemoArguments) -> str:
             f"python -m training.emoji.scenes --output-dir {args.output_dir}/scenes --train {args.train} "
             f"--validation {args.validation} --per-object {args.per_object}",
             f"{launch} {scenes} --output-dir my_pyramid",
-            f"{launch} {scenes} --output-dir my_clip --loss-weights '{json.dumps(CLIP_WEIGHTS)}'",
+            f"{launch} {CLIP} {scenes} --output-dir my_clip",
             f"python -m training.evaluate {model} --task retrieval --data {args.output_dir}/scenes/validation",
             f"python -m training.evaluate {model} --task zero-shot --data {args.output_dir}/scenes/objects",
         ]

@@ -38,7 +38,7 @@ def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, out_shape: An
 class ScaleArguments:
     """Settings of `python -m training.scale`."""
 
-    config: str = field(metadata={"help": "recipe"})
+    config: list[str] = field(metadata={"help": "recipe; several as for training.pretrain"})
     gpus: int = field(metadata={"help": "number of GPUs"})
     teraflops: float = field(default=120.0, metadata={"help": "arithmetic that a GPU really reaches, TFLOP/s"})
     samples: int = field(default=143_000_000, metadata={"help": "samples in the data"})
@@ -228,7 +228,7 @@ def parse(argv: Sequence[str]) -> ScaleArguments:
 
 def run(args: ScaleArguments) -> None:
     """Prints the page."""
-    recipe = PretrainingArguments(**read_settings(PretrainingArguments, args.config))
+    recipe = PretrainingArguments(**read_settings(PretrainingArguments, *args.config))
     print(report(recipe, args.gpus, args.teraflops, args.samples, args.tokens))
 
 

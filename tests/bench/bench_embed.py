@@ -64,7 +64,8 @@ def main():
         config = PyramidCLIPConfig.from_architecture(args.architecture)
         if args.accelerator_ms is not None:
             # Its values do not matter, and loading it is not what is measured.
-            config.vision_config.num_hidden_layers = config.vision_config.num_leff_layers = 1
+            config.vision_config.num_hidden_layers = 1
+            config.vision_config.num_leff_layers = config.vision_config.num_picture_layers = 1
             config.text_config.num_hidden_layers = 1
         PyramidCLIPModel(config).save_pretrained(folder / "model")
         image_processor = PyramidCLIPImageProcessor(size=config.vision_config.image_size)

@@ -53,6 +53,11 @@ def small_state_dict(**changes):
     return config, to_original(PyramidCLIPModel(config).state_dict(), config)
 
 
+def test_the_released_layout_has_one_number_for_leff_and_regions():
+    with pytest.raises(ValueError, match="LeFF in 1 blocks and regions behind 2"):
+        small_state_dict(num_picture_layers=2)
+
+
 def assert_holds_the_small_weights(folder):
     """The folder's model, under the released names, is `small_state_dict` bit for bit."""
     config, wanted = small_state_dict()

@@ -57,7 +57,7 @@ def test_named_architectures(name):
              text.hidden_size, text.num_attention_heads)  # fmt: skip
     assert found == PUBLISHED[name]
     assert text.num_hidden_layers == 12 and text.max_position_embeddings == 77 and text.pooling == "max"
-    assert vision.num_leff_layers == (9 if vision.tower == "vit" else 0)
+    assert vision.num_leff_layers == vision.num_picture_layers == (9 if vision.tower == "vit" else 0)
     assert set(PUBLISHED) == set(ARCHITECTURES)
 
 
@@ -100,6 +100,9 @@ def test_towers_follow_the_projection_dim():
         (lambda: PyramidCLIPVisionConfig(tower="resnet", hidden_size=64), "hidden_size = 32"),
         (lambda: PyramidCLIPVisionConfig(tower="resnet", num_leff_layers=1), "num_leff_layers"),
         (lambda: PyramidCLIPVisionConfig(num_leff_layers=13), "num_leff_layers"),
+        (lambda: PyramidCLIPVisionConfig(tower="resnet", num_picture_layers=1), "num_picture_layers is for the ViT"),
+        (lambda: PyramidCLIPVisionConfig(num_picture_layers=8), r"num_picture_layers \(8\) .* num_leff_layers \(9\)"),
+        (lambda: PyramidCLIPVisionConfig(num_picture_layers=13), r"num_picture_layers \(13\) .*num_hidden_layers"),
         (lambda: PyramidCLIPVisionConfig(roi_feature_size=0), "roi_feature_size"),
         (lambda: PyramidCLIPTextConfig(eos_token_id=49408), "eos_token_id"),
         (lambda: PyramidCLIPTextConfig(pad_token_id=None), "pad_token_id"),

@@ -15,6 +15,7 @@ from pyramidclip_hf import (
 )
 from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVELS, TERMS, levels_of
 from pyramidclip_hf.modeling_pyramidclip_text import activation_named
+from tests.plain_forms import lively, plain_form
 from tests.pyramidclip_hf.tiny import BOTH, TEXT, make_batch, tiny
 
 
@@ -212,6 +213,28 @@ def test_forward_and_features_agree(tower):
         alone = model.encode_levels((level,), **batch)[level]
         torch.testing.assert_close(output[name], alone / alone.norm(dim=-1, keepdim=True))
     assert model(input_ids=batch["input_ids"]).logits_per_image is None
+
+
+@pytest.mark.parametrize(("leff", "pictures"), [(0, 2), (1, 2), (1, 3), (0, 3)])
+def test_regions_enter_behind_the_blocks_of_pictures_whatever_has_leff(leff, pictures):
+    model = lively(tiny(vision={"num_leff_layers": leff, "num_picture_layers": pictures}))
+    batch, plain = make_batch(model), plain_form(model)
+    torch.testing.assert_close(
+        model.encode_rois(batch["roi_features"], batch["roi_mask"]),
+        plain.encode_rois(batch["roi_features"], batch["roi_mask"]),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    torch.testing.assert_close(
+        model.encode_image(batch["pixel_values"]), plain.encode_image(batch["pixel_values"]), rtol=1e-4, atol=1e-5
+    )
+    model.encode_rois(batch["roi_features"], batch["roi_mask"]).sum().backward()
+    blocks = [f"vision_model.encoder.layers.{index}." for index in range(3)]
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    named = set(model.level_parameters(("roi",)))
+    for index, block in enumerate(blocks):
+        for names in (trained, named):
+            assert any(name.startswith(block) for name in names) == (index >= pictures)
 
 
 def test_the_plain_clip_loss_is_one_mapping_away():

@@ -41,7 +41,7 @@ FAMILIES = {
         "settings": {"model": "ViT-B-32", "model_config": {"vision_config": {**VIT, "num_leff_layers": 2}}},
     },
 }
-SEEDS = {"components": [0, 1, 2], "peer_level": [0], "mismatched": [0]}
+SEEDS = {"components": [0, 1, 2], "peer_level": [0], "mismatched": [0], "front": [0]}
 SMALL = ["--train", "24", "--validation", "10", "--per-object", "1"]
 
 
@@ -66,8 +66,9 @@ def shipped():
 def test_the_shipped_plan_has_the_papers_rows_each_run_once():
     plan = shipped()
     jobs = jobs_of(plan, AblationArguments(config=str(CONFIGS / "ablations_runs.yaml")))
-    # ResNet: 4 components in three seeds, 3 more rows of the peer level, 3 of the mismatched; the ViT has LeFF besides.
-    assert len(jobs) == len(set(jobs)) == (4 * 3 + 3 + 3) + (5 * 3 + 3 + 3)
+    # ResNet: 4 components in three seeds, 3 more rows of the peer level, 3 of the mismatched; the ViT has LeFF besides,
+    # and 4 points of Figure 6 that are no row of another table.
+    assert len(jobs) == len(set(jobs)) == (4 * 3 + 3 + 3) + (5 * 3 + 3 + 3 + 4)
     assert [job.seed for job in jobs] == sorted(job.seed for job in jobs)
     for family in plan["families"].values():
         rows = family["rows"]
@@ -80,7 +81,8 @@ def test_the_shipped_plan_has_the_papers_rows_each_run_once():
             for settings in family["runs"].values()
         ]
         for settings in shared:
-            settings["model_config"]["vision_config"].pop("num_leff_layers", None)
+            for name in ablations.BLOCKS:
+                settings["model_config"]["vision_config"].pop(name, None)
         assert all(settings == shared[0] for settings in shared)
     resnet, vit = plan["families"]["resnet"], plan["families"]["vit"]
     assert resnet["rows"]["components"]["leff"] == "softened" and vit["rows"]["components"]["leff"] == "leff"
@@ -92,15 +94,29 @@ def test_leff_is_where_the_paper_has_it():
     own = yaml.safe_load((CONFIGS / "ablations_runs.yaml").read_text())["families"]["vit"]["settings"]
     own = own["model_config"]["vision_config"]["num_leff_layers"]
     leff = {name: run["model_config"]["vision_config"]["num_leff_layers"] for name, run in plan["vit"]["runs"].items()}
-    assert own > 0 and {name for name, number in leff.items() if number} == {
+    assert own == 3 and {name for name, number in leff.items() if number == own} == {
         "leff", "with_global_caption", "with_local_summary", "with_both",
     }  # fmt: skip
-    assert set(leff.values()) == {0, own}
+    assert set(leff.values()) == {0, 1, 2, own, 4}
+
+
+def test_figure_6_has_the_same_share_of_fewer_blocks():
+    plan = shipped()["families"]
+    assert "front" not in plan["resnet"]["rows"]  # a ResNet has no such blocks
+    rows, runs = plan["vit"]["rows"]["front"], plan["vit"]["runs"]
+    assert (rows["m_0"], rows["m_9"]) == ("softened", "leff")
+    visions = {row: runs[run]["model_config"]["vision_config"] for row, run in rows.items()}
+    assert {row: vision["num_leff_layers"] for row, vision in visions.items()} == {
+        "m_0": 0, "m_3": 1, "m_6": 2, "m_9": 3, "m_12": 4, "m_9_without_leff": 0,
+    }  # fmt: skip
+    assert {row for row, vision in visions.items() if "num_picture_layers" in vision} == {"m_9_without_leff"}
+    assert visions["m_9_without_leff"]["num_picture_layers"] == 3
 
 
 def test_rows_of_one_name_with_other_settings_are_two_runs():
     rows = {"a": {"x": {"label_smoothing": 0.0}, "y": {"label_smoothing": 0.1}}, "b": {"x": {"label_smoothing": 0.1}}}
-    runs, table = expand({**rows, "c": {"x": {"label_smoothing": 0.2}}}, {"model": "RN50"})
+    shared = {"model": "RN50", "model_config": {}}
+    runs, table = expand({**rows, "c": {"x": {"label_smoothing": 0.2}}}, shared)
     assert table == {"a": {"x": "x", "y": "y"}, "b": {"x": "y"}, "c": {"x": "c_x"}}
     assert [run["label_smoothing"] for run in runs.values()] == [0.0, 0.1, 0.2]
     with pytest.raises(ValueError, match="must state num_leff_layers"):
@@ -117,9 +133,13 @@ def test_filters(args, config):
         f"resnet-{row}-seed0" for row in ("clip", "clip_local_crop", "peer", "peer_and_regions")
     ]
     assert names(only=["mismatched"], families=["vit"], seeds=[4])[0] == "vit-leff-seed4"
-    assert len(names(seeds=[0])) == 10 + 11
-    with pytest.raises(ValueError, match="--only: there is no table5; known: components, peer_level, mismatched"):
+    assert len(names(seeds=[0])) == 10 + 14  # of 3 blocks, m_9_without_leff has 2 in front, as has m_9
+    with pytest.raises(
+        ValueError, match="--only: there is no table5; known: components, peer_level, mismatched, front"
+    ):
         names(only=["table5"])
+    with pytest.raises(ValueError, match="--only: there is no front; known: components, peer_level, mismatched$"):
+        names(only=["front"], families=["resnet"])
     assert names(rows=["softened", "leff"], families=["resnet"], seeds=[1]) == ["resnet-softened-seed1"]
     assert names(rows=["softened", "leff"], families=["vit"], seeds=[1]) == ["vit-softened-seed1", "vit-leff-seed1"]
     with pytest.raises(ValueError, match="--rows: there is no clip; known: peer, global_relation"):

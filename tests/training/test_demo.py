@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import yaml
 
-from training.demo import DemoArguments, Stages, main, reload_stage, save_arrays, steps_in_the_same_time
+from training.demo import (
+    DemoArguments,
+    Stages,
+    main,
+    reload_stage,
+    save_arrays,
+    steps_in_the_same_time,
+    training_settings,
+)
 
 SMALL = {
     "model": "ViT-B-32",
@@ -63,6 +71,19 @@ def test_stages_are_kept_and_timed(tmp_path):
     assert again.done("scenes") and again.result("scenes") == {"scenes": 3} and again.seconds("scenes") > before
     with pytest.raises(ValueError, match="demo of other settings.*'train': 3.*'train': 4.*remove it"):
         Stages(tmp_path / "demo", {"train": 4})
+
+
+def test_clip_is_clip_and_all_else_is_the_pyramids(args):
+    pyramid = training_settings(args).to_dict()
+    args.training = "clip"
+    clip = training_settings(args).to_dict()
+    assert (clip["loss_weights"], clip["label_smoothing"]) == ({"global_caption": 1.0}, 0.0)
+    assert clip["model_config"].pop("vision_config") == {**SMALL["model_config"]["vision_config"], "num_leff_layers": 0}
+    assert clip["model_config"] == {
+        key: value for key, value in SMALL["model_config"].items() if key != "vision_config"
+    }
+    differ = {name for name, value in pyramid.items() if clip[name] != value}
+    assert differ == {"loss_weights", "label_smoothing", "model_config", "output_dir"}
 
 
 def test_same_time_in_steps(args):

@@ -32,6 +32,7 @@ class ReportedRun:
         name: "pyramid", "clip" or "clip_same_time".
         title: Its name for readers.
         objective: Its terms and weights.
+        smoothing: Share of the targets that is spread over the other pairs, in training.
         steps: Optimizer steps.
         samples: Samples seen.
         seconds: Of training.
@@ -45,6 +46,7 @@ class ReportedRun:
     name: str
     title: str
     objective: str
+    smoothing: float
     steps: int
     samples: int
     seconds: float
@@ -68,7 +70,6 @@ class ReportedDemo:
         class_names: Names of the classes, the columns of `object_scores`.
         template_count: Prompts of a class.
         scale: The pyramid's softmax scale.
-        smoothing: Share of the targets that is spread, in training.
         batch_size: Pairs in an optimizer step.
         parameters: How many the model has.
         training_scenes: How many there were.
@@ -87,7 +88,6 @@ class ReportedDemo:
     class_names: list[str]
     template_count: int
     scale: float
-    smoothing: float
     batch_size: int
     parameters: int
     training_scenes: int
@@ -173,7 +173,7 @@ def _introduction(demo: ReportedDemo) -> dict[str, Any]:
             "reached": top_1 >= AIM_TOP_1,
         },
         {
-            "label": "The same two for plain CLIP, equal samples",
+            "label": "The same two for CLIP, equal samples",
             "value": f"{percent(_recall(clip))} · {percent(clip.zero_shot['top_1'])}",
             "detail": "The pyramid is ahead on both." if ahead else "The pyramid should be ahead on both.",
             "reached": ahead,
@@ -188,8 +188,8 @@ def _introduction(demo: ReportedDemo) -> dict[str, Any]:
     lead = (
         "A small PyramidCLIP was trained from scratch on noisy picture-caption pairs, on this machine's CPU. Beside "
         "the whole picture and its caption it aligns a local crop and the regions of the picture with a summary and "
-        "the regions' tags. This page shows what it learned, next to plain CLIP trained by the same code on the same "
-        "pictures."
+        "the regions' tags. This page shows what it learned, next to CLIP (one term, hard targets) trained by the "
+        "same code on the same pictures."
     )
     data_text = (
         f"{demo.training_scenes:,} training scenes of one to five objects were drawn from OpenMoji artwork. The "
@@ -223,6 +223,11 @@ def _row(
     return {"section": None, "label": label, "cells": cells, "chance": "" if chance is None else text(chance)}
 
 
+def _targets(run: ReportedRun) -> str:
+    """What the targets of a run's losses are."""
+    return f"targets softened by {run.smoothing:g}" if run.smoothing else "hard targets"
+
+
 def _comparison(demo: ReportedDemo) -> dict[str, Any]:
     runs, scenes, classes = demo.runs, len(demo.validation), len(demo.class_names)
     rows = [
@@ -246,8 +251,8 @@ def _comparison(demo: ReportedDemo) -> dict[str, Any]:
     for k in (1, 5):
         rows.append(_row(f"top-{k}", [run.zero_shot[f"top_{k}"] for run in runs], k / classes))
     text = (
-        "All models come from the same code and the same settings; only the mapping that names the objective differs: "
-        + "; ".join(f"{run.title}: {run.objective}" for run in runs[:2])
+        "All models come from the same code and the same settings; only the objective differs: "
+        + "; ".join(f"{run.title}: {run.objective}, {_targets(run)}" for run in runs[:2])
         + ". A step of the pyramid costs more, since it encodes more levels, so CLIP was trained once more for as "
         "long as the pyramid took."
     )
@@ -282,7 +287,7 @@ def _recall_plot(demo: ReportedDemo) -> dict[str, Any]:
 
 
 def _losses(demo: ReportedDemo) -> dict[str, Any]:
-    chance, floor = math.log(demo.batch_size), loss_floor(demo.smoothing, demo.batch_size)
+    chance, pyramid = math.log(demo.batch_size), demo.runs[0]
     plots = []
     for run in demo.runs:
         lines = [line for line in run.log if "loss/total" in line]
@@ -291,13 +296,15 @@ def _losses(demo: ReportedDemo) -> dict[str, Any]:
         names = [name.removeprefix("loss/") for name in lines[0] if name.startswith("loss/") and name != "loss/total"]
         terms = {name: [line[f"loss/{name}"] for line in lines] for name in names}
         last = ", ".join(f"{name} {values[-1]:.2f}" for name, values in terms.items())
+        floor = loss_floor(run.smoothing, demo.batch_size)
         picture = loss_curves([line["step"] for line in lines], terms, chance, floor)
         plots.append({"picture": picture, "title": run.title, "caption": f"{run.title}. At the end: {last}."})
     text = (
         f"Each term compares one level of the picture with one level of the text, over all {demo.batch_size} pairs of "
-        f"a batch. A model that knows nothing has ln {demo.batch_size} = {chance:.2f}. The targets are softened (a "
-        f"share of {demo.smoothing:g} goes to the other pairs, since web captions often fit other pictures too), so "
-        f"even a perfect model keeps {floor:.2f}."
+        f"a batch. A model that knows nothing has ln {demo.batch_size} = {chance:.2f}. The pyramid's targets are "
+        f"softened (a share of {pyramid.smoothing:g} goes to the other pairs, since web captions often fit other "
+        f"pictures too), so even a perfect one keeps {loss_floor(pyramid.smoothing, demo.batch_size):.2f}. CLIP's are "
+        "not, so its losses are lower for that reason alone."
     )
     return {"loss_plots": plots, "loss_text": text}
 

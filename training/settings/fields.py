@@ -52,6 +52,7 @@ def setting(
     at_least: float | None = None,
     share: bool = False,
     check: Check | None = None,
+    adds_up: bool = False,
 ) -> Any:
     """A field of a dataclass of settings.
 
@@ -64,12 +65,14 @@ def setting(
         at_least: The smallest value allowed.
         share: Whether it is a share from 0 to below 1.
         check: A further check of (name, value).
+        adds_up: Whether what files and flags say one after another, mappings, adds up; else each replaces the former.
     """
     if section not in SECTIONS:
         raise ValueError(f"section: expected one of {', '.join(SECTIONS)}, got {section!r}")
     bounds = [] if at_least is None else [_at_least(at_least)]
     checks = [*bounds, *([check_share] if share else []), *([check] if check else [])]
-    return _field(default, {"help": help, "section": section, "identity": identity, "checks": tuple(checks)})
+    metadata = {"help": help, "section": section, "identity": identity, "checks": tuple(checks), "adds_up": adds_up}
+    return _field(default, metadata)
 
 
 def _field(default: Any, metadata: Mapping[str, Any]) -> Any:
@@ -87,7 +90,7 @@ def redeclared(entry: dataclasses.Field[Any], default: Any, help: str | None = N
         help: As in `setting`; None: as it was.
         **changes: Of the arguments of `setting`; bounds are added to those that are there.
     """
-    kept = {name: entry.metadata[name] for name in ("section", "identity")}
+    kept = {name: entry.metadata[name] for name in ("section", "identity", "adds_up")}
     metadata = setting(default, entry.metadata["help"] if help is None else help, **(kept | changes)).metadata
     return _field(default, {**metadata, "checks": (*entry.metadata["checks"], *metadata["checks"])})
 

@@ -47,7 +47,8 @@ class PretrainingArguments(RunSettings):
 
     loss_weights: dict[str, float] | None = setting(
         None,
-        'objective as {term: weight}, e.g. {"global_caption": 1} for CLIP; default: the model config\'s',
+        'objective as {term: weight}, e.g. {"global_summary": 0.5, "local_caption": 0.5}; default: the model '
+        "config's; CLIP is more than a term: training/configs/clip.yaml",
         section="trained",
         identity=Through("objective", "loss_weights"),
     )

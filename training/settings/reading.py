@@ -2,11 +2,13 @@
 
 YAML keys are the fields of a dataclass; flags are the same names with dashes (underscores are taken as well) and win
 over the file; mappings are JSON on the command line. A key or flag that does not exist is an error that names its
-nearest neighbours. A file may begin with what another one says, and change it, key by key:
+nearest neighbours. A file may begin with what others say, and change it, key by key:
 
-    extends: base.yaml    # beside this file; it may extend a further one
+    extends: base.yaml    # beside this file, or a list of which later ones win; they may extend further ones
     epochs: 32
     max_steps:            # empty: the default
+
+`--config` takes several files as well, later ones win, and `FILE:KEY.KEY` is the mapping under these keys of a file.
 
 Own code, as neither jsonargparse 4.53 (no dashes, no near names, lists in brackets, no file name in an error) nor tyro
 1.0 (no YAML, mappings not as JSON, errors in frames) does what is above without as much of it.
@@ -20,12 +22,12 @@ import re
 import shutil
 import textwrap
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pyramidclip_command import CommandParser
-from training.settings.fields import default_of, in_sections
+from training.settings.fields import default_of, in_sections, mapping_of
 
 Settings = TypeVar("Settings")
 
@@ -116,7 +118,7 @@ def argument_parser(
         command: The words that come before the flags.
         exit_codes: See `CommandParser`.
     """
-    file, flags = ("[--config FILE]", "[--setting value ...]") if config else ("", "[--flag value ...]")
+    file, flags = ("[--config FILE ...]", "[--setting value ...]") if config else ("", "[--flag value ...]")
     parser = _Parser(
         description=_description(doc),
         usage=" ".join(word for word in ("%(prog)s", command, file, flags) if word),
@@ -125,7 +127,13 @@ def argument_parser(
         exit_codes=exit_codes,
     )
     if config:
-        parser.add_argument("--config", metavar="FILE", help="YAML file with settings as below; flags win over it")
+        parser.add_argument(
+            "--config",
+            nargs="+",
+            metavar="FILE",
+            help="YAML files with settings as below, or FILE:KEY.KEY, a mapping inside of one; later ones win, and "
+            "flags over all",
+        )
     kinds = value_types(settings_class)
     for title, entries in in_sections(settings_class).items():
         group = parser.add_argument_group(title)
@@ -192,10 +200,12 @@ def parse_settings(
         kind = "flag" if left_over[0].startswith("-") else "word"
         raise _unknown(settings_class, kind, left_over[0].split("=")[0], "the command line")
     values = vars(given)
-    file = values.pop("config", None) if config else None
-    if file is not None:
-        values = {**read_settings(settings_class, file), **values}
-    return settings_class(**values)
+    files = values.pop("config", []) if config else []
+    for name, kind in value_types(settings_class).items():
+        if name in values and is_mapping(kind):
+            values[name] = mapping_of(name, values[name])
+    below = read_settings(settings_class, *files) if files else {}
+    return settings_class(**_folded(settings_class, [below, values]))
 
 
 def _dashed(word: str) -> str:
@@ -212,55 +222,101 @@ def _unknown(settings_class: type[Any], kind: str, name: str, where: str) -> Val
     return ValueError(f"unknown {kind} {name!r} in {where}{hint}")
 
 
-def read_settings(settings_class: type[Any], path: str | Path) -> dict[str, Any]:
-    """The settings of a YAML file and of those that it extends: field -> value, for the constructor.
+def read_settings(settings_class: type[Any], *places: str | Path) -> dict[str, Any]:
+    """The settings of YAML files and of those that they extend: field -> value, for the constructor.
+
+    Args:
+        settings_class: The dataclass.
+        *places: As the words of `--config`; later ones win.
 
     Raises:
         ValueError: A file is not there or not readable, a key is unknown, a value has the wrong type, or the files
             extend each other in a circle. The message names the file.
     """
-    parser, found = argument_parser(settings_class), dict[str, Any]()
-    for file, content in reversed(read_chain(path)):
-        found |= {name: _value(settings_class, parser, file, name, value) for name, value in content.items()}
-    return {name: value for name, value in found.items() if value is not None}
+    parser = argument_parser(settings_class)
+    said = [
+        {name: _value(settings_class, parser, file, name, value) for name, value in content.items()}
+        for file, content in reversed(read_chain(*places))
+    ]
+    return {name: value for name, value in _folded(settings_class, said).items() if value is not None}
 
 
-def read_chain(path: str | Path) -> list[tuple[Path, dict[str, Any]]]:
-    """A YAML file, the one that it extends, and so on: (file, what it says itself) of each.
+def _folded(settings_class: type[Any], said: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is said by one after another, of which later ones win; changes to a mapping of a field that `adds_up` do."""
+    adding = {entry.name for entry in dataclasses.fields(settings_class) if entry.metadata.get("adds_up")}
+    found = dict[str, Any]()
+    for values in said:
+        for name, value in values.items():
+            both = name in adding and isinstance(value, dict)
+            found[name] = with_changes(found.get(name) or {}, value) if both else value
+    return found
+
+
+def with_changes(mapping: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`mapping` with the values of `changes`, mappings inside of it likewise."""
+    inner = {
+        name: with_changes(mapping[name], value)
+        for name, value in changes.items()
+        if isinstance(value, Mapping) and isinstance(mapping.get(name), Mapping)
+    }
+    return {**mapping, **changes, **inner}
+
+
+def read_chain(*places: str | Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The YAML files that `places` name and those that they extend: (file, what it says itself), the strongest first.
+
+    A file that several extend counts where it is weakest.
 
     Raises:
         ValueError: See `read_settings`.
     """
-    path = Path(path)
+    chain = [entry for place in reversed(places) for entry in _chain(str(place), ())]
+    weakest = {(file.resolve(), keys): at for at, (file, keys, _) in enumerate(chain)}
+    return [chain[at][::2] for at in sorted(weakest.values())]
+
+
+def _chain(place: str, above: tuple[Path, ...]) -> list[tuple[Path, str, dict[str, Any]]]:
+    """(file, keys inside of it, what is there) of a place and of what it extends, the strongest first."""
+    name, keys = _parts(place)
+    path = Path(name)
     if not path.is_file():
-        raise ValueError(f"--config: expected a YAML file, and {path} is not one")
-    chain: list[tuple[Path, dict[str, Any]]] = []
-    while True:
-        content = _read_mapping(path)
-        base = content.pop("extends", None)
-        chain.append((path, content))
-        if base is None:
-            return chain
-        if not isinstance(base, str):
-            raise ValueError(f"{path}: extends: expected the name of a YAML file, got {base!r}")
-        below, files = path.parent / base, [file for file, _ in chain]
-        if not below.is_file():
-            raise ValueError(f"{path}: extends: expected a YAML file, and {below} is not one")
-        if below.resolve() in [file.resolve() for file in files]:
-            raise ValueError(f"{path}: extends goes in a circle: {' -> '.join(map(str, [*files, below]))}")
-        path = below
+        said = f"{above[-1]}: extends" if above else "--config"
+        raise ValueError(f"{said}: expected a YAML file, and {path} is not one")
+    if path.resolve() in [file.resolve() for file in above]:
+        circle = above[[file.resolve() for file in above].index(path.resolve()) :]
+        raise ValueError(f"{above[-1]}: extends goes in a circle: {' -> '.join(map(str, [*circle, path]))}")
+    content = _read_mapping(path, keys)
+    bases = content.pop("extends", None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+        raise ValueError(f"{path}: extends: expected the name of a YAML file, or a list of such, got {bases!r}")
+    chain = [(path, keys, content)]
+    for base in reversed(bases):
+        chain += _chain(str(path.parent / base), (*above, path))
+    return chain
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def _parts(place: str) -> tuple[str, str]:
+    """A file, and the keys behind a colon; a colon of the file's own name is no such."""
+    name, colon, keys = place.rpartition(":")
+    return (name, keys) if colon and not Path(place).exists() else (place, "")
+
+
+def _read_mapping(path: Path, keys: str) -> dict[str, Any]:
     import yaml
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not readable as YAML: {error}") from error
+    for key in keys.split(".") if keys else ():
+        if not isinstance(content, dict) or key not in content:
+            known = ", ".join(map(str, content)) if isinstance(content, dict) else f"a {type(content).__name__}"
+            raise ValueError(f"{path}:{keys}: there is no {key}; there: {known}")
+        content = content[key]
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected 'field: value' lines, got a {type(content).__name__}")
-    return content
+    return dict(content)
 
 
 def _value(settings_class: type[Any], parser: argparse.ArgumentParser, path: Path, name: str, value: Any) -> Any:

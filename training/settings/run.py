@@ -54,10 +54,11 @@ class RunSettings:
 
     model_config: dict[str, Any] | None = setting(
         None,
-        'changes to the architecture\'s config, e.g. {"vision_config": {"image_size": 64}}; only with an '
-        "architecture name",
+        'changes to the architecture\'s config, e.g. {"vision_config": {"image_size": 64}}, those of files and flags '
+        "together; only with an architecture name",
         section="trained",
         identity=Through("model"),
+        adds_up=True,
     )
     seed: int = setting(
         0, "seed of initial weights, data order and augmentation", section="data", identity="data", at_least=0

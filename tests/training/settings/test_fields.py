@@ -135,7 +135,7 @@ def test_the_help_is_in_sections_with_dashes_and_each_default_once(kind, monkeyp
     monkeypatch.setenv("COLUMNS", "160")
     text = argument_parser(kind, f"What it does, in words.\n\n    a command\n\n{'More words. ' * 20}").format_help()
     assert re.match(
-        r"usage: .* \[--config FILE\] \[--setting value ...\]\n\nWhat it does.*\n\n    a command\n\nMore", text
+        r"usage: .* \[--config FILE ...\] \[--setting value ...\]\n\nWhat it does.*\n\n    a command\n\nMore", text
     )
     assert max(map(len, text.splitlines())) <= 100
     titles = re.findall(r"^(\S.*):$", text, re.MULTILINE)

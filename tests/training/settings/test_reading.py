@@ -7,7 +7,7 @@ import pytest
 
 from training.settings.finetuning import FinetuneArguments
 from training.settings.pretraining import PretrainingArguments
-from training.settings.reading import argument_parser, parse_settings, read_settings
+from training.settings.reading import argument_parser, parse_settings, read_chain, read_settings
 
 
 def write(folder, **files):
@@ -25,7 +25,7 @@ def test_a_file_extends_another_one_key_by_key(tmp_path):
         top="extends: middle.yaml\nepochs:\nmax_steps: 7\nsync_batch_norm: false\n",
     )
     found = read_settings(PretrainingArguments, path)
-    # Mappings are replaced whole, as every value is; an empty value is the default.
+    # Loss weights are replaced whole, as every value but model_config is; an empty value is the default.
     assert found == {
         "seed": 6,
         "loss_weights": {"local_caption": 1},
@@ -38,6 +38,33 @@ def test_a_file_extends_another_one_key_by_key(tmp_path):
     assert (args.epochs, args.max_steps, args.seed, args.train_data) == (None, 7, 8, ["a", "b"])
 
 
+def test_several_files_are_one_after_another_and_changes_to_the_model_add_up(tmp_path):
+    base = write(tmp_path, base="seed: 1\nepochs: 1\nlearning_rate: 1.0\nmodel_config: {projection_dim: 8}\n")
+    write(
+        tmp_path,
+        a="extends: base.yaml\nseed: 2\nmodel_config: {vision_config: {width: 4, layers: [1, 1, 1, 1]}}\n",
+        b="extends: base.yaml\nlearning_rate: 2.0\nmodel_config: {vision_config: {width: 6}}\n",
+        rows="table:\n  row: {learning_rate: 3.0}\n  other: {seed: 9}\n",
+        both="extends: [a.yaml, b.yaml]\n",
+    )
+    a, b, both, rows = (str(tmp_path / f"{name}.yaml") for name in ("a", "b", "both", "rows"))
+    towers = {"projection_dim": 8, "vision_config": {"width": 6, "layers": [1, 1, 1, 1]}}
+    wanted = {"seed": 2, "epochs": 1, "learning_rate": 2.0, "model_config": towers}
+    assert read_settings(PretrainingArguments, both) == read_settings(PretrainingArguments, a, b) == wanted
+    assert [file.name for file, _ in read_chain(both)] == ["both.yaml", "b.yaml", "a.yaml", "base.yaml"]
+    words = ["--config", base, both, f"{rows}:table.row", "--seed", "7"]
+    args = parse_settings(PretrainingArguments, [*words, "--model-config", '{"vision_config": {"image_size": 32}}'])
+    assert (args.seed, args.learning_rate) == (7, 3.0)
+    assert args.model_config == {**towers, "vision_config": {**towers["vision_config"], "image_size": 32}}
+    for place, message in (
+        (f"{rows}:table.raw", "rows.yaml:table.raw: there is no raw; there: row, other"),
+        (f"{rows}:table.row.seed", "there is no seed; there: learning_rate"),
+        (f"{tmp_path}/no.yaml:table", "--config: expected a YAML file, and .*/no.yaml is not one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_settings(PretrainingArguments, place)
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -47,7 +74,11 @@ def test_a_file_extends_another_one_key_by_key(tmp_path):
         ),
         ({"a": "extends: a.yaml"}, r"a.yaml: extends goes in a circle: \S*a.yaml -> \S*a.yaml$"),
         ({"a": "extends: nowhere.yaml"}, r"/a.yaml: extends: expected a YAML file, and \S*/nowhere.yaml is not one"),
-        ({"a": "extends: [b.yaml]"}, r"/a.yaml: extends: expected the name of a YAML file, got \['b.yaml'\]"),
+        (
+            {"a": "extends: {b: 1}"},
+            r"/a.yaml: extends: expected the name of a YAML file, or a list of such, got {'b': 1}",
+        ),
+        ({"a": "extends: [1]"}, r"/a.yaml: extends: expected the name of a YAML file, or a list of such, got \[1\]"),
         ({"a": "max_stepz: 1", "b": "extends: a.yaml"}, "unknown key 'max_stepz' in .*/a.yaml; did you mean max_steps"),
         ({"a": "max_steps: many", "b": "extends: a.yaml"}, "/a.yaml: max_steps: invalid int value: 'many'"),
         ({"a": "precision: fp8"}, "/a.yaml: precision: invalid choice: 'fp8'"),

@@ -7,34 +7,47 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS
+from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from tests.training.runs import MODEL_CONFIG, MemoryReader
 from tests.training.tiny import RESNET
 from training import pretrain
 from training.loop.processes import check_engine
 from training.loop.tracking import read_metrics
+from training.scale import recipe_config
 from training.settings.fields import identity_of
 from training.settings.pretraining import PretrainingArguments
 from training.settings.reading import parse_settings, read_chain, read_settings
 
 CONFIGS = Path(pretrain.__file__).parent / "configs"
-PAPER = sorted(CONFIGS.glob("*_epochs.yaml"))
+CLIP = sorted(CONFIGS.glob("clip_*_epochs.yaml"))
+PAPER = [path for path in sorted(CONFIGS.glob("*_epochs.yaml")) if path not in CLIP]
 ABLATIONS = yaml.safe_load((CONFIGS / "ablations.yaml").read_text())
 ROWS = [(table, name) for table, rows in ABLATIONS.items() for name in rows]
-
-
-def merged(recipe, row, vit):
-    """The settings of an ablation row on top of a recipe."""
-    changes = {name: value for name, value in row.items() if name != "vit"} | (row.get("vit", {}) if vit else {})
-    return PretrainingArguments(**{**read_settings(PretrainingArguments, recipe), **changes})
 
 
 def test_there_is_a_recipe_for_each_run_of_the_paper():
     assert [path.stem for path in PAPER] == [
         f"{model}_{run}_epochs" for model in ("rn50", "vit_b_16", "vit_b_32") for run in ("143m_32", "15m_32", "15m_8")
     ]
+
+
+def test_the_papers_clip_is_the_recipe_beside_it_but_for_what_clip_is():
+    """One term, hard targets and, in a ViT, no LeFF: also the first row of Table 14."""
+    stems = [f"{model}_{run}_epochs" for model in ("rn50", "vit_b_16", "vit_b_32") for run in ("143m_32", "15m_32")]
+    assert [path.stem for path in CLIP] == [f"clip_{stem}" for stem in stems]
+    clip = read_settings(PretrainingArguments, CONFIGS / "clip.yaml")
+    assert clip == ABLATIONS["peer_level"]["clip"]
+    for stem in stems:
+        beside = read_settings(PretrainingArguments, CONFIGS / f"{stem}.yaml")
+        found = read_settings(PretrainingArguments, CONFIGS / f"clip_{stem}.yaml")
+        assert found == {**beside, **clip, "output_dir": f"runs/clip_{stem}"}
+        config = recipe_config(PretrainingArguments(**found))
+        assert config.vision_config.num_leff_layers == 0 and config.loss_weights == {"global_caption": 1.0}
+        assert not any("depthwise" in name for name, _ in fake_model(config).named_parameters())
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
@@ -52,6 +65,11 @@ def test_every_value_is_marked_and_the_papers_values_are_the_papers(path):
     assert args.loss_weights == pytest.approx(DEFAULT_LOSS_WEIGHTS)
     assert len(args.train_data) == (5 if data == "143m" else 1)
     assert args.precision == "bf16" and args.learning_rate == (1e-3 if data == "143m" else 5e-4)
+
+
+def fake_model(config):
+    with torch.device("meta"):
+        return PyramidCLIPModel(config)
 
 
 # All settings of the recipes whose value is not the default; the rest of each name says what is left.
@@ -98,12 +116,22 @@ def test_the_demo_recipe_is_readable():
 
 
 @pytest.mark.parametrize(("table", "name"), ROWS, ids=lambda value: value)
-def test_every_ablation_row_is_a_run(table, name):
+def test_every_ablation_row_is_a_run_at_the_papers_scale_by_one_command(table, name, tmp_path):
     row = ABLATIONS[table][name]
-    for recipe, vit in (("rn50_15m_8_epochs", False), ("vit_b_32_15m_8_epochs", True)):
-        args = merged(CONFIGS / f"{recipe}.yaml", row, vit)
+    asked = row.get("model_config", {}).get("vision_config", {})
+    for recipe in ("rn50_15m_8_epochs", "vit_b_32_15m_8_epochs"):
+        words = ["--config", f"{CONFIGS}/{recipe}.yaml", f"{CONFIGS}/ablations.yaml:{table}.{name}"]
+        args = parse_settings(PretrainingArguments, [*words, "--output-dir", str(tmp_path)])
+        assert (args.loss_weights, args.label_smoothing) == (row["loss_weights"], row["label_smoothing"])
+        assert (args.epochs, args.global_batch_size, args.learning_rate) == (8, 4096, 5e-4)
         assert set(args.loss_weights) <= set(TERMS) and sum(args.loss_weights.values()) == pytest.approx(1)
-        assert bool(args.model_config) == (vit and "vit" in row)
+        if recipe.startswith("rn50"):
+            if table != "front" or name == "m_0":
+                assert recipe_config(args).vision_config.num_leff_layers == 0
+            continue
+        vision = recipe_config(args).vision_config
+        assert vision.num_leff_layers == asked.get("num_leff_layers", 9)
+        assert vision.num_picture_layers == asked.get("num_picture_layers", vision.num_leff_layers)
 
 
 def test_the_ablation_rows_are_the_papers():
@@ -129,6 +157,7 @@ def test_the_ablation_rows_are_the_papers():
             "with_local_summary": full | {"local_summary"},
             "with_both": set(TERMS) - {"roi_tags"},
         },
+        "front": dict.fromkeys(("m_0", "m_3", "m_6", "m_9", "m_12", "m_9_without_leff"), full),
     }
     assert {
         table: {name: set(row["loss_weights"]) for name, row in rows.items()} for table, rows in ABLATIONS.items()
