@@ -20,6 +20,7 @@ from torch import nn
 from pyramidclip_command import EXIT_STOPPED, run_command
 from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig, levels_of
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
+from training.data.coverage import Coverage
 from training.data.loader import TrainingReader, settings_for
 from training.loop.card import write_card
 from training.loop.checkpoint import Identity, Stateful
@@ -49,6 +50,7 @@ class ContrastiveTask(Task):
         plan: How long the run is.
         validation: Retrieval while training, or None.
         average: Of the weights, or None.
+        coverage: What share of the pairs each term gets.
     """
 
     settings: PretrainingArguments
@@ -58,6 +60,7 @@ class ContrastiveTask(Task):
     plan: Plan
     validation: ValidationSet | None
     average: MovingAverage | None
+    coverage: Coverage
 
     name = "pretrain"
 
@@ -106,13 +109,19 @@ class ContrastiveTask(Task):
         return self.validation.metrics(self.objective.model, AUTOCAST[self.settings.precision])
 
     def describe_objective(self) -> str:
-        """Each term and its weight."""
-        return ", ".join(f"{name} {weight:.3g}" for name, weight in self.objective.loss_weights.items())
+        """Each term, its weight, and its share of the pairs."""
+        shares = self.coverage.shares
+        told = [f"{name} {weight:.3g} ({shares[name]:.0%})" for name, weight in self.objective.loss_weights.items()]
+        return ", ".join(told) + f"; in brackets the share of {self.coverage.pairs} pairs that has both levels"
 
     @property
     def variants(self) -> Mapping[str, AbstractContextManager[None]]:
         """The average of the weights."""
         return {} if self.average is None else {"average": self.average.swapped_into(self.objective.model)}
+
+    def record(self) -> dict[str, Any]:
+        """The share of the pairs that each term got."""
+        return {"shares_of_pairs": {term: self.coverage.shares[term] for term in self.objective.terms}}
 
     def write_card(self, folder: Path, record: Mapping[str, Any]) -> None:
         """README.md as it is before the model is published."""
@@ -145,6 +154,9 @@ def contrastive_task(args: PretrainingArguments, accelerator: Any, folder: Path)
         AUTOCAST[args.precision],
         args.multi_positive,
     ).to(accelerator.device)
+    coverage = reader.look()
+    for line in coverage.check(objective.terms, args.allow_empty_terms):
+        accelerator.print(line, file=sys.stderr)
     if args.torch_compile:
         objective.encode = torch.compile(objective.encode)
     validation = None
@@ -158,7 +170,7 @@ def contrastive_task(args: PretrainingArguments, accelerator: Any, folder: Path)
             args.allow_unfinished,
         )
     average = MovingAverage(model, args.ema_decay) if args.ema_decay else None
-    return ContrastiveTask(args, objective, processor, reader, plan, validation, average)
+    return ContrastiveTask(args, objective, processor, reader, plan, validation, average, coverage)
 
 
 def open_reader(

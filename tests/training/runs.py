@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pyramidclip_hf.configuration_pyramidclip import LEVELS, TERMS
 from tests.training.processes import run_in_processes
 from tests.training.tiny import TEXT, VIT, tiny_batch
 from training import pretrain
+from training.data.coverage import Coverage
 from training.loop import checkpoint
 from training.loop import run as loop
 from training.loop.checkpoint import list_checkpoints
@@ -45,6 +47,13 @@ class MemoryReader:
             rows = order[start : start + size][rank() :: world_size()]
             self.served += len(rows)
             yield {name: value[rows] for name, value in self.data.items()} | {"sample_keys": [f"{r:06d}" for r in rows]}
+
+    def look(self):
+        everyone = torch.ones(self.samples, dtype=torch.bool)
+        present = {name: self.data.get(level.mask, everyone) for name, level in LEVELS.items()}
+        present["roi"] = self.data["roi_mask"].any(dim=1)
+        both = {term: (present[a] & present[b]).float().mean().item() for term, (a, b) in TERMS.items()}
+        return Coverage(self.samples, both)
 
     def state(self):
         return {"served": self.served}

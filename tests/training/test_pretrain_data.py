@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.prepare.small_data import FEATURES, write_shards
+from tests.training.prepare.small_data import FEATURES, write_pictures, write_shards
 from tests.training.processes import run_in_processes
 from tests.training.runs import after_step, assert_equal_runs, expect_killed, run_settings
 from tests.training.tiny import VIT
@@ -161,6 +162,30 @@ def test_a_dead_worker_ends_the_run_and_nothing_is_lost(tmp_path, shards):
     (message,) = run_in_processes(run, 1, settings(tmp_path, shards, dataloader_workers=1, max_steps=30))
     assert "a loader worker died" in message and "(now 1)" in message and "--resume latest" in message
     assert list_checkpoints(tmp_path)[-1].name == "step-00000004"
+
+
+@pytest.fixture
+def captions(tmp_path):
+    """A manifest as README asks for: pictures and captions alone."""
+    write_pictures(tmp_path / "loose", 12)
+    lines = [json.dumps({"image": f"{n}.jpg", "caption": f"caption {n}"}) for n in range(12)]
+    (tmp_path / "loose" / "pairs.jsonl").write_text("\n".join(lines))
+    return tmp_path / "loose" / "pairs.jsonl"
+
+
+def test_captions_alone_are_refused_under_the_default_objective_and_the_advice_works(tmp_path, captions, capsys):
+    with pytest.raises(ValueError, match="global_summary.*none of 12 pairs") as error:
+        pretrain.run(settings(tmp_path / "run", captions))
+    assert not (tmp_path / "run").exists()
+    advised = json.loads(re.search(r"--loss-weights '(.*?)'", str(error.value))[1])
+    result = pretrain.run(settings(tmp_path / "run", captions, max_steps=1, loss_weights=advised))
+    assert json.loads((result.final / "training.json").read_text())["shares_of_pairs"] == dict.fromkeys(advised, 1.0)
+    assert "global_caption 100%, local_caption 100%" in (result.final / "README.md").read_text()
+    assert "of 12 pairs looked at: global_caption 100%" in capsys.readouterr().err
+    pretrain.run(settings(tmp_path / "dry", captions, dry_run=True, allow_empty_terms=True))
+    said = capsys.readouterr()
+    assert "warning: less than half" in said.err
+    assert "global_summary 0.167 (0%)" in said.out and "local_caption 0.167 (100%)" in said.out
 
 
 def test_one_dataset_too_small_shows_the_arithmetic(tmp_path, shards):

@@ -24,6 +24,7 @@ from pyramidclip_hf.configuration_pyramidclip import levels_of_kind
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from pyramidclip_hf.tokenization_pyramidclip import PyramidCLIPTokenizer
 from training.data.batches import Batch, BatchMaker, BatchReport, BatchSettings, DataError
+from training.data.coverage import Coverage, look_at
 from training.data.order import SampleOrder, batch_positions
 from training.data.records import Fault
 from training.data.remote import ShardCache
@@ -362,7 +363,8 @@ class TrainingReader(BatchReader):
     ):
         if not data:
             raise ValueError("no training data named: expected at least one folder, shard list or manifest")
-        cache = cache or ShardCache()
+        cache = self._cache = cache or ShardCache()
+        self._roi_feature_size = settings.roi_feature_size
         self.data_sets = [open_data_set(name, cache, allow_unfinished) for name in data]
         check_regions(self.data_sets, settings)
         sizes = [[unit.samples for unit in one.units] for one in self.data_sets]
@@ -370,6 +372,10 @@ class TrainingReader(BatchReader):
         maker = BatchMaker(self.data_sets, order, settings, tokenizer, cache)
         super().__init__(maker, order, global_batch_size, process_index, num_processes, **options)
         self.fingerprint = fingerprint_of(self.data_sets)
+
+    def look(self) -> Coverage:
+        """Which share of the pairs each loss term gets; raises ValueError where none can be used."""
+        return look_at(self.data_sets, self._roi_feature_size, self._cache)
 
     @property
     def description(self) -> list[dict[str, Any]]:

@@ -37,6 +37,8 @@ def run_card(
     settings = record["settings"]
     training = {name.replace("_", " "): settings[name] for name in CARD_SETTINGS}
     training |= {"steps": record["steps"], "samples seen": record["samples_seen"], "processes": record["processes"]}
+    if shares := record.get("shares_of_pairs"):
+        training["pairs that each term got"] = ", ".join(f"{term} {share:.0%}" for term, share in shares.items())
     training["hours"] = f"{record['seconds'] / 3600:.2f}"
     return build_model_card(
         PyramidCLIPConfig.from_pretrained(folder),

@@ -59,6 +59,12 @@ class PretrainingArguments(RunSettings):
         identity=Through("objective", "label_smoothing"),
         share=True,
     )
+    allow_empty_terms: bool = setting(
+        False,
+        "train although no pair has the levels of some term, which then stays 0",
+        section="trained",
+        identity=None,
+    )
     multi_positive: bool = setting(
         False,
         "pairs of a batch with the same text are each other's positives (the paper: no); tags repeat often",

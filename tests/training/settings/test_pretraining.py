@@ -19,7 +19,7 @@ def parsed(words):
 # A new setting is a decision: it needs a line here, a help text, and a place in the documentation.
 FIELDS = """
     output_dir model train_data validation_data global_batch_size epochs learning_rate precision resume max_steps
-    model_config loss_weights label_smoothing multi_positive freeze
+    model_config loss_weights label_smoothing allow_empty_terms multi_positive freeze
     seed dataloader_workers validation_samples shuffle_window_shards max_regions allow_mixed_regions allow_unfinished
     global_crop_area
     local_crop_area max_bad_fraction max_image_pixels per_device_chunk_size gradient_accumulation_steps
