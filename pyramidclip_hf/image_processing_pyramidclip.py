@@ -6,9 +6,12 @@ PIL pictures). What the reference leaves to chance is fixed (docs/design.md, Nam
 is dropped, palettes become RGB before resizing, and 16 bits are scaled to 8. Only PIL and numpy are used.
 """
 
+import base64
+import binascii
 import io
 import os
 import struct
+import urllib.request
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, TypeAlias
@@ -47,8 +50,15 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION_HOLDERS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+# At most so much is read from a URL, and so long it may keep silent, in seconds.
+_MAX_FETCHED_BYTES = 256 << 20
+_FETCH_TIMEOUT = 60
 # Beyond this many times the area that the crop keeps, the rest of the resized picture is not computed.
 _WASTE_LIMIT = 16
+
+
+class PictureTooLarge(ValueError):
+    """A picture of more pixels than are decoded."""
 
 
 def open_undecoded(
@@ -63,8 +73,8 @@ def open_undecoded(
     Raises:
         PIL.UnidentifiedImageError: none of these formats.
         PIL.Image.DecompressionBombError: more pixels than PIL itself allows.
-        ValueError: more than `max_image_pixels`.
-        OSError, SyntaxError, TypeError, OverflowError: a damaged header.
+        PictureTooLarge: more than `max_image_pixels`.
+        OSError, SyntaxError, ValueError, TypeError, OverflowError: a damaged header.
     """
     with warnings.catch_warnings():
         if max_image_pixels is not None:  # which refuses where PIL's would only warn
@@ -73,10 +83,45 @@ def open_undecoded(
         picture = Image.open(file, formats=PICTURE_FORMATS)
     try:
         check_image_pixels(picture, max_image_pixels)
-    except ValueError:
+    except PictureTooLarge:
         picture.close()
         raise
     return picture
+
+
+def _encoded(source: str | os.PathLike[str]) -> str | os.PathLike[str] | bytes:
+    """Where the encoded picture is that a path names, or a URL or base64 stands for.
+
+    Raises:
+        ValueError: none of these, or more bytes than are read.
+        OSError: the URL does not answer, or with an error.
+    """
+    if not isinstance(source, str) or os.path.isfile(source):
+        return source
+    if source.startswith(("http://", "https://")):
+        request = urllib.request.Request(source, headers={"User-Agent": "pyramidclip_hf"})
+        with urllib.request.urlopen(request, timeout=_FETCH_TIMEOUT) as response:
+            data = response.read(_MAX_FETCHED_BYTES + 1)
+        if len(data) > _MAX_FETCHED_BYTES:
+            raise ValueError(f"{source} sends more than {_MAX_FETCHED_BYTES} bytes, expected a picture.")
+        return data
+    try:
+        return base64.b64decode(source.partition(",")[2] if source.startswith("data:image/") else source, validate=True)
+    except (binascii.Error, ValueError):
+        shown = source if len(source) < 200 else f"{source[:200]}..."
+        raise ValueError(f"Expected a picture's path (a file), URL or base64, got {shown!r}.") from None
+
+
+class _Unopened(Image.Image):
+    """Stands for a picture behind a path or URL until its turn comes: a batch may name more files than can be open."""
+
+    def __init__(self, source: str | os.PathLike[str]):
+        super().__init__()
+        self.source = source
+
+    def opened(self, max_image_pixels: int | None) -> Image.Image:
+        """The picture, not yet decoded; raises as `_encoded` and `open_undecoded`."""
+        return open_undecoded(_encoded(self.source), max_image_pixels)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -87,6 +132,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
     Raises:
         ValueError: values outside those ranges.
+        OSError, SyntaxError, ...: what Pillow raises where the picture is not decoded yet and damaged.
     """
     image = _upright(image)
     if image.mode == "RGB":
@@ -103,16 +149,19 @@ def check_image_pixels(image: Image.Image, max_image_pixels: int | None) -> None
     """Refuses an opened, not yet decoded picture of more than `max_image_pixels` pixels (None: no limit here).
 
     Raises:
-        ValueError: with the picture's size.
+        PictureTooLarge: with the picture's size.
     """
     if max_image_pixels is not None and image.width * image.height > max_image_pixels:
-        raise ValueError(
+        raise PictureTooLarge(
             f"The picture has {image.width} x {image.height} pixels, more than max_image_pixels={max_image_pixels}; "
             "make it smaller or raise the limit."
         )
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    # Pixels before metadata: Pillow turns a TIFF itself while it decodes, and asking a damaged PNG for its EXIF decodes
+    # it, after which what is missing is black.
+    image.load()
     try:
         turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
     except (SyntaxError, ValueError, TypeError, KeyError, struct.error, OSError):
@@ -210,12 +259,12 @@ class PyramidCLIPImageProcessor(PilBackend):
         return super().preprocess(images, *args, **self._with_crop(kwargs))
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Opens paths without decoding them, so that their size can be checked; URLs are downloaded."""
+        """Paths, URLs and base64 become pictures that are opened when they are processed, one at a time."""
         source = image_url_or_urls
         if isinstance(source, (list, tuple)):
             return [self.fetch_images(one) for one in source]
-        if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
-            return open_undecoded(source)
+        if isinstance(source, (str, os.PathLike)):
+            return _Unopened(source)
         return super().fetch_images(source)
 
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> Any:
@@ -236,6 +285,9 @@ class PyramidCLIPImageProcessor(PilBackend):
         **kwargs: Any,
     ) -> np.ndarray:
         """One picture as (C, H, W); uint8 RGB unless `do_convert_rgb` or `do_rescale` is off."""
+        if isinstance(image, _Unopened):
+            with image.opened(kwargs.get("max_image_pixels")) as picture:
+                return self.process_image(picture, do_convert_rgb, input_data_format, **kwargs)
         if isinstance(image, Image.Image):
             check_image_pixels(image, kwargs.get("max_image_pixels"))
             if do_convert_rgb:

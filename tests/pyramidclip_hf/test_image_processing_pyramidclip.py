@@ -1,16 +1,24 @@
 """The image processor against the reference's pixels, against torchvision, and on pictures that are not plain RGB."""
 
+import base64
 import importlib.util
 import io
+import os
+import resource
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import EpsImagePlugin, Image, UnidentifiedImageError
+from PIL import EpsImagePlugin, Image, ImageOps, UnidentifiedImageError
 from transformers import AutoImageProcessor
 
+from pyramidclip_hf import image_processing_pyramidclip
 from pyramidclip_hf.image_processing_pyramidclip import (
+    PictureTooLarge,
     PyramidCLIPImageProcessor,
     check_image_pixels,
     open_undecoded,
@@ -106,6 +114,47 @@ def test_exif_rotation_is_applied_once(small, orientation):
     assert np.array_equal(pixels(small, picture), pixels(small, Image.fromarray(upright)))
     unconverted = pixels(small, picture, do_convert_rgb=False)
     assert np.array_equal(unconverted, pixels(small, Image.fromarray(upright)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_that_is_turned_is_turned_once(small, tmp_path, orientation):
+    """Pillow turns a TIFF while it decodes, so whether it was decoded before must not matter."""
+    upright = Image.fromarray(photograph(48, 64))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for turn in (None, *Image.Transpose):
+        stored = upright if turn is None else upright.transpose(turn)
+        stored.save(tmp_path / "picture.tif", exif=exif)
+        if np.array_equal(ImageOps.exif_transpose(Image.open(tmp_path / "picture.tif")), upright):
+            break
+    decoded = Image.open(tmp_path / "picture.tif")
+    decoded.load()
+    for form in (tmp_path / "picture.tif", Image.open(tmp_path / "picture.tif"), decoded):
+        assert np.array_equal(pixels(small, form), pixels(small, upright))
+    unconverted = pixels(small, Image.open(tmp_path / "picture.tif"), do_convert_rgb=False)
+    assert np.array_equal(unconverted, pixels(small, upright))
+
+
+def test_a_damaged_png_is_an_error_and_not_half_black(small, tmp_path):
+    Image.fromarray(photograph()).save(tmp_path / "picture.png")
+    data = (tmp_path / "picture.png").read_bytes()
+    (tmp_path / "picture.png").write_bytes(data[: len(data) // 2])
+    for form in (tmp_path / "picture.png", Image.open(tmp_path / "picture.png")):
+        with pytest.raises(OSError, match="truncated"):
+            small(form)
+
+
+def test_more_paths_than_files_may_be_open(small, tmp_path):
+    for number in range(100):
+        Image.new("L", (9, 8), number).save(tmp_path / f"{number}.png")
+    paths = [tmp_path / f"{number}.png" for number in range(100)]
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, before[1]))
+    try:
+        found = pixels(small, paths, do_normalize=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert np.rint(found[:, 0, 0, 0] * 255).tolist() == list(range(100))
 
 
 @pytest.mark.parametrize("exif", [b"MM\x00\x2a\xff\xff\xff\xff", b"no TIFF header"])
@@ -279,6 +328,40 @@ def test_formats_that_other_programs_decode_are_refused(tmp_path, monkeypatch):
     Image.new("RGB", (40, 30)).save(path)
     for source in (path, str(path), path.read_bytes(), memoryview(path.read_bytes())):
         assert open_undecoded(source, 1200).size == (40, 30)
+
+
+def test_pictures_from_urls_and_base64_are_opened_as_files_are(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("started a program"))
+    Image.fromarray(photograph()).save(tmp_path / "good.png")
+    Image.new("RGB", (40, 30)).save(tmp_path / "bad.png", "EPS")
+    good, bad = ((tmp_path / name).read_bytes() for name in ("good.png", "bad.png"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        for form in (f"{url}/good.png", b64(good), f"data:image/png;base64,{b64(good)}"):
+            assert np.array_equal(pixels(small, form), pixels(small, photograph()))
+            with pytest.raises(PictureTooLarge):
+                small(form, max_image_pixels=100)
+        for form in (f"{url}/bad.png", b64(bad), f"data:image/png;base64,{b64(bad)}"):
+            with pytest.raises(UnidentifiedImageError):
+                small(form)
+        with pytest.raises(OSError, match="404"):
+            small(f"{url}/missing.png")
+        monkeypatch.setattr(image_processing_pyramidclip, "_MAX_FETCHED_BYTES", 100)
+        with pytest.raises(ValueError, match="sends more than 100 bytes"):
+            small(f"{url}/good.png")
+    finally:
+        server.shutdown()
+        server.server_close()
+    os.mkfifo(tmp_path / "fifo.png")
+    for wrong in (str(tmp_path / "fifo.png"), str(tmp_path / "missing.png"), "no picture"):
+        with pytest.raises(ValueError, match=r"Expected a picture's path \(a file\), URL or base64, got '"):
+            small(wrong)
+
+
+def b64(data):
+    return base64.b64encode(data).decode()
 
 
 @pytest.mark.parametrize("empty", [[], (), np.zeros((0, 8, 8, 3), np.uint8), torch.zeros(0, 3, 8, 8)])

@@ -13,9 +13,10 @@ from typing import overload
 
 from PIL import Image
 
-from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS, open_undecoded
+from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
 from training.data.records import BadSample, Sample, sample_from_members
 from training.data.sources import UnitReader, open_data_set
+from training.data.views import BadPicture, decoded_picture
 
 # So many shards are open at a time; samples are read in their order, or nearly so.
 _OPEN_UNITS = 64
@@ -96,7 +97,7 @@ class ShardSamples(Samples):
 
 
 def open_picture(data: bytes | None, name: str, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """The decoded picture.
+    """The decoded picture, upright and RGB.
 
     Args:
         data: its encoded bytes, which may be anybody's, as those of the Hub.
@@ -107,8 +108,6 @@ def open_picture(data: bytes | None, name: str, max_image_pixels: int = MAX_IMAG
         ValueError: the bytes are no picture of an allowed format, are damaged, or it has too many pixels.
     """
     try:
-        picture = open_undecoded(data or b"", max_image_pixels)
-        picture.load()
-        return picture
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return decoded_picture(data or b"", max_image_pixels)
+    except BadPicture as error:
         raise ValueError(f"picture {name} cannot be read: {error}") from error

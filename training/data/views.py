@@ -10,14 +10,15 @@ Decoding dominates the time, so a JPEG is decoded at 1/2, 1/4 or 1/8 of its size
 
 import math
 import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from pyramidclip_hf.image_processing_pyramidclip import PICTURE_FORMATS, open_undecoded, upright_rgb
+from pyramidclip_hf.image_processing_pyramidclip import PICTURE_FORMATS, PictureTooLarge, open_undecoded, upright_rgb
 from training.data.records import Box
 
 REDUCED_MARGIN = 1.25
@@ -27,15 +28,16 @@ _REDUCING_GAP = 2.0
 ORIENTATION = 0x0112
 _JPEGS = ("JPEG", "MPO")
 # What Pillow's readers raise on broken data.
-DECODING_ERRORS = (
+_DECODING_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
     TypeError,
     IndexError,
     OverflowError,
+    KeyError,
+    ZeroDivisionError,
     MemoryError,
-    Image.DecompressionBombError,
     struct.error,
 )
 
@@ -121,6 +123,19 @@ def view_boxes(width: int, height: int, settings: ViewSettings, seed: int, epoch
     return boxes
 
 
+@contextmanager
+def _read_by_pillow() -> Iterator[None]:
+    """Makes one of what Pillow's readers raise on broken data, which is nearly anything: `BadPicture`."""
+    try:
+        yield
+    except UnidentifiedImageError:
+        raise
+    except (PictureTooLarge, Image.DecompressionBombError) as error:
+        raise BadPicture("picture-too-large", str(error)) from None
+    except _DECODING_ERRORS as error:
+        raise BadPicture("bad-picture", f"{type(error).__name__}: {error}") from None
+
+
 def open_picture(data: bytes, max_image_pixels: int | None = None) -> Image.Image:
     """Opens encoded bytes without decoding them.
 
@@ -128,18 +143,29 @@ def open_picture(data: bytes, max_image_pixels: int | None = None) -> Image.Imag
         BadPicture: the bytes are no picture, or it has more than `max_image_pixels` pixels.
     """
     try:
-        return open_undecoded(data, max_image_pixels)
+        with _read_by_pillow():
+            return open_undecoded(data, max_image_pixels)
     except UnidentifiedImageError:
-        start = bytes(data[:8])
-        raise BadPicture(
-            "no-picture-format", f"{len(data)} bytes beginning {start!r} are no {', '.join(PICTURE_FORMATS)}"
-        ) from None
-    except Image.DecompressionBombError as error:
-        raise BadPicture("picture-too-large", str(error)) from None
-    except (OSError, SyntaxError, TypeError, OverflowError) as error:
-        raise BadPicture("bad-picture", f"{type(error).__name__}: {error}") from None
-    except ValueError as error:
-        raise BadPicture("picture-too-large", str(error)) from None
+        found = f"{len(data)} bytes beginning {bytes(data[:8])!r} are no {', '.join(PICTURE_FORMATS)}"
+        raise BadPicture("no-picture-format", found) from None
+
+
+def decoded_picture(data: bytes, max_image_pixels: int | None = None) -> Image.Image:
+    """The upright RGB picture of encoded bytes. Raises `BadPicture`."""
+    picture = open_picture(data, max_image_pixels)
+    with _read_by_pillow():
+        return upright_rgb(picture)
+
+
+def check_decodes(picture: Image.Image) -> None:
+    """Reads an opened picture to its end, a JPEG at an eighth of its size: all data, few pixels.
+
+    Raises:
+        BadPicture: it is damaged.
+    """
+    with _read_by_pillow():
+        picture.draft("RGB", (max(picture.width // 8, 1), max(picture.height // 8, 1)))
+        picture.load()
 
 
 def upright_size(picture: Image.Image) -> tuple[int, int]:
@@ -177,10 +203,8 @@ def make_views(
         BadPicture: the picture cannot be used.
     """
     picture = open_picture(data, settings.max_image_pixels)
-    try:
+    with _read_by_pillow():
         decoded, boxes, scale = _decode(picture, settings, seed, epoch, sample, levels)
-    except DECODING_ERRORS as error:
-        raise BadPicture("bad-picture", f"{type(error).__name__}: {error}") from None
     pixels = torch.from_numpy(decoded).permute(2, 0, 1)[None]
     views = {}
     for level, box in boxes.items():

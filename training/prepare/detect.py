@@ -17,10 +17,9 @@ from PIL import Image
 
 from pyramidclip_command import run_command
 from training.data.shards import ShardReader
-from training.data.views import BadPicture
+from training.data.views import BadPicture, decoded_picture
 from training.prepare.steps.detectors import Detector, DetectorArguments, open_detector
 from training.prepare.steps.flags import parse_dataclasses
-from training.prepare.steps.pictures import decoded
 from training.prepare.steps.regions import Detections, best_regions
 from training.prepare.steps.rewriting import (
     NO_REGIONS,
@@ -162,7 +161,7 @@ class Change:
         if opened.sample is None or opened.sample.image is None:
             return ("bad-sample", "")
         try:
-            return decoded(opened.sample.image, self.arguments.max_image_pixels)
+            return decoded_picture(opened.sample.image, self.arguments.max_image_pixels)
         except BadPicture as bad:
             return (bad.reason, str(bad))
 

@@ -18,7 +18,7 @@ from PIL import Image
 from pyramidclip_command import CommandParser, run_command
 from training.data.records import BadSample, Region, Sample, phrase, sample_from_members
 from training.data.shards import ShardReader, read_dataset_json
-from training.prepare.steps.pictures import decoded
+from training.data.views import decoded_picture
 
 COLOURS = ("#e6194b", "#3cb44b", "#0082c8", "#f58231", "#911eb4", "#008080", "#d0a000", "#f032e6", "#7a4a1e", "#444444")
 _WIDTH = 640
@@ -84,7 +84,7 @@ def _article(reader: ShardReader, i: int, max_pixels: int) -> str:
     key = reader.keys[i]
     try:
         sample = sample_from_members(reader.read(i), key, reader.name)
-        picture = decoded(sample.image or b"", max_pixels)
+        picture = decoded_picture(sample.image or b"", max_pixels)
     except (BadSample, ValueError) as bad:
         return (
             f'<article><div class="words"><h2>{html.escape(key)}</h2><p '

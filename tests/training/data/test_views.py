@@ -5,13 +5,22 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from PIL.JpegImagePlugin import JpegImageFile
 from scipy import stats
 
 from pyramidclip_hf.image_processing_pyramidclip import upright_rgb
 from training.data import views
-from training.data.views import BadPicture, ViewSettings, crop_box, make_views, open_picture, upright_size, view_boxes
+from training.data.views import (
+    BadPicture,
+    ViewSettings,
+    check_decodes,
+    crop_box,
+    make_views,
+    open_picture,
+    upright_size,
+    view_boxes,
+)
 
 SETTINGS = ViewSettings(64, 64)
 
@@ -203,6 +212,19 @@ def test_large_pictures_are_refused_before_decoding(size, monkeypatch, recwarn):
     assert caught.value.reason == "picture-too-large" and not recwarn
     if size == (12000, 9000):  # PIL alone only warns about this one
         assert open_picture(png_header(*size)).size == size
+
+
+def test_a_small_png_with_much_text_is_not_called_too_large():
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", "x" * (3 << 20), zip=True)
+    with pytest.raises(BadPicture) as caught:
+        open_picture(encoded(picture(8, 8), "PNG", pnginfo=info), 10**8)
+    assert caught.value.reason == "bad-picture" and "MAX_TEXT_CHUNK" in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 100), (100, 7)])
+def test_a_jpeg_of_a_few_pixels_is_a_picture(size):
+    check_decodes(open_picture(encoded(picture(*size), "JPEG")))
 
 
 def test_settings_are_checked():

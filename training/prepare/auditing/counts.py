@@ -20,7 +20,7 @@ from pyramidclip_hf.configuration_pyramidclip import levels_of_kind
 from pyramidclip_hf.files import write_atomically
 from training.data.records import BadSample, Sample, has_level, level_text, sample_from_members
 from training.data.sources import DataSet
-from training.data.views import BadPicture, open_picture, upright_size
+from training.data.views import BadPicture, check_decodes, open_picture, upright_size
 
 TEXTS = levels_of_kind("text")
 # What every good sample has comes first.
@@ -231,13 +231,9 @@ def _read(reader: Any, number: int, tally: AuditCounts, max_image_pixels: int | 
         picture = open_picture(sample.image or b"", max_image_pixels)
         width, height = upright_size(picture) if picture.format in ("JPEG", "MPO") else picture.size
         mode = f"{picture.format} {picture.mode}"
-        # At an eighth of the size all data are still read, which is what finds broken ones.
-        picture.draft(None, (max(picture.width // 8, 1), max(picture.height // 8, 1)))
-        picture.load()
+        check_decodes(picture)
     except BadPicture as bad:
         raise BadSample(key, reader.name, bad.reason, str(bad)) from None
-    except (OSError, SyntaxError, ValueError, TypeError, IndexError, OverflowError, MemoryError) as error:
-        raise BadSample(key, reader.name, "bad-picture", f"{type(error).__name__}: {error}") from None
     there = (True, True, *(has_level(sample, level) for level in (*OPTIONAL_TEXTS, "roi")))
     tally.levels[there] += 1
     tally.kinds[mode] += 1

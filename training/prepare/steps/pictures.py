@@ -1,10 +1,7 @@
 """Encoded pictures as the preparation steps meet them: what they are, how large, and their pixels."""
 
-from PIL import Image
-
-from pyramidclip_hf.image_processing_pyramidclip import upright_rgb
 from training.data.records import BadSample
-from training.data.views import DECODING_ERRORS, ORIENTATION, BadPicture, open_picture
+from training.data.views import ORIENTATION, BadPicture, check_decodes, open_picture
 
 _SUFFIX_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
@@ -27,23 +24,10 @@ def picture_suffix(data: bytes, max_pixels: int, decode: bool = True) -> str:
             if suffix is None:
                 raise BadSample(None, None, "unsupported-format", f"{picture.format}: expected JPEG, PNG or WebP")
             if decode:
-                picture.draft("RGB", (picture.width // 8, picture.height // 8))
-                picture.load()
+                check_decodes(picture)
             return suffix
     except BadPicture as bad:
         raise BadSample(None, None, bad.reason, str(bad)) from None
-    except DECODING_ERRORS as error:
-        raise BadSample(None, None, "bad-picture", f"{type(error).__name__}: {error}") from None
-
-
-def decoded(data: bytes, max_pixels: int) -> Image.Image:
-    """Encoded bytes -> upright RGB picture. Raises `training.data.views.BadPicture`."""
-    picture = open_picture(data, max_pixels)
-    try:
-        picture.load()
-        return upright_rgb(picture)
-    except DECODING_ERRORS as error:
-        raise BadPicture("bad-picture", f"{type(error).__name__}: {error}") from None
 
 
 def picture_size(data: bytes) -> tuple[int, int] | None:

@@ -11,6 +11,7 @@ def test_suffix_is_that_of_the_content():
     assert picture_suffix(plain_picture("PNG"), 10_000) == "png"
     assert picture_suffix(plain_picture("WEBP"), 10_000) == "webp"
     assert picture_suffix(plain_picture("JPEG", progressive=True), 10_000) == "jpg"
+    assert picture_suffix(plain_picture("JPEG", (7, 1)), 10_000) == "jpg"
     with pytest.raises(BadSample, match="picture-too-large.*31 x 20"):
         picture_suffix(plain_picture("JPEG", (31, 20)), 600)
     cut = plain_picture("JPEG", (300, 200))[:-400]
