@@ -27,8 +27,8 @@ from pyramidclip_command import EXIT_STOPPED, run_command
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.evaluation.classification import classification_metrics
 from training.evaluation.results import metric_results, write_json
-from training.loop.checkpoint import Identity
 from training.loop.distributed import broadcast_buffers, sum_over_processes, world_size
+from training.loop.identity import Identity
 from training.loop.run import RunResult, complete_run, exit_code
 from training.loop.task import AUTOCAST, Batch, Metrics, Plan, Reader, StepLoss, Task, plan_steps
 from training.settings.finetuning import FinetuneArguments
@@ -79,11 +79,10 @@ class ClassificationTask(Task):
         return losses
 
     def identity(self) -> Identity:
-        """With the names of the classes, in their order, in place of the labels that the model makes of them."""
+        """With the names of the classes, in their order."""
         known, names = super().identity(), self.parts["train"].data.class_names
         classes = f"{len(names)}: {hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}"
-        model = {name: value for name, value in known["model"].items() if name not in ("id2label", "label2id")}
-        return {**known, "data": {**known["data"], "classes": classes}, "model": model}
+        return {**known, "data": {**known["data"], "classes": classes}}
 
     @property
     def eval_every_steps(self) -> int:

@@ -23,9 +23,10 @@ from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.coverage import Coverage
 from training.data.loader import TrainingReader, settings_for
 from training.loop.card import write_card
-from training.loop.checkpoint import Identity, Stateful
+from training.loop.checkpoint import Stateful
 from training.loop.distributed import rank, world_size
 from training.loop.gradient_cache import GradientCache
+from training.loop.identity import Identity
 from training.loop.initial_model import initial_model
 from training.loop.objective import ContrastiveObjective
 from training.loop.optim import MovingAverage

@@ -25,7 +25,8 @@ from training.evaluation.results import read_json
 from training.linear_probe import LinearProbeArguments
 from training.loop import card
 from training.loop import run as loop
-from training.loop.checkpoint import IdentityError, list_checkpoints
+from training.loop.checkpoint import list_checkpoints
+from training.loop.identity import IdentityError
 from training.loop.optim import learning_rate_at
 from training.loop.tracking import read_metrics
 from training.settings.finetuning import FinetuneArguments

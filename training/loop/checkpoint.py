@@ -16,7 +16,7 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,22 +31,14 @@ from pyramidclip_command import Failure
 from pyramidclip_hf.files import replace_folder
 from pyramidclip_hf.loading import quiet_transformers
 from training.loop.distributed import any_process, rank, world_size
+from training.loop.identity import Identity, compare_identity, completed
 
 FORMAT = 1
-# Of a model's config: what says nothing about the model.
-IDENTITY_WITHOUT = ("transformers_version", "_name_or_path", "dtype", "architectures")
 _NAME = re.compile(r"step-(\d{8,})")
-
-# Group ("data", "objective", "schedule", "optimizer", "model", "how") -> name -> value.
-Identity = Mapping[str, Mapping[str, Any]]
 
 
 class CheckpointError(Failure):
     """A checkpoint could not be written or read; the message says which file, why, and what is still there."""
-
-
-class IdentityError(ValueError):
-    """A checkpoint belongs to another run; the message lists what differs."""
 
 
 class Stateful(Protocol):
@@ -87,8 +79,9 @@ class TrainingState:
     Attributes:
         model: The bare model.
         optimizer: torch's; None under DeepSpeed, where `engine` has it.
-        identity: See `compare_identity`.
-        defaults: What a checkpoint means that does not name a value yet, because its version did not know it.
+        identity: See `training.loop.identity`.
+        defaults: What a checkpoint means that does not name a setting yet, because its version did not know it.
+        accepted: Names of the identity that may differ.
         scaler: Of fp16.
         kept: File name, without suffix -> what else the task keeps.
         engine: The DeepSpeed engine.
@@ -98,6 +91,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer | None
     identity: Identity
     defaults: Identity = field(default_factory=dict)
+    accepted: Sequence[str] = ()
     scaler: Any = None
     kept: Mapping[str, Stateful] = field(default_factory=dict)
     engine: Any = None
@@ -229,13 +223,14 @@ def read_checkpoint(path: Path, state: TrainingState) -> tuple[Progress, list[st
         The progress, and messages for the user.
 
     Raises:
-        IdentityError: The checkpoint belongs to another run, see `compare_identity`.
+        IdentityError: The checkpoint belongs to another run, see `training.loop.identity.compare_identity`.
         CheckpointError: A file is missing or unreadable.
     """
     record = json.loads((path / "run.json").read_text(encoding="utf-8"))
     if record["format"] != FORMAT:
         raise CheckpointError(f"{path}: written in format {record['format']}, this version reads format {FORMAT}")
-    messages = compare_identity(record["identity"], state.identity, path, state.defaults)
+    saved = completed(record["identity"], state.identity, state.defaults, state.model.config)
+    messages = compare_identity(saved, state.identity, path, state.accepted)
     try:
         state.model.load_state_dict(load_file(path / "model" / "model.safetensors"))
         if state.engine is not None:
@@ -302,54 +297,3 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# identity
-
-
-def compare_identity(saved: Identity, now: Identity, path: Path, defaults: Identity | None = None) -> list[str]:
-    """Checks that a checkpoint may be continued by this run.
-
-    Args:
-        saved: What the checkpoint says.
-        now: What the run says.
-        path: Of the checkpoint, for messages.
-        defaults: What the checkpoint means where it does not name a value.
-
-    Returns:
-        A message for each difference under "how" (precision, chunk size), which may change.
-
-    Raises:
-        IdentityError: Something else differs; a line for each, what it was and what it is now.
-    """
-    # Through JSON, as the stored one went: tuples are lists there.
-    default_values, saved_values, now_values = (
-        _flat(json.loads(json.dumps(identity))) for identity in (defaults or {}, saved, now)
-    )
-    saved_values = default_values | saved_values
-    differing = [
-        (name, saved_values.get(name), now_values.get(name))
-        for name in sorted({*saved_values, *now_values})
-        if saved_values.get(name) != now_values.get(name)
-    ]
-    lines = [f"{name}: was {before!r}, is now {after!r}" for name, before, after in differing]
-    fixed = [line for (name, *_), line in zip(differing, lines) if not name.startswith("how.")]
-    if fixed:
-        raise IdentityError(
-            f"{path} belongs to a run with other settings, and continuing under these would be neither the one "
-            f"nor the other:\n  "
-            + "\n  ".join(fixed)
-            + "\nRestore the old values, or start a new run in another output_dir with model: "
-            + f"{path / 'model'} to begin from these weights"
-        )
-    return [f"continuing with a changed setting: {line}" for line in lines]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    items: dict[str, Any] = {}
-    for name, inner in value.items():
-        items |= _flat(inner, f"{prefix}.{name}" if prefix else str(name))
-    return items

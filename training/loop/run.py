@@ -168,6 +168,7 @@ def training_state(task: Task, accelerator: Any, wrapped: nn.Module, optimizer: 
         optimizer=None if deepspeed else optimizer.optimizer,
         identity=task.identity(),
         defaults=default_identity(task.settings),
+        accepted=task.settings.accept_identity,
         scaler=accelerator.scaler,
         kept=task.kept,
         engine=wrapped if deepspeed else None,

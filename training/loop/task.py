@@ -15,8 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
-from training.loop.checkpoint import IDENTITY_WITHOUT, Identity, Stateful
+from training.loop.checkpoint import Stateful
 from training.loop.distributed import world_size
+from training.loop.identity import Identity, model_identity
 from training.loop.optim import build_optimizer, learning_rate_at
 from training.settings.fields import identity_of
 from training.settings.run import RunSettings
@@ -193,16 +194,16 @@ class Task(Protocol):
     # What must stay the same, and what is kept
 
     def identity(self) -> Identity:
-        """What a checkpoint must agree on to be continued, see `training.loop.checkpoint.compare_identity`.
+        """What a checkpoint must agree on to be continued, see `training.loop.identity`.
 
         What the settings say, and what is known of data, length and model once they are there.
         """
-        said, model = identity_of(self.settings), self.objective.model.config.to_dict()
+        said = identity_of(self.settings)
         return {
             **said,
             "data": {"fingerprint": self.reader.fingerprint, "samples": self.plan.samples, **said["data"]},
             "schedule": {"total_steps": self.plan.total_steps, **said["schedule"]},
-            "model": {name: value for name, value in model.items() if name not in IDENTITY_WITHOUT},
+            "model": model_identity(self.objective.model.config),
         }
 
     @property

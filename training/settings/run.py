@@ -142,6 +142,12 @@ class RunSettings:
         identity=None,
         at_least=0,
     )
+    accept_identity: list[str] = setting(
+        [],
+        "names that --resume says differ, e.g. model.hidden_act, which may: you know that the same is trained",
+        section="watching",
+        identity=None,
+    )
     keep_checkpoints: int = setting(2, "older checkpoints are removed", section="watching", identity=None, at_least=1)
     dry_run: bool = setting(
         False, "two steps, then print what the run would be, and stop", section="watching", identity=None

@@ -15,7 +15,8 @@ from tests.training.processes import run_in_processes
 from tests.training.runs import after_step, assert_equal_runs, expect_killed, run_settings, use_memory
 from tests.training.runs import resumable_settings as arguments
 from training import pretrain
-from training.loop.checkpoint import CheckpointError, IdentityError, find_checkpoint, list_checkpoints
+from training.loop.checkpoint import CheckpointError, find_checkpoint, list_checkpoints
+from training.loop.identity import IdentityError
 
 
 @pytest.fixture(autouse=True)

@@ -86,9 +86,9 @@ THROUGH = {
 FREE = {
     PretrainingArguments: "output_dir validation_data validation_samples max_bad_fraction dataloader_workers "
     "allow_unfinished gradient_accumulation_steps log_every_steps log_duplicate_rates trackers eval_every_steps "
-    "save_every_steps keep_checkpoints resume push_to_hub dry_run allow_empty_terms",
+    "save_every_steps keep_checkpoints accept_identity resume push_to_hub dry_run allow_empty_terms",
     FinetuneArguments: "output_dir validation_data test_data dataloader_workers eval_batch_size log_every_steps "
-    "trackers eval_every_epochs save_every_steps keep_checkpoints resume dry_run",
+    "trackers eval_every_epochs save_every_steps keep_checkpoints accept_identity resume dry_run",
 }
 
 

@@ -25,7 +25,8 @@ FIELDS = """
     local_crop_area max_bad_fraction max_image_pixels per_device_chunk_size gradient_accumulation_steps
     warmup_fraction final_learning_rate_fraction weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm ema_decay
     gradient_checkpointing sync_batch_norm deterministic torch_compile
-    log_every_steps trackers save_every_steps keep_checkpoints dry_run log_duplicate_rates eval_every_steps push_to_hub
+    log_every_steps trackers save_every_steps accept_identity keep_checkpoints dry_run
+    log_duplicate_rates eval_every_steps push_to_hub
     overfit_batches
 """.split()
 
