@@ -5,6 +5,7 @@ What is written goes beside its name and is renamed when it is complete and on t
 kill or a loss of power leaves what was there before, and a reader sees the old or the new, never a part.
 """
 
+import errno
 import glob
 import os
 import secrets
@@ -63,8 +64,22 @@ def written_aside(path: str | os.PathLike[str], *, sole_writer: bool = False) ->
         aside.chmod(mode)
         fsync(aside)
         os.replace(aside, path)
+    except OSError as error:
+        if is_full(error):
+            raise named(error, path) from error
+        raise
     finally:
         aside.unlink(missing_ok=True)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether an error says that a disk or a quota has no room."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def named(error: OSError, path: str | os.PathLike[str]) -> OSError:
+    """The error of a file that is open, of which the system does not say the name."""
+    return OSError(error.errno, error.strerror, os.fspath(path))
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:

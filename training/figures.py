@@ -34,7 +34,7 @@ from pyramidclip_hf.loading import load_model
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES, class_embeddings, image_embeddings, retrieve, text_embeddings
-from training.data.records import Sample, phrase
+from training.data.records import Sample, best_objects, phrase
 from training.data.samples import ShardSamples, open_picture
 from training.data.shards import read_dataset_json
 from training.evaluation.classification import read_templates
@@ -344,7 +344,7 @@ def localisation(
     from tqdm.auto import tqdm
 
     result = Localisation([], [], [], [], [])
-    for sample in tqdm(samples, unit="picture", desc="explaining"):
+    for sample in map(best_objects, tqdm(samples, unit="picture", desc="explaining")):
         regions, picture = sample.regions or [], None
         labels = [region.label for region in regions]
         for place, region in enumerate(regions):

@@ -22,6 +22,8 @@ from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig, levels_o
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.coverage import Coverage
 from training.data.loader import TrainingReader, settings_for
+from training.data.patience import Patience
+from training.data.remote import ShardCache
 from training.loop.card import write_card
 from training.loop.checkpoint import Stateful
 from training.loop.distributed import rank, world_size
@@ -168,6 +170,7 @@ def contrastive_task(args: PretrainingArguments, accelerator: Any, folder: Path)
             objective.terms,
             processor,
             args.max_regions,
+            args.drop_repeated_tags,
             args.allow_unfinished,
         )
     average = MovingAverage(model, args.ema_decay) if args.ema_decay else None
@@ -189,6 +192,7 @@ def open_reader(
         max_length=config.text_config.max_position_embeddings,
         roi_feature_size=config.vision_config.roi_feature_size,
         max_regions=args.max_regions,
+        drop_repeated_tags=args.drop_repeated_tags,
         allow_mixed_regions=args.allow_mixed_regions,
         global_area=tuple(args.global_crop_area),
         local_area=tuple(args.local_crop_area),
@@ -203,6 +207,9 @@ def open_reader(
         world_size(),
         seed=args.seed,
         window_shards=args.shuffle_window_shards,
+        cache=ShardCache(
+            max_bytes=int(args.cache_gigabytes * 1e9), patience=Patience(args.fetch_attempts, args.fetch_seconds)
+        ),
         allow_unfinished=args.allow_unfinished,
         workers=args.dataloader_workers,
         max_bad_fraction=args.max_bad_fraction,

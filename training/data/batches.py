@@ -5,7 +5,10 @@ positions asked for, so it is the same bytes whichever process makes it.
 """
 
 import collections
+import errno
+import os
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,12 +20,26 @@ from pyramidclip_command import Failure
 from pyramidclip_hf.configuration_pyramidclip import LEVELS, levels_of_kind
 from pyramidclip_hf.tokenization_pyramidclip import PyramidCLIPTokenizer
 from training.data.order import SampleOrder
-from training.data.records import IMAGE_SUFFIXES, BadSample, Fault, Sample, level_text, sample_from_members
-from training.data.remote import ShardCache, is_url
-from training.data.sources import DataSet, UnitReader
+from training.data.patience import LONGEST_PAUSE, is_away
+from training.data.records import (
+    IMAGE_SUFFIXES,
+    MAX_REGIONS,
+    BadSample,
+    Fault,
+    Sample,
+    best_objects,
+    level_text,
+    sample_from_members,
+)
+from training.data.remote import DownloadError, NotThere, ShardCache, is_url
+from training.data.shard_index import NotATar
+from training.data.sources import DataSet, ShardReplaced, UnitReader
 from training.data.views import BadPicture, ViewSettings, make_views
 
 MAX_REPLACEMENTS = 32
+_LOCAL = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+# Errors of a path that stay what they are while its folder can be reached.
+_NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 # What is drawn for a sample beside its crops, whose numbers are 0 and 1.
 _CAPTION = 2
 
@@ -32,6 +49,10 @@ Batch = dict[str, Any]
 
 class DataError(Failure):
     """The data cannot be trained on as it is; the message says why and what to do."""
+
+
+class StoreError(DataError):
+    """Data could not be reached, however often it was tried; later it may be. Nothing is wrong with a setting."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +66,8 @@ class BatchSettings:
         std: of each channel, pixels are (value / 255 - mean) / std.
         pooling: "max" pads texts to `max_length`, "eos" to the longest of the batch.
         max_length: of texts, in tokens.
-        max_regions: the most confident regions that are kept.
+        max_regions: the most confident objects that are kept, see `best_objects`.
+        drop_repeated_tags: a phrase counts once.
         roi_feature_size: F without the box.
         allow_mixed_regions: region features of another width count as missing, not as an error.
     """
@@ -56,7 +78,8 @@ class BatchSettings:
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     pooling: str = "max"
     max_length: int = 77
-    max_regions: int = 10
+    max_regions: int = MAX_REGIONS
+    drop_repeated_tags: bool = False
     roi_feature_size: int = 2048
     allow_mixed_regions: bool = False
 
@@ -83,6 +106,21 @@ class BatchReport:
     bad: list[Fault] = field(default_factory=list)
     truncated: dict[str, int] = field(default_factory=dict)
     texts: dict[str, int] = field(default_factory=dict)
+
+
+def _share_of_node() -> tuple[int, int]:
+    """The number of this process among the loader processes of its machine, and how many they are.
+
+    Launchers (torchrun, `accelerate launch`) say how many trainers a machine has; without them there is one.
+    """
+    worker = torch.utils.data.get_worker_info()
+    own, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+    trainer, trainers = (int(os.environ.get(name, default)) for name, default in _LOCAL.items())
+    return trainer * workers + own, trainers * workers
+
+
+def _folder(name: str) -> str:
+    return os.path.dirname(name) or "."
 
 
 class BatchMaker(torch.utils.data.Dataset[Batch]):
@@ -117,6 +155,8 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
         # Twice a window: positions near a boundary go back and forth between two windows.
         self._most_readers = 2 * order.window_shards + 2
         self._readers: collections.OrderedDict[tuple[int, int], UnitReader] = collections.OrderedDict()
+        # Units that cannot be read: why, and until when they are not asked for again.
+        self._unreadable: dict[tuple[int, int], tuple[Fault, float]] = {}
         self._window: tuple[int, int] | None = None
         self._fetching: threading.Thread | None = None
 
@@ -125,7 +165,7 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state.update(_readers=collections.OrderedDict(), _window=None, _fetching=None)
+        state.update(_readers=collections.OrderedDict(), _unreadable={}, _window=None, _fetching=None)
         return state
 
     def __getitem__(self, epoch_and_positions: tuple[int, Iterable[int]]) -> Batch:
@@ -141,8 +181,8 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
             Always `sample_keys`, a list of str, and `report`, a `BatchReport`.
 
         Raises:
-            DataError: a sample and all that might replace it are bad.
-            OSError: a shard cannot be read.
+            DataError: a sample and all that might replace it are bad, or (`StoreError`) the store is away.
+            ValueError: a remote shard is larger than the cache.
         """
         report = BatchReport()
         loaded = [self.load(epoch, position, report) for position in positions]
@@ -168,10 +208,9 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
         raise DataError(f"{last}; the {MAX_REPLACEMENTS} samples drawn in place of it and its like are bad too")
 
     def _load(self, epoch: int, dataset: int, unit: int, index: int) -> tuple[Sample, dict[str, torch.Tensor]]:
-        reader = self._reader(epoch, dataset, unit)
         key = None
         try:
-            members = reader.read(index, self._suffixes)
+            reader, members = self._read(epoch, dataset, unit, index)
             key = reader.key(index)
             sample = sample_from_members(members, key, reader.name, require_image=bool(self._views))
             if sample.caption is None:
@@ -180,6 +219,7 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
             if sample.captions:
                 rng = np.random.default_rng((self.order.seed, epoch, number, _CAPTION))
                 sample.caption = sample.captions[int(rng.integers(len(sample.captions)))]
+            sample = best_objects(sample, self.settings.max_regions, self.settings.drop_repeated_tags)
             self._check_regions(sample, reader.name)
             views: dict[str, torch.Tensor] = {}
             if sample.image is not None and self._views:
@@ -188,9 +228,22 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
         except BadPicture as bad:
             raise BadSample(key, reader.name, bad.reason, str(bad)) from None
 
+    def _read(self, epoch: int, dataset: int, unit: int, index: int) -> tuple[UnitReader, dict[str, bytes]]:
+        """The reader of a unit and the members of one sample of it; raises `BadSample`."""
+        reader = self._reader(epoch, dataset, unit)
+        try:
+            return reader, reader.read(index, self._suffixes)
+        except BadSample as bad:
+            if bad.reason != "read-error":
+                raise
+        # What was opened before a store was away, or before a shared cache let go of it, is stale: once more.
+        self._readers.pop((dataset, unit)).close()
+        reader = self._reader(epoch, dataset, unit)
+        return reader, reader.read(index, self._suffixes)
+
     def _check_regions(self, sample: Sample, where: str) -> None:
-        """Leaves the most confident regions, in that order, as float32 features."""
-        if sample.roi is None or sample.regions is None:
+        """Makes the features float32; takes away those of another width where that is allowed."""
+        if sample.roi is None:
             return
         width = sample.roi.shape[1]
         if width != self.settings.roi_feature_size:
@@ -199,11 +252,7 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
                 return
             detail = f"region features of width {width}, the model takes {self.settings.roi_feature_size}"
             raise BadSample(sample.key, where, "roi-width", detail)
-        scores = np.array([-np.inf if region.score is None else region.score for region in sample.regions])
-        kept = np.argsort(-scores, kind="stable")[: self.settings.max_regions]
-        in_order = np.array_equal(kept, np.arange(len(kept)))
-        sample.roi = (sample.roi[: len(kept)] if in_order else sample.roi[kept]).astype(np.float32)
-        sample.regions = [sample.regions[i] for i in kept]
+        sample.roi = sample.roi.astype(np.float32)
         if not np.isfinite(sample.roi).all():
             raise BadSample(sample.key, where, "roi-not-finite", "region features hold NaN or infinity")
 
@@ -255,21 +304,55 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
         return torch.from_numpy(features), torch.from_numpy(mask)
 
     def _reader(self, epoch: int, dataset: int, unit: int) -> UnitReader:
-        """The open reader of a unit; the one used longest ago is closed when too many are open."""
+        """The open reader of a unit; the one used longest ago is closed when too many are open. Raises `BadSample`."""
         reader = self._readers.get((dataset, unit))
         if reader is None:
             self._fetch_ahead(epoch, dataset, unit)
-            reader = self.data_sets[dataset].open(self.data_sets[dataset].units[unit], self.cache)
-            self._readers[dataset, unit] = reader
+            reader = self._readers[dataset, unit] = self._open(dataset, unit)
             if len(self._readers) > self._most_readers:
                 self._readers.popitem(last=False)[1].close()
         self._readers.move_to_end((dataset, unit))
         return reader
 
+    def _open(self, dataset: int, unit: int) -> UnitReader:
+        """A new reader of a unit. One that cannot be read is remembered for a while, so that it is waited for once.
+
+        Raises:
+            BadSample: the store answers and has no such shard, or another one.
+            StoreError: it is away, and stays so as long as the cache's patience lasts.
+        """
+        data, known = self.data_sets[dataset], self._unreadable.get((dataset, unit))
+        if known is not None and time.monotonic() < known[1]:
+            raise BadSample(*known[0])
+        name, started, reason = data.units[unit].name, time.monotonic(), "read-error"
+        problem: Exception | None = None
+        for _ in self.cache.patience.tries():
+            try:
+                return data.open(data.units[unit], self.cache)
+            except (NotThere, NotATar, ShardReplaced) as error:
+                reason, problem = error.reason, error
+                break
+            except DownloadError as error:  # tried as often as it may be
+                raise StoreError(str(error)) from error
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    raise
+                problem = error
+                if isinstance(error, _NOT_THERE) and not is_away(_folder(name)):
+                    reason = "no-shard"
+                    break
+        else:
+            if is_away(_folder(name)):
+                tried = f"tried for {time.monotonic() - started:.0f} s"
+                raise StoreError(f"{name}: {problem}; its folder is not there either; {tried}") from problem
+        fault = Fault(None, name, reason, str(problem))
+        rest = max(LONGEST_PAUSE, time.monotonic() - started)
+        self._unreadable[dataset, unit] = fault, time.monotonic() + rest
+        raise BadSample(*fault)
+
     def _fetch_ahead(self, epoch: int, dataset: int, unit: int) -> None:
-        """Fetches the remote shards of the window after this one in the background, in one worker of each process."""
-        worker = torch.utils.data.get_worker_info()
-        if (worker is not None and worker.id) or not is_url(self.data_sets[dataset].units[unit].name):
+        """Fetches the remote shards of the window after this one in the background, each worker of a node its share."""
+        if not is_url(self.data_sets[dataset].units[unit].name):
             return
         windows = self.order.windows(epoch)
         number = next(n for n, w in enumerate(windows) if w.dataset == dataset and unit in w.shards)
@@ -277,11 +360,15 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
             return
         self._window = (epoch, number)
         names = [self.data_sets[w.dataset].units[s].name for w in windows[number + 1 : number + 2] for s in w.shards]
+        share, shares = _share_of_node()
+        names = [*filter(is_url, names)][share::shares]
 
         def fetch() -> None:
-            for name in filter(is_url, names):
+            for name in names:
                 try:
-                    self.cache.fetch(name)
+                    self.cache.fetch(name, wait=False)
+                except BlockingIOError:
+                    continue
                 except (OSError, ValueError):
                     return  # reported, with its retries, by whoever reads the shard
 

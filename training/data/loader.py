@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -218,7 +219,7 @@ class BatchReader:
             # Tokenizers warn about a fork otherwise, and their threads do not survive it.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         loader = torch.utils.data.DataLoader(
-            self.maker,
+            _Telling(self.maker),
             batch_size=None,
             sampler=schedule,
             num_workers=self.workers,
@@ -232,7 +233,7 @@ class BatchReader:
     def _take(self) -> Batch:
         try:
             # Nothing else may hold on to the pipeline: its workers end when it is let go.
-            return next(cast(Iterator[Batch], self._pipeline))
+            made = next(cast(Iterator[Batch | _Trouble], self._pipeline))
         except (RuntimeError, ConnectionError, EOFError) as error:
             self.close()
             # A worker that dies while it hands over a batch breaks the connection before torch notices its death.
@@ -242,6 +243,11 @@ class BatchReader:
         except BaseException:
             self.close()
             raise
+        if isinstance(made, dict):
+            return made
+        self.close()
+        # The run was set up rightly, and ran: whatever it is, no setting is what failed.
+        raise made.error if isinstance(made.error, DataError) else DataError(str(made.error)) from made.error
 
     def close(self) -> None:
         """Ends the workers."""
@@ -414,6 +420,26 @@ def _start_method(device: torch.device) -> str | None:
     # Imported once, by the process that all workers are forked from.
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
     return "forkserver"
+
+
+@dataclass(frozen=True)
+class _Trouble:
+    """In place of a batch: why there is none. What a worker raises would arrive as the text of its traceback."""
+
+    error: Exception
+
+
+class _Telling(torch.utils.data.Dataset[Batch | _Trouble]):
+    """A maker of batches that hands over what goes wrong."""
+
+    def __init__(self, maker: torch.utils.data.Dataset[Batch]):
+        self.maker = maker
+
+    def __getitem__(self, epoch_and_positions: tuple[int, Sequence[int]]) -> Batch | _Trouble:
+        try:
+            return self.maker[epoch_and_positions]
+        except (DataError, ValueError, OSError) as error:
+            return _Trouble(error)
 
 
 class _Schedule:

@@ -10,7 +10,7 @@ import ast
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,8 @@ from pyramidclip_hf.configuration_pyramidclip import LEVELS
 
 IMAGE_SUFFIXES = ("jpg", "png", "webp")
 MAX_ATTRIBUTES = 3
+# Objects of a picture that a model is shown, unless told otherwise (paper).
+MAX_REGIONS = 10
 MAX_JSON_BYTES = 8 << 20
 MAX_TEXT_BYTES = 1 << 20
 # Detectors round boxes to pixels and may overshoot the edge by a fraction of one; more than this is a unit mistake
@@ -107,7 +109,39 @@ class Sample:
 
 def phrase(region: Region) -> str:
     """The words for a region: its last three attributes (the most confident one last), then the noun."""
-    return " ".join([*region.attributes[-MAX_ATTRIBUTES:], region.label])
+    return " ".join([*region.attributes[-MAX_ATTRIBUTES:], region.label]).strip()
+
+
+def best_objects(sample: Sample, most: int = MAX_REGIONS, drop_repeated_tags: bool = False) -> Sample:
+    """The sample with its most confident objects alone, most confident first: what every reader shows a model.
+
+    Regions and their features are those objects. Tags that name the regions become the names of these, in their order
+    (paper, appendix A.2: the same objects give features and text); tags that name something else stay as they are.
+
+    Args:
+        sample: stays as it is. Regions without a score come last, equal scores keep their order.
+        most: how many objects stay, at least 1.
+        drop_repeated_tags: a phrase counts once; else, as in the paper, it comes as often as objects are called so.
+    """
+    regions, tags, roi = sample.regions, sample.tags, sample.roi
+    if regions:
+        scores = np.array([-np.inf if region.score is None else region.score for region in regions])
+        kept = np.argsort(-scores, kind="stable")[:most]
+        best = [regions[i] for i in kept]
+        for name in (phrase, _label):
+            if tags is not None and set(tags) == {name(region) for region in regions} - {""}:
+                tags = [name(region) for region in best if name(region)]
+                break
+        if roi is not None:
+            roi = roi[: len(kept)] if np.array_equal(kept, np.arange(len(kept))) else roi[kept]
+        regions = best
+    if tags is not None and drop_repeated_tags:
+        tags = list(dict.fromkeys(tags))
+    return replace(sample, regions=regions, tags=tags, roi=roi)
+
+
+def _label(region: Region) -> str:
+    return region.label.strip()
 
 
 def tag_text(tags: Sequence[str]) -> str:

@@ -4,6 +4,7 @@
 first line is a header with the number of samples, so that counting a data set does not mean parsing every offset.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -28,6 +29,12 @@ class Span(NamedTuple):
 
     offset: int
     size: int
+
+
+class NotATar(ValueError):
+    """A file is not an uncompressed tar."""
+
+    reason = "not-a-tar"
 
 
 class IndexHeader(TypedDict):
@@ -101,7 +108,7 @@ class ShardIndex:
                 raise ValueError(f"format {header['format']!r} with {len(keys)} keys")
             spans = np.array(data["spans"], np.int64).reshape(len(keys), len(suffixes), 2)
             return cls(keys, suffixes, spans, header["tar_bytes"], header["mtime_ns"], header["truncated"])
-        except (KeyError, TypeError, RecursionError) as error:
+        except (KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a shard index: {error!r}") from None
 
 
@@ -138,7 +145,7 @@ def build_index(path: str | os.PathLike[str]) -> ShardIndex:
     with `truncated` set. Links, folders and devices are ignored.
 
     Raises:
-        ValueError: the file is not an uncompressed tar.
+        NotATar: the file is not an uncompressed tar.
     """
     stat = os.stat(path)
     keys: list[str] = []
@@ -167,7 +174,7 @@ def build_index(path: str | os.PathLike[str]) -> ShardIndex:
                 truncated |= member.offset_data + member.size > stat.st_size
     except tarfile.ReadError as error:
         if stat.st_size:
-            raise ValueError(
+            raise NotATar(
                 f"{os.fspath(path)} is not an uncompressed tar ({error}); shards must not be gzipped, unpack them first"
             ) from None
         truncated = True
@@ -210,10 +217,11 @@ def load_index(path: str | os.PathLike[str]) -> ShardIndex:
     The index beside a shard counts where the tar's size is the recorded one and the first and last members lie where
     it says (copying a data set changes times, so time does not count there). It also counts where the tar is shorter
     but starts the same: a truncated shard keeps its order, and what is cut off raises `BadSample` when read. A cached
-    index counts for exactly the size and time it was made from.
+    index counts for exactly the size and time it was made from. Where the cache cannot be written, the index is only
+    returned.
 
     Raises:
-        ValueError: the file is not an uncompressed tar.
+        NotATar: the file is not an uncompressed tar.
     """
     index = _read_index(index_path(path))
     if index is not None and _index_fits(path, index):
@@ -225,8 +233,9 @@ def load_index(path: str | os.PathLike[str]) -> ShardIndex:
     if index is not None and (index.tar_bytes, index.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
         return index
     index = build_index(path)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(cached, index.dumps().encode("utf-8", "surrogateescape"))
+    with contextlib.suppress(OSError):  # no room, or not ours: it is built again next time
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(cached, index.dumps().encode("utf-8", "surrogateescape"))
     return index
 
 
@@ -253,7 +262,7 @@ def _index_fits(path: str | os.PathLike[str], index: ShardIndex) -> bool:
                 (suffix, int(offset)) for suffix, (offset, _) in zip(index.suffixes, index.spans[row]) if offset >= 0
             )
             suffix, offset = next(there, ("", 0))
-            if not suffix:
+            if not suffix or offset < BLOCK:
                 return False
             file.seek(offset - BLOCK)
             try:

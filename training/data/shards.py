@@ -11,6 +11,7 @@ each shard holds.
 continues a run byte for byte from any position on another number of processes.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -20,10 +21,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pyramidclip_hf.files import visible, write_atomically
+from pyramidclip_hf.files import named, visible, write_atomically
 from training.data.records import BadSample, Sample, members_from_sample
-from training.data.remote import ShardCache, is_url, read_small
-from training.data.shard_index import BLOCK, ShardIndex, Span, index_path, load_index, span_table
+from training.data.remote import NotThere, ShardCache, is_url, read_small
+from training.data.shard_index import BLOCK, NotATar, ShardIndex, Span, index_path, load_index, span_table
 
 DATASET_FORMAT = 1
 MAX_MEMBER_BYTES = 256 << 20
@@ -93,7 +94,10 @@ class ShardWriter:
             info = tarfile.TarInfo(f"{key}.{suffix}")
             info.size = len(data)
             info.mode = 0o644
-            self._tar.addfile(info, io.BytesIO(data))
+            try:
+                self._tar.addfile(info, io.BytesIO(data))
+            except OSError as error:
+                raise named(error, self._partial) from error
             padded = -(-len(data) // BLOCK) * BLOCK
             spans[suffix] = Span(self._tar.offset - padded, len(data))
         self._keys.append(key)
@@ -103,13 +107,16 @@ class ShardWriter:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
+            self._abandon()
             return
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        try:
+            self._tar.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError as error:
+            self._abandon()
+            raise named(error, self._partial) from error
         stat = os.stat(self._partial)
         suffixes = sorted({suffix for spans in self._spans for suffix in spans})
         # Times in the index would make the same shard differ from run to run; beside a shard they do not count.
@@ -117,6 +124,11 @@ class ShardWriter:
         index_path(self.path).unlink(missing_ok=True)
         os.replace(self._partial, self.path)
         write_atomically(index_path(self.path), index.dumps().encode())
+
+    def _abandon(self) -> None:
+        with contextlib.suppress(OSError):  # what is still in its buffer finds no room either
+            self._file.close()
+        self._partial.unlink(missing_ok=True)
 
 
 class ShardReader:
@@ -130,7 +142,7 @@ class ShardReader:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is not an uncompressed tar.
+        NotATar: the file is not an uncompressed tar.
         OSError: the shard cannot be fetched (`DownloadError`), or is evicted before it can be opened.
     """
 
@@ -155,11 +167,18 @@ class ShardReader:
             raise
 
     def _open_fetched(self, cache: ShardCache) -> None:
+        problem: NotATar | None = None
         for _ in range(3):
             try:
                 return self._open(cache.fetch(self.name))
             except FileNotFoundError:
                 continue  # evicted by another process between fetching and opening
+            except NotATar as error:  # damaged since it was fetched
+                cache.forget(self.name)
+                problem = error
+                continue
+        if problem is not None:
+            raise NotThere(f"{self.name}: {problem}", "not-a-tar")
         raise OSError(
             f"{self.name}: evicted from {cache.folder} again and again before it could be opened; the cache of "
             f"{cache.max_bytes} bytes is too small for the shards that are read at a time"

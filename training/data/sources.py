@@ -82,6 +82,12 @@ class UnitReader(Protocol):
         ...
 
 
+class ShardReplaced(ValueError):
+    """A shard has other samples than it had when its data set was opened."""
+
+    reason = "shard-replaced"
+
+
 @dataclass
 class DataSet:
     """What one string names.
@@ -107,7 +113,8 @@ class DataSet:
         """A reader of one unit.
 
         Raises:
-            ValueError: the shard has another number of samples than were counted.
+            ShardReplaced: the shard has other samples than were counted.
+            NotATar: it is none.
             OSError: it is gone, or cannot be fetched.
         """
         if self.manifest is not None:
@@ -116,9 +123,12 @@ class DataSet:
         if len(reader) != unit.samples:
             found = len(reader)
             reader.close()
-            raise ValueError(
+            raise ShardReplaced(
                 f"{unit.name} has {found} samples, {unit.samples} were counted before; it was replaced meanwhile"
             )
+        if reader.index.keys_digest() != unit.identity.digest:
+            reader.close()
+            raise ShardReplaced(f"{unit.name} has other keys than were there before; it was replaced meanwhile")
         return reader
 
 

@@ -18,7 +18,7 @@ from transformers import BatchFeature
 from pyramidclip_hf.configuration_pyramidclip import LEVELS, TERMS, levels_of_kind
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
-from training.data.records import Sample
+from training.data.records import MAX_REGIONS, Sample, best_objects
 from training.data.samples import open_picture
 from training.evaluation.retrieval import check_pairs
 
@@ -107,6 +107,8 @@ def embed_levels(
     batch_size: int = 64,
     local_area: float = 1.0,
     alone: bool = False,
+    max_regions: int | None = MAX_REGIONS,
+    drop_repeated_tags: bool = False,
 ) -> LevelEmbeddings:
     """Encodes the named levels of all samples with `model.encode_levels`, in evaluation mode, without gradient.
 
@@ -121,6 +123,8 @@ def embed_levels(
         local_area: the local view is the middle `local_area` of the picture, seen as the global one; by default all of
             it, as in the evaluation while training.
         alone: see `map_batches`.
+        max_regions: the most confident objects of each sample, see `best_objects`; None: the samples are cut already.
+        drop_repeated_tags: see `best_objects`.
 
     Returns:
         The embeddings; a level that a sample lacks is marked in `present`.
@@ -131,7 +135,10 @@ def embed_levels(
     levels = list(dict.fromkeys(levels))
 
     def encode(indices: range) -> _EncodedBatch:
-        return _encode_batch(model, processor, [samples[i] for i in indices], levels, local_area)
+        chosen = [samples[i] for i in indices]
+        if max_regions is not None:
+            chosen = [best_objects(sample, max_regions, drop_repeated_tags) for sample in chosen]
+        return _encode_batch(model, processor, chosen, levels, local_area)
 
     was_training = model.training
     model.eval()

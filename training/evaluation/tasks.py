@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.labelled import LabelledPictures, open_pictures
+from training.data.records import MAX_REGIONS
 from training.data.samples import Samples, ShardSamples
 from training.evaluation.captions import CAPTION_SETS, CaptionedPictures, captioned_folder, open_captions
 from training.evaluation.classification import classification_metrics, read_templates, zero_shot_scores
@@ -60,6 +61,13 @@ class EvaluationArguments:
     local_view_area: float = field(
         default=1.0, metadata={"help": "retrieval: middle share of the picture that serves as local view; 1: all of it"}
     )
+    max_regions: int = field(
+        default=MAX_REGIONS,
+        metadata={"help": "retrieval: objects of a picture that count, most confident first, as in training"},
+    )
+    drop_repeated_tags: bool = field(
+        default=False, metadata={"help": "retrieval: a tag that names several objects of a picture comes once"}
+    )
     classes: str | None = field(
         default=None, metadata={"help": "zero-shot: file with class names, one a line (folders also: folder<TAB>name)"}
     )
@@ -94,7 +102,7 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         """What can be refused before anything is loaded."""
         self.levels = check_pairs(self.levels)
-        for name in ("batch_size", "chunk_size", "max_samples"):
+        for name in ("batch_size", "chunk_size", "max_samples", "max_regions"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected a number of at least 1, got {value}")
@@ -140,7 +148,16 @@ def evaluate_retrieval(
         if isinstance(samples, (CaptionedPictures, CaptionedRows)):
             _check_levels_of_captions(args.levels, samples.name)
         levels = levels_of_pairs(args.levels)
-        embedded = embed_levels(model, processor, samples, levels, args.batch_size, args.local_view_area)
+        embedded = embed_levels(
+            model,
+            processor,
+            samples,
+            levels,
+            args.batch_size,
+            args.local_view_area,
+            max_regions=args.max_regions,
+            drop_repeated_tags=args.drop_repeated_tags,
+        )
         metrics = level_metrics(embedded.embeds, args.levels, embedded.present, embedded.owners, args.chunk_size)
         results += [
             _result(args, samples, "image-text-retrieval", metric, value, dataset_config=pair)

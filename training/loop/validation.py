@@ -1,14 +1,13 @@
 """Retrieval on a small fixed set while training, for each level pair; the same numbers on any number of processes."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from pyramidclip_hf.configuration_pyramidclip import TERMS
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
-from training.data.records import Sample, has_level
+from training.data.records import best_objects, has_level
 from training.data.samples import ShardSamples
 from training.evaluation.embedding import embed_levels, levels_of_pairs
 from training.evaluation.retrieval import level_metrics
@@ -28,7 +27,8 @@ class ValidationSet:
         pairs: Names of the level pairs to evaluate, beside `ALWAYS`; those of which fewer than two samples have both
             levels are left out.
         processor: Of the model.
-        max_regions: Regions used of each sample, as in training.
+        max_regions: Objects used of each sample, as in training.
+        drop_repeated_tags: As in training.
         allow_unfinished: See `ShardSamples`.
     """
 
@@ -39,10 +39,11 @@ class ValidationSet:
         pairs: Sequence[str],
         processor: PyramidCLIPProcessor,
         max_regions: int,
+        drop_repeated_tags: bool = False,
         allow_unfinished: bool = False,
     ):
         samples = ShardSamples(data, max_samples, allow_unfinished)
-        self.samples = [_first_regions(sample, max_regions) for sample in samples]
+        self.samples = [best_objects(sample, max_regions, drop_repeated_tags) for sample in samples]
         self.processor = processor
         self.pairs = tuple(
             name
@@ -64,7 +65,7 @@ class ValidationSet:
         broadcast_buffers(model)
         device_type = model.logit_scale.device.type
         with torch.autocast(device_type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-            found = embed_levels(model, self.processor, self.samples, levels_of_pairs(self.pairs))
+            found = embed_levels(model, self.processor, self.samples, levels_of_pairs(self.pairs), max_regions=None)
         results = level_metrics(found.embeds, self.pairs, found.present, owners=found.owners)
         return {
             f"validation/{name}/{metric}": value
@@ -72,9 +73,3 @@ class ValidationSet:
             for metric, value in values.items()
             if metric.endswith(KEPT_METRICS)
         }
-
-
-def _first_regions(sample: Sample, count: int) -> Sample:
-    if sample.roi is None:
-        return sample
-    return replace(sample, roi=sample.roi[:count], regions=sample.regions and sample.regions[:count])

@@ -25,10 +25,13 @@ from tqdm.auto import tqdm
 from pyramidclip_command import CommandParser, run_command
 from pyramidclip_hf import PyramidCLIPTokenizer
 from pyramidclip_hf.files import write_atomically
+from training.data.records import MAX_REGIONS
 from training.data.sources import DataSet, open_data_set
 from training.prepare.auditing.counts import (
+    AS_BY_DEFAULT,
     TEXTS,
     AuditCounts,
+    AuditLimits,
     BadEntry,
     Hashes,
     RepeatCounter,
@@ -48,21 +51,21 @@ Audited = tuple[Job, AuditCounts, Hashes]
 class _Auditor:
     """What a process reads units with."""
 
-    def __init__(self, sources: Sequence[DataSet], max_image_pixels: int):
-        self.sources, self.max_image_pixels = sources, max_image_pixels
+    def __init__(self, sources: Sequence[DataSet], limits: AuditLimits):
+        self.sources, self.limits = sources, limits
         self.tokenizer = PyramidCLIPTokenizer()
 
     def audit(self, job: Job) -> Audited:
         data = self.sources[job[0]]
-        return job, *audit_unit(data, data.units[job[1]], self.tokenizer, self.max_image_pixels)
+        return job, *audit_unit(data, data.units[job[1]], self.tokenizer, self.limits)
 
 
 # Of this process, made when a pool starts it.
 _auditors: list[_Auditor] = []
 
 
-def _start_worker(sources: Sequence[DataSet], max_image_pixels: int) -> None:
-    _auditors[:] = [_Auditor(sources, max_image_pixels)]
+def _start_worker(sources: Sequence[DataSet], limits: AuditLimits) -> None:
+    _auditors[:] = [_Auditor(sources, limits)]
 
 
 def _audit_job(job: Job) -> Audited:
@@ -73,7 +76,7 @@ def audit(
     sources: Sequence[DataSet],
     workers: int = 1,
     parts: Path | None = None,
-    max_image_pixels: int = 100_000_000,
+    limits: AuditLimits = AS_BY_DEFAULT,
     progress: bool = True,
 ) -> tuple[AuditCounts, dict[str, RepeatCounter]]:
     """Audits data sets.
@@ -82,7 +85,7 @@ def audit(
         sources: the data sets.
         workers: processes that read.
         parts: a folder that keeps the result of each unit, so that a later call with the same data takes them up.
-        max_image_pixels: larger pictures are bad.
+        limits: as in training.
         progress: shows a bar.
 
     Returns:
@@ -93,7 +96,7 @@ def audit(
     done: list[Job] = []
     for d, data in enumerate(sources):
         for u, unit in enumerate(data.units):
-            (done if parts is not None and part_path(parts, unit).exists() else jobs).append((d, u))
+            (done if parts is not None and part_path(parts, unit, limits).exists() else jobs).append((d, u))
     with tqdm(total=sum(data.samples for data in sources), unit="sample", desc="audit", disable=not progress) as bar:
 
         def take(found: AuditCounts, hashes: Hashes) -> None:
@@ -104,21 +107,21 @@ def audit(
 
         for d, u in done:
             if parts is not None:
-                take(*load_part(part_path(parts, sources[d].units[u])))
-        for (d, u), found, hashes in _results(sources, jobs, workers, max_image_pixels):
+                take(*load_part(part_path(parts, sources[d].units[u], limits)))
+        for (d, u), found, hashes in _results(sources, jobs, workers, limits):
             if parts is not None:
-                save_part(part_path(parts, sources[d].units[u]), found, hashes)
+                save_part(part_path(parts, sources[d].units[u], limits), found, hashes)
             take(found, hashes)
     tally.bad.sort(key=lambda entry: (entry.where, entry.key))
     return tally, repeats
 
 
-def _results(sources: Sequence[DataSet], jobs: Sequence[Job], workers: int, max_image_pixels: int) -> Iterator[Audited]:
+def _results(sources: Sequence[DataSet], jobs: Sequence[Job], workers: int, limits: AuditLimits) -> Iterator[Audited]:
     if workers <= 1:
-        auditor = _Auditor(sources, max_image_pixels)
+        auditor = _Auditor(sources, limits)
         yield from map(auditor.audit, jobs)
         return
-    pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(sources, max_image_pixels))
+    pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(sources, limits))
     try:
         # A few ahead of the workers: the results of all would not fit into memory.
         waiting: set[Future[Audited]] = set()
@@ -154,6 +157,15 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "--max-image-pixels", type=int, default=100_000_000, help="as in training (default: %(default)s)"
     )
     parser.add_argument(
+        "--max-regions",
+        type=int,
+        default=MAX_REGIONS,
+        help="objects of a picture, as in training (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--drop-repeated-tags", action="store_true", help="as in training: a tag of several objects comes once"
+    )
+    parser.add_argument(
         "--allow-unfinished", action="store_true", help="also data of which a step has begun and not ended"
     )
     return parser.parse_args(words)
@@ -184,7 +196,8 @@ def run(arguments: argparse.Namespace) -> None:
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     parts = folder / "parts" if folder else None
-    tally, repeats = audit(sources, arguments.workers, parts, arguments.max_image_pixels, progress=sys.stderr.isatty())
+    limits = AuditLimits(arguments.max_image_pixels, arguments.max_regions, arguments.drop_repeated_tags)
+    tally, repeats = audit(sources, arguments.workers, parts, limits, progress=sys.stderr.isatty())
     report = summarise(sources, tally, repeats, arguments.batch_size)
     if folder:
         keep(report, tally.bad, folder)

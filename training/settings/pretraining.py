@@ -86,10 +86,16 @@ class PretrainingArguments(RunSettings):
     )
     max_regions: int = setting(
         10,
-        "regions kept of each picture, most confident first (paper: 10)",
+        "objects kept of each picture, most confident first: regions, and the tags that name them (paper: 10)",
         section="data",
         identity="data",
         at_least=1,
+    )
+    drop_repeated_tags: bool = setting(
+        False,
+        "a tag that names several objects of a picture comes once (the paper: as often as there are such objects)",
+        section="data",
+        identity="data",
     )
     allow_mixed_regions: bool = setting(
         False,
@@ -120,6 +126,27 @@ class PretrainingArguments(RunSettings):
         section="data",
         identity=None,
         check=check_share_or_all,
+    )
+    fetch_attempts: int = setting(
+        10,
+        "how often a shard is tried whose store is away or stumbles (no connection, HTTP 429 or 5xx, ESTALE)",
+        section="data",
+        identity=None,
+        at_least=1,
+    )
+    fetch_seconds: float = setting(
+        600.0,
+        "for how long, with growing pauses; then the run stops, to be continued",
+        section="data",
+        identity=None,
+        at_least=0,
+    )
+    cache_gigabytes: float = setting(
+        64.0,
+        "of fetched shards that a machine keeps; room for two windows at least",
+        section="data",
+        identity=None,
+        at_least=0,
     )
     # What is refused is replaced by another sample.
     max_image_pixels: int = setting(

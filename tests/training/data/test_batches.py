@@ -1,5 +1,6 @@
 """What batches hold: the samples' texts, pixels, regions and captions, of the levels that are wanted."""
 
+import functools
 import io
 import json
 
@@ -12,6 +13,11 @@ from tests.training.prepare.small_data import jpeg, make_sample, write_shards
 from training.data.views import view_boxes
 
 
+def ranked(sample):
+    """Its regions, most confident first."""
+    return sorted(sample.regions or (), key=lambda region: -region.score)
+
+
 def test_batch_holds_what_the_samples_say(shards, reader, processor):
     data = reader(shards, seed=3)
     batches = list(data.batches(1))
@@ -22,7 +28,7 @@ def test_batch_holds_what_the_samples_say(shards, reader, processor):
         encoded = processor(
             text=[s.caption for s in samples],
             summary=[s.summary for s in samples],
-            tags=[s.tags for s in samples],
+            tags=[s.tags and [f"red {region.label}" for region in ranked(s)] or s.tags for s in samples],
             padding="max_length",
             return_tensors="pt",
         )
@@ -73,10 +79,39 @@ def test_eos_pooling_pads_to_the_longest(shards, reader):
     assert short["input_ids"].shape[1] == 4 and (short["input_ids"].max(1).values == 49407).all()
 
 
-def test_most_confident_regions_are_kept(shards, reader):
+def test_most_confident_regions_are_kept_and_their_tags(shards, reader, processor):
     full, two = (next(reader(shards, settings={"max_regions": n}).batches(0)) for n in (10, 2))
     assert two["roi_features"].shape[1] == 2
     assert torch.equal(full["roi_features"][:, :2], two["roi_features"])
+    texts = processor.tokenizer.batch_decode(two["tag_input_ids"], skip_special_tokens=True)
+    for key, text, there in zip(two["sample_keys"], texts, two["has_tags"].tolist()):
+        sample = make_sample(int(key))
+        if there and sample.regions:
+            assert text.replace(" ", "").split(",") == [f"red{region.label}" for region in ranked(sample)[:2]]
+
+
+def test_a_tag_comes_as_often_as_objects_are_called_so_unless_told_otherwise(tmp_path, reader, processor):
+    def three(stored, members):
+        objects = [("dog", [], 0.1), ("cat", ["red"], 0.9), ("dog", [], 0.5)]
+        regions = [
+            {"box": [0, 0, 1, 1], "score": score, "label": label, "attributes": words}
+            for label, words, score in objects
+        ]
+        return {"jpg": members["jpg"], "txt": b"a", "json": json.dumps({"regions": regions, "tags": stored}).encode()}
+
+    expected = {
+        # What `tags` holds -> as read, and with drop_repeated_tags.
+        ("dog", "red cat"): ("red cat , dog , dog", "red cat , dog"),
+        ("cat", "dog", "dog"): ("cat , dog , dog", "cat , dog"),
+        ("sunny", "sunny", "outdoors"): ("sunny , sunny , outdoors", "sunny , outdoors"),
+    }
+    for number, (stored, found) in enumerate(expected.items()):
+        spoil = dict.fromkeys(range(8), functools.partial(three, stored))
+        folder = write_shards(tmp_path / f"data{number}", range(8), spoil=spoil)
+        for drop in (False, True):
+            made = reader(folder, levels=("global", "tags"), settings={"drop_repeated_tags": drop})
+            texts = processor.tokenizer.batch_decode(next(made.batches(0))["tag_input_ids"], skip_special_tokens=True)
+            assert {text.strip() for text in texts} == {found[drop]}
 
 
 def test_several_captions(tmp_path, reader, processor):

@@ -1,17 +1,21 @@
 """Bad samples, truncated and replaced shards, killed workers."""
 
+import errno
 import json
 import os
 import pickle
 import shutil
 import signal
+import threading
 
 import pytest
 
 from tests.training.data.same_batches import equal
-from tests.training.prepare.small_data import jpeg, write_shards
-from training.data.batches import DataError
+from tests.training.prepare.small_data import Served, jpeg, write_shards
+from training.data.batches import DataError, StoreError
 from training.data.loader import WorkerDied
+from training.data.patience import Patience
+from training.data.remote import ShardCache
 from training.data.shard_index import index_path
 from training.data.shards import ShardReader
 
@@ -126,9 +130,99 @@ def test_killed_worker(shards, reader):
     assert equal(list(data.batches(0, 8)), list(reader(shards).batches(0, 8)))
 
 
-def test_shard_replaced_while_running(shards, tmp_path, reader):
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("same_size", [False, True])
+def test_shard_replaced_while_running(shards, tmp_path, reader, workers, same_size):
     folder = shutil.copytree(shards, tmp_path / "copy")
-    data = reader(folder)
-    write_shards(folder, range(200, 212), shard_size=2)
-    with pytest.raises(ValueError, match="was replaced meanwhile"):
+    data = reader(folder, workers=workers, max_bad_fraction=1.0)
+    write_shards(tmp_path / "other", range(200, 208 if same_size else 203))
+    for path in (tmp_path / "other").glob("part-*"):
+        path.replace(folder / path.name)
+    keys = {key for batch in data.batches(0) for key in batch["sample_keys"]}
+    assert keys <= {f"{number:04d}" for number in range(8, 44)}
+    assert {reason for _, _, reason, _ in data.state()["named"]} == {"shard-replaced"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_vanishes_while_running_is_bad_samples(shards, tmp_path, reader, workers):
+    folder = shutil.copytree(shards, tmp_path / "copy")
+    data = reader(folder, workers=workers, max_bad_fraction=1.0)
+    (folder / "part-002.tar").unlink()
+    keys = {key for batch in data.batches(0) for key in batch["sample_keys"]}
+    assert keys <= {f"{number:04d}" for number in range(44) if not 16 <= number < 24}
+    named = {(where, reason) for _, where, reason, _ in data.state()["named"]}
+    assert named == {(str(folder / "part-002.tar"), "no-shard")}
+    few = reader(folder / "part-0*.tar", workers=workers, max_bad_fraction=0.001)
+    (folder / "part-001.tar").unlink()
+    with pytest.raises(DataError, match=r"\d+ no-shard"):
+        list(few.batches(0))
+
+
+def test_a_store_that_is_away_for_a_while_is_waited_for(shards, tmp_path, reader):
+    """The whole folder is gone for half a second, as a file system that is mounted again; nothing is lost."""
+    folder = shutil.copytree(shards, tmp_path / "copy")
+    expected = list(reader(shards).batches(0))
+    data = reader(folder, cache=ShardCache(tmp_path / "cache", patience=Patience(50, pause=0.05)))
+    folder.rename(tmp_path / "away")
+    threading.Timer(0.5, lambda: (tmp_path / "away").rename(folder)).start()
+    assert equal(list(data.batches(0)), expected)
+    assert "bad" not in data.state()["counts"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_store_that_stays_away_ends_the_run_with_its_name(shards, tmp_path, reader, workers):
+    folder = shutil.copytree(shards, tmp_path / "copy")
+    patience = Patience(3, pause=0.05)
+    data = reader(folder, workers=workers, cache=ShardCache(tmp_path / "cache", patience=patience))
+    shutil.rmtree(folder)
+    with pytest.raises(StoreError, match=r"^\S*/copy/part-00\d\.tar: .*its folder is not there either; tried"):
         list(data.batches(0))
+
+
+def test_a_stale_handle_is_opened_again(shards, reader):
+    """A shard is open, its server starts anew: the old handle never works again, a new one does."""
+    expected = list(reader(shards).batches(0))
+    data = reader(shards)
+    batches = data.batches(0)
+    got = [next(batches)]
+    folder = os.open(shards, os.O_RDONLY)  # of which no byte can be read
+    for one in data.maker._readers.values():
+        os.dup2(folder, one._file)
+    os.close(folder)
+    got += list(batches)
+    assert equal(got, expected) and "bad" not in data.state()["counts"]
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO])
+def test_an_open_that_fails_for_a_while_is_tried_again(shards, tmp_path, reader, monkeypatch, code):
+    expected, opened, tries = list(reader(shards).batches(0)), os.open, []
+
+    def failing(path, *rest, **options):
+        if str(path).endswith("part-003.tar") and len(tries) < 3:
+            tries.append(path)
+            raise OSError(code, os.strerror(code), str(path))
+        return opened(path, *rest, **options)
+
+    data = reader(shards, cache=ShardCache(tmp_path / "cache", patience=Patience(5, pause=0.01)))
+    monkeypatch.setattr("training.data.shards.os.open", failing)
+    assert equal(list(data.batches(0)), expected)
+    assert len(tries) == 3 and "bad" not in data.state()["counts"]
+
+
+def test_a_remote_shard_that_is_gone_is_bad_samples_and_a_server_that_is_gone_ends_the_run(shards, tmp_path, reader):
+    folder = shutil.copytree(shards, tmp_path / "copy")
+    with Served(folder) as served:
+        cache = ShardCache(tmp_path / "cache", patience=Patience(2, pause=0.01))
+        data = reader(served.url, cache=cache, max_bad_fraction=1.0)
+        (folder / "part-002.tar").unlink()
+        list(data.batches(0))
+        assert {reason for _, _, reason, _ in data.state()["named"]} == {"no-shard"}
+        (folder / "part-004.tar").write_bytes(b"<html>".ljust(2048))
+        shutil.rmtree(tmp_path / "cache")
+        data = reader(served.url, cache=cache, max_bad_fraction=1.0)
+        list(data.batches(0))
+        assert {reason for _, _, reason, _ in data.state()["named"]} == {"no-shard", "not-a-tar"}
+        shutil.rmtree(tmp_path / "cache")
+        other = reader(served.url, cache=cache, max_bad_fraction=1.0)
+    with pytest.raises(StoreError, match=r"part-00\d.tar: .*tried 2 times"):
+        list(other.batches(0))

@@ -11,6 +11,7 @@ import pytest
 from tests.hub_server import Repository, client_environment, running_hub
 from tests.training.data.same_batches import equal
 from tests.training.prepare.small_data import Served, make_sample, write_shards
+from training.data.patience import Patience
 from training.data.records import members_from_sample
 from training.data.remote import DownloadError, ShardCache
 from training.data.shards import read_dataset_json
@@ -98,7 +99,7 @@ def test_names_that_lead_nowhere(tmp_path, reader):
         with pytest.raises(FileNotFoundError, match="dataset.json"):
             reader(f"{served.url}/empty")
         with pytest.raises(DownloadError, match="not found"):
-            ShardCache(attempts=1).fetch(f"{served.url}/none.tar")
+            ShardCache(patience=Patience(1)).fetch(f"{served.url}/none.tar")
     assert shard_names("https://host/a{08..11}.tar") == [f"https://host/a{n:02d}.tar" for n in range(8, 12)]
 
 

@@ -41,6 +41,12 @@ def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("data") / "scenes", range(30), spoil=changes)
 
 
+def tags_of(sample):
+    """As training takes them: the names of the regions, most confident first."""
+    ranked = sorted(sample.regions or (), key=lambda region: -region.score)
+    return [f"red {region.label}" for region in ranked] or sample.tags
+
+
 def audited(shards, **options):
     sources = [open_data_set(str(shards))]
     tally, repeats = audit(sources, progress=False, **options)
@@ -54,7 +60,7 @@ def test_numbers_equal_a_straightforward_count(shards):
     texts = {
         "caption": [TEXTS["long"] if n % 10 == 9 else TEXTS["caption"](n) for n in good],
         "summary": [samples[n].summary for n in good if samples[n].summary],
-        "tags": [", ".join(samples[n].tags) for n in good if samples[n].tags],
+        "tags": [", ".join(tags_of(samples[n])) for n in good if samples[n].tags],
     }
     tokenizer = PyramidCLIPTokenizer()
     for level, there in texts.items():

@@ -51,8 +51,8 @@ def test_a_kind_of_training_repeats_a_shared_setting_only_to_change_it():
 # (`Through`), or a run may be continued under another value: each of these is a decision.
 IDENTITY = {
     PretrainingArguments: {
-        "data": "seed shuffle_window_shards max_regions allow_mixed_regions global_crop_area local_crop_area "
-        "max_image_pixels overfit_batches",
+        "data": "seed shuffle_window_shards max_regions drop_repeated_tags allow_mixed_regions "
+        "global_crop_area local_crop_area max_image_pixels overfit_batches",
         "objective": "multi_positive freeze",
         "schedule": "global_batch_size learning_rate warmup_fraction final_learning_rate_fraction",
         "optimizer": "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm ema_decay",
@@ -84,7 +84,8 @@ THROUGH = {
     },
 }
 FREE = {
-    PretrainingArguments: "output_dir validation_data validation_samples max_bad_fraction dataloader_workers "
+    PretrainingArguments: "output_dir validation_data validation_samples max_bad_fraction fetch_attempts fetch_seconds "
+    "cache_gigabytes dataloader_workers "
     "allow_unfinished gradient_accumulation_steps log_every_steps log_duplicate_rates trackers eval_every_steps "
     "save_every_steps keep_checkpoints accept_identity resume push_to_hub dry_run allow_empty_terms",
     FinetuneArguments: "output_dir validation_data test_data dataloader_workers eval_batch_size log_every_steps "

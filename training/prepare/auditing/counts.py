@@ -18,7 +18,15 @@ import numpy as np
 from pyramidclip_hf import PyramidCLIPTokenizer
 from pyramidclip_hf.configuration_pyramidclip import levels_of_kind
 from pyramidclip_hf.files import write_atomically
-from training.data.records import BadSample, Sample, has_level, level_text, sample_from_members
+from training.data.records import (
+    MAX_REGIONS,
+    BadSample,
+    Sample,
+    best_objects,
+    has_level,
+    level_text,
+    sample_from_members,
+)
 from training.data.sources import DataSet
 from training.data.views import BadPicture, check_decodes, open_picture, upright_size
 
@@ -79,6 +87,23 @@ class RepeatCounter:
         others = (counts - 1) / max(total - 1, 1)
         twins = (counts * (1 - (1 - others) ** (batch_size - 1))).sum() / self._kept
         return {"repeated": float(1 - len(counts) / self._kept), "twin_in_batch": float(twins), "exact": self.bits == 0}
+
+
+class AuditLimits(NamedTuple):
+    """What is looked at, as training would: see the settings of these names.
+
+    Attributes:
+        max_image_pixels: larger pictures are bad.
+        max_regions: objects of a picture, whose names are its tags.
+        drop_repeated_tags: a tag of several objects comes once.
+    """
+
+    max_image_pixels: int | None = 100_000_000
+    max_regions: int = MAX_REGIONS
+    drop_repeated_tags: bool = False
+
+
+AS_BY_DEFAULT = AuditLimits()
 
 
 class BadEntry(NamedTuple):
@@ -181,7 +206,7 @@ Hashes = dict[str, np.ndarray]
 
 # Any: a unit is a shard or a slice of a manifest, which only the data set's own reader looks into.
 def audit_unit(
-    data: DataSet, unit: Any, tokenizer: PyramidCLIPTokenizer, max_image_pixels: int | None = None
+    data: DataSet, unit: Any, tokenizer: PyramidCLIPTokenizer, limits: AuditLimits = AS_BY_DEFAULT
 ) -> tuple[AuditCounts, Hashes]:
     """Reads one unit of a data set; returns its counts and the hashes of its texts."""
     tally = AuditCounts()
@@ -192,7 +217,7 @@ def audit_unit(
         for number in range(len(reader)):
             tally.samples += 1
             try:
-                sample = _read(reader, number, tally, max_image_pixels)
+                sample = _read(reader, number, tally, limits)
             except BadSample as bad:
                 tally.bad.append(BadEntry(bad.key, bad.where or reader.name, bad.reason, bad.detail))
                 tally.bad_reasons[bad.reason] += 1
@@ -220,7 +245,7 @@ def _texts(sample: Sample) -> Iterator[tuple[str, str]]:
 
 
 # Any: a reader of shards or of a manifest.
-def _read(reader: Any, number: int, tally: AuditCounts, max_image_pixels: int | None) -> Sample:
+def _read(reader: Any, number: int, tally: AuditCounts, limits: AuditLimits) -> Sample:
     """Reads and decodes a sample and counts what it has; `BadSample` where training would not take it."""
     members = reader.read(number)
     key = reader.key(number)
@@ -228,7 +253,7 @@ def _read(reader: Any, number: int, tally: AuditCounts, max_image_pixels: int | 
     if sample.caption is None:
         raise BadSample(key, reader.name, "no-caption", "expected KEY.txt, or `caption` in KEY.json")
     try:
-        picture = open_picture(sample.image or b"", max_image_pixels)
+        picture = open_picture(sample.image or b"", limits.max_image_pixels)
         width, height = upright_size(picture) if picture.format in ("JPEG", "MPO") else picture.size
         mode = f"{picture.format} {picture.mode}"
         check_decodes(picture)
@@ -242,7 +267,7 @@ def _read(reader: Any, number: int, tally: AuditCounts, max_image_pixels: int | 
     tally.region_counts[min(len(sample.regions or ()), 100)] += 1
     if sample.roi is not None:
         tally.region_widths[sample.roi.shape[1]] += 1
-    return sample
+    return best_objects(sample, limits.max_regions, limits.drop_repeated_tags)
 
 
 def _count_texts(texts: list[str], level: str, tokenizer: PyramidCLIPTokenizer, tally: AuditCounts) -> np.ndarray:
@@ -260,9 +285,9 @@ def _count_texts(texts: list[str], level: str, tokenizer: PyramidCLIPTokenizer, 
     return np.array([int.from_bytes(hashlib.blake2b(row, digest_size=8).digest(), "little") for row in rows], np.uint64)
 
 
-def part_path(parts: Path, unit: Any) -> Path:
-    """The file in the folder `parts` that keeps what was counted in a unit."""
-    name = hashlib.sha256(json.dumps([unit.name, unit.identity, unit.first]).encode()).hexdigest()[:24]
+def part_path(parts: Path, unit: Any, limits: AuditLimits) -> Path:
+    """The file in the folder `parts` that keeps what was counted in a unit under these limits."""
+    name = hashlib.sha256(json.dumps([unit.name, unit.identity, unit.first, limits]).encode()).hexdigest()[:24]
     return parts / f"{name}.npz"
 
 

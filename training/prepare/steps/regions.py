@@ -87,7 +87,8 @@ def best_regions(found: Detections, top: int, tally: Tally, where: object, key: 
 
     Equal scores keep the detector's order. Regions that cannot be used are named in `tally` and counted (`regions_in` =
     `regions_out` + `regions_beyond_top` + `regions_unusable`); a picture without any is named `no-regions` and gets
-    `regions` []. Tags are the phrases without repeats.
+    `regions` []. Tags are the phrases of the regions, one for each (readers may drop repeats: `best_objects` of
+    `training.data.records`).
 
     Args:
         found: in any order.
@@ -121,7 +122,7 @@ def best_regions(found: Detections, top: int, tally: Tally, where: object, key: 
         )
         for i in kept
     ]
-    tags = list(dict.fromkeys(phrase(region) for region in regions))
+    tags = [phrase(region) for region in regions]
     return {"regions": regions, "roi": found.features[kept].astype(np.float16), "tags": tags}
 
 

@@ -15,13 +15,13 @@ def test_name_lists(tmp_path):
         read_names(tmp_path / "n.txt")
 
 
-def test_equal_scores_keep_their_order_and_tags_do_not_repeat():
+def test_equal_scores_keep_their_order_and_tags_are_one_a_region():
     found = Detections(np.tile([0, 0, 1, 1], (4, 1)), [0.5, 0.7, 0.5, 0.7], ["a", "b", "a", "c"], np.eye(4))
     levels = best_regions(found, 3, Tally(), "here", "k")
     assert [r.label for r in levels["regions"]] == ["b", "c", "a"] and levels["tags"] == ["b", "c", "a"]
     np.testing.assert_array_equal(levels["roi"], np.eye(4)[[1, 3, 0]])
     levels = best_regions(found, 4, Tally(), "here", "k")
-    assert levels["tags"] == ["b", "c", "a"] and len(levels["regions"]) == 4
+    assert levels["tags"] == ["b", "c", "a", "a"] and len(levels["regions"]) == 4
     assert faults_of(Detections([[0, 0, 1, 1]], [1], [" "], [[1.0]])) == {0: ("no-label", "")}
     with pytest.raises(ValueError, match="expected equal numbers"):
         Detections([[0, 0, 1, 1]], [1, 2], ["a"], [[1.0]])
