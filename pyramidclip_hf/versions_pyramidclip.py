@@ -4,8 +4,9 @@
 The configuration imports this module first, so that older versions get a sentence; a folder on the Hub carries it too.
 """
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -59,3 +60,31 @@ HAS_PROCESSOR_DEFAULTS = (
 
 # Older versions initialise all code alike.
 NOT_CUSTOM_CODE = _those_known(PreTrainedModel._initialize_weights, {"is_custom_code": False})
+
+
+@contextlib.contextmanager
+def exact_products(device_type: str) -> Iterator[None]:
+    """Within it, fp32 products are fp32 on such a device, not TF32 or bf16, whatever the process allows elsewhere.
+
+    Inside of `torch.compile` it does nothing.
+    """
+    backend: Any = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device_type)
+    # Older versions have one switch for all devices; where each has its own, the old one must not be asked any more.
+    switch: Any = getattr(backend, "matmul", None)
+    new, old = hasattr(switch, "fp32_precision"), not hasattr(torch.backends, "fp32_precision")
+    if torch.compiler.is_compiling() or not (new or old):
+        yield
+        return
+    before = switch.fp32_precision if new else torch.get_float32_matmul_precision()
+
+    def choose(precision: str) -> None:
+        if new:
+            switch.fp32_precision = precision
+        else:
+            torch.set_float32_matmul_precision(precision)
+
+    choose("ieee" if new else "highest")
+    try:
+        yield
+    finally:
+        choose(before)

@@ -26,7 +26,7 @@ PREPROCESSING = {"configuration_pyramidclip", "image_processing_pyramidclip", "t
 SIBLINGS = {
     "versions_pyramidclip": set(),
     "configuration_pyramidclip": {"versions_pyramidclip"},
-    "loss_pyramidclip": {"configuration_pyramidclip"},
+    "loss_pyramidclip": {"configuration_pyramidclip", "versions_pyramidclip"},
     "modeling_pyramidclip_text": TOWERS,
     "modeling_pyramidclip_resnet": TOWERS | {"modeling_pyramidclip_text"},
     "modeling_pyramidclip_vit": TOWERS | PARTS,

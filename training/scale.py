@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pyramidclip_command import run_command
 from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES, LEVELS, PyramidCLIPConfig
+from pyramidclip_hf.loss_pyramidclip import BYTES_PER_ENTRY, block_of
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from training.loop.objective import ContrastiveObjective
 from training.settings.pretraining import PretrainingArguments
@@ -166,14 +167,16 @@ def memory_per_gpu(args: PretrainingArguments, num_gpus: int, tokens: int = 24) 
     trained = 4 * sum(p.numel() for p in objective.parameters() if p.requires_grad)
     tensors = [*objective.parameters(), *objective.buffers()]
     levels, width = len(objective.levels), config.projection_dim
-    # Own and gathered embeddings and the gradients of both, fp32, and two blocks of 16 MiB of the similarity matrix.
+    # Own and gathered embeddings and the gradients of both, fp32, and blocks of the similarity matrices.
     embeddings = 2 * 4 * levels * width * (pairs + args.global_batch_size)
+    terms = len(objective.terms)
+    height, width = block_of(pairs, args.global_batch_size, terms, torch.device("cuda"))
     return Memory(
         weights=sum(t.numel() * t.element_size() for t in tensors),
         gradients=trained,
         optimizer=2 * trained,
         activations=trace.activations,
-        loss=embeddings + 2 * (1 << 24),
+        loss=embeddings + BYTES_PER_ENTRY * terms * height * width,
     )
 
 

@@ -54,6 +54,36 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     return _GatherRows.apply(rows)
 
 
+class _Exchange(torch.autograd.Function):
+    """Row r of this process becomes row `rank` of process r; the gradients go back the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        rows = rows.contiguous()
+        received = torch.empty_like(rows)
+        dist.all_to_all_single(received, rows)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, received_grad: torch.Tensor) -> torch.Tensor:
+        return _Exchange.forward(ctx, received_grad)
+
+
+def merge_log_sum_exps(partial: torch.Tensor) -> torch.Tensor:
+    """This process's columns of a log-sum-exp over rows that all processes have a part of.
+
+    Args:
+        partial: (terms, processes x n), over this process's rows.
+
+    Returns:
+        (terms, n), over all rows. Gradients go back to every process.
+    """
+    if world_size() == 1:
+        return partial
+    by_process = partial.unflatten(1, (world_size(), -1)).transpose(0, 1)
+    return torch.logsumexp(_Exchange.apply(by_process), dim=0)
+
+
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     """A new tensor with the sum of `values` over all processes, without gradient."""
     total = values.detach().clone()

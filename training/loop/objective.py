@@ -15,7 +15,7 @@ from torch import nn
 from pyramidclip_hf.configuration_pyramidclip import LEVELS, check_loss_weights, levels_of, levels_of_kind
 from pyramidclip_hf.loss_pyramidclip import pyramid_loss
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
-from training.loop.distributed import gather_rows, world_size
+from training.loop.distributed import gather_rows, merge_log_sum_exps, world_size
 from training.loop.task import Objective, StepLoss
 
 
@@ -189,6 +189,7 @@ class ContrastiveObjective(Objective):
                 present={level: present[:, i] for i, level in enumerate(self.masked_levels)},
                 columns={level: everyone[:, i] for i, level in enumerate(self.levels)},
                 columns_present={level: everyone_present[:, i] for i, level in enumerate(self.masked_levels)},
+                merge=merge_log_sum_exps,
                 groups=groups,
             )
         shares = torch.stack([result.loss, *(result.terms[name] for name in self.terms)]).detach()

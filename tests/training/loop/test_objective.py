@@ -113,6 +113,31 @@ def test_a_level_that_nobody_has_gives_zero_and_keeps_every_gradient():
         assert count == sum(p.requires_grad for p in trainable)
 
 
+def test_a_level_that_one_process_lacks():
+    """Its columns have no row of that process; the other's make up the log-sum-exp alone."""
+
+    def lacking():
+        batch = tiny_batch()
+        half = len(batch["has_tags"]) // 2
+        batch["has_tags"][:half] = False
+        batch["has_tags"][half:] = True
+        return batch
+
+    def step(rank, world_size):
+        objective = ContrastiveObjective(tiny_model(), DEFAULT_LOSS_WEIGHTS, SMOOTHING).eval()
+        wrapped = DistributedDataParallel(objective, broadcast_buffers=False)
+        losses = wrapped(rows_of(lacking(), rank, world_size))
+        losses.loss.backward()
+        return sum_over_processes(losses.shares).numpy(), gradients(objective.model)
+
+    model = tiny_model().eval()
+    loss, _ = dense_loss(model, lacking(), DEFAULT_LOSS_WEIGHTS)
+    loss.backward()
+    for shares, found in run_in_processes(step, 2):
+        np.testing.assert_allclose(shares[0], loss.item(), rtol=1e-6)
+        assert_same_gradients(found, gradients(model), 1e-6)
+
+
 def repeated_texts():
     """A batch in which some tags are the same on different processes, one of them with other numbers behind its end
     token, which the model does not read either."""
