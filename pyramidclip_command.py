@@ -11,9 +11,12 @@ Results go to stdout; an error is one line on stderr.
 """
 
 import argparse
+import contextlib
 import errno
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -43,6 +46,9 @@ _WRONG_USAGE = (
     IsADirectoryError,
     PermissionError,
 )
+
+# What takes less memory when it is lower, in the order of choice.
+_SIZES = ("per_device_chunk_size", "global_batch_size", "batch_size")
 
 Settings = TypeVar("Settings")
 
@@ -136,7 +142,7 @@ def run_command(
         # torch's error is known by its name, so that it need not be imported.
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
             raise
-        return _say(f"error: {_line(error)}. Lower --batch-size.", advice(settings), EXIT_FAILED)
+        return _say(f"error: {_line(error)}.{_smaller(settings)}", advice(settings), EXIT_FAILED)
 
 
 def _line(error: BaseException) -> str:
@@ -148,9 +154,31 @@ def _line(error: BaseException) -> str:
     return text or type(error).__name__
 
 
+def _smaller(settings: Any) -> str:
+    """What to lower where memory was too small: the first of the sizes that the command has."""
+    for part in (settings, *getattr(settings, "__dict__", {}).values()):
+        for name in _SIZES:
+            if hasattr(part, name):
+                return f" Lower --{name.replace('_', '-')}."
+    return ""
+
+
 def _say(text: str, advice: str, code: int) -> int:
-    print(f"{text} {advice}".rstrip(), file=sys.stderr, flush=True)
+    said = f"{text} {advice}".rstrip()
+    if os.environ.get("RANK", "0") != "0":  # one of several processes; the first one's line is the command's
+        said = said.replace("error: ", f"process {os.environ['RANK']}: error: ", 1)
+    print(said, file=sys.stderr, flush=True)
+    _tell_launcher(said)
     return code
+
+
+def _tell_launcher(said: str) -> None:
+    """Leaves the reason where torchrun looks for it: it ends with what it finds there of the process that failed."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path or os.path.exists(path):
+        return
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump({"message": said, "timestamp": int(time.time())}, file)
 
 
 # The command line of `pyramidclip`

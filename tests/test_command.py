@@ -36,8 +36,8 @@ def words(argv):
         (OwnFailure("the loss is not finite"), 1, "error: the loss is not finite"),
         (OSError(28, "No space left"), 1, "error: [Errno 28] No space left. The disk is full. Go on."),
         (ConnectionError("reset"), 1, "error: reset. Go on."),
-        (MemoryError(), 1, "error: MemoryError. Lower --batch-size. Go on."),
-        (torch.OutOfMemoryError("no more"), 1, "error: no more. Lower --batch-size. Go on."),
+        (MemoryError(), 1, "error: MemoryError. Go on."),
+        (torch.OutOfMemoryError("no more"), 1, "error: no more. Go on."),
         (KeyboardInterrupt(), 130, "stopped. Go on."),
     ],
 )
@@ -47,6 +47,47 @@ def test_what_is_expected_to_go_wrong_is_one_line(error, code, line, capsys):
 
     assert run_command(words, run, [], advice=lambda settings: "Go on.") == code
     assert capsys.readouterr() == ("", f"{line}\n" if code != 130 else f"\n{line}\n")
+
+
+@dataclass
+class Sizes:
+    global_batch_size: int = 8
+    per_device_chunk_size: int | None = None
+
+
+@dataclass
+class Parts:
+    first: int
+    work: Sizes
+
+
+@pytest.mark.parametrize("settings", [Sizes(), Parts(1, Sizes())])
+def test_the_memory_too_small_names_a_flag_that_the_command_has(settings, capsys):
+    def run(settings):
+        raise MemoryError("no more")
+
+    assert run_command(lambda words: settings, run, []) == 1
+    assert capsys.readouterr().err == "error: no more. Lower --per-device-chunk-size.\n"
+    assert run_command(words, run, []) == 1
+    assert capsys.readouterr().err == "error: no more.\n"
+
+
+def test_of_several_processes_the_first_speaks_for_the_command_and_the_launcher_learns_the_reason(
+    capsys, monkeypatch, tmp_path
+):
+    """The file is read as torchrun reads it."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    def run(settings):
+        raise ValueError("expected a")
+
+    for rank, line in (("0", "error: expected a\n"), ("3", "process 3: error: expected a\n")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank))
+        assert run_command(words, run, []) == 2
+        assert capsys.readouterr().err == line
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "0"))
+    assert "error: expected a" in str(ChildFailedError("pretrain", {0: failure})).partition("Root Cause")[2]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), KeyError("x"), AssertionError()])

@@ -159,7 +159,7 @@ def test_documented_commands_are_taken(monkeypatch):
     ("command", "fault"),
     [
         ("python -m training.scale --config training/configs/demo.yaml --gpus 64", ""),
-        ("accelerate launch -m training.pretrain --config training/configs/demo.yaml [--field value ...]", ""),
+        ("python -m training.pretrain --config training/configs/demo.yaml [--field value ...]", ""),
         ("python -m training.pretrain ...", ""),
         ("python -m training.scales --gpus 64", "there is no module training.scales"),
         (

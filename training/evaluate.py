@@ -40,6 +40,9 @@ def evaluate(args: EvaluationArguments) -> list[EvalResult]:
         FileNotFoundError: there is no such data.
         ImportError: a package is absent; the message names the extra.
     """
+    for path in filter(None, (args.output, args.csv)):
+        if Path(path).is_dir():
+            raise IsADirectoryError(f"{path} is a folder: expected the name of a file to write the results to")
     state, device = this_process(args.device, args.cpu)
     started = time.perf_counter()
     loaded = load_model(args.model, device=device, dtype=args.dtype)

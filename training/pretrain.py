@@ -1,10 +1,10 @@
 """Pre-trains a PyramidCLIP model.
 
-    accelerate launch -m training.pretrain --config training/configs/demo.yaml [--field value ...] [--resume latest]
+    python -m training.pretrain --config training/configs/demo.yaml [--field value ...] [--resume latest]
 
-One process runs it as well (`python -m training.pretrain ...`). `docs/training.md` explains the settings, the folder
-of a run, and what happens when something goes wrong. Exit codes: 0 finished; 2 a setting is wrong; 75 stopped by
-SIGTERM after saving a checkpoint, to be continued with `--resume latest`; 1 anything else.
+Several processes: `accelerate launch --config_file FILE -m training.pretrain ...`. `docs/training.md` explains the
+settings, the folder of a run, and what happens when something goes wrong. Exit code 75: stopped by SIGTERM after saving
+a checkpoint, to be continued with `--resume latest`.
 """
 
 import sys
@@ -211,7 +211,7 @@ def open_reader(
             max_bytes=int(args.cache_gigabytes * 1e9), patience=Patience(args.fetch_attempts, args.fetch_seconds)
         ),
         allow_unfinished=args.allow_unfinished,
-        workers=args.dataloader_workers,
+        workers=args.workers,
         max_bad_fraction=args.max_bad_fraction,
         overfit_batches=args.overfit_batches,
         bad_log=folder / f"bad-samples-{rank():05d}.jsonl",

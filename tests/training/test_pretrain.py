@@ -56,12 +56,19 @@ def test_the_logged_losses_are_those_of_the_objective(tmp_path):
         ),
         ({"overfit_batches": 6}, "overfit_batches 6: the data has only 5 batches of 8"),
         ({"precision": "fp16"}, "fp16 needs a GPU"),
+        ({"trackers": ["tensorbord"]}, "trackers: expected some of .*tensorboard.* got tensorbord"),
         ({"validation_data": "nowhere"}, "no folder or file nowhere"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_it_starts(tmp_path, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){message}"):
         pretrain.run(settings(tmp_path, **changes))
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    with pytest.raises(ImportError, match="wandb is not installed: pip install wandb"):
+        pretrain.run(settings(tmp_path, trackers=["wandb"]))
 
 
 def test_overfitting_two_batches_reaches_the_smoothing_floor(tmp_path, monkeypatch):

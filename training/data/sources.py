@@ -34,6 +34,9 @@ EXPECTED = (
     "URL of these, a .txt list of tars or a .jsonl manifest; for classification also a folder with one sub-folder of "
     "pictures for each class"
 )
+# Of tables that `training.prepare.pack` reads, and training does not.
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".ndjson", ".json")
+_PACK = "Shards of it are made by `python -m training.prepare.pack --input {} --output-dir DIR`"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -208,6 +211,8 @@ def shard_names(name: str) -> list[str]:
             raise FileNotFoundError(f"{name} has no shards (*.tar): expected {EXPECTED}")
         return found
     if os.path.isfile(name):
+        if name.lower().endswith(TABLE_SUFFIXES):
+            raise ValueError(f"{name} is a table, not shards: expected {EXPECTED}. {_PACK.format(name)}")
         return [name]
     return sorted(path for pattern in _expand(name) for path in _matches(pattern, name))
 
@@ -285,7 +290,7 @@ class Manifest:
 
     Raises:
         FileNotFoundError: it is absent.
-        ValueError: it has no lines, or is behind a URL.
+        ValueError: it has no lines, the first of them names no picture, or it is behind a URL.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -308,6 +313,23 @@ class Manifest:
         self.identity = UnitIdentity(self.path.name, position, digest.hexdigest()[:16])
         if not offsets:
             raise ValueError(f"manifest {path} has no lines")
+        self._check_keys(offsets[0])
+
+    def _check_keys(self, first: int) -> None:
+        """ValueError where the first line, at a byte offset, is of another kind of table; bad lines are bad samples."""
+        with open(self.path, "rb") as file:
+            file.seek(first)
+            line = file.readline(MAX_JSON_BYTES)
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            return
+        if isinstance(record, dict) and "image" not in record:
+            keys = ", ".join(map(repr, list(record)[:8])) or "nothing"
+            raise ValueError(
+                f"manifest {self.path}: expected lines with 'image' (a path) and 'caption', and the first has {keys}. "
+                f"{_PACK.format(self.path)}, which also takes --image-column and --caption-column"
+            )
 
     def units(self) -> list[Unit]:
         """Stretches of a thousand lines, which are shuffled as shards are."""

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from pyramidclip_command import Failure
 from pyramidclip_hf.files import replace_folder
 from pyramidclip_hf.loading import quiet_transformers
+from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.loop.distributed import any_process, rank, world_size
 from training.loop.identity import Identity, compare_identity, completed
 
@@ -85,6 +86,7 @@ class TrainingState:
         scaler: Of fp16.
         kept: File name, without suffix -> what else the task keeps.
         engine: The DeepSpeed engine.
+        processor: Saved beside the model, so that another run can begin from these weights.
     """
 
     model: PreTrainedModel
@@ -95,6 +97,7 @@ class TrainingState:
     scaler: Any = None
     kept: Mapping[str, Stateful] = field(default_factory=dict)
     engine: Any = None
+    processor: PyramidCLIPProcessor | None = None
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -190,6 +193,8 @@ def _write_files(folder: Path, state: TrainingState, progress: Progress) -> None
         return
     with quiet_transformers():
         state.model.save_pretrained(folder / "model")
+    if state.processor is not None:
+        _write_processor(state.processor, folder / "model")
     if state.optimizer is not None:
         _write_tensors(folder / "optimizer.pt", state.optimizer.state_dict())
     if state.scaler is not None:
@@ -199,6 +204,13 @@ def _write_files(folder: Path, state: TrainingState, progress: Progress) -> None
     common = {name: value for name, value in asdict(progress).items() if name != "reader"}
     record = {"format": FORMAT, "processes": world_size(), "identity": state.identity, "progress": common}
     (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_processor(processor: PyramidCLIPProcessor, folder: Path) -> None:
+    try:
+        processor.save_pretrained(folder)
+    except Exception as error:  # tokenizers has no type of its own for a full disk
+        raise OSError(f"{folder}: {error}") from error
 
 
 def _write_tensors(path: Path, content: Any) -> None:

@@ -1,10 +1,9 @@
 """The processes of a run: Accelerate's start, engines that are refused, and BatchNorm over several of them."""
 
 import contextlib
-import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +64,7 @@ def start_processes(settings: RunSettings, folder: Path) -> Any:
         from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
     except ImportError as error:
         raise ImportError('pre-training needs accelerate: pip install -e ".[train]"') from error
-    if "tensorboard" in settings.trackers and importlib.util.find_spec("tensorboard") is None:
-        raise ImportError('trackers: tensorboard is not installed: pip install -e ".[train]", or set trackers: none')
+    check_trackers(settings.trackers)
     # Said here because a launcher without --cpu leaves several processes on a machine without GPU unconnected.
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available()
     if PartialState(cpu=cpu).device.type == "cpu" and settings.precision == "fp16":
@@ -88,6 +86,26 @@ def start_processes(settings: RunSettings, folder: Path) -> Any:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _settle_deepspeed(settings, accelerator)
     return accelerator
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuses trackers that would log nothing, which Accelerate leaves out with a warning.
+
+    Raises:
+        ValueError: Accelerate knows none of that name.
+        ImportError: The tracker is not installed.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    usable = {str(kind) for kind in get_available_trackers()}
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(
+                f"trackers: expected some of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}, or none; got {name}"
+            )
+        if name not in usable:
+            package = '-e ".[train]"' if name == "tensorboard" else name
+            raise ImportError(f"trackers: {name} is not installed: pip install {package}, or set trackers: none")
 
 
 def check_engine(distributed_type: str) -> None:

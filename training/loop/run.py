@@ -117,7 +117,7 @@ def complete_run(settings: Settings, make_task: MakeTask[Settings]) -> RunResult
             complete = train(run, stop_requested)
         except RuntimeError as error:
             if is_worker_death(error):
-                raise worker_died(error, settings.dataloader_workers) from error
+                raise worker_died(error, settings.workers) from error
             raise
         final: Path | None = None
         metrics: Metrics = {}
@@ -172,6 +172,7 @@ def training_state(task: Task, accelerator: Any, wrapped: nn.Module, optimizer: 
         scaler=accelerator.scaler,
         kept=task.kept,
         engine=wrapped if deepspeed else None,
+        processor=task.processor,
     )
 
 

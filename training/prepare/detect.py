@@ -1,6 +1,6 @@
 """Adds the region level: boxes, names, attributes and features of the ten most confident regions, and their tags.
 
-    accelerate launch -m training.prepare.detect --input-dir data/mine --detector vinvl-x152c4
+    python -m training.prepare.detect --input-dir data/mine --detector vinvl-x152c4
     python -m training.prepare.detect --input-dir data/mine --detector PekingU/rtdetr_r50vd --feature-size 2048
 
 The detectors are in `training.prepare.steps.detectors`. What made the regions is kept in `dataset.json`; regions of

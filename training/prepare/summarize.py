@@ -1,7 +1,7 @@
 """Adds the summary level: a short sentence beside each caption.
 
     python -m training.prepare.summarize --input-dir data/mine --model t5-base --dry-run 20
-    accelerate launch -m training.prepare.summarize --input-dir data/mine --model t5-base
+    python -m training.prepare.summarize --input-dir data/mine --model t5-base
     python -m training.prepare.summarize --input-dir data/mine --model first-clause
 
 `--model` is any seq2seq or causal checkpoint of Transformers, or `first-clause`, which is not a model. A text is

@@ -1,6 +1,6 @@
 """The settings of a pre-training run: one flat dataclass, read from a YAML file and the command line.
 
-    accelerate launch -m training.pretrain --config training/configs/demo.yaml --learning-rate 1e-3
+    python -m training.pretrain --config training/configs/demo.yaml --learning-rate 1e-3
 
 What depends on more than one field is checked in `PretrainingArguments.__post_init__`, what depends on the number of
 processes in `per_device_batch_size`.

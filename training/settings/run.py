@@ -1,11 +1,15 @@
 """The settings that every kind of training has, and the base class of those of each kind."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from training.settings.fields import Through, check_fields, mapping_of, redeclared, setting
+from training.settings.fields import Through, check_fields, mapping_of, redeclared, setting, usable_cores
 from training.settings.reading import is_mapping, value_types
+
+# More fill memory sooner than they fill batches.
+MOST_WORKERS = 16
 
 
 @dataclass(kw_only=True)
@@ -63,9 +67,10 @@ class RunSettings:
     seed: int = setting(
         0, "seed of initial weights, data order and augmentation", section="data", identity="data", at_least=0
     )
-    dataloader_workers: int = setting(
-        4,
-        "reading processes beside each training process; 0 reads in the training process",
+    dataloader_workers: int | None = setting(
+        None,
+        "reading processes beside each training process; 0 reads in the training process. Default: the cores of the "
+        f"machine, shared among its training processes, at most {MOST_WORKERS}",
         section="data",
         identity=None,
         at_least=0,
@@ -175,6 +180,13 @@ class RunSettings:
                 f"choose a multiple of {num_processes}"
             )
         return size
+
+    @property
+    def workers(self) -> int:
+        """Reading processes beside this training process: as set, else what the machine has for it."""
+        if self.dataloader_workers is not None:
+            return self.dataloader_workers
+        return min(MOST_WORKERS, max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
     def to_dict(self) -> dict[str, Any]:
         """Field name -> plain value, fit for YAML and JSON."""

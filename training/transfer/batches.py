@@ -96,7 +96,7 @@ class LabelledReader(BatchReader):
             args.global_batch_size,
             rank(),
             world_size(),
-            workers=args.dataloader_workers,
+            workers=args.workers,
             device=device,
             # The pictures are read through functions that cannot be pickled. Workers compute on no device.
             start_method="fork",

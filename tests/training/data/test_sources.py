@@ -15,7 +15,7 @@ from training.data.patience import Patience
 from training.data.records import members_from_sample
 from training.data.remote import DownloadError, ShardCache
 from training.data.shards import read_dataset_json
-from training.data.sources import shard_names
+from training.data.sources import open_data_set, shard_names
 from training.evaluation.tasks import EvaluationArguments, open_labelled, open_samples
 from training.prepare import audit
 from training.prepare.formats.store import StoreRows
@@ -59,6 +59,19 @@ def test_data_that_a_step_left_unfinished_is_refused_by_every_reader(tmp_path, r
     audit.run(audit.parse([str(folder), "--allow-unfinished", "--workers", "1"]))
     with refused:
         StoreRows(folder)
+
+
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.parquet", "pairs.JSON"])
+def test_a_table_is_told_how_it_becomes_shards(tmp_path, name):
+    (tmp_path / name).write_text("image,caption\na.jpg,a\n")
+    with pytest.raises(ValueError, match=f"{name} is a table.*prepare.pack --input .*{name} --output-dir"):
+        shard_names(str(tmp_path / name))
+
+
+def test_a_manifest_with_other_keys_is_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('\n{"path": "a.jpg", "text": "a"}\n')
+    with pytest.raises(ValueError, match="expected lines with 'image'.*the first has 'path', 'text'.*prepare.pack"):
+        open_data_set(str(tmp_path / "pairs.jsonl"))
 
 
 def test_manifest_gives_the_same_batches(shards, tmp_path, reader):

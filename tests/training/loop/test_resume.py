@@ -88,6 +88,17 @@ def test_another_run_is_not_continued(finished, changes, message):
         pretrain.run(arguments(finished, resume="latest", **changes))
 
 
+def test_another_run_begins_from_the_weights_of_a_checkpoint(finished, tmp_path):
+    """What the error above and docs/training.md advise."""
+    model = str(list_checkpoints(finished)[-1] / "model")
+    changes = {"model": model, "model_config": None, "learning_rate": 0.0, "ema_decay": 0.0}
+    result = pretrain.run(arguments(tmp_path, steps=1, **changes))
+    frozen = "visual_projection.weight"
+    assert torch.equal(
+        load_file(result.final / "model.safetensors")[frozen], load_file(f"{model}/model.safetensors")[frozen]
+    )
+
+
 def test_a_setting_that_the_checkpoint_s_version_did_not_know_had_its_default(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     record = list_checkpoints(tmp_path / "run")[-1] / "run.json"
@@ -157,11 +168,11 @@ def test_a_full_disk_is_said_and_the_older_checkpoint_stays(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 700 kB; two checkpoints of these runs fit, a third does not."""
+    """A file system of 11 MB; two checkpoints of these runs fit, a third does not."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(folder)], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=11300k", "tmpfs", str(folder)], capture_output=True
     ).returncode:
         pytest.skip("mounting a small file system is not permitted here")
     yield folder

@@ -114,3 +114,13 @@ def test_the_global_batch_is_divided_evenly_or_not_at_all():
         args.per_device_batch_size(5)
     with pytest.raises(ValueError, match=r"per_device_chunk_size 12 must divide .* 32 \(= global_batch_size 96 / 3"):
         args.per_device_batch_size(3)
+
+
+def test_the_reading_processes_are_those_that_the_machine_has_for_them(monkeypatch):
+    monkeypatch.setattr("training.settings.run.usable_cores", lambda: 12)
+    assert parsed(MINIMAL).workers == 12
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert parsed(MINIMAL).workers == 1
+    assert parsed([*MINIMAL, "--dataloader-workers", "0"]).workers == 0
+    monkeypatch.setattr("training.settings.run.usable_cores", lambda: 400)
+    assert parsed(MINIMAL).workers == 16
