@@ -45,7 +45,9 @@ from .modeling_pyramidclip_text import (
     is_traced,
     keys_with_first,
     mask_of_keys,
+    moved_left,
     take_position,
+    text_starts,
 )
 from .modeling_pyramidclip_vit import PyramidCLIPLeFFLayer, PyramidCLIPVisionEmbeddings
 from .versions_pyramidclip import NO_CACHE
@@ -139,10 +141,12 @@ class PyramidCLIPTextModel(PyramidCLIPPreTrainedModel):
         """Hidden states (B, L, D) after the final LayerNorm, and the pooled vector (B, D).
 
         Args:
-            input_ids: (B, L) int64, L at most `max_position_embeddings`, padded on the right by anybody with anything.
+            input_ids: (B, L) int64, L at most `max_position_embeddings`, padded on the right by anybody with anything,
+                or on the left with pad or end ids or where the mask is 0: such rows are moved to the left first, and
+                the hidden states are those of the moved rows.
             attention_mask: (B, L), 1 on real tokens. Attention itself is causal and never masked: behind the end
                 token nothing can reach it, and under `"max"` the padding belongs to the function.
-            position_ids: (1 or B, L) int64; by default 0, 1, ...
+            position_ids: (1 or B, L) int64, moved with the ids; by default 0, 1, ... of the moved rows.
             pooled_only: compute nothing that `pooler_output` does not need; there is no `last_hidden_state` then.
             cut_padding: under `"eos"` and with `pooled_only`, cut off what is behind the longest text. It reads a
                 number off the device, so a training step would have to wait for it.
@@ -152,6 +156,13 @@ class PyramidCLIPTextModel(PyramidCLIPPreTrainedModel):
             ValueError: no ids, no texts, or more tokens than positions.
         """
         input_ids = checked_input_ids(input_ids, self.config)
+        starts = text_starts(input_ids, attention_mask, self.config)
+        kept = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).to(input_ids.dtype)
+        attention_mask = moved_left(kept, starts, 0)
+        input_ids = moved_left(input_ids, starts, self.config.pad_token_id or 0)
+        if position_ids is not None:
+            own = self.embeddings.position_ids[:, : input_ids.shape[1]]
+            position_ids = moved_left(position_ids.expand(input_ids.shape[0], -1), starts, own)
         ends = end_positions(input_ids, attention_mask, self.config) if self.config.pooling == "eos" else None
         if cut_padding and pooled_only and ends is not None:
             length = int(ends.max()) + 1

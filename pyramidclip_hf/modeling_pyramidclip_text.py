@@ -249,8 +249,32 @@ def checked_input_ids(input_ids: torch.Tensor | None, config: PyramidCLIPTextCon
     return input_ids
 
 
-def canonical_input_ids(
+def text_starts(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: PyramidCLIPTextConfig
+) -> torch.Tensor:
+    """(B,) where each row's text starts: behind padding on its left, which a mask hides or pad or end ids fill.
+
+    Without a mask only the start-of-text id tells such padding from a text.
+    """
+    kept = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    starts = kept & (input_ids == config.bos_token_id)
+    filling = ~kept | (input_ids == config.eos_token_id)
+    if config.pad_token_id is not None:
+        filling = filling | (input_ids == config.pad_token_id)
+    first = starts.int().argmax(dim=1)
+    is_padded = starts.any(dim=1) & (first <= filling.int().cumprod(dim=1).sum(dim=1))
+    return torch.where(is_padded, first, kept.int().argmax(dim=1))
+
+
+def moved_left(rows: torch.Tensor, starts: torch.Tensor, filler: torch.Tensor | int) -> torch.Tensor:
+    """Rows (B, L) from their starts (B,) on, `filler` (1, L) or a number at their ends; as they are from 0 on."""
+    wanted = starts[:, None] + torch.arange(rows.shape[1], device=rows.device)
+    last = rows.shape[1] - 1
+    return torch.where(wanted > last, filler, rows.gather(1, wanted.clamp(max=last)))
+
+
+def canonical_input_ids(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, config: PyramidCLIPTextConfig
 ) -> torch.Tensor:
     """What maximum pooling sees: the same ids whoever padded, and with whatever (docs/design.md, Towers).
 
@@ -258,21 +282,17 @@ def canonical_input_ids(
     row is filled with it to `max_position_embeddings`, because the maximum runs over the padded positions too.
     """
     is_end = input_ids == config.eos_token_id
-    behind_end = is_end.int().cumsum(1) - is_end.int() > 0
-    if attention_mask is not None:
-        behind_end = behind_end | (attention_mask == 0)
+    behind_end = (is_end.int().cumsum(1) - is_end.int() > 0) | (attention_mask == 0)
     padding = config.pad_token_id or 0  # never None under "max"
     input_ids = input_ids.masked_fill(behind_end, padding)
     return F.pad(input_ids, (0, config.max_position_embeddings - input_ids.shape[1]), value=padding)
 
 
-def end_positions(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: PyramidCLIPTextConfig
-) -> torch.Tensor:
+def end_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor, config: PyramidCLIPTextConfig) -> torch.Tensor:
     """(B,) the first end-of-text id of each row; a row without it: its last unmasked position."""
     is_end = (input_ids == config.eos_token_id).int()
     steps = torch.arange(input_ids.shape[1], device=input_ids.device)
-    last = steps[-1] if attention_mask is None else ((attention_mask != 0).int() * steps).amax(dim=1)
+    last = ((attention_mask != 0).int() * steps).amax(dim=1)
     return torch.where(is_end.amax(dim=1) > 0, is_end.argmax(dim=1), last)
 
 

@@ -14,7 +14,7 @@ from pyramidclip_hf import (
     PyramidCLIPVisionModelWithProjection,
 )
 from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVELS, TERMS, levels_of
-from pyramidclip_hf.modeling_pyramidclip_text import activation_named
+from pyramidclip_hf.modeling_pyramidclip_text import activation_named, text_starts
 from tests.plain_forms import lively, plain_form
 from tests.pyramidclip_hf.tiny import BOTH, TEXT, make_batch, tiny
 
@@ -49,6 +49,29 @@ def test_text_embeddings_do_not_depend_on_padding(pooling):
             torch.testing.assert_close(masked, wanted, atol=1e-12, rtol=0)
     together = model.encode_text(torch.tensor([[48, 5, 6, 7, 49, 0], [48, 1, 2, 3, 4, 49]]))
     torch.testing.assert_close(together[:1], wanted, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("pooling", ["max", "eos"])
+def test_text_embeddings_do_not_depend_on_the_side_of_the_padding(pooling):
+    model = tiny(pooling=pooling).double()
+    texts = [[48, 5, 6, 7, 49], [48, 9, 49], [48, 1, 2, 3, 4, 5, 6, 49]]
+    wanted = torch.cat([model.encode_text(torch.tensor([text])) for text in texts])
+    gaps = [8 - len(text) for text in texts]
+    mask = torch.tensor([[0] * gap + [1] * len(text) for gap, text in zip(gaps, texts)])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for pad in (0, 49, 17):
+        padded = torch.tensor([[pad] * gap + text for gap, text in zip(gaps, texts)])
+        for options in [{"attention_mask": mask}, {"attention_mask": mask, "position_ids": positions}]:
+            found = model.text_projection(model.text_model(padded, pooled_only=True, **options).pooler_output)
+            torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+        if pad != 17:  # which might be a word
+            torch.testing.assert_close(model.encode_text(padded), wanted, atol=1e-12, rtol=0)
+            whole = model.text_model(padded, torch.ones_like(padded))
+            torch.testing.assert_close(model.text_projection(whole.pooler_output), wanted, atol=1e-12, rtol=0)
+    # A start id behind words is no padding, and neither is a text that begins with pads and lacks a start.
+    for ids in ([5, 6, 48, 7, 49], [0, 0, 5, 6, 49]):
+        starts = text_starts(torch.tensor([ids]), None, model.config.text_config)
+        assert starts.tolist() == [0]
 
 
 def value_gradient_and_kept(function, inputs):
