@@ -199,12 +199,15 @@ def _eight_bit(array: np.ndarray) -> np.ndarray:
     return array.astype(np.uint8)
 
 
-def _crop_for_size(size: Any) -> dict[str, int]:
-    """The crop that a resize to `size` asks for: the square of the shortest edge, or the whole (height, width)."""
+def _crop_for_size(size: Any) -> dict[str, int] | None:
+    """The crop that a resize to `size` asks for: the square of the shortest edge, or the whole (height, width).
+
+    None for sizes that name neither, such as `max_height` and `max_width`.
+    """
     size = dict(size) if isinstance(size, SizeDict) else get_size_dict(size, default_to_square=False)
-    height, width = size.get("height"), size.get("width")
     edge = size.get("shortest_edge")
-    return {"height": height or edge, "width": width or edge}
+    height, width = size.get("height") or edge, size.get("width") or edge
+    return {"height": height, "width": width} if height and width else None
 
 
 class PyramidCLIPImageProcessorKwargs(ImagesKwargs, total=False):
@@ -243,9 +246,10 @@ class PyramidCLIPImageProcessor(PilBackend):
 
     @staticmethod
     def _with_crop(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        crop = None
         if kwargs.get("size") is not None and kwargs.get("crop_size") is None:
-            return {**kwargs, "crop_size": _crop_for_size(kwargs["size"])}
-        return dict(kwargs)
+            crop = _crop_for_size(kwargs["size"])
+        return dict(kwargs) if crop is None else {**kwargs, "crop_size": crop}
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -294,7 +298,10 @@ class PyramidCLIPImageProcessor(PilBackend):
                 return np.moveaxis(np.asarray(upright_rgb(image)), -1, 0)
             return super().process_image(_upright(image), do_convert_rgb=False, **kwargs)
         if not isinstance(image, np.ndarray):
-            image = image.detach().cpu().numpy()
+            image = image.detach().cpu()
+            if image.is_floating_point() and image.element_size() < 4:  # numpy lacks bfloat16
+                image = image.float()
+            image = image.numpy()
         if do_convert_rgb:
             if input_data_format is None:
                 input_data_format = infer_channel_dimension_format(image, num_channels=(1, 3, 4))
@@ -306,8 +313,14 @@ class PyramidCLIPImageProcessor(PilBackend):
         return super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format, **kwargs)
 
     def resize(self, image: np.ndarray, size: SizeDict, resample: Any = None, *args: Any, **kwargs: Any) -> np.ndarray:
-        """Resizes (C, H, W); the sizes are torchvision's, the filter is PIL's."""
+        """Resizes (C, H, W); the sizes are torchvision's, the filter is PIL's.
+
+        Floats outside of 0..1, which are no pixels of PIL's, are resized as they are.
+        """
         target = self._target_size((image.shape[-2], image.shape[-1]), size)
+        if target is not None and isinstance(resample, int) and _is_normalised(image):
+            planes = (Image.fromarray(plane.astype(np.float32)) for plane in image)
+            return np.stack([np.asarray(plane.resize(target[::-1], resample)) for plane in planes])
         if target is None or image.dtype != np.uint8 or len(image) != 3 or not isinstance(resample, int):
             return super().resize(image, size, resample, *args, **kwargs)
         return self._pil_resize(image, target, resample)
@@ -402,6 +415,14 @@ class PyramidCLIPImageProcessor(PilBackend):
         if return_tensors is not None and len({picture.shape for picture in pictures}) == 1:
             pictures = np.stack(pictures)
         return BatchFeature(data={"pixel_values": pictures}, tensor_type=return_tensors)
+
+
+def _is_normalised(image: np.ndarray) -> bool:
+    """Whether an array holds neither 0..1 nor whole numbers of 0..255."""
+    if image.dtype.kind != "f" or not image.size:
+        return False
+    low, high = image.min(), image.max()
+    return bool(low < 0 or high > 255 or (high > 1 and not np.array_equal(image, np.rint(image))))
 
 
 def _by_table(image: np.ndarray, scaled: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

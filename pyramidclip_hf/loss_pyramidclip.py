@@ -308,7 +308,7 @@ def pyramid_loss(
 
     Raises:
         ValueError: weights that name no term or an unknown one, a level of a named term that is absent, levels of
-            different sizes, fewer than two samples, `columns` without `merge` or the reverse.
+            different sizes, no samples, `columns` without `merge` or the reverse.
     """
     weights = check_loss_weights(loss_weights)
     if (columns is None) != (merge is None):
@@ -350,8 +350,8 @@ def _check_levels(
     if len(set(sizes.values())) > 1:
         raise ValueError(f"All levels must hold the same number of samples, got {sizes}.")
     total = next(iter(sizes.values()))
-    if total < 2:
-        raise ValueError(f"A contrastive loss needs at least two samples in the global batch, got {total}.")
+    if not total:
+        raise ValueError("A contrastive loss needs samples in the global batch, got none.")
 
 
 def _presence(

@@ -9,7 +9,7 @@ Shape letters: B batch, L tokens, K regions, D tower width, P `projection_dim`.
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -376,6 +376,14 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The text tower's token embedding, which `resize_token_embeddings` is about."""
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the text tower's token embedding."""
+        self.text_model.set_input_embeddings(value)
+
     @can_return_tuple
     def get_text_features(
         self,
@@ -474,6 +482,22 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
             encoded = encoded.split([len(part) for part in ids])
             embeds.update(zip(group, encoded, strict=True))
         return {level: embeds[level] for level in levels}
+
+    def freeze(self, tower: Literal["vision", "text"]) -> Self:
+        """Keeps a tower and its projection as they are in training, the running statistics of BatchNorm too.
+
+        Raises:
+            ValueError: no such tower.
+        """
+        if tower not in ("vision", "text"):
+            raise ValueError(f"freeze({tower!r}): expected 'vision' or 'text'.")
+        modules = {
+            "vision": (self.vision_model, self.visual_projection),
+            "text": (self.text_model, self.text_projection),
+        }
+        for module in modules[tower]:
+            module.requires_grad_(False)
+        return self
 
     def level_parameters(self, levels: Iterable[str]) -> list[str]:
         """Names of the parameters that these levels' embeddings and the loss depend on."""

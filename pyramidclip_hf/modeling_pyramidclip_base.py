@@ -138,10 +138,23 @@ class PyramidCLIPPreTrainedModel(PreTrainedModel):
             )
 
     def train(self, mode: bool = True) -> Self:
-        """As in the base class; a fused model cannot be trained."""
+        """As in the base class, but frozen BatchNorm stays in evaluation mode; a fused model cannot be trained."""
         if mode:
             self._refuse_if_fused("train()")
-        return super().train(mode)
+        super().train(mode)
+        return self._hold_frozen_statistics()
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As in the base class; BatchNorm that is frozen here is in evaluation mode from now on."""
+        super().requires_grad_(requires_grad)
+        return self._hold_frozen_statistics()
+
+    def _hold_frozen_statistics(self) -> Self:
+        # Running statistics are part of what a frozen layer computes, and adapters do not save them.
+        for module in self.modules():
+            if isinstance(module, _BatchNorm) and module.affine:
+                module.train(self.training and module.weight.requires_grad)
+        return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As in the base class; a fused model has weights that no plain one can load."""

@@ -66,6 +66,22 @@ def test_auto_classes_find_ours(folder):
     assert type(AutoTokenizer.from_pretrained(folder)) is PyramidCLIPTokenizer
 
 
+@BOTH
+def test_tokens_can_be_added(tower, tmp_path):
+    model = PyramidCLIPModel(tiny_config(tower)).eval()
+    ids = torch.tensor([[49406, 320, 1929, 49407]])
+    before = model.encode_text(ids)
+    assert model.get_input_embeddings() is model.text_model.embeddings.token_embedding
+    model.resize_token_embeddings(49410)
+    torch.testing.assert_close(model.encode_text(ids), before)
+    new = model.encode_text(torch.tensor([[49406, 49409, 49407]]))
+    model.save_pretrained(tmp_path)
+    again = PyramidCLIPModel.from_pretrained(tmp_path)
+    assert again.config.text_config.vocab_size == 49410 == len(again.get_input_embeddings().weight)
+    torch.testing.assert_close(again.encode_text(ids), before)
+    torch.testing.assert_close(again.encode_text(torch.tensor([[49406, 49409, 49407]])), new)
+
+
 def test_zero_shot_pipeline_equals_the_model(folder, pictures):
     labels = ["a dog", "a remarkably long name of a cat", "!"]
     classify = pipeline("zero-shot-image-classification", model=str(folder), device="cpu")

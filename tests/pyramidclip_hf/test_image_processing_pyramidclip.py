@@ -374,3 +374,27 @@ def test_an_empty_batch_is_refused(small, empty):
 def test_values_out_of_range_are_refused(small, low, high):
     with pytest.raises(ValueError, match="already normalised pictures need"):
         small(np.linspace(low, high, 192, dtype=np.float32).reshape(8, 8, 3))
+
+
+def test_the_advice_for_normalised_pictures_works(small):
+    array = photograph() // 2 + 64  # where the filter does not overshoot 0..255
+    normalised = ((array / 255 - MEAN) / STD).astype(np.float32)
+    with pytest.raises(ValueError, match="need do_rescale=False and do_normalize=False"):
+        small(normalised)
+    found = pixels(small, normalised, do_rescale=False, do_normalize=False)
+    # Pixels are rounded to 8 bits after each of the two passes of the filter, these are not.
+    assert np.abs(found - pixels(small, array)).max() <= 1.1 / 255 / STD.min()
+    pixels(small, normalised, do_rescale=False, do_normalize=False, size={"height": 20, "width": 30})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tensors_of_half_precision(small, dtype):
+    tensor = torch.from_numpy(photograph() / 255).to(dtype)
+    assert np.array_equal(pixels(small, tensor), pixels(small, tensor.float()))
+
+
+def test_sizes_that_name_no_crop(small):
+    size = {"max_height": 40, "max_width": 30}
+    found = pixels(small, Image.fromarray(photograph()), size=size, do_center_crop=False)
+    assert found.shape == (1, 3, 22, 30)  # 90 x 120 made to fit
+    assert pixels(small, Image.fromarray(photograph()), size=size).shape == (1, 3, 32, 32)

@@ -326,7 +326,7 @@ def test_the_logit_scale_is_clamped():
         (lambda m, b: m.encode_rois(torch.zeros(1, 2, 10), torch.ones(1, 3)), "roi_mask"),
         (lambda m, b: m.encode_levels(("global", "tags"), pixel_values=b["pixel_values"]), "tag_input_ids"),
         (lambda m, b: m(**{**b, "roi_features": None}, return_loss=True), r"roi_features.*roi_summary.*roi_caption"),
-        (lambda m, b: m(**{k: v[:1] for k, v in b.items()}, return_loss=True), "at least two samples"),
+        (lambda m, b: m.freeze("image"), r"freeze\('image'\): expected 'vision' or 'text'"),
         (lambda m, b: m.vision_model(), "one of the two"),
     ],
 )
@@ -334,6 +334,53 @@ def test_wrong_input_is_refused_by_name(call, message):
     model = tiny()
     with pytest.raises(ValueError, match=message):
         call(model, make_batch(model))
+
+
+@BOTH
+@pytest.mark.parametrize("training", [False, True])
+def test_a_batch_of_one_pair_has_loss_0_and_no_gradient(tower, training):
+    model = tiny(tower).train(training)
+    output = model(**{name: value[:1] for name, value in make_batch(model).items()}, return_loss=True)
+    output.loss.backward()
+    assert output.loss_terms and not any([output.loss, *output.loss_terms.values()])
+    assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def statistics(model):
+    return {name: value.clone() for name, value in model.state_dict().items() if "running" in name or "batches" in name}
+
+
+@BOTH
+@pytest.mark.parametrize("how", ["freeze", "before", "while training", "after"])
+def test_a_frozen_tower_keeps_its_running_statistics(tower, how):
+    model = tiny(tower)
+    before = statistics(model)
+    if how == "while training":
+        model.train()
+    if how == "freeze":
+        model.freeze("vision")
+    elif how != "after":
+        model.vision_model.requires_grad_(False)
+    if how != "while training":
+        model.train()
+    if how == "after":
+        for parameter in model.parameters():
+            parameter.requires_grad = False
+        model.train()
+    model(**make_batch(model))
+    assert before and all(torch.equal(value, before[name]) for name, value in statistics(model).items())
+    model.vision_model.requires_grad_(True).train()
+    model(**make_batch(model))
+    assert all(not torch.equal(value, before[name]) for name, value in statistics(model).items())
+
+
+def test_statistics_of_layers_that_learn_move_beside_those_of_frozen_ones():
+    model = tiny()
+    model.vision_model.encoder.layers[0].requires_grad_(False)
+    before = statistics(model.train())
+    model(**make_batch(model))
+    moved = {name for name, value in statistics(model).items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if ".layers.1." in name}
 
 
 def test_default_objective_needs_all_six_levels():

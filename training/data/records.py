@@ -225,7 +225,7 @@ def members_from_sample(sample: Sample) -> dict[str, bytes]:
         )
     members = {sample.image_suffix: sample.image}
     if sample.caption is not None:
-        members["txt"] = sample.caption.encode()
+        members["txt"] = sample.caption.encode(errors="replace")
     record = dict(sample.extra)
     if sample.captions:
         record["captions"] = list(sample.captions)
@@ -244,13 +244,20 @@ def members_from_sample(sample: Sample) -> dict[str, bytes]:
             for r in sample.regions
         ]
     if record:
-        members["json"] = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+        members["json"] = _json_bytes(record)
     if sample.roi is not None:
         if len(sample.roi) != len(sample.regions or ()):
             count = len(sample.regions or ())
             raise ValueError(f"sample {sample.key!r}: {len(sample.roi)} rows for {count} regions")
         members["roi.npy"] = npy_bytes(sample.roi)
     return members
+
+
+def _json_bytes(record: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON may hold and UTF-8 may not
+        return json.dumps(record, separators=(",", ":")).encode()
 
 
 def npy_bytes(array: np.ndarray) -> bytes:

@@ -50,6 +50,15 @@ def test_round_trip_keeps_everything_and_bytes_are_stable():
     assert back == sample
 
 
+def test_half_of_a_surrogate_pair_is_kept_in_json_and_replaced_in_text():
+    sample = Sample("k", b"x", "jpg", "a \ud83d b", extra={"author": "x \ud83d y", "place": "Genève"})
+    members = members_from_sample(sample)
+    assert members["txt"].decode() == "a ? b" and members["json"].decode().isascii()
+    back = sample_from_members(members, "k", "w")
+    assert back.caption == "a ? b" and back.extra == sample.extra
+    assert "Genève".encode() in members_from_sample(Sample("k", b"x", "jpg", extra={"place": "Genève"}))["json"]
+
+
 def test_roi_array_is_what_numpy_reads_and_is_no_copy():
     rng = np.random.default_rng(0)
     array = rng.normal(size=(10, 2048)).astype(np.float16)
