@@ -173,6 +173,9 @@ def contrastive_task(args: PretrainingArguments, accelerator: Any, folder: Path)
             args.drop_repeated_tags,
             args.allow_unfinished,
         )
+        if validation.bad:
+            told = f"{args.validation_data}: {len(validation.bad)} of {len(validation.bad) + len(validation.samples)}"
+            accelerator.print(f"{told} samples cannot be read and are left out: {validation.bad[0]}", file=sys.stderr)
     average = MovingAverage(model, args.ema_decay) if args.ema_decay else None
     return ContrastiveTask(args, objective, processor, reader, plan, validation, average, coverage)
 

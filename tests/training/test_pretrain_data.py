@@ -113,6 +113,27 @@ def test_validation_is_the_same_on_one_two_and_three_processes(tmp_path, shards)
     assert {name: value for name, value in lines[-1].items() if name != "step"} == expected
 
 
+def test_validation_samples_that_cannot_be_read_are_left_out_and_counted(tmp_path, shards, capsys):
+    spoil = {
+        5: lambda members: {**members, "jpg": members["jpg"][: len(members["jpg"]) // 2]},
+        9: lambda members: {**members, "json": b"{broken"},
+    }
+    data = write_shards(tmp_path / "validation", range(16), spoil=spoil)
+    without = write_shards(tmp_path / "without", [number for number in range(16) if number not in spoil])
+    options = {"max_steps": 2, "eval_every_steps": 1, "save_every_steps": 1}
+    result = pretrain.run(settings(tmp_path / "run", shards, validation_data=str(data), **options))
+    assert result.finished
+    told = capsys.readouterr().err
+    assert re.search(r"validation: 2 of 16 samples cannot be read and are left out: picture 0005 of .*truncated", told)
+    assert "skips nothing" not in told
+    expected = pretrain.run(settings(tmp_path / "clean", shards, validation_data=str(without), **options)).metrics
+    assert result.metrics == {"validation/bad": 2.0, **expected} and expected
+    all_bad = {number: lambda members: {**members, "jpg": b"x"} for number in range(4)}
+    bad = write_shards(tmp_path / "bad", range(4), spoil=all_bad)
+    with pytest.raises(ValueError, match="validation_data .*bad: none of 4 samples can be read; picture 0000"):
+        pretrain.run(settings(tmp_path / "none", shards, validation_data=str(bad), **options))
+
+
 def damaged(folder, shards):
     """A copy of the shards with one picture cut and another shard that ends in the middle."""
     shutil.copytree(shards, folder)

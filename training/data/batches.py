@@ -212,7 +212,7 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
         try:
             reader, members = self._read(epoch, dataset, unit, index)
             key = reader.key(index)
-            sample = sample_from_members(members, key, reader.name, require_image=bool(self._views))
+            sample = sample_from_members(members, key, reader.name, bool(self._views), self.settings.levels)
             if sample.caption is None:
                 raise BadSample(key, reader.name, "no-caption", "expected KEY.txt, or `caption` in KEY.json")
             number = self.order.sample_id(dataset, unit, index)

@@ -6,7 +6,7 @@ with them every one that sees the whole picture.
 
 import collections
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVELS, TERMS
@@ -78,13 +78,19 @@ class Coverage:
         return lines
 
 
-def look_at(data_sets: Sequence[DataSet], roi_feature_size: int, cache: ShardCache | None = None) -> Coverage:
+def look_at(
+    data_sets: Sequence[DataSet],
+    roi_feature_size: int,
+    cache: ShardCache | None = None,
+    levels: Collection[str] = tuple(LEVELS),
+) -> Coverage:
     """Looks at pairs that lie spread over each data set (behind a URL: in one shard of each), not at their pictures.
 
     Args:
         data_sets: of the run.
         roi_feature_size: features of another width count as missing.
         cache: for remote shards.
+        levels: that the objective names; of others, what has another form counts as missing.
 
     Raises:
         ValueError: none of the pairs can be used; with the reasons.
@@ -95,7 +101,7 @@ def look_at(data_sets: Sequence[DataSet], roi_feature_size: int, cache: ShardCac
         if is_url(units[0].name):
             units = units[:1]
         for unit in units:
-            for found in _levels(data, unit, PAIRS_LOOKED_AT // len(units), roi_feature_size, cache):
+            for found in _levels(data, unit, PAIRS_LOOKED_AT // len(units), roi_feature_size, cache, levels):
                 if isinstance(found, Fault):
                     faults.append(found)
                     continue
@@ -117,7 +123,12 @@ def _spread(units: Sequence[Unit], number: int) -> list[Unit]:
 
 
 def _levels(
-    data: DataSet, unit: Unit, number: int, roi_feature_size: int, cache: ShardCache | None
+    data: DataSet,
+    unit: Unit,
+    number: int,
+    roi_feature_size: int,
+    cache: ShardCache | None,
+    levels: Collection[str],
 ) -> list[set[str] | Fault]:
     """Of at most `number` samples of a unit: the levels that are there, or what is wrong with it."""
     found: list[set[str] | Fault] = []
@@ -126,7 +137,7 @@ def _levels(
         number = min(number, len(reader))
         for i in (n * len(reader) // number for n in range(number)):
             try:
-                sample = sample_from_members(reader.read(i, _MEMBERS), reader.key(i), reader.name, require_image=False)
+                sample = sample_from_members(reader.read(i, _MEMBERS), reader.key(i), reader.name, False, levels)
             except BadSample as bad:
                 found.append(bad.fault)
                 continue

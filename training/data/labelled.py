@@ -201,7 +201,7 @@ def labelled_shards(
         FileNotFoundError: there is nothing, or no such file.
         ValueError: a sample without a class or with one that is not among the names, or a class without a picture.
     """
-    samples = ShardSamples(data, allow_unfinished=allow_unfinished)
+    samples = ShardSamples(data, allow_unfinished=allow_unfinished, levels=("global",))
     chosen = spread_evenly(len(samples), max_samples or len(samples))
     found = [_class_of(samples[number], data) for number in chosen]
     is_folder = os.path.isdir(data) or (is_url(data) and ".tar" not in Path(data).name and not data.endswith(".txt"))

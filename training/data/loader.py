@@ -370,7 +370,7 @@ class TrainingReader(BatchReader):
         if not data:
             raise ValueError("no training data named: expected at least one folder, shard list or manifest")
         cache = self._cache = cache or ShardCache()
-        self._roi_feature_size = settings.roi_feature_size
+        self._roi_feature_size, self._levels = settings.roi_feature_size, settings.levels
         self.data_sets = [open_data_set(name, cache, allow_unfinished) for name in data]
         check_regions(self.data_sets, settings)
         sizes = [[unit.samples for unit in one.units] for one in self.data_sets]
@@ -381,7 +381,7 @@ class TrainingReader(BatchReader):
 
     def look(self) -> Coverage:
         """Which share of the pairs each loss term gets; raises ValueError where none can be used."""
-        return look_at(self.data_sets, self._roi_feature_size, self._cache)
+        return look_at(self.data_sets, self._roi_feature_size, self._cache, self._levels)
 
     @property
     def description(self) -> list[dict[str, Any]]:

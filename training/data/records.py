@@ -9,9 +9,9 @@ with a word that can be counted.
 import ast
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,7 @@ _JSON_KEYS = ("caption", "captions", "summary", "tags", "regions")
 
 
 Box = tuple[float, float, float, float]
+T = TypeVar("T")
 
 
 class Fault(NamedTuple):
@@ -165,7 +166,13 @@ def has_level(sample: Sample, level: str) -> bool:
     return (sample.image if kind == "picture" else sample.roi) is not None
 
 
-def sample_from_members(members: Mapping[str, bytes], key: str, where: str, require_image: bool = True) -> Sample:
+def sample_from_members(
+    members: Mapping[str, bytes],
+    key: str,
+    where: str,
+    require_image: bool = True,
+    levels: Collection[str] = tuple(LEVELS),
+) -> Sample:
     """Checks the members of one sample.
 
     Args:
@@ -173,6 +180,8 @@ def sample_from_members(members: Mapping[str, bytes], key: str, where: str, requ
         key: names the sample in errors.
         where: what it came from, in errors.
         require_image: off: a sample whose picture was not read is fine, its `image` is None.
+        levels: those of `LEVELS` that are wanted. What is there of others and has another form (`tags` of the JSON may
+            mean anything to whoever made it) counts as missing.
 
     Returns:
         The sample; a caption, summary, tags or regions that are missing or blank are None.
@@ -188,21 +197,26 @@ def sample_from_members(members: Mapping[str, bytes], key: str, where: str, requ
         raise BadSample(key, where, "no-image", f"expected a member .jpg, .png or .webp, found {found}{_TORN}")
     record = _read_json(members.get("json"), key, where)
     captions = _captions(members.get("txt"), record, key, where)
-    regions = _regions(record.get("regions"), key, where)
-    roi = None
-    if "roi.npy" in members:
-        roi = _roi_array(members["roi.npy"], key, where)
-        if len(roi) != len(regions or ()):
-            raise BadSample(key, where, "roi-count", f"{len(roi)} rows of features for {len(regions or ())} regions")
+
+    def of_level(level: str, read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except BadSample:
+            if level in levels:
+                raise
+            return None
+
+    regions = of_level("roi", lambda: _regions(record.get("regions"), key, where))
+    roi = of_level("roi", lambda: _roi(members, len(regions or ()), key, where))
     return Sample(
         key=key,
         image=None if suffix is None else members[suffix],
         image_suffix="jpg" if suffix == "jpeg" else suffix or "jpg",
         caption=captions[0] if captions else None,
-        summary=_text(record.get("summary"), "bad-summary", key, where),
-        tags=_tags(record.get("tags"), key, where),
+        summary=of_level("summary", lambda: _text(record.get("summary"), "bad-summary", key, where)),
+        tags=of_level("tags", lambda: _tags(record.get("tags"), key, where)),
         regions=regions,
-        roi=roi if roi is not None and len(roi) else None,
+        roi=roi,
         extra={name: value for name, value in record.items() if name not in _JSON_KEYS},
         captions=captions if len(captions) > 1 else None,
     )
@@ -376,6 +390,16 @@ def _is_finite_number(value: object) -> bool:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond all floats
         return False
+
+
+def _roi(members: Mapping[str, bytes], regions: int, key: str, where: str) -> np.ndarray | None:
+    """The features of as many regions, or None where there are none of either."""
+    if "roi.npy" not in members:
+        return None
+    roi = _roi_array(members["roi.npy"], key, where)
+    if len(roi) != regions:
+        raise BadSample(key, where, "roi-count", f"{len(roi)} rows of features for {regions} regions")
+    return roi if regions else None
 
 
 def _roi_array(data: bytes, key: str, where: str) -> np.ndarray:

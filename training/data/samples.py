@@ -8,11 +8,12 @@ import bisect
 import functools
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import overload
 
 from PIL import Image
 
+from pyramidclip_hf.configuration_pyramidclip import LEVELS
 from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
 from training.data.records import BadSample, Sample, sample_from_members
 from training.data.sources import UnitReader, open_data_set
@@ -59,6 +60,7 @@ class ShardSamples(Samples):
         data: the string that names it, see `training.data.sources`.
         max_samples: only the first so many.
         allow_unfinished: also data of which a step of preparation has begun and not ended.
+        levels: that are wanted, see `sample_from_members`.
 
     Raises:
         FileNotFoundError: there is nothing.
@@ -66,8 +68,14 @@ class ShardSamples(Samples):
         DownloadError: a URL cannot be read.
     """
 
-    def __init__(self, data: str, max_samples: int | None = None, allow_unfinished: bool = False):
-        self.name = data
+    def __init__(
+        self,
+        data: str,
+        max_samples: int | None = None,
+        allow_unfinished: bool = False,
+        levels: Collection[str] = tuple(LEVELS),
+    ):
+        self.name, self._levels = data, levels
         self._data = open_data_set(data, allow_unfinished=allow_unfinished)
         places = [(unit.name, unit.first) for unit in self._data.units]
         if repeated := next((name for name, first in places if places.count((name, first)) > 1), None):
@@ -89,7 +97,7 @@ class ShardSamples(Samples):
         reader = self._reader(unit)
         row = number - (self._ends[unit] - len(reader))
         try:
-            return sample_from_members(reader.read(row), reader.key(row), reader.name)
+            return sample_from_members(reader.read(row), reader.key(row), reader.name, levels=self._levels)
         except BadSample as error:
             hint = "; a caption without a picture cannot be evaluated" if error.reason == "no-image" else ""
             advice = "Evaluation skips nothing: repair the data or take the sample out"

@@ -7,8 +7,8 @@ import torch
 from pyramidclip_hf.configuration_pyramidclip import TERMS
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
-from training.data.records import best_objects, has_level
-from training.data.samples import ShardSamples
+from training.data.records import BadSample, Sample, best_objects, has_level
+from training.data.samples import ShardSamples, open_picture
 from training.evaluation.embedding import embed_levels, levels_of_pairs
 from training.evaluation.retrieval import level_metrics
 from training.loop.distributed import broadcast_buffers
@@ -19,7 +19,9 @@ KEPT_METRICS = ("R@1", "R@5", "R@10", "mean_rank")
 
 
 class ValidationSet:
-    """The first samples of a data set, held in memory and encoded without augmentation.
+    """The first samples of a data set, read and decoded once, held in memory, encoded without augmentation.
+
+    One that cannot be read is left out for the whole run: an evaluation on the way must not end what it looks at.
 
     Args:
         data: Names it, see `training.data.sources`.
@@ -30,6 +32,12 @@ class ValidationSet:
         max_regions: Objects used of each sample, as in training.
         drop_repeated_tags: As in training.
         allow_unfinished: See `ShardSamples`.
+
+    Attributes:
+        bad: For each sample that was left out, what is wrong with it.
+
+    Raises:
+        ValueError: See `ShardSamples`; or no sample can be read.
     """
 
     def __init__(
@@ -42,8 +50,20 @@ class ValidationSet:
         drop_repeated_tags: bool = False,
         allow_unfinished: bool = False,
     ):
-        samples = ShardSamples(data, max_samples, allow_unfinished)
-        self.samples = [best_objects(sample, max_regions, drop_repeated_tags) for sample in samples]
+        samples = ShardSamples(data, max_samples, allow_unfinished, levels_of_pairs((*ALWAYS, *pairs)))
+        self.samples: list[Sample] = []
+        self.bad: list[str] = []
+        for number in range(len(samples)):
+            try:
+                sample = samples.read(number)
+                open_picture(sample.image, f"{sample.key} of {data}")
+            except ValueError as error:
+                # Its cause says what it is; the rest is advice for evaluations that leave nothing out.
+                self.bad.append(str(error.__cause__ if isinstance(error.__cause__, BadSample) else error))
+            else:
+                self.samples.append(best_objects(sample, max_regions, drop_repeated_tags))
+        if not self.samples:
+            raise ValueError(f"validation_data {data}: none of {len(samples)} samples can be read; {self.bad[0]}")
         self.processor = processor
         self.pairs = tuple(
             name
@@ -54,20 +74,23 @@ class ValidationSet:
     def metrics(self, model: PyramidCLIPModel, autocast_dtype: torch.dtype | None = None) -> dict[str, float]:
         """`validation/PAIR/METRIC` -> value, see `retrieval_metrics`; all processes call it together.
 
+        `validation/bad` is how many samples were left out, where there are such.
+
         BatchNorm's running statistics are first made those of process 0, which are what a checkpoint holds.
 
         Args:
             model: Comes back in evaluation mode.
             autocast_dtype: bfloat16 or float16 for the encoders, None for fp32.
         """
+        bad = {"validation/bad": float(len(self.bad))} if self.bad else {}
         if not self.pairs:
-            return {}
+            return bad
         broadcast_buffers(model)
         device_type = model.logit_scale.device.type
         with torch.autocast(device_type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
             found = embed_levels(model, self.processor, self.samples, levels_of_pairs(self.pairs), max_regions=None)
         results = level_metrics(found.embeds, self.pairs, found.present, owners=found.owners)
-        return {
+        return bad | {
             f"validation/{name}/{metric}": value
             for name, values in results.items()
             for metric, value in values.items()

@@ -79,6 +79,23 @@ def test_bad_samples_are_replaced_counted_and_named(spoilt, tmp_path, reader):
     assert data.metrics()["data/bad_fraction"] == pytest.approx(counted_share(data))
 
 
+def test_json_of_another_meaning_harms_only_who_asks_for_its_level(tmp_path, reader):
+    odd = {0: {"tags": "cat, dog"}, 1: {"summary": 5}, 2: {"regions": "DE-BE"}}
+    spoil = {
+        number: lambda members, extra=extra: {
+            **{suffix: data for suffix, data in members.items() if suffix != "roi.npy"},
+            "json": json.dumps(extra).encode(),
+        }
+        for number, extra in odd.items()
+    }
+    folder = write_shards(tmp_path / "odd", range(8), spoil=spoil)
+    data = reader(folder, levels=("global", "caption"))
+    assert data.look().pairs == 8 and len(list(data.batches(0))) == 1 and not data.state()["counts"].get("bad")
+    asking = reader(folder, max_bad_fraction=1.0)
+    list(asking.batches(0))
+    assert {reason for _, _, reason, _ in asking.state()["named"]} == {"bad-tags", "bad-summary", "bad-regions"}
+
+
 def counted_share(data):
     counts = data.state()["counts"]
     return counts["bad"] / (counts["bad"] + counts["samples"])

@@ -176,3 +176,23 @@ def test_writing_refuses_what_reading_would():
     sample.regions = sample.regions[:1]
     with pytest.raises(ValueError, match="2 rows"):
         members_from_sample(sample)
+
+
+@pytest.mark.parametrize(
+    ("level", "members"),
+    [
+        ("tags", {"json": b'{"tags": "cat, dog"}'}),
+        ("summary", {"json": b'{"summary": 5}'}),
+        ("roi", {"json": b'{"regions": "DE-BE"}'}),
+        ("roi", {"json": b'{"regions": [{"box": [0, 0, 1, 1]}]}', "roi.npy": b"no array"}),
+        ("roi", {"roi.npy": npy_bytes(np.zeros((2, 8)))}),
+    ],
+)
+def test_a_level_that_is_not_wanted_may_mean_something_else(level, members):
+    members = {"jpg": b"x", "txt": b"words", **members}
+    with pytest.raises(BadSample):
+        sample_from_members(members, "k", "w")
+    sample = sample_from_members(members, "k", "w", levels=[name for name in LEVELS if name != level])
+    assert sample.caption == "words" and not has_level(sample, level)
+    with pytest.raises(BadSample):
+        sample_from_members(members, "k", "w", levels=[level])
