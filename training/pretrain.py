@@ -23,6 +23,7 @@ from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.coverage import Coverage
 from training.data.loader import TrainingReader, settings_for
 from training.data.patience import Patience
+from training.data.pixels import Normalisation
 from training.data.remote import ShardCache
 from training.loop.card import write_card
 from training.loop.checkpoint import Stateful
@@ -156,6 +157,7 @@ def contrastive_task(args: PretrainingArguments, accelerator: Any, folder: Path)
         args.freeze,
         AUTOCAST[args.precision],
         args.multi_positive,
+        Normalisation(processor.image_processor.image_mean, processor.image_processor.image_std),
     ).to(accelerator.device)
     coverage = reader.look()
     for line in coverage.check(objective.terms, args.allow_empty_terms):
@@ -209,7 +211,7 @@ def open_reader(
         rank(),
         world_size(),
         seed=args.seed,
-        window_shards=args.shuffle_window_shards,
+        window_samples=args.shuffle_window_samples,
         cache=ShardCache(
             max_bytes=int(args.cache_gigabytes * 1e9), patience=Patience(args.fetch_attempts, args.fetch_seconds)
         ),

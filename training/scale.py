@@ -15,16 +15,20 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from pyramidclip_command import run_command
 from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES, LEVELS, PyramidCLIPConfig
 from pyramidclip_hf.loss_pyramidclip import BYTES_PER_ENTRY, block_of
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+from training.data.pixels import Normalisation
 from training.loop.objective import ContrastiveObjective
 from training.settings.pretraining import PretrainingArguments
 from training.settings.reading import parse_settings, read_settings
 
 GB = 1e9
+# Both views of 512 x 384 px, regions and texts, measured (docs/scale.md).
+SAMPLES_A_CORE = 190
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # The fused attention of the CPU, on which the trace runs; torch counts only its siblings on GPUs.
@@ -93,7 +97,7 @@ def _fake_batch(config: PyramidCLIPConfig, pairs: int, regions: int, tokens: int
     }
     batch = {}
     for level in LEVELS.values():
-        dtype = torch.int64 if level.kind == "text" else torch.float32
+        dtype = {"text": torch.int64, "picture": torch.uint8, "regions": torch.float32}[level.kind]
         batch[level.input] = torch.zeros(pairs, *shapes[level.kind], dtype=dtype)
         if level.mask:
             shape = (pairs, regions) if level.kind == "regions" else (pairs,)
@@ -145,7 +149,12 @@ def traced(
         if checkpointing:
             model.activation_checkpointing_enable()
         objective = ContrastiveObjective(
-            model, config.loss_weights, config.label_smoothing, "none", AUTOCAST[precision]
+            model,
+            config.loss_weights,
+            config.label_smoothing,
+            "none",
+            AUTOCAST[precision],
+            normalisation=Normalisation(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
         )
         weights = {parameter.untyped_storage()._cdata for parameter in objective.parameters()}
         weights |= {buffer.untyped_storage()._cdata for buffer in objective.buffers()}
@@ -202,6 +211,9 @@ def report(args: PretrainingArguments, num_gpus: int, teraflops: float, samples:
     gathered = 4 * len(objective.levels) * config.projection_dim * args.global_batch_size
     masks = len(objective.masked_levels) * args.global_batch_size
     trained = memory.gradients
+    inputs = {LEVELS[level].input for level in objective.levels}
+    batch = _fake_batch(config, 1, args.max_regions, tokens)
+    sent = sum(tensor.nbytes for name, tensor in batch.items() if name in inputs)
     return "\n".join(
         [
             f"{args.model} on {num_gpus} GPUs, global batch {args.global_batch_size} = {num_gpus} x "
@@ -211,7 +223,9 @@ def report(args: PretrainingArguments, num_gpus: int, teraflops: float, samples:
             f"{memory.activations / GB:.2f}, loss {memory.loss / GB:.2f}",
             f"arithmetic          {flops / 1e9:6.1f} GFLOP a pair and step; at {teraflops:g} TFLOP/s: "
             f"{pairs_per_second:.0f} pairs/s per GPU",
-            f"reading             {pairs_per_second:6.0f} samples/s per GPU, {pairs_per_second * num_gpus:.0f} in all",
+            f"reading             {pairs_per_second:6.0f} samples/s per GPU, {pairs_per_second * num_gpus:.0f} in all; "
+            f"{pairs_per_second / SAMPLES_A_CORE:.0f} processor cores and {pairs_per_second * sent / GB:.2f} GB/s of "
+            "batches to each GPU",
             f"gathers             1 all-gather of {gathered / 1e6:.0f} MB and 1 reduce-scatter of the same, 1 "
             f"of {masks / 1e3:.0f} kB for masks; gradients: all-reduce of {trained / 1e6:.0f} MB",
             f"length              {steps:,} steps, {hours:.0f} hours ({hours * num_gpus:.0f} GPU hours)",

@@ -19,6 +19,7 @@ from PIL import Image
 from pyramidclip_hf import PyramidCLIPProcessor
 from tests.bench.paired import compare
 from training.data.loader import TrainingReader, settings_for
+from training.data.pixels import Normalisation
 from training.data.records import Sample
 from training.data.shards import ShardWriter
 from training.data.views import ViewSettings, make_views
@@ -85,9 +86,15 @@ def loader_row(rounds, side=512, samples=64, batch=32):
         reader = TrainingReader([folder], settings, processor.tokenizer, batch)
         open_clip = open_clip_loader(Path(folder, "00000.tar"), samples, batch, processor.image_processor)
         epochs = iter(range(1_000_000))
+        normalise = Normalisation(processor.image_processor.image_mean, processor.image_processor.image_std)
 
         def ours():
-            assert sum(len(made["input_ids"]) for made in reader.batches(next(epochs))) == samples
+            seen = 0
+            for made in reader.batches(next(epochs)):
+                # The device's part, done here as the other loader has it done.
+                pixels = [normalise(made[name]) for name in ("pixel_values", "local_pixel_values")]
+                seen += len(pixels[0])
+            assert seen == samples
 
         def theirs():
             assert sum(len(texts) for _, texts in open_clip) == samples

@@ -7,6 +7,7 @@ positions asked for, so it is the same bytes whichever process makes it.
 import collections
 import errno
 import os
+import resource
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -62,8 +63,6 @@ class BatchSettings:
     Attributes:
         levels: those of `LEVELS` that the objective names; nothing else is read or decoded.
         views: sizes and crops.
-        mean: of each channel, pixels are (value / 255 - mean) / std.
-        std: of each channel, pixels are (value / 255 - mean) / std.
         pooling: "max" pads texts to `max_length`, "eos" to the longest of the batch.
         max_length: of texts, in tokens.
         max_regions: the most confident objects that are kept, see `best_objects`.
@@ -74,8 +73,6 @@ class BatchSettings:
 
     levels: tuple[str, ...] = tuple(LEVELS)
     views: ViewSettings = field(default_factory=ViewSettings)
-    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     pooling: str = "max"
     max_length: int = 77
     max_regions: int = MAX_REGIONS
@@ -152,8 +149,6 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
             self._suffixes.update(IMAGE_SUFFIXES, ("jpeg",))
         if "roi" in settings.levels:
             self._suffixes.add("roi.npy")
-        # Twice a window: positions near a boundary go back and forth between two windows.
-        self._most_readers = 2 * order.window_shards + 2
         self._readers: collections.OrderedDict[tuple[int, int], UnitReader] = collections.OrderedDict()
         # Units that cannot be read: why, and until when they are not asked for again.
         self._unreadable: dict[tuple[int, int], tuple[Fault, float]] = {}
@@ -175,9 +170,10 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
         """The batch of the samples at B positions of an epoch.
 
         Returns:
-            Of the levels that are wanted: `pixel_values`, `local_pixel_values` (B, 3, height, width) float32;
-            `input_ids`, `summary_input_ids`, `tag_input_ids` (B, L) int64; `has_summary`, `has_tags` (B,) bool;
-            `roi_features` (B, K, F + 4) float32 and `roi_mask` (B, K) bool, K the longest of the batch, at least 1.
+            Of the levels that are wanted: `pixel_values`, `local_pixel_values` (B, 3, height, width) uint8, for
+            `training.data.pixels.Normalisation`; `input_ids`, `summary_input_ids`, `tag_input_ids` (B, L) int64;
+            `has_summary`, `has_tags` (B,) bool; `roi_features` (B, K, F + 4) float32 and `roi_mask` (B, K) bool, K the
+            longest of the batch, at least 1.
             Always `sample_keys`, a list of str, and `report`, a `BatchReport`.
 
         Raises:
@@ -257,16 +253,8 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
             raise BadSample(sample.key, where, "roi-not-finite", "region features hold NaN or infinity")
 
     def _pixels(self, views: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Stacks the views of each level and normalises them at once, a channel at a time: one pass over the bytes."""
-        batch: dict[str, torch.Tensor] = {}
-        for level in self._views:
-            stacked = torch.stack([view[level] for view in views])
-            pixels = torch.empty(stacked.shape, dtype=torch.float32)
-            for channel, (mean, std) in enumerate(zip(self.settings.mean, self.settings.std)):
-                torch.mul(stacked[:, channel], 1 / (255 * std), out=pixels[:, channel])
-                pixels[:, channel] -= mean / std
-            batch[LEVELS[level].input] = pixels
-        return batch
+        """The views of each level under the names of the model's arguments, as bytes."""
+        return {LEVELS[level].input: torch.stack([view[level] for view in views]) for level in self._views}
 
     def _texts(self, samples: Sequence[Sample], report: BatchReport) -> dict[str, torch.Tensor]:
         """Token ids and masks of the text levels; counts go into `report`."""
@@ -309,10 +297,15 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
         if reader is None:
             self._fetch_ahead(epoch, dataset, unit)
             reader = self._readers[dataset, unit] = self._open(dataset, unit)
-            if len(self._readers) > self._most_readers:
+            if len(self._readers) > self._most_readers(epoch):
                 self._readers.popitem(last=False)[1].close()
         self._readers.move_to_end((dataset, unit))
         return reader
+
+    def _most_readers(self, epoch: int) -> int:
+        """How many stay open: two windows' (positions near a boundary go back and forth), within the system's limit."""
+        most = 2 * max(len(window.shards) for window in self.order.windows(epoch)) + 2
+        return min(most, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 16))
 
     def _open(self, dataset: int, unit: int) -> UnitReader:
         """A new reader of a unit. One that cannot be read is remembered for a while, so that it is waited for once.

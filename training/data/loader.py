@@ -15,6 +15,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -26,7 +27,7 @@ from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from pyramidclip_hf.tokenization_pyramidclip import PyramidCLIPTokenizer
 from training.data.batches import Batch, BatchMaker, BatchReport, BatchSettings, DataError
 from training.data.coverage import Coverage, look_at
-from training.data.order import SampleOrder, batch_positions
+from training.data.order import FEW_BATCHES, SampleOrder, batch_positions, default_window
 from training.data.records import Fault
 from training.data.remote import ShardCache
 from training.data.sources import DataSet, open_data_set
@@ -35,6 +36,8 @@ from training.data.views import ViewSettings
 # A few bad samples at the very beginning say nothing about the fraction.
 LEAST_SAMPLES = 1000
 NAMED_BAD_SAMPLES = 20
+# Lines of a manifest that are shuffled together: nothing but a permutation of them is held.
+MANIFEST_WINDOW = 1 << 22
 
 
 class WorkerDied(DataError):
@@ -66,7 +69,7 @@ def settings_for(
     roi_feature_size: int = 2048,
     **changes: Any,
 ) -> BatchSettings:
-    """Settings that agree with a processor: view size, mean and std are its image processor's.
+    """Settings that agree with a processor: the size of the views is its image processor's.
 
     Args:
         processor: of the model.
@@ -86,8 +89,6 @@ def settings_for(
     return BatchSettings(
         levels=tuple(levels),
         views=ViewSettings(size["height"], size["width"], **views),
-        mean=tuple(images.image_mean),
-        std=tuple(images.image_std),
         pooling=pooling,
         max_length=max_length,
         roi_feature_size=roi_feature_size,
@@ -338,7 +339,8 @@ class TrainingReader(BatchReader):
         process_index: from 0.
         num_processes: how many there are.
         seed: see `training.data.order`, also for the next.
-        window_shards: how many are shuffled together.
+        window_samples: how many are shuffled together; None: of shards `default_window` of `training.data.order`, of a
+            manifest, which need not be read in pieces, `MANIFEST_WINDOW`.
         cache: for remote shards.
         allow_unfinished: also data of which a step of preparation has begun and not ended.
         **options: see `BatchReader`.
@@ -362,7 +364,7 @@ class TrainingReader(BatchReader):
         process_index: int = 0,
         num_processes: int = 1,
         seed: int = 0,
-        window_shards: int = 8,
+        window_samples: int | None = None,
         cache: ShardCache | None = None,
         allow_unfinished: bool = False,
         **options: Any,
@@ -374,7 +376,11 @@ class TrainingReader(BatchReader):
         self.data_sets = [open_data_set(name, cache, allow_unfinished) for name in data]
         check_regions(self.data_sets, settings)
         sizes = [[unit.samples for unit in one.units] for one in self.data_sets]
-        order = SampleOrder(sizes, seed, window_shards)
+        windows = [window_samples or _default_window(one, global_batch_size) for one in self.data_sets]
+        order = SampleOrder(sizes, seed, windows, global_batch_size)
+        if process_index == 0:
+            for one, window in zip(self.data_sets, windows):
+                _warn_of_small_window(one, window, global_batch_size)
         maker = BatchMaker(self.data_sets, order, settings, tokenizer, cache)
         super().__init__(maker, order, global_batch_size, process_index, num_processes, **options)
         self.fingerprint = fingerprint_of(self.data_sets)
@@ -396,6 +402,22 @@ class TrainingReader(BatchReader):
             }
             for data in self.data_sets
         ]
+
+
+def _default_window(data: DataSet, global_batch_size: int) -> int:
+    window = default_window(global_batch_size)
+    return window if data.manifest is None else max(window, MANIFEST_WINDOW)
+
+
+def _warn_of_small_window(data: DataSet, window: int, global_batch_size: int) -> None:
+    if window < FEW_BATCHES * global_batch_size and window < data.samples:
+        print(
+            f"warning: {data.name} is shuffled within windows of {window} samples, {window / global_batch_size:.1f} "
+            f"global batches: what lies together (captions of one picture, pictures of one topic) meets in one batch "
+            f"again and again. shuffle_window_samples of at least {FEW_BATCHES * global_batch_size} spreads it",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _reasons(counts: collections.Counter[str]) -> str:

@@ -1,10 +1,10 @@
 """In which order samples are seen: a pure function of (seed, epoch, position), docs/data.md.
 
 Datasets are visited one after another, in an order drawn anew each epoch (paper, appendix A.1); within a dataset the
-shards are permuted; the samples of each run of W consecutive shards (a window) are permuted among themselves.
-Position p goes to process p mod P. Nothing but the sizes of the shards is needed, and nothing larger than one window
-is ever built, so a run starts at any position at once, and on another number of processes with the same global batch
-it sees the same batches.
+shards are permuted; the samples of each run of consecutive shards that hold W samples or more (a window) are permuted
+among themselves. Position p goes to process p mod P. Nothing but the sizes of the shards is needed, and nothing larger
+than one window is ever built, so a run starts at any position at once, and on another number of processes with the same
+global batch it sees the same batches.
 """
 
 import bisect
@@ -15,6 +15,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+
+# Of a window: global batches, and samples at least.
+WINDOW_BATCHES, WINDOW_SAMPLES = 16, 131_072
+# Below so many global batches, neighbours of the data meet in one batch all the time.
+FEW_BATCHES = 8
 
 # What is drawn, so that no two draws share their random numbers.
 _DATASETS, _SHARDS, _WINDOW, _REPLACEMENT = range(4)
@@ -44,17 +49,28 @@ class SampleOrder:
     Args:
         shard_sizes: number of samples of every shard, a list for each data set.
         seed: of all that is drawn.
-        window_shards: W, how many shards are shuffled together (more mixes better and keeps more shards open).
+        window_samples: W, how many samples are shuffled together, of each data set or of all (more mixes better and
+            keeps more shards open). A window is between W and 2 W samples and a shard; or the whole data set.
+        global_batch_size: how many positions are one batch: what replaces a bad sample is of another one.
 
     Raises:
         ValueError: there are no samples, or W is below 1.
     """
 
-    def __init__(self, shard_sizes: Sequence[Sequence[int] | np.ndarray], seed: int, window_shards: int = 8):
-        if window_shards < 1:
-            raise ValueError(f"window_shards is {window_shards}, expected at least 1 shard")
+    def __init__(
+        self,
+        shard_sizes: Sequence[Sequence[int] | np.ndarray],
+        seed: int,
+        window_samples: int | Sequence[int] = WINDOW_SAMPLES,
+        global_batch_size: int = 1,
+    ):
         self.shard_sizes = [np.asarray(sizes, np.int64).reshape(-1) for sizes in shard_sizes]
-        self.seed, self.window_shards = seed, window_shards
+        windows = [window_samples] * len(shard_sizes) if isinstance(window_samples, int) else list(window_samples)
+        if min([*windows, global_batch_size]) < 1:
+            raise ValueError(
+                f"window_samples {window_samples}, global_batch_size {global_batch_size}: expected at least 1 sample"
+            )
+        self.seed, self.window_samples, self.global_batch_size = seed, windows, global_batch_size
         self.total = int(sum(sizes.sum() for sizes in self.shard_sizes))
         if self.total == 0:
             raise ValueError(f"no samples in {len(shard_sizes)} data sets with {sum(map(len, shard_sizes))} shards")
@@ -68,7 +84,8 @@ class SampleOrder:
         return self.total
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"shard_sizes": self.shard_sizes, "seed": self.seed, "window_shards": self.window_shards}
+        names = ("shard_sizes", "seed", "window_samples", "global_batch_size")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         SampleOrder.__init__(self, **state)
@@ -95,11 +112,25 @@ class SampleOrder:
     def replacement(self, epoch: int, position: int, attempt: int) -> Place:
         """The sample to use where that of `position` is bad; `attempt` counts from 0.
 
-        A pure function as well. It stays in the window, whose shards are at hand.
+        A pure function as well: the sample that has the same place in another global batch, so that neither it nor
+        what replaces another sample of this batch is in the batch already. First come the batches in the window,
+        whose shards are at hand, then those of the rest of the epoch. Where all of these are bad too, or there is no
+        other batch, any sample of the window, whoever has it.
         """
         window, _, _ = self._window_at(epoch, position)
-        rng = np.random.default_rng((self.seed, _REPLACEMENT, epoch, position, attempt))
-        return self._in_window(window, int(rng.integers(window.size)))
+        size, (batch, place) = self.global_batch_size, divmod(position, self.global_batch_size)
+        first, last = -(-(window.start - place) // size), (window.start + window.size - 1 - place) // size
+        draw = np.random.default_rng((self.seed, _REPLACEMENT, epoch, position))
+        near = [other for other in draw.permutation(np.arange(first, last + 1)).tolist() if other != batch]
+        if attempt < len(near):
+            return self.locate(epoch, near[attempt] * size + place)
+        others = (self.total - 1 - place) // size + 1 - (last + 1 - first)
+        if attempt - len(near) < others:
+            # Numbers of the batches outside of the window, shifted by a drawn distance, so that none comes twice.
+            number = (int(draw.integers(others)) + attempt - len(near)) % others
+            return self.locate(epoch, (number if number < first else number + last + 1 - first) * size + place)
+        draw = np.random.default_rng((self.seed, _REPLACEMENT, epoch, position, attempt))
+        return self._in_window(window, int(draw.integers(window.size)))
 
     def sample_id(self, dataset: int, shard: int, sample: int) -> int:
         """The number of a sample in the unshuffled data: what augmentation is keyed on."""
@@ -132,11 +163,17 @@ class SampleOrder:
         for dataset in np.random.default_rng((self.seed, _DATASETS, epoch)).permutation(len(self.shard_sizes)).tolist():
             sizes = self.shard_sizes[dataset]
             full = np.flatnonzero(sizes)
-            shards = np.random.default_rng((self.seed, _SHARDS, epoch, dataset)).permutation(full).tolist()
-            for first in range(0, len(shards), self.window_shards):
-                chosen = tuple(shards[first : first + self.window_shards])
-                size = int(sizes[list(chosen)].sum())
-                windows.append(Window(start, size, dataset, chosen))
+            shards = np.random.default_rng((self.seed, _SHARDS, epoch, dataset)).permutation(full)
+            ends = np.cumsum(sizes[shards])
+            total = int(ends[-1]) if len(ends) else 0
+            # Of equal length, so that no short one is left over at the end of the data set.
+            number = max(1, total // self.window_samples[dataset])
+            cuts = np.searchsorted(ends, [total * part // number for part in range(1, number)], "left") + 1
+            for chosen in np.split(shards, np.unique(cuts)) if len(shards) else ():
+                if not len(chosen):
+                    continue
+                size = int(sizes[chosen].sum())
+                windows.append(Window(start, size, dataset, tuple(chosen.tolist())))
                 start += size
         return windows, [window.start for window in windows]
 
@@ -144,6 +181,11 @@ class SampleOrder:
         size = self._windows(epoch)[0][number].size
         rng = np.random.default_rng((self.seed, _WINDOW, epoch, number))
         return rng.permutation(np.arange(size, dtype=np.int32 if size < 2**31 else np.int64))
+
+
+def default_window(global_batch_size: int) -> int:
+    """The samples that are shuffled together where nobody says otherwise."""
+    return max(WINDOW_BATCHES * global_batch_size, WINDOW_SAMPLES)
 
 
 def batch_positions(batch: int, global_batch_size: int, process_index: int, num_processes: int) -> range:

@@ -15,6 +15,7 @@ from torch import nn
 from pyramidclip_hf.configuration_pyramidclip import LEVELS, check_loss_weights, levels_of, levels_of_kind
 from pyramidclip_hf.loss_pyramidclip import pyramid_loss
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+from training.data.pixels import Normalisation
 from training.loop.distributed import gather_rows, merge_log_sum_exps, world_size
 from training.loop.task import Objective, StepLoss
 
@@ -33,6 +34,7 @@ class ContrastiveObjective(Objective):
         autocast_dtype: bfloat16 or float16 for the encoders, None for fp32; all behind them is fp32 or wider.
         multi_positive: Pairs of the global batch with the same text are each other's positives (not the paper's); costs
             one gather of a number a text.
+        normalisation: Of pixels that come as bytes; those that come as numbers are normalised already.
 
     Raises:
         ValueError: A term or `freeze` is unknown.
@@ -49,9 +51,11 @@ class ContrastiveObjective(Objective):
         freeze: str = "none",
         autocast_dtype: torch.dtype | None = None,
         multi_positive: bool = False,
+        normalisation: Normalisation | None = None,
     ):
         super().__init__()
         self.model = model
+        self.normalisation = normalisation
         self.loss_weights = check_loss_weights(loss_weights)
         self.label_smoothing = label_smoothing
         self.levels = levels_of(self.loss_weights)
@@ -122,6 +126,9 @@ class ContrastiveObjective(Objective):
         """(n, levels, D) unit vectors in fp32 (fp64 stays), levels in the order of `self.levels`."""
         names = {name for level in self.levels for name in (LEVELS[level].input, LEVELS[level].mask)}
         inputs = {name: value for name, value in batch.items() if name in names}
+        if self.normalisation is not None:  # here, so that only what is encoded at a time is not bytes
+            pictures = {LEVELS[level].input for level in levels_of_kind("picture", self.levels)}
+            inputs |= {name: self.normalisation(inputs[name]) for name in pictures & inputs.keys()}
         device_type = self.model.logit_scale.device.type
         with torch.autocast(device_type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
             embeds = self.encode(self.levels, **inputs)

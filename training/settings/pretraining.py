@@ -81,8 +81,12 @@ class PretrainingArguments(RunSettings):
     validation_samples: int = setting(
         512, "how many samples of it, from its beginning", section="data", identity=None, at_least=1
     )
-    shuffle_window_shards: int = setting(
-        8, "samples are permuted within this many shards", section="data", identity="data", at_least=1
+    shuffle_window_samples: int | None = setting(
+        None,
+        "samples are permuted in windows of so many; default: 16 global batches, 131072 or more (manifests 4194304)",
+        section="data",
+        identity="data",
+        at_least=1,
     )
     max_regions: int = setting(
         10,

@@ -89,7 +89,7 @@ class LabelledReader(BatchReader):
 
     def __init__(self, part: Part, processor: PyramidCLIPProcessor, args: FinetuneArguments, device: torch.device):
         data = part.pictures
-        order = SampleOrder([[len(data)]], args.seed, window_shards=1)
+        order = SampleOrder([[len(data)]], args.seed, window_samples=1)
         super().__init__(
             LabelledBatches(data, order, processor, args.crop_area, args.flip),
             order,

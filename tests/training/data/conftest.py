@@ -32,6 +32,7 @@ def reader(processor):
 
     def make(data, levels=ALL, batch=8, settings=None, **options):
         changes = {"roi_feature_size": FEATURES, **(settings or {})}
+        options.setdefault("window_samples", 16)  # two of the small shards, so that an epoch has several windows
         made.append(
             TrainingReader(
                 [str(one) for one in (data if isinstance(data, list) else [data])],

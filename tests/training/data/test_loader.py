@@ -31,6 +31,16 @@ def test_continues_from_any_position(shards, reader, workers):
         next(resumed.batches(0, 12))
 
 
+def test_a_window_of_few_batches_is_warned_of_once(shards, reader, capsys):
+    for options in ({"window_samples": 64}, {"window_samples": 40, "batch": 5}, {"window_samples": None}):
+        reader(shards, **options)
+        assert not capsys.readouterr().err
+    reader(shards, window_samples=20)
+    assert "within windows of 20 samples, 2.5 global batches" in capsys.readouterr().err
+    reader(shards, window_samples=20, process_index=1, num_processes=2)
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("device", "pinned", "method"), [("cpu", False, None), ("cuda", True, "forkserver")])
 def test_the_device_of_a_run_decides_whether_memory_is_pinned_and_how_workers_start(
     shards, reader, monkeypatch, device, pinned, method

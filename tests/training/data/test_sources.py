@@ -88,10 +88,10 @@ def test_manifest_gives_the_same_batches(shards, tmp_path, reader):
             record["roi"] = f"{number:04d}.npy"
         lines.append(json.dumps(record))
     (folder / "data.jsonl").write_text("\n".join(lines) + "\n\n")
-    loose = reader(folder / "data.jsonl", window_shards=100)
-    packed = reader(write_shards(tmp_path / "one", range(44), shard_size=44), window_shards=100)
+    loose = reader(folder / "data.jsonl")
+    packed = reader(write_shards(tmp_path / "one", range(44), shard_size=44))
     assert equal(list(loose.batches(0)), list(packed.batches(0)))
-    assert equal(list(reader(folder / "data.jsonl", window_shards=100, workers=2).batches(0)), list(packed.batches(0)))
+    assert equal(list(reader(folder / "data.jsonl", workers=2).batches(0)), list(packed.batches(0)))
     # Bad lines are bad samples, not the end.
     lines[3], lines[7] = "{", json.dumps({"image": "none.jpg", "caption": "x"})
     (folder / "data.jsonl").write_text("\n".join(lines))
