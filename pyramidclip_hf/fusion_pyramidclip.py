@@ -40,6 +40,7 @@ from .modeling_pyramidclip_text import (
     PyramidCLIPAttention,
     PyramidCLIPEncoder,
     PyramidCLIPEncoderLayer,
+    PyramidCLIPLayerNorm,
     PyramidCLIPMLP,
     PyramidCLIPQuickGELU,
     eager_attention_forward,
@@ -63,7 +64,7 @@ _TAKEN_APART = (
     PyramidCLIPAttentionPool,
 )
 # Where a plain part is `Any` below, `_check` has looked at what it holds: a list of modules knows no type of its items.
-_PLAIN_LAYERS = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.Embedding)
+_PLAIN_LAYERS = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, PyramidCLIPLayerNorm, nn.Embedding)
 
 
 def fuse_(model: Model, linear: LinearBackend = "auto") -> Model:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange
@@ -35,8 +36,10 @@ from .modeling_pyramidclip_base import PyramidCLIPPreTrainedModel
 from .modeling_pyramidclip_resnet import PyramidCLIPAttentionPool, PyramidCLIPResNet
 from .modeling_pyramidclip_text import (
     AttentionMask,
+    Packing,
     PyramidCLIPEncoder,
     PyramidCLIPEncoderLayer,
+    PyramidCLIPLayerNorm,
     PyramidCLIPTextEmbeddings,
     PyramidCLIPTextLayer,
     canonical_input_ids,
@@ -46,8 +49,11 @@ from .modeling_pyramidclip_text import (
     keys_with_first,
     mask_of_keys,
     moved_left,
+    packed,
+    packed_positions,
     take_position,
     text_starts,
+    unpacked,
 )
 from .modeling_pyramidclip_vit import PyramidCLIPLeFFLayer, PyramidCLIPVisionEmbeddings
 from .versions_pyramidclip import NO_CACHE
@@ -124,7 +130,7 @@ class PyramidCLIPTextModel(PyramidCLIPPreTrainedModel):
         super().__init__(config)
         self.embeddings = PyramidCLIPTextEmbeddings(config)
         self.encoder = PyramidCLIPEncoder(PyramidCLIPTextLayer(config) for _ in range(config.num_hidden_layers))
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.final_layer_norm = PyramidCLIPLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
     @merge_with_config_defaults
@@ -136,6 +142,7 @@ class PyramidCLIPTextModel(PyramidCLIPPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         pooled_only: bool = False,
         cut_padding: bool = False,
+        packing: Packing | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Hidden states (B, L, D) after the final LayerNorm, and the pooled vector (B, D).
@@ -150,6 +157,8 @@ class PyramidCLIPTextModel(PyramidCLIPPreTrainedModel):
             pooled_only: compute nothing that `pooler_output` does not need; there is no `last_hidden_state` then.
             cut_padding: under `"eos"` and with `pooled_only`, cut off what is behind the longest text. It reads a
                 number off the device, so a training step would have to wait for it.
+            packing: the rows are batches of texts, one after another: (texts, tokens) of each, whose padding beyond its
+                own tokens is not computed. Under `"eos"` and with `pooled_only`; `attention_mask` hides that padding.
             **kwargs: transformers' own, such as `output_hidden_states`.
 
         Raises:
@@ -168,6 +177,8 @@ class PyramidCLIPTextModel(PyramidCLIPPreTrainedModel):
             length = int(ends.max()) + 1
             input_ids = input_ids[:, :length]
             position_ids = None if position_ids is None else position_ids[:, :length]
+        if packing is not None and ends is not None:
+            return self._pooled_of_packed(input_ids, ends, packing, **kwargs)
         if self.config.pooling == "max":
             if position_ids is not None:
                 rest = self.embeddings.position_ids[:, position_ids.shape[1] :]
@@ -187,6 +198,21 @@ class PyramidCLIPTextModel(PyramidCLIPPreTrainedModel):
             last_hidden_state=None if pooled_only else hidden_states, pooler_output=pooled
         )
 
+    def _pooled_of_packed(
+        self, input_ids: torch.Tensor, ends: torch.Tensor, packing: Packing, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        hidden_states = self.embeddings(packed(input_ids, packing), packing=packing)
+        parts = unpacked(hidden_states, packing)
+        ends_of_parts = ends.split([rows for rows, _ in packing])
+        masks = tuple(
+            create_causal_mask(config=self.config, inputs_embeds=part, attention_mask=None, **NO_CACHE)
+            for part in parts
+        )
+        kwargs["query_mask"] = tuple(self._mask_behind(end, part) for end, part in zip(ends_of_parts, parts))
+        kwargs |= {"query_at": packed_positions(ends_of_parts, packing), "packing": packing, "is_causal": True}
+        hidden_states = self.final_layer_norm(self.encoder(hidden_states, masks, **kwargs))
+        return BaseModelOutputWithPooling(pooler_output=hidden_states[0])
+
     def _mask_behind(self, ends: torch.Tensor, hidden_states: torch.Tensor) -> AttentionMask:
         """What causal attention lets the one query at `ends` (B,) see."""
         keys = torch.arange(hidden_states.shape[1], device=ends.device) <= ends[:, None]
@@ -204,12 +230,12 @@ class PyramidCLIPVisionModel(PyramidCLIPPreTrainedModel):
         super().__init__(config)
         if config.tower == "vit":
             self.embeddings = PyramidCLIPVisionEmbeddings(config)
-            self.pre_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.pre_layernorm = PyramidCLIPLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
             self.encoder = PyramidCLIPEncoder(
                 (PyramidCLIPLeFFLayer if index < config.num_leff_layers else PyramidCLIPEncoderLayer)(config)
                 for index in range(config.num_hidden_layers)
             )
-            self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.post_layernorm = PyramidCLIPLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         else:
             self.trunk = PyramidCLIPResNet(config)
             self.attention_pool = PyramidCLIPAttentionPool(config)
@@ -454,9 +480,9 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
     def encode_levels(self, levels: Collection[str], **batch: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Embeddings (B, P), not normalised, of the named levels only.
 
-        Pictures go through the tower one level after the other, global first, because in training each is a
-        BatchNorm batch of its own. Texts of the same padded length go through theirs together, as they are padded: no
-        part of this waits for the device.
+        In training each picture level is a BatchNorm batch of its own, global first. A ViT takes them together, as
+        BatchNorm is in LeFF alone; a ResNet takes one after the other. Texts go through theirs together, whatever
+        their padded lengths: no part of this waits for the device.
 
         Args:
             levels: names of `LEVELS`.
@@ -470,17 +496,18 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
         missing = {level: LEVELS[level].input for level in levels if level not in inputs}
         if missing:
             raise ValueError(f"These levels lack their input (level: input): {missing}.")
-        embeds = {level: self.encode_image(inputs[level]) for level in levels_of_kind("picture", levels)}
+        pictures = {level: inputs[level] for level in levels_of_kind("picture", levels)}
+        together = self.config.vision_config.tower == "vit" and len({one.shape for one in pictures.values()}) == 1
+        if together and len(pictures) > 1:
+            encoded = self.encode_image(torch.cat(list(pictures.values())), views=len(pictures))
+            embeds = dict(zip(pictures, encoded.chunk(len(pictures))))
+        else:
+            embeds = {level: self.encode_image(pixel_values) for level, pixel_values in pictures.items()}
         for level in levels_of_kind("regions", levels):
             embeds[level] = self.encode_rois(inputs[level], batch.get(LEVELS[level].mask or ""))
-        by_length: dict[int, list[str]] = {}
-        for level in levels_of_kind("text", levels):
-            by_length.setdefault(inputs[level].shape[1], []).append(level)
-        for group in by_length.values():
-            ids = [inputs[level] for level in group]
-            encoded = self.get_text_features(torch.cat(ids), pooled_only=True).pooler_output
-            encoded = encoded.split([len(part) for part in ids])
-            embeds.update(zip(group, encoded, strict=True))
+        texts = {level: inputs[level] for level in levels_of_kind("text", levels)}
+        if texts:
+            embeds.update(zip(texts, self._encode_texts(list(texts.values()))))
         return {level: embeds[level] for level in levels}
 
     def freeze(self, tower: Literal["vision", "text"]) -> Self:
@@ -498,6 +525,21 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
         for module in modules[tower]:
             module.requires_grad_(False)
         return self
+
+    def _encode_texts(self, texts: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Ids (B, L), each of its own B and L -> embeddings (B, P) of each, in one pass through the tower."""
+        rows, lengths = [ids.shape[0] for ids in texts], [ids.shape[1] for ids in texts]
+        if len(set(lengths)) == 1:
+            outputs = self.get_text_features(torch.cat(texts), pooled_only=True)
+        elif self.text_model.is_fused:
+            return tuple(self.get_text_features(ids, pooled_only=True).pooler_output for ids in texts)
+        else:
+            missing = [max(lengths) - length for length in lengths]
+            ids = torch.cat([F.pad(ids, (0, more)) for ids, more in zip(texts, missing)])
+            mask = torch.cat([F.pad(torch.ones_like(ids), (0, more)) for ids, more in zip(texts, missing)])
+            packing = tuple(zip(rows, lengths))
+            outputs = self.get_text_features(ids, mask, pooled_only=True, packing=packing)
+        return outputs.pooler_output.split(rows)
 
     def level_parameters(self, levels: Iterable[str]) -> list[str]:
         """Names of the parameters that these levels' embeddings and the loss depend on."""

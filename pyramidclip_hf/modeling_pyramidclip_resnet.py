@@ -16,7 +16,40 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_pyramidclip import PyramidCLIPVisionConfig
-from .modeling_pyramidclip_text import AttentionMask, eager_attention_forward, keys_with_first, mask_of_keys
+from .modeling_pyramidclip_text import (
+    AttentionMask,
+    PyramidCLIPLayerNorm,
+    eager_attention_forward,
+    is_traced,
+    keys_with_first,
+    mask_of_keys,
+)
+
+
+class _Halved(torch.autograd.Function):
+    """A 2 x 2 average pooling of even sides, whose gradient is spread by a copy; torch's own sums over windows."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(hidden_states, 2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: torch.Tensor) -> None:
+        return
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(grad * 0.25, scale_factor=2.0, mode="nearest")
+
+
+def halved(hidden_states: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B, C, H / 2, W / 2), means of 2 x 2."""
+    rows, columns = hidden_states.shape[2:]
+    if is_traced() or rows % 2 or columns % 2 or not (torch.is_grad_enabled() and hidden_states.requires_grad):
+        return F.avg_pool2d(hidden_states, 2)
+    return _Halved.apply(hidden_states)
 
 
 class PyramidCLIPResNetStem(nn.Module):
@@ -37,7 +70,7 @@ class PyramidCLIPResNetStem(nn.Module):
         hidden_states = F.relu(self.norm1(self.conv1(pixel_values)))
         hidden_states = F.relu(self.norm2(self.conv2(hidden_states)))
         hidden_states = F.relu(self.norm3(self.conv3(hidden_states)))
-        return F.avg_pool2d(hidden_states, 2)
+        return halved(hidden_states)
 
 
 class PyramidCLIPResNetShortcut(nn.Module):
@@ -52,7 +85,7 @@ class PyramidCLIPResNetShortcut(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C', H / stride, W / stride)."""
         if self.stride > 1:
-            hidden_states = F.avg_pool2d(hidden_states, self.stride)
+            hidden_states = halved(hidden_states)
         return self.norm(self.conv(hidden_states))
 
 
@@ -81,7 +114,7 @@ class PyramidCLIPResNetBottleneck(GradientCheckpointingLayer):
         hidden_states = F.relu(self.norm1(self.conv1(hidden_states)))
         hidden_states = F.relu(self.norm2(self.conv2(hidden_states)))
         if self.stride > 1:
-            hidden_states = F.avg_pool2d(hidden_states, self.stride)
+            hidden_states = halved(hidden_states)
         return F.relu(self.norm3(self.conv3(hidden_states)) + residual)
 
 
@@ -154,7 +187,7 @@ class PyramidCLIPAttentionPool(nn.Module):
         self.position_embedding = nn.Embedding(num_positions, dim)
         self.position_ids = nn.Buffer(torch.arange(num_positions), persistent=False)
         self.roi_projection = nn.Linear(config.roi_feature_size + 4, dim, bias=False)
-        self.roi_layernorm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.roi_layernorm = PyramidCLIPLayerNorm(dim, eps=config.layer_norm_eps)
         self.q_proj = nn.Linear(dim, dim)
         self.k_proj = nn.Linear(dim, dim)
         self.v_proj = nn.Linear(dim, dim)
@@ -187,7 +220,7 @@ class PyramidCLIPAttentionPool(nn.Module):
         positions = self.position_embedding(self.position_ids)
         if interpolate_pos_encoding and (rows, columns) != (self.config.grid_size, self.config.grid_size):
             positions = resize_position_table(positions, rows, columns)
-        return tokens + positions
+        return tokens + positions.to(tokens.dtype)
 
     def _embed_regions(self, roi_features: torch.Tensor, roi_mask: torch.Tensor | None) -> torch.Tensor:
         tokens = self.roi_projection(roi_features)

@@ -1,12 +1,13 @@
 # Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
 """The text tower's parts, and the attention block that the ViT shares with it.
 
-Read from the top: attention, MLP, block, then the text embeddings, what pooling makes of token ids and hidden states.
+Read from the top: activation and LayerNorm, attention, MLP, block, then the text embeddings, what pooling makes of
+token ids and hidden states.
 The model classes are in `modeling_pyramidclip.py`, all initialisation is in `modeling_pyramidclip_base.py`.
 Shape letters: B batch, L tokens, D width, H heads.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -25,17 +26,70 @@ QUICK_GELU_SLOPE = 1.702
 # What an attention backend takes: bool (True = seen) or added to the scores, (B or 1, 1, Q, L); flash attention's
 # (B, L); flex attention's own; None where every token sees all.
 AttentionMask: TypeAlias = torch.Tensor | BlockMask | None
+# (rows, tokens) of each part of packed tokens (1, sum of rows x tokens, D): one text after another, those of a part of
+# one length. Only attention knows the parts; all else is one operation over all of them.
+Packing: TypeAlias = tuple[tuple[int, int], ...]
+
+
+class _QuickGELU(torch.autograd.Function):
+    """One operation forward, two backward, one tensor kept; written out these are seven over two tensors."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+        return _quick_gelu(hidden_states)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        scaled = QUICK_GELU_SLOPE * ctx.saved_tensors[0]
+        if torch.is_grad_enabled():  # silu_backward has no derivative
+            sigmoid = scaled.sigmoid()
+            return grad * sigmoid * (1 + scaled * (1 - sigmoid))
+        return torch.ops.aten.silu_backward(grad, scaled)
+
+
+def _quick_gelu(hidden_states: torch.Tensor) -> torch.Tensor:
+    # The derivative of softplus(x) / 1.702 is the sigmoid, and torch multiplies it by what came, here x: one kernel.
+    # Beyond 40 the sigmoid is 1 in fp64 too.
+    return torch.ops.aten.softplus_backward(hidden_states, hidden_states, QUICK_GELU_SLOPE, 40)
 
 
 class PyramidCLIPQuickGELU(nn.Module):
-    """`x * sigmoid(1.702 x)`, written as SiLU.
-
-    That is two passes over memory less, and the backward pass keeps one tensor in place of two.
-    """
+    """`x * sigmoid(1.702 x)`."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Any shape -> the same."""
-        return F.silu(QUICK_GELU_SLOPE * hidden_states).mul_(1 / QUICK_GELU_SLOPE)
+        if is_traced():  # SiLU is what every graph format knows, and compilers fuse the products into it
+            return F.silu(QUICK_GELU_SLOPE * hidden_states).mul_(1 / QUICK_GELU_SLOPE)
+        if torch.is_grad_enabled() and hidden_states.requires_grad:
+            return _QuickGELU.apply(hidden_states)
+        return _quick_gelu(hidden_states)
+
+
+class PyramidCLIPLayerNorm(nn.LayerNorm):
+    """Computes in fp32 and returns what came, under autocast too, so that the residual stream keeps its dtype there."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., D)."""
+        dtype, device_type = hidden_states.dtype, hidden_states.device.type
+        if dtype not in (torch.bfloat16, torch.float16) or not torch.is_autocast_enabled(device_type):
+            return super().forward(hidden_states)
+        with torch.autocast(device_type, enabled=False):
+            weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+            return F.layer_norm(hidden_states, self.normalized_shape, weight, bias, self.eps)
+
+
+def in_autocast_dtype(hidden_states: torch.Tensor) -> torch.Tensor:
+    """In the dtype of autocast, where it is on and the states are fp32: the residual stream begins so."""
+    device_type = hidden_states.device.type
+    if hidden_states.dtype != torch.float32 or not torch.is_autocast_enabled(device_type):
+        return hidden_states
+    return hidden_states.to(torch.get_autocast_dtype(device_type))
 
 
 def is_traced() -> bool:
@@ -105,24 +159,40 @@ class PyramidCLIPAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: AttentionMask = None,
         query_states: torch.Tensor | None = None,
+        *,
+        packing: Packing | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, L, D) -> (B, L, D) and the weights (B, H, L, L), `None` where the backend has none.
 
         `query_states` (B, Q, D) are the tokens that look at all L; then Q stands in place of the first L. All L look
-        where it is not given.
+        where it is not given. With `packing`, all of it is packed, masks are one for each part, and the weights `None`.
         """
         query_states = hidden_states if query_states is None else query_states
-        shape = (hidden_states.shape[0], -1, self.config.num_attention_heads, self.head_dim)
-        query = self.q_proj(query_states).view(shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query, key, value = self.q_proj(query_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if packing is None:
+            output, weights = self._attend(query, key, value, attention_mask, hidden_states.shape[0], **kwargs)
+            return self.out_proj(output.reshape(query_states.shape)), weights
+        looking = [tokens if query_states is hidden_states else 1 for _, tokens in packing]
+        sizes = [rows * tokens for rows, tokens in packing]
+        parts = zip(
+            query.split([rows * tokens for (rows, _), tokens in zip(packing, looking)], dim=1),
+            key.split(sizes, dim=1),
+            value.split(sizes, dim=1),
+            attention_mask if isinstance(attention_mask, tuple) else [None] * len(packing),
+            [rows for rows, _ in packing],
+        )
+        outputs = [self._attend(*part, **kwargs)[0].reshape(1, -1, query.shape[-1]) for part in parts]
+        return self.out_proj(torch.cat(outputs, dim=1)), None
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, rows: int, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = (rows, -1, self.config.num_attention_heads, self.head_dim)
+        query, key, value = (states.view(shape).transpose(1, 2) for states in (query, key, value))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attend(
-            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
-        )
-        return self.out_proj(output.reshape(query_states.shape)), weights
+        return attend(self, query, key, value, mask, scaling=self.scaling, dropout=dropout, **kwargs)
 
 
 class PyramidCLIPMLP(nn.Module):
@@ -147,11 +217,11 @@ class PyramidCLIPEncoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: TowerConfig):
         super().__init__()
         self.self_attn = PyramidCLIPAttention(config)
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm1 = PyramidCLIPLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = PyramidCLIPMLP(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm2 = PyramidCLIPLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def feed_forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int] | None) -> torch.Tensor:
+    def feed_forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int] | None, views: int) -> torch.Tensor:
         """(B, L, D) after the second LayerNorm -> what is added to the tokens."""
         return self.mlp(hidden_states)
 
@@ -161,18 +231,23 @@ class PyramidCLIPEncoderLayer(GradientCheckpointingLayer):
         attention_mask: AttentionMask = None,
         grid_size: tuple[int, int] | None = None,
         query_at: torch.Tensor | None = None,
+        *,
+        views: int = 1,
+        packing: Packing | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """(B, L, D) -> (B, L, D), or (B, 1, D) where `query_at` names the only positions (B,) that are wanted.
 
-        `grid_size` is the patch grid's (rows, columns), for LeFF.
+        For LeFF, `grid_size` is the patch grid's (rows, columns), and the rows hold `views` BatchNorm batches of equal
+        size. Packed tokens stay packed, and (1, sum of rows, D) is what `query_at` leaves of them.
         """
         normed, queries = self.layer_norm1(hidden_states), None
         if query_at is not None:
-            hidden_states, queries = take_position(hidden_states, query_at), take_position(normed, query_at)
-        attended, _ = self.self_attn(normed, attention_mask, queries, **kwargs)
+            take = take_position if packing is None else take_packed
+            hidden_states, queries = take(hidden_states, query_at), take(normed, query_at)
+        attended, _ = self.self_attn(normed, attention_mask, queries, packing=packing, **kwargs)
         hidden_states = hidden_states + attended
-        return hidden_states + self.feed_forward(self.layer_norm2(hidden_states), grid_size)
+        return hidden_states + self.feed_forward(self.layer_norm2(hidden_states), grid_size, views)
 
 
 class PyramidCLIPTextLayer(PyramidCLIPEncoderLayer):
@@ -222,11 +297,33 @@ class PyramidCLIPTextEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.position_ids = nn.Buffer(torch.arange(config.max_position_embeddings)[None], persistent=False)
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, L) ids -> (B, L, D)."""
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, packing: Packing | None = None
+    ) -> torch.Tensor:
+        """(B, L) ids -> (B, L, D); packed ids (1, T) -> (1, T, D)."""
+        if packing is not None:
+            return self._embed_packed(input_ids, packing)
         if position_ids is None:
             position_ids = self.position_ids[:, : input_ids.shape[1]]
-        return self.token_embedding(input_ids) + self.position_embedding(position_ids)
+        return in_autocast_dtype(self.token_embedding(input_ids) + self.position_embedding(position_ids))
+
+    def _embed_packed(self, input_ids: torch.Tensor, packing: Packing) -> torch.Tensor:
+        longest = max(tokens for _, tokens in packing)
+        positions = in_autocast_dtype(self.position_embedding(self.position_ids[0, :longest]))
+        tokens = unpacked(in_autocast_dtype(self.token_embedding(input_ids)), packing)
+        return torch.cat([(part + positions[: part.shape[1]]).flatten(0, 1) for part in tokens])[None]
+
+
+def packed(input_ids: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Ids (B, L) of all parts one after another, padded to the longest -> (1, T)."""
+    parts = input_ids.split([rows for rows, _ in packing])
+    return torch.cat([part[:, :tokens].flatten() for part, (_, tokens) in zip(parts, packing)])[None]
+
+
+def unpacked(states: torch.Tensor, packing: Packing) -> list[torch.Tensor]:
+    """(1, T, ...) -> for each part (rows, tokens, ...)."""
+    parts = states[0].split([rows * tokens for rows, tokens in packing])
+    return [part.unflatten(0, shape) for part, shape in zip(parts, packing)]
 
 
 def checked_input_ids(input_ids: torch.Tensor | None, config: PyramidCLIPTextConfig) -> torch.Tensor:
@@ -294,6 +391,20 @@ def end_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor, config:
     steps = torch.arange(input_ids.shape[1], device=input_ids.device)
     last = ((attention_mask != 0).int() * steps).amax(dim=1)
     return torch.where(is_end.amax(dim=1) > 0, is_end.argmax(dim=1), last)
+
+
+def take_packed(hidden_states: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """(1, T, D), positions (N,) -> (1, N, D)."""
+    return hidden_states.index_select(1, position)
+
+
+def packed_positions(ends: Sequence[torch.Tensor], packing: Packing) -> torch.Tensor:
+    """(rows,) of each part, counted within a text -> (sum of rows,), counted within all packed tokens."""
+    first, positions = 0, []
+    for end, (rows, tokens) in zip(ends, packing):
+        positions.append(torch.arange(first, first + rows * tokens, tokens, device=end.device) + end)
+        first += rows * tokens
+    return torch.cat(positions)
 
 
 def take_position(hidden_states: torch.Tensor, position: torch.Tensor) -> torch.Tensor:

@@ -49,10 +49,13 @@ class PyramidCLIPLeFFLayer(PyramidCLIPEncoderLayer):
         super().__init__(config)
         self.mlp = PyramidCLIPLeFF(config)
 
-    def feed_forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int] | None) -> torch.Tensor:
+    def feed_forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int] | None, views: int) -> torch.Tensor:
         """(B, 1 + rows * columns, D) after the second LayerNorm -> what is added to the tokens."""
-        patches = self.mlp(hidden_states[:, 1:], grid_size)
-        return torch.cat([hidden_states[:, :1], patches], dim=1)
+        first, patches = hidden_states.split([1, hidden_states.shape[1] - 1], dim=1)
+        # All of LeFF view by view, not its BatchNorms alone: that would copy the wide tokens together three times.
+        parts = patches.chunk(views) if self.training else (patches,)
+        done = [self.mlp(part, grid_size) for part in parts]
+        return torch.cat([first, torch.cat(done) if len(done) > 1 else done[0]], dim=1)
 
 
 class PyramidCLIPVisionEmbeddings(nn.Module):
@@ -88,4 +91,4 @@ class PyramidCLIPVisionEmbeddings(nn.Module):
         positions = self.position_embedding(self.position_ids)
         if interpolate_pos_encoding and grid.shape[2:] != (self.config.grid_size, self.config.grid_size):
             positions = resize_position_table(positions, *grid.shape[2:])
-        return tokens + positions
+        return tokens + positions.to(tokens.dtype)

@@ -49,8 +49,8 @@ def tiny_batch(size=12, image_size=16, seed=0, dtype=torch.float64, missing=True
     """
     draw = torch.Generator().manual_seed(seed)
 
-    def texts():
-        ids = torch.randint(1, 38, (size, 8), generator=draw)
+    def texts(length):
+        ids = torch.randint(1, 38, (size, length), generator=draw)
         ids[:, 0], ids[:, -1] = 38, 39
         return ids
 
@@ -65,10 +65,10 @@ def tiny_batch(size=12, image_size=16, seed=0, dtype=torch.float64, missing=True
         "local_pixel_values": torch.randn(size, 3, image_size, image_size, generator=draw, dtype=dtype),
         "roi_features": torch.randn(size, 3, ROI_FEATURE_SIZE + 4, generator=draw, dtype=dtype),
         "roi_mask": roi_mask & mask()[:, None],
-        "input_ids": texts(),
-        "summary_input_ids": texts(),
+        "input_ids": texts(7),
+        "summary_input_ids": texts(8),
         "has_summary": mask(),
-        "tag_input_ids": texts(),
+        "tag_input_ids": texts(6),
         "has_tags": mask(),
     }
 

@@ -21,7 +21,7 @@ MAPPINGS = {**{name: {name: 1.0} for name in TERMS}, "six": DEFAULT_LOSS_WEIGHTS
 
 def dense_loss(model, batch, weights):
     """Softened cross-entropy with an N x N target matrix, on the samples that have both levels."""
-    everything = model.encode_levels(tuple(LEVELS), **batch)
+    everything = {level: model.encode_levels((level,), **batch)[level] for level in LEVELS}  # each by itself
     present = {"roi": batch["roi_mask"].any(1), "summary": batch["has_summary"], "tags": batch["has_tags"]}
     everyone = torch.ones(len(batch["input_ids"]), dtype=torch.bool)
     total, terms = 0.0, {}
@@ -42,15 +42,15 @@ def gradients(model):
     return {name: p.grad.numpy().copy() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def reference(tower, image_size, weights):
-    model = tiny_model(tower).eval()
+def reference(tower, image_size, weights, pooling):
+    model = tiny_model(tower, pooling=pooling).eval()
     loss, terms = dense_loss(model, tiny_batch(image_size=image_size), weights)
     loss.backward()
     return loss.item(), terms, gradients(model)
 
 
-def one_step(rank, world_size, tower, image_size, weights):
-    objective = ContrastiveObjective(tiny_model(tower), weights, SMOOTHING).eval()
+def one_step(rank, world_size, tower, image_size, weights, pooling):
+    objective = ContrastiveObjective(tiny_model(tower, pooling=pooling), weights, SMOOTHING).eval()
     wrapped = DistributedDataParallel(objective, broadcast_buffers=False) if world_size > 1 else objective
     batch = rows_of(tiny_batch(image_size=image_size), rank, world_size)
     wrapped(batch).loss.backward()
@@ -61,8 +61,8 @@ def one_step(rank, world_size, tower, image_size, weights):
     return total.numpy(), losses.counts.numpy(), gradients(objective.model), objective.terms
 
 
-def all_mappings(rank, world_size, tower, image_size):
-    return {name: one_step(rank, world_size, tower, image_size, weights) for name, weights in MAPPINGS.items()}
+def all_mappings(rank, world_size, tower, image_size, pooling):
+    return {name: one_step(rank, world_size, tower, image_size, weights, pooling) for name, weights in MAPPINGS.items()}
 
 
 def assert_same_gradients(found, expected, tolerance):
@@ -74,15 +74,16 @@ def assert_same_gradients(found, expected, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "tower", "image_size"), [(1, VIT, 16), (2, VIT, 16), (3, VIT, 16), (2, RESNET, 32)]
+    ("world_size", "tower", "image_size", "pooling"),
+    [(1, VIT, 16, "eos"), (2, VIT, 16, "eos"), (3, VIT, 16, "eos"), (2, RESNET, 32, "eos"), (2, VIT, 16, "max")],
 )
-def test_loss_and_gradients_equal_one_process_with_the_whole_batch(world_size, tower, image_size):
+def test_loss_and_gradients_equal_one_process_with_the_whole_batch(world_size, tower, image_size, pooling):
     if world_size == 1:
-        results = [all_mappings(0, 1, tower, image_size)]
+        results = [all_mappings(0, 1, tower, image_size, pooling)]
     else:
-        results = run_in_processes(all_mappings, world_size, tower, image_size)
+        results = run_in_processes(all_mappings, world_size, tower, image_size, pooling)
     for mapping, weights in MAPPINGS.items():
-        loss, terms, expected = reference(tower, image_size, weights)
+        loss, terms, expected = reference(tower, image_size, weights, pooling)
         for result in results:
             shares, counts, found, names = result[mapping]
             np.testing.assert_allclose(shares[0], loss, rtol=1e-6)
