@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -37,7 +37,15 @@ from .picture_files import (
     save_picture,
 )
 from .processing_pyramidclip import PyramidCLIPProcessor
-from .zero_shot import IMAGENET_TEMPLATES, class_embeddings, classify, image_embeddings, retrieve, text_embeddings
+from .zero_shot import (
+    IMAGENET_TEMPLATES,
+    class_embeddings,
+    classify_embeddings,
+    embeddings_ahead,
+    image_embeddings,
+    retrieve,
+    text_embeddings,
+)
 
 # What decides the pixels; the rest is on always.
 _PROCESSOR_SETTINGS = ("size", "crop_size", "resample", "image_mean", "image_std")
@@ -162,48 +170,57 @@ def run_classify(args: argparse.Namespace) -> int:
     bar_for_labels = not args.quiet and len(labels) * len(templates) > _PROMPTS_WORTH_A_BAR
     class_embeds = class_embeddings(loaded.model, loaded.processor, labels, templates, progress=bar_for_labels)
 
-    def print_batch(names: list[str], pixels: torch.Tensor) -> None:
-        options = {"class_embeds": class_embeds, "top_k": args.top_k, "batch_size": len(pixels)}
-        found = classify(loaded.model, None, pixels, labels, **options)
-        for path, predictions in zip(names, found):
-            rounded = [{"label": one.name, "probability": round(one.probability, 6)} for one in predictions]
-            columns = [path] + [cell for one in predictions for cell in (one.name, f"{one.probability:.4f}")]
-            messages.row({"path": path, "predictions": rounded}, columns)
-
     with closing(_pixels_ahead(paths, loaded.processor, args)) as readings, messages.bar(len(paths), "picture") as bar:
-        _in_batches(readings, args.batch_size, messages, bar, print_batch)
+        batches = _batches(readings, [(0, len(paths))], args.batch_size, messages, bar)
+        for batch, embeds in embeddings_ahead(loaded.model, batches):
+            found = classify_embeddings(loaded.model, embeds, labels, class_embeds, args.top_k)
+            for path, predictions in zip(batch.names, found, strict=True):
+                rounded = [{"label": one.name, "probability": round(one.probability, 6)} for one in predictions]
+                columns = [path] + [cell for one in predictions for cell in (one.name, f"{one.probability:.4f}")]
+                messages.row({"path": path, "predictions": rounded}, columns)
     return messages.exit_code(of=len(paths))
 
 
-def _in_batches(
-    readings: Iterable[Reading],
-    batch_size: int,
-    messages: _Messages,
-    bar: tqdm,
-    use: Callable[[list[str], torch.Tensor], None],
-) -> list[tuple[str, str]]:
-    """Calls `use(names, pixels (n, 3, H, W))` with full batches of what could be read, and once with the rest.
+class _Batch(NamedTuple):
+    """Pictures that are encoded together.
 
-    Returns:
-        (name, reason) of what could not be read.
+    Attributes:
+        part: number of the part that they belong to.
+        names: of those that could be read.
+        skipped: (name, reason) of those before them that could not.
+        ends: whether it is the last of its part.
     """
-    names: list[str] = []
-    pixels: list[torch.Tensor] = []
-    skipped: list[tuple[str, str]] = []
-    for name, reading in readings:
-        if isinstance(reading, UnreadablePicture):
-            messages.skip(name, reading)
-            skipped.append((name, str(reading)))
-        else:
-            names.append(name)
-            pixels.append(reading)
-        if len(names) == batch_size:
-            use(names, torch.stack(pixels))
-            names, pixels = [], []
-        bar.update()
-    if names:
-        use(names, torch.stack(pixels))
-    return skipped
+
+    part: int
+    names: list[str]
+    skipped: list[tuple[str, str]]
+    ends: bool
+
+
+def _batches(
+    readings: Iterator[Reading], parts: Iterable[tuple[int, int]], batch_size: int, messages: _Messages, bar: tqdm
+) -> Iterator[tuple[_Batch, torch.Tensor]]:
+    """Batches with their pixels (n, 3, H, W), of `parts` (number, how many readings).
+
+    A batch ends with its part: the company in which a picture is encoded decides its last bits. The last one of a part
+    may be empty.
+    """
+    for number, count in parts:
+        names: list[str] = []
+        pixels: list[torch.Tensor] = []
+        skipped: list[tuple[str, str]] = []
+        for place, (name, reading) in enumerate(islice(readings, count), start=1):
+            if isinstance(reading, UnreadablePicture):
+                messages.skip(name, reading)
+                skipped.append((name, str(reading)))
+            else:
+                names.append(name)
+                pixels.append(reading)
+            bar.update()
+            if len(names) == batch_size or place == count:
+                stacked = torch.stack(pixels) if pixels else torch.empty(0)
+                yield _Batch(number, names, skipped, place == count), stacked
+                names, pixels, skipped = [], [], []
 
 
 # embed
@@ -287,29 +304,21 @@ def _fuse_as_before(job: EmbeddingJob, model: PyramidCLIPModel) -> None:
 def _embed_pictures(job: EmbeddingJob, loaded: Loaded, args: argparse.Namespace, messages: _Messages) -> None:
     missing = job.missing()
     paths = (path for number in missing for path in job.items_of(number))
-    left = sum(len(job.items_of(number)) for number in missing)
-    total = len(job.items)
+    parts = [(number, len(job.items_of(number))) for number in missing]
+    total, left = len(job.items), sum(count for _, count in parts)
     pixels_ahead = closing(_pixels_ahead(paths, loaded.processor, args))
     with pixels_ahead as readings, messages.bar(total, "picture", initial=total - left) as bar:
-        for number in missing:
-            # A batch ends with its part: the company in which a picture is encoded decides its last bits.
-            of_part = islice(readings, len(job.items_of(number)))
-            job.save(number, *_embedded(of_part, loaded.model, args.batch_size, messages, bar))
-
-
-def _embedded(
-    readings: Iterator[Reading], model: PyramidCLIPModel, batch_size: int, messages: _Messages, bar: tqdm
-) -> tuple[list[str], np.ndarray, list[tuple[str, str]]]:
-    """Names and embeddings (n, D) of what could be read, and (name, reason) of the rest."""
-    names: list[str] = []
-    rows = [np.zeros((0, model.config.projection_dim), np.float32)]
-
-    def embed(batch: list[str], pixels: torch.Tensor) -> None:
-        names.extend(batch)
-        rows.append(image_embeddings(model, None, pixels, len(pixels)).numpy())
-
-    skipped = _in_batches(readings, batch_size, messages, bar, embed)
-    return names, np.concatenate(rows), skipped
+        batches = _batches(readings, parts, args.batch_size, messages, bar)
+        names: list[str] = []
+        skipped: list[tuple[str, str]] = []
+        rows = [np.zeros((0, loaded.model.config.projection_dim), np.float32)]
+        for batch, embeds in embeddings_ahead(loaded.model, batches):
+            names += batch.names
+            skipped += batch.skipped
+            rows.append(embeds.numpy())
+            if batch.ends:
+                job.save(batch.part, names, np.concatenate(rows), skipped)
+                names, skipped, rows = [], [], rows[:1]
 
 
 def _embed_texts(job: EmbeddingJob, loaded: Loaded, args: argparse.Namespace, messages: _Messages) -> None:

@@ -7,7 +7,8 @@
 - Query, key and value are one product; residuals are added in place.
 - Where one token alone is wanted (attention pooling, last block), keys and values are never computed: the query goes
   through the key weights instead, and the weighted mean of the tokens through the value weights.
-- ResNet: channels-last, activation and residual sum inside of oneDNN's convolution, where torch has that operation.
+- ResNet: channels-last, activation and residual sum inside of oneDNN's convolution, where torch has that operation. On
+  a GPU it stays as it is: cuDNN's own path was faster on an H200 (docs/speed.md).
 - Linear layers in fp32 go through oneDNN where that is faster than torch's own choice on this processor.
 
 Shape letters: B batch, L tokens, D width, H heads, d = D / H.
@@ -124,13 +125,17 @@ def _fuse_parts(module: nn.Module, linear: LinearBackend) -> None:
         for index, layer in enumerate(module.layers):
             fused = FusedLeFFLayer if isinstance(layer, PyramidCLIPLeFFLayer) else FusedLayer
             module.layers[index] = fused(layer, linear)
-    elif isinstance(module, PyramidCLIPResNet):
+    elif isinstance(module, PyramidCLIPResNet) and not _on_gpu(module):
         module.add_module("stem", FusedStem(module.stem))
         for index, stage in enumerate(module.stages):
             module.stages[index] = FusedStage(stage)
     for name, child in module.named_children():
-        if type(child) is PyramidCLIPAttentionPool:
+        if type(child) is PyramidCLIPAttentionPool and not _on_gpu(child):
             setattr(module, name, FusedAttentionPool(child))
+
+
+def _on_gpu(module: nn.Module) -> bool:
+    return next(module.parameters()).device.type == "cuda"
 
 
 # ------------------------------------------------------------------------------------------------------ linear layers

@@ -116,7 +116,9 @@ class PyramidCLIPPreTrainedModel(PreTrainedModel):
 
         BatchNorm and QuickGELU's factor become part of the weights, see `fusion_pyramidclip.py`. Weights are frozen,
         and train(), state_dict() and save_pretrained() raise from then on; moving to another device or dtype goes on
-        working. Other activations than QuickGELU stay as they are. A fused model stays as it is.
+        working, but what is fused is decided by where the model is when this is called: on a GPU a ResNet keeps its
+        layers, as they are faster there. Other activations than QuickGELU stay as they are. A fused model stays as it
+        is.
 
         Args:
             linear: `"onednn"` or `"torch"` for the fp32 products of linear layers on a CPU; `"auto"` measures (a tenth

@@ -9,11 +9,11 @@ Everything runs in evaluation mode and without gradients; the model's mode is pu
 as float32 unit vectors on the CPU, so that only one batch is ever on the model's device.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers.utils import logging
@@ -106,6 +106,9 @@ IMAGENET_TEMPLATES: tuple[str, ...] = (
 
 # Scores held at a time while retrieving; 64 MB as float32.
 _SCORES_AT_A_TIME = 1 << 24
+
+
+Key = TypeVar("Key")
 
 
 class Prediction(NamedTuple):
@@ -209,18 +212,76 @@ def image_embeddings(
     image_processor = getattr(processor, "image_processor", processor)
     device = model.device if device is None else device
     total = len(images) if isinstance(images, Sized) else None
-    pictures, parts = iter(images), []
-    with _evaluation(model), logging.tqdm(total=total, unit="picture", disable=not progress) as bar:
-        while batch := list(islice(pictures, _positive(batch_size))):
-            if image_processor is None:
-                pixel_values = torch.stack(batch)
-            else:
-                pixel_values = image_processor(batch, return_tensors="pt")["pixel_values"]
-            parts.append(model.encode_image(pixel_values.to(device, model.dtype), normalize=True).float().cpu())
-            bar.update(len(batch))
+    with logging.tqdm(total=total, unit="picture", disable=not progress) as bar:
+        batches = _pixels_of(iter(images), image_processor, _positive(batch_size))
+        parts = []
+        for count, embeds in embeddings_ahead(model, batches, device):
+            parts.append(embeds)
+            bar.update(count)
     if not parts:
         raise ValueError("Expected at least one picture, got none.")
     return torch.cat(parts)
+
+
+def _pixels_of(pictures: Iterator[Any], image_processor: Any, batch_size: int) -> Iterator[tuple[int, torch.Tensor]]:
+    while batch := list(islice(pictures, batch_size)):
+        if image_processor is None:
+            yield len(batch), torch.stack(batch)
+        else:
+            yield len(batch), image_processor(batch, return_tensors="pt")["pixel_values"]
+
+
+def embeddings_ahead(
+    model: Any, batches: Iterable[tuple[Key, torch.Tensor]], device: torch.device | str | None = None
+) -> Iterator[tuple[Key, torch.Tensor]]:
+    """Unit embeddings of batches of pixel values, in order, begun before they are waited for.
+
+    A GPU has two batches at a time: while it works on one, the next is read and copied, and the one before is used.
+
+    Args:
+        model: see `class_embeddings`.
+        batches: (key, (n, 3, H, W)).
+        device: where the model is; None: `model.device`.
+
+    Yields:
+        Each key with (n, D) float32 on the CPU.
+    """
+    device = model.device if device is None else torch.device(device)
+    waiting: deque[tuple[Key, Callable[[], torch.Tensor]]] = deque()
+    for key, pixel_values in batches:
+        with _evaluation(model):
+            waiting.append((key, _begun(model, pixel_values, device)))
+        if len(waiting) == _batches_at_a_time(device):
+            first, finish = waiting.popleft()
+            yield first, finish()
+    for key, finish in waiting:
+        yield key, finish()
+
+
+def _batches_at_a_time(device: torch.device) -> int:
+    return 2 if device.type == "cuda" else 1
+
+
+def _begun(model: Any, pixel_values: torch.Tensor, device: torch.device) -> Callable[[], torch.Tensor]:
+    """Asks for the embeddings of a batch, which may be empty; what comes back waits for them and returns them."""
+    if not len(pixel_values):
+        return lambda: torch.zeros(0, model.config.projection_dim)
+    if device.type != "cuda":
+        embeds = model.encode_image(pixel_values.to(device, model.dtype), normalize=True).float().cpu()
+        return lambda: embeds
+    # Copies from and to pinned memory are what the host need not wait for; there they are as narrow as the model.
+    pinned = torch.empty(pixel_values.shape, dtype=model.dtype, pin_memory=True).copy_(pixel_values)
+    embeds = model.encode_image(pinned.to(device, non_blocking=True), normalize=True).float()
+    result = torch.empty(embeds.shape, pin_memory=True)
+    result.copy_(embeds, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(device))
+
+    def finish() -> torch.Tensor:
+        done.synchronize()
+        return result
+
+    return finish
 
 
 def classify(
@@ -256,12 +317,19 @@ def classify(
             below 1.
     """
     _check_names(names)
-    top_k = len(names) if top_k is None else min(_positive(top_k), len(names))
     if class_embeds is None:
         class_embeds = class_embeddings(model, processor, names, templates, device=device, progress=progress)
-    if len(class_embeds) != len(names):
-        raise ValueError(f"Expected one row a class in class_embeds, got {len(class_embeds)} for {len(names)} names.")
+    # Before pictures are encoded for nothing.
+    _check_classes(names, class_embeds, top_k)
     image_embeds = image_embeddings(model, processor, images, batch_size, device, progress)
+    return classify_embeddings(model, image_embeds, names, class_embeds, top_k)
+
+
+def classify_embeddings(
+    model: Any, image_embeds: torch.Tensor, names: Sequence[str], class_embeds: torch.Tensor, top_k: int | None = None
+) -> list[list[Prediction]]:
+    """`classify` of pictures whose unit embeddings (N, D) are there already; see there for the rest."""
+    top_k = _check_classes(names, class_embeds, top_k)
     scale = model.logit_scale.detach().float().exp().cpu()
     probabilities = torch.softmax(scale * image_embeds @ class_embeds.float().cpu().T, dim=-1)
     best = probabilities.topk(top_k, dim=-1)
@@ -269,6 +337,13 @@ def classify(
         [Prediction(names[place], probability) for place, probability in zip(places, row)]
         for places, row in zip(best.indices.tolist(), best.values.tolist())
     ]
+
+
+def _check_classes(names: Sequence[str], class_embeds: torch.Tensor, top_k: int | None) -> int:
+    """How many classes a picture gets."""
+    if len(class_embeds) != len(names):
+        raise ValueError(f"Expected one row a class in class_embeds, got {len(class_embeds)} for {len(names)} names.")
+    return len(names) if top_k is None else min(_positive(top_k), len(names))
 
 
 def retrieve(queries: torch.Tensor, candidates: torch.Tensor, k: int = 10) -> Matches:

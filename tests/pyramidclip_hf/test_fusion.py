@@ -5,10 +5,15 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CLIPConfig, CLIPModel
 
 from pyramidclip_hf import (
+    PyramidCLIPConfig,
     PyramidCLIPForImageClassification,
+    PyramidCLIPModel,
     PyramidCLIPTextModelWithProjection,
     PyramidCLIPVisionModel,
     PyramidCLIPVisionModelWithProjection,
@@ -363,3 +368,64 @@ def test_adapters_of_the_attention_pooling_are_refused_and_those_of_the_projecti
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match='"auto", "torch" or "onednn", got \'mkl\''):
         tiny().fuse(linear="mkl")
+
+
+class Operations(TorchDispatchMode):
+    """Counts what the host asks a device to do: no views, and no memory alone."""
+
+    NOTHING = ("aten._unsafe_view", "aten.empty", "aten.promote_types")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not (function.is_view or str(function).startswith(self.NOTHING))
+        return function(*args, **(kwargs or {}))
+
+
+def asked(call):
+    with torch.no_grad(), Operations() as operations:
+        call()
+    return operations.count
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_embedding_a_picture_asks_for_what_clip_model_does_and_the_convolutions(dtype):
+    """Twelve blocks, nine with LeFF, as ViT-B has them."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 12, "image_size": 32, "patch_size": 16}
+    text = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
+    plain = lively(PyramidCLIPModel(PyramidCLIPConfig(vision_config=sizes, text_config=text))).eval().to(dtype)
+    fused = copy.deepcopy(plain).fuse(linear="torch")
+    clip = CLIPModel(CLIPConfig(vision_config=sizes | {"intermediate_size": 128}, text_config=text)).eval().to(dtype)
+    pixels = torch.randn(2, 3, 32, 32, dtype=dtype)
+    theirs = asked(lambda: clip.get_image_features(pixel_values=pixels))
+    assert 150 < asked(lambda: fused.encode_image(pixels)) <= theirs + 9
+    assert (
+        asked(lambda: plain.encode_image(pixels)) <= 1.65 * theirs
+    )  # BatchNorm is beside each convolution and product
+
+
+def test_on_a_gpu_a_resnet_stays_as_it_is(monkeypatch):
+    """There its fused form was slower than the plain one."""
+    plain = lively(tiny("resnet", "eos"))
+    fused, batch = copy.deepcopy(plain), make_batch(plain)
+    monkeypatch.setattr(fusion_pyramidclip, "_on_gpu", lambda module: True)
+    fused.fuse(linear="torch")
+    assert fused.is_fused and fused.vision_model.is_fused
+    assert [type(part) for part in fused.vision_model.modules()] == [
+        type(part) for part in plain.vision_model.modules()
+    ]
+    pixels = batch["pixel_values"]
+    assert asked(lambda: fused.encode_image(pixels)) == asked(lambda: plain.encode_image(pixels))
+    with torch.no_grad():
+        assert torch.equal(fused.encode_image(pixels), plain.encode_image(pixels))
+        close(fused.encode_text(batch["input_ids"]), plain.encode_text(batch["input_ids"]))
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no cuda tensors, not even fake ones")
+def test_where_a_model_is_decides_what_is_fused():
+    model = tiny("resnet", "eos")
+    assert not fusion_pyramidclip._on_gpu(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert fusion_pyramidclip._on_gpu(model.to("cuda"))

@@ -215,3 +215,36 @@ def test_other_wrong_input_is_refused(words, processor):
         text_embeddings(words, processor, [])
     with pytest.raises(ValueError, match="at least one candidate"):
         retrieve(torch.ones(2, 3), torch.ones(0, 3))
+
+
+def test_a_gpu_has_two_batches_at_a_time(monkeypatch):
+    """The next batch is read and begun before the one before is waited for; three are never there at once."""
+    said, open_now, most = [], set(), []
+
+    def begun(model, pixel_values, device):
+        number = int(pixel_values[0])
+        said.append(f"begun {number}")
+        open_now.add(number)
+        most.append(len(open_now))
+
+        def finish():
+            said.append(f"waited for {number}")
+            open_now.remove(number)
+            return pixel_values
+
+        return finish
+
+    def read():
+        for number in range(4):
+            said.append(f"read {number}")
+            yield number, torch.tensor([number])
+
+    monkeypatch.setattr(zero_shot, "_begun", begun)
+    found = list(zero_shot.embeddings_ahead(torch.nn.Identity(), read(), "cuda"))
+    assert [(key, int(embeds)) for key, embeds in found] == [(number, number) for number in range(4)]
+    assert max(most) == 2
+    for number in range(3):
+        assert said.index(f"begun {number + 1}") < said.index(f"waited for {number}")
+    said.clear()
+    assert len(list(zero_shot.embeddings_ahead(torch.nn.Identity(), read(), "cpu"))) == 4
+    assert said[:4] == ["read 0", "begun 0", "waited for 0", "read 1"]

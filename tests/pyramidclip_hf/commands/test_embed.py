@@ -13,7 +13,7 @@ from PIL import Image
 
 import pyramidclip_command
 from pyramidclip_command import EXIT_SKIPPED
-from pyramidclip_hf import PyramidCLIPModel, files
+from pyramidclip_hf import PyramidCLIPModel, files, zero_shot
 from pyramidclip_hf.embedding_files import EmbeddingJob, read_embeddings
 from pyramidclip_hf.picture_files import find_pictures
 from tests.pyramidclip_hf.commands.plain import (
@@ -81,11 +81,15 @@ def kill_at(moment, argv):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_any_moment_the_same_command_gives_the_same_file(pictures, capsys, model_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize("at_a_time", [1, 2], ids=["as on a CPU", "as on a GPU"])
+def test_killed_at_any_moment_the_same_command_gives_the_same_file(
+    pictures, capsys, model_dir, tmp_path, monkeypatch, at_a_time
+):
     fuse = PyramidCLIPModel.fuse
     monkeypatch.setattr(PyramidCLIPModel, "fuse", lambda self, linear="auto": fuse(self, "torch"))
     undisturbed = tmp_path / "undisturbed.npz"
     embed(capsys, model_dir, pictures, undisturbed)
+    monkeypatch.setattr(zero_shot, "_batches_at_a_time", lambda device: at_a_time)
     moment = 0
     while True:
         output = tmp_path / f"killed{moment}.npz"
