@@ -15,7 +15,9 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -47,6 +49,9 @@ _WRONG_USAGE = (
     PermissionError,
 )
 
+HELP_WIDTH = 100
+_NO_DEFAULTS: tuple[Any, ...] = (None, "", [], argparse.SUPPRESS)
+
 # What takes less memory when it is lower, in the order of choice.
 _SIZES = ("per_device_chunk_size", "global_batch_size", "batch_size")
 
@@ -57,20 +62,72 @@ class Failure(RuntimeError):
     """An error whose message is the whole story: the command says it in one line and ends with exit code 1."""
 
 
+def _help_width() -> int:
+    return min(HELP_WIDTH, shutil.get_terminal_size().columns)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """The help of every command: at most 100 columns, each default once, where it is a value."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36, width=_help_width())
+
+    def add_usage(self, usage: str | None, actions: Any, groups: Any, prefix: str | None = None) -> None:
+        """What must be given, and that there are flags: what they are stands below."""
+        flags = argparse.Action(["--flag"], "flag", metavar="value ...")
+        needed = [action for action in actions if action.required or not action.option_strings]
+        # Without a prefix it is the beginning of what subcommands are called.
+        super().add_usage(usage, needed if prefix == "" else [flags, *needed], [], prefix)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        is_value = action.option_strings and action.default is not False and action.default not in _NO_DEFAULTS
+        return f"{text} (default: %(default)s)" if is_value and "default" not in text.lower() else text
+
+
+def folded(text: str) -> str:
+    """A docstring within the width of the help: paragraphs and items are filled, long commands continued."""
+    lines: list[str] = []
+    for line in text.strip().splitlines():
+        new = not line.strip() or line.startswith((" ", "- ")) or not lines or lines[-1][:1] in ("", " ")
+        if new or not lines[-1].strip():
+            lines.append(line)
+        else:
+            lines[-1] += f" {line.strip()}"
+    return "\n".join(map(_folded_line, lines))
+
+
+def _folded_line(line: str) -> str:
+    indent = " " * (len(line) - len(line.lstrip()))
+    is_command = len(indent) >= 4
+    further = indent + ("    " if is_command else "  " if line.lstrip().startswith("- ") else "")
+    width = _help_width() - (2 if is_command else 0)
+    pieces = textwrap.wrap(
+        line.strip(),
+        width,
+        initial_indent=indent,
+        subsequent_indent=further,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return (" \\\n" if is_command else "\n").join(pieces)
+
+
 class CommandParser(argparse.ArgumentParser):
     """argparse's parser, but a wrong word raises ValueError, flags are not abbreviated, the help names the exit codes.
 
     Args:
         *args: as `argparse.ArgumentParser` takes them, or a parser that stands behind this one in the order of bases.
         exit_codes: those beside 0, 1, 2 and 130 that the command may end with.
-        **kwargs: `description` is shown as it is written.
+        **kwargs: `description` is a docstring, see `folded`.
     """
 
     def __init__(self, *args: Any, exit_codes: Sequence[int] = (), **kwargs: Any):
         codes = sorted({0, EXIT_FAILED, EXIT_WRONG_USAGE, EXIT_INTERRUPTED, *exit_codes})
-        listed = "\n".join(f"  {code:<3} {EXIT_CODES[code]}" for code in codes)
-        own = f"{kwargs.pop('epilog', None) or ''}\n\nexit codes:\n{listed}\n".lstrip("\n")
-        kwargs = {"formatter_class": argparse.RawDescriptionHelpFormatter, "prog": _program(), **kwargs}
+        listed = "exit codes: " + "; ".join(f"{code} {EXIT_CODES[code]}" for code in codes)
+        own = f"{kwargs.pop('epilog', None) or ''}\n\n{folded(listed)}\n".lstrip("\n")
+        kwargs["description"] = folded(kwargs.get("description") or "")
+        kwargs = {"formatter_class": HelpFormatter, "prog": _program(), **kwargs}
         super().__init__(*args, **{**kwargs, "epilog": own, "allow_abbrev": False})
         self.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import HfArgumentParser
 
 import pyramidclip_command
 from pyramidclip_command import CommandParser, Failure, run_command
@@ -124,31 +123,34 @@ def test_a_pipe_that_nobody_reads_ends_quietly(monkeypatch, capsys):
     assert code == 141 and capsys.readouterr().err == ""
 
 
-@dataclass
-class Arguments:
-    number: int = 3
-
-
-class DataclassParser(CommandParser, HfArgumentParser):
-    """Both together, as the commands whose settings are a dataclass use them."""
-
-
-@pytest.mark.parametrize(
-    "make", [lambda **kwargs: CommandParser(**kwargs), lambda **kw: DataclassParser(Arguments, **kw)]
-)
-def test_the_parser_shows_docstring_and_exit_codes(make, capsys):
-    parser = make(description="What it does.\n\n    how to call it\n", epilog="More words.", exit_codes=[75])
-    if not isinstance(parser, DataclassParser):
-        parser.add_argument("--number", type=int)
+def test_the_parser_shows_docstring_and_exit_codes(capsys):
+    parser = CommandParser(description="What it does.\n\n    how to call it\n", epilog="More words.", exit_codes=[75])
+    parser.add_argument("--number", type=int)
     with pytest.raises(SystemExit) as left:
         run_command(parser.parse_args, words, ["--help"])
     shown = capsys.readouterr().out
     assert left.value.code == 0 and "What it does.\n\n    how to call it\n" in shown
-    assert all(f"\n  {code} " in shown for code in (0, 1, 2, 75, 130)) and "\n  3 " not in shown
+    folded = " ".join(shown.partition("exit codes: ")[2].split())
+    assert [part.split()[0] for part in folded.split("; ")] == ["0", "1", "2", "75", "130"]
     for argv in (["--numbr", "2"], ["--numb", "2"], ["--number", "x"], ["--number"]):
         assert run_command(parser.parse_args, words, argv) == 2
         err = capsys.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1 and "--help" in err
+
+
+def test_the_help_is_folded_and_names_each_default_once(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    command = f"    python -m it {'--flag value ' * 12}"
+    parser = CommandParser(description=f"{'Long words. ' * 20}\n\n{command}\n\n- one\n- {'two ' * 40}\n", prog="it")
+    parser.add_argument("--number", type=int, default=3, help="how many")
+    parser.add_argument("--other", default="x", help="default: that of the model")
+    parser.add_argument("--absent", help="a file")
+    parser.add_argument("--switch", action="store_true", help="do it")
+    shown = parser.format_help()
+    assert max(map(len, shown.splitlines())) <= 100
+    assert " ".join(command.split()) in " ".join(shown.replace("\\\n", " ").split()), "no longer what one can type"
+    assert shown.count("default: ") == 2 and "how many (default: 3)" in shown
+    assert "\n- one\n- two two" in shown and "\n  two two" in shown
 
 
 def test_subcommands_have_the_same_parser(capsys):

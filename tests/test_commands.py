@@ -94,6 +94,20 @@ def test_help_says_what_it_is_and_the_exit_codes(name, capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_one_style(name, capsys, monkeypatch):
+    """Within 100 columns, flags with dashes, each default once, and the name that the documents type."""
+    monkeypatch.setenv("COLUMNS", "250")
+    for subcommand in [[], SUBCOMMANDS.get(name, [])]:
+        with pytest.raises(SystemExit):
+            main_of(name)([*subcommand, "--help"])
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= 100
+        assert "default: None" not in shown and not re.search(r"(?m)^  (-., )?--[a-z]+_", shown)
+        for words in re.split(r"(?m)^  (?=-)", shown)[1:]:
+            assert len(re.findall(r"default: ", words.partition("\n\n")[0])) <= 1, words
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_wrong_flag_is_one_line(name, capsys):
     assert main_of(name)([*SUBCOMMANDS.get(name, []), "--no-such-flag"]) == 2
     assert "--" in error_line(capsys)

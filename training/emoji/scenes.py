@@ -54,7 +54,7 @@ PixelBox = tuple[int, int, int, int]
 
 @dataclass
 class SceneArguments:
-    """Settings of `python -m training.emoji.scenes`."""
+    """What is drawn, and where it goes."""
 
     output_dir: str | None = field(default=None, metadata={"help": "Folder for train/, validation/ and objects/."})
     seed: int = field(default=0, metadata={"help": "Everything is a function of it."})

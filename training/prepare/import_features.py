@@ -108,7 +108,7 @@ def parse(words: Sequence[str]) -> ImportSettings:
     )
     if (places.merge_into is None) == (places.store_dir is None):
         raise ValueError(
-            "give one of --merge_into (shards that get the regions) and --store_dir (a folder for the regions alone)"
+            "give one of --merge-into (shards that get the regions) and --store-dir (a folder for the regions alone)"
         )
     if rows.rows_per_shard < 1:
         raise ValueError(f"rows_per_shard is {rows.rows_per_shard}, expected 1 or more")

@@ -138,7 +138,7 @@ def _refuse_own_folder(inputs: Sequence[str], output_dir: str) -> None:
     for name in inputs:
         own = None if is_url(name) else Path(name).resolve()
         if own == output or (own is not None and name.endswith(".tar") and output in own.parents):
-            raise ValueError(f"--output_dir {output_dir} holds the input {name}: choose another folder")
+            raise ValueError(f"--output-dir {output_dir} holds the input {name}: choose another folder")
 
 
 def _remove_stale(stage: Stage) -> None:

@@ -49,7 +49,7 @@ CAUSAL_PROMPT = (
 
 @dataclass
 class SummaryConfig:
-    """All that decides a summary.
+    """What decides a summary.
 
     The defaults are for alt-texts of some ten to eighty words; the paper names T5 and no settings. T5's checkpoints
     carry beams 4, length penalty 2, 30 to 200 tokens: settings of another model, for newspaper articles.

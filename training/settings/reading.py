@@ -19,8 +19,6 @@ import dataclasses
 import difflib
 import json
 import re
-import shutil
-import textwrap
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +29,6 @@ from training.settings.fields import default_of, in_sections, mapping_of
 
 Settings = TypeVar("Settings")
 
-HELP_WIDTH = 100
 _ARGUMENT = re.compile(r"^argument [^:]*: ")
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _TRUTHS = dict.fromkeys(("yes", "true", "t", "y", "1"), True)
@@ -65,21 +62,6 @@ class _Parser(CommandParser):
     def error(self, message: str) -> NoReturn:
         """Raises ValueError: the message, as it may be about a word of a file, not of the command line."""
         raise ValueError(message)
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=36, width=_help_width())
-
-
-def _help_width() -> int:
-    return min(HELP_WIDTH, shutil.get_terminal_size().columns)
-
-
-def _description(doc: str | None) -> str:
-    """A docstring within the width of the help; commands, which are indented, stay as they are."""
-    parts = (doc or "").strip().split("\n\n")
-    return "\n\n".join(part if part.startswith(" ") else textwrap.fill(part, _help_width()) for part in parts)
 
 
 class _Switch(argparse.Action):
@@ -120,9 +102,8 @@ def argument_parser(
     """
     file, flags = ("[--config FILE ...]", "[--setting value ...]") if config else ("", "[--flag value ...]")
     parser = _Parser(
-        description=_description(doc),
+        description=doc,
         usage=" ".join(word for word in ("%(prog)s", command, file, flags) if word),
-        formatter_class=_Help,
         argument_default=argparse.SUPPRESS,
         exit_codes=exit_codes,
     )

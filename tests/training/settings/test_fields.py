@@ -140,7 +140,7 @@ def test_the_help_is_in_sections_with_dashes_and_each_default_once(kind, monkeyp
     )
     assert max(map(len, text.splitlines())) <= 100
     titles = re.findall(r"^(\S.*):$", text, re.MULTILINE)
-    assert titles[:3] == ["options", "what most runs set", "what is trained"] and titles[-2].startswith("watching")
+    assert titles[:3] == ["options", "what most runs set", "what is trained"] and titles[-1].startswith("watching")
     first = text.split("what most runs set:")[1].split("\n\n")[0]
     assert re.findall(r"^  (--[a-z-]+)", first, re.MULTILINE)[:3] == ["--output-dir", "--model", "--train-data"]
     assert len(re.findall(r"^  --", first, re.MULTILINE)) == 10

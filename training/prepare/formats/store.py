@@ -1,4 +1,4 @@
-"""Stores of regions that `import_features --store_dir` wrote: tars of KEY.json and KEY.roi.npy."""
+"""Stores of regions that `import_features --store-dir` wrote: tars of KEY.json and KEY.roi.npy."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -169,7 +169,7 @@ def refuse_other_maker(folder: str | Path, level: str, made_by: MadeBy, overwrit
     if before is not None and before != made_by and not overwrite:
         raise ValueError(
             f"{folder} already has {level} made by {before}, not by {made_by}. --overwrite replaces them all; else "
-            "start from the shards as they were packed, with another --output_dir"
+            "start from the shards as they were packed, with another --output-dir"
         )
     return before
 

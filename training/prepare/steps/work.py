@@ -31,9 +31,9 @@ Advance = Callable[[int], object]
 
 @dataclass
 class WorkArguments:
-    """The flags that every command has for how it is run; none of them changes the result."""
+    """How it is run; none of these flags changes the result."""
 
-    part_index: int = field(default=0, metadata={"help": "This launch's number among --part_count (Slurm array id)."})
+    part_index: int = field(default=0, metadata={"help": "This launch's number among --part-count (Slurm array id)."})
     part_count: int = field(default=1, metadata={"help": "How many launches share the work, without talking."})
     overwrite: bool = field(
         default=False, metadata={"help": "Do finished shards again where they were made with other settings."}
@@ -63,7 +63,7 @@ class Worker:
 
 
 def this_worker(arguments: WorkArguments, has_model: bool = True) -> Worker:
-    """The `Worker` of this process from `accelerate launch` (or torchrun) and --part_index / --part_count.
+    """The `Worker` of this process from `accelerate launch` (or torchrun) and --part-index / --part-count.
 
     Without a model no accelerator is touched, so there may be more processes than accelerators.
 
