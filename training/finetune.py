@@ -163,8 +163,6 @@ class ClassificationTask(Task):
 
 def classification_task(args: FinetuneArguments, accelerator: Any, folder: Path) -> ClassificationTask:
     """The task of these settings; `accelerator` decides the device."""
-    if accelerator.distributed_type == "DEEPSPEED":
-        raise ValueError("fine-tuning runs under DDP, not DeepSpeed: its first epochs train a part of the model alone")
     parts = open_parts(args)
     model, processor = initial_classifier(args, parts["train"].data.class_names)
     plan = plan_steps(len(parts["train"].numbers), args.global_batch_size, epochs=args.epochs)

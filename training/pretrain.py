@@ -33,7 +33,6 @@ from training.loop.identity import Identity
 from training.loop.initial_model import initial_model
 from training.loop.objective import ContrastiveObjective
 from training.loop.optim import MovingAverage
-from training.loop.processes import NOT_UNDER_DEEPSPEED
 from training.loop.run import RunResult, complete_run, exit_code
 from training.loop.task import AUTOCAST, Batch, Metrics, Plan, Reader, StepLoss, Task, plan_steps
 from training.loop.tracking import duplicate_rates
@@ -139,8 +138,6 @@ class ContrastiveTask(Task):
 
 def contrastive_task(args: PretrainingArguments, accelerator: Any, folder: Path) -> ContrastiveTask:
     """The task of these settings; `accelerator` decides the device, bad samples are named in `folder`."""
-    if args.per_device_chunk_size and accelerator.distributed_type == "DEEPSPEED":
-        raise ValueError(NOT_UNDER_DEEPSPEED)
     model, processor = initial_model(args)
     reader = open_reader(args, processor, model.config, folder, accelerator.device)
     plan = plan_steps(

@@ -79,24 +79,22 @@ class TrainingState:
 
     Attributes:
         model: The bare model.
-        optimizer: torch's; None under DeepSpeed, where `engine` has it.
+        optimizer: torch's.
         identity: See `training.loop.identity`.
         defaults: What a checkpoint means that does not name a setting yet, because its version did not know it.
         accepted: Names of the identity that may differ.
         scaler: Of fp16.
         kept: File name, without suffix -> what else the task keeps.
-        engine: The DeepSpeed engine.
         processor: Saved beside the model, so that another run can begin from these weights.
     """
 
     model: PreTrainedModel
-    optimizer: torch.optim.Optimizer | None
+    optimizer: torch.optim.Optimizer
     identity: Identity
     defaults: Identity = field(default_factory=dict)
     accepted: Sequence[str] = ()
     scaler: Any = None
     kept: Mapping[str, Stateful] = field(default_factory=dict)
-    engine: Any = None
     processor: PyramidCLIPProcessor | None = None
 
 
@@ -187,16 +185,13 @@ def _make_empty(folder: Path) -> None:
 
 def _write_files(folder: Path, state: TrainingState, progress: Progress) -> None:
     _write_tensors(folder / f"process-{rank():05d}.pt", {"random": random_state(), "reader": progress.reader})
-    if state.engine is not None:
-        state.engine.save_checkpoint(str(folder / "engine"), tag="state")
     if rank() != 0:
         return
     with quiet_transformers():
         state.model.save_pretrained(folder / "model")
     if state.processor is not None:
         _write_processor(state.processor, folder / "model")
-    if state.optimizer is not None:
-        _write_tensors(folder / "optimizer.pt", state.optimizer.state_dict())
+    _write_tensors(folder / "optimizer.pt", state.optimizer.state_dict())
     if state.scaler is not None:
         _write_tensors(folder / "scaler.pt", state.scaler.state_dict())
     for name, part in state.kept.items():
@@ -245,10 +240,7 @@ def read_checkpoint(path: Path, state: TrainingState) -> tuple[Progress, list[st
     messages = compare_identity(saved, state.identity, path, state.accepted)
     try:
         state.model.load_state_dict(load_file(path / "model" / "model.safetensors"))
-        if state.engine is not None:
-            state.engine.load_checkpoint(str(path / "engine"), tag="state")
-        if state.optimizer is not None:
-            state.optimizer.load_state_dict(_read_tensors(path / "optimizer.pt"))
+        state.optimizer.load_state_dict(_read_tensors(path / "optimizer.pt"))
         if state.scaler is not None:
             state.scaler.load_state_dict(_read_tensors(path / "scaler.pt"))
         for name, part in state.kept.items():
@@ -295,8 +287,7 @@ def random_state() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
         "torch": torch.get_rng_state(),
-        # A run on the CPU leaves a GPU alone.
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "device": None if (device := _device_generator()) is None else device.get_rng_state(),
     }
 
 
@@ -307,5 +298,13 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(state["cuda"])
+    device, device_state = _device_generator(), state.get("device", state.get("cuda"))  # as older ones call it
+    if device is not None and device_state is not None:
+        device.set_rng_state(device_state)
+
+
+def _device_generator() -> Any:
+    """The module of an accelerator of any kind, with its generator; None without one that is used."""
+    kind = torch.accelerator.current_accelerator()
+    module = None if kind is None else torch.get_device_module(kind)
+    return module if module is not None and getattr(module, "is_initialized", lambda: True)() else None

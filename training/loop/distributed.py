@@ -5,6 +5,7 @@ two public collectives for whole tensors, which gloo and NCCL both have; the hel
 of `torch.distributed.nn` that did this are deprecated.
 """
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -124,10 +125,13 @@ class StopVote:
     Each step every process puts in its vote (`cast`) and learns the outcome of the step before. The votes travel
     through a gloo group of their own between the hosts, while the step computes, so the device is never synchronised
     for them.
+
+    Args:
+        timeout: How long a process waits for the votes of the others.
     """
 
-    def __init__(self) -> None:
-        self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
+    def __init__(self, timeout: timedelta) -> None:
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if world_size() > 1 else None
         self._pending = torch.zeros(1, dtype=torch.int64)
         self._work: Any = None
 

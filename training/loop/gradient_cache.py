@@ -35,21 +35,28 @@ Chunk = dict[str, torch.Tensor]
 
 
 class RandomState:
-    """The state of torch's generators (CPU and the device of `device`) at construction, to be replayed."""
+    """The state of torch's generators (CPU and the device of `device`, of any kind) at construction, to be replayed."""
 
     def __init__(self, device: torch.device):
-        self._devices = [device] if device.type == "cuda" else []
-        self._cpu = torch.get_rng_state()
-        self._cuda = [torch.cuda.get_rng_state(one) for one in self._devices]
+        self._generators = [torch, *([] if device.type == "cpu" else [torch.get_device_module(device.type)])]
+        self._states = self._now()
+
+    def _now(self) -> list[torch.Tensor]:
+        return [generator.get_rng_state() for generator in self._generators]  # a process trains on its current device
+
+    def _set(self, states: list[torch.Tensor]) -> None:
+        for generator, state in zip(self._generators, states):
+            generator.set_rng_state(state)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Inside, random numbers come as they did after construction; afterwards, as if none had been drawn inside."""
-        with torch.random.fork_rng(self._devices):
-            torch.set_rng_state(self._cpu)
-            for one, state in zip(self._devices, self._cuda):
-                torch.cuda.set_rng_state(state, one)
+        before = self._now()
+        self._set(self._states)
+        try:
             yield
+        finally:
+            self._set(before)
 
 
 class GradientCache:

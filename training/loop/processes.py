@@ -4,16 +4,23 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from training.loop.network import choose_gloo_interface
 from training.settings.run import RunSettings
 
-NOT_UNDER_DEEPSPEED = (
-    "under DeepSpeed, per_device_chunk_size and precision fp16 are not possible; use DDP, or bf16 without chunks"
-)
+# Engines of Accelerate, values of `DistributedType`, that no model of ours can be trained under -> why.
+REFUSED = {
+    "FSDP": "BatchNorm's running statistics are buffers that FSDP neither shards nor keeps equal, the 0-d logit_scale "
+    "cannot be sharded",
+    "DEEPSPEED": "DeepSpeed cannot send a 0-d parameter, which logit_scale is (0.19.8 ends in its first broadcast), "
+    "ZeRO-3 would save empty weights, and under ZeRO-1 and 2 the optimizer steps from a copy of logit_scale that its "
+    "bound does not reach",
+}
 
 # What CUDA's matrix products need to run in one order, and the values with which they do.
 WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
@@ -61,13 +68,16 @@ def start_processes(settings: RunSettings, folder: Path) -> Any:
     """
     try:
         from accelerate import Accelerator, PartialState
-        from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
+        from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
     except ImportError as error:
         raise ImportError('pre-training needs accelerate: pip install -e ".[train]"') from error
     check_trackers(settings.trackers)
     # Said here because a launcher without --cpu leaves several processes on a machine without GPU unconnected.
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available()
-    if PartialState(cpu=cpu).device.type == "cpu" and settings.precision == "fp16":
+    choose_gloo_interface()
+    # The first call makes the group of the processes, so their time-out has to be said here.
+    processes = PartialState(cpu=cpu, timeout=process_timeout(settings))
+    if processes.device.type == "cpu" and settings.precision == "fp16":
         raise ValueError("precision fp16 needs a GPU; on CPU use bf16 or fp32")
     # Without SyncBatchNorm the first process's running statistics are everyone's, so that what is evaluated and saved
     # does not depend on who does it; with it they are equal by themselves.
@@ -83,8 +93,6 @@ def start_processes(settings: RunSettings, folder: Path) -> Any:
     # DDP says this of depth-wise convolutions, whose gradients may have either of two equal layouts.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     check_engine(accelerator.distributed_type)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        _settle_deepspeed(settings, accelerator)
     return accelerator
 
 
@@ -108,27 +116,22 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ImportError(f"trackers: {name} is not installed: pip install {package}, or set trackers: none")
 
 
+def process_timeout(settings: RunSettings) -> timedelta:
+    """How long a process waits for the others."""
+    return timedelta(minutes=settings.process_timeout_minutes)
+
+
 def check_engine(distributed_type: str) -> None:
     """Refuses an engine of Accelerate, a value of `DistributedType`.
 
     Raises:
         ValueError: No model of ours can be trained under it.
     """
-    if distributed_type == "FSDP":
+    if distributed_type in REFUSED:
         raise ValueError(
-            "FSDP is refused: BatchNorm's running statistics are buffers that FSDP neither shards nor keeps equal, the "
-            "0-d logit_scale cannot be sharded, and there is nothing to gain: weights, gradients and AdamW of ViT-L-14 "
-            "take 7 GB. Use DDP (training/configs/accelerate/one_node.yaml) or DeepSpeed ZeRO-2"
+            f"the engine is refused: {REFUSED[distributed_type]}, and there is nothing to gain: weights, "
+            "gradients and AdamW of ViT-L-14 take 7 GB. Use DDP (training/configs/accelerate/one_node.yaml)"
         )
-
-
-def _settle_deepspeed(settings: RunSettings, accelerator: Any) -> None:
-    if settings.precision == "fp16":
-        raise ValueError(NOT_UNDER_DEEPSPEED)
-    config = accelerator.state.deepspeed_plugin.deepspeed_config
-    config["train_micro_batch_size_per_gpu"] = settings.per_device_batch_size(accelerator.num_processes)
-    config["gradient_accumulation_steps"] = 1
-    config["gradient_clipping"] = settings.max_grad_norm or 0.0
 
 
 def synchronised_batch_norm(settings: RunSettings) -> bool:

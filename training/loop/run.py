@@ -35,7 +35,7 @@ from training.loop.checkpoint import (
 )
 from training.loop.distributed import StopVote, check_equal_batches, rank, world_size
 from training.loop.optim import set_learning_rate
-from training.loop.processes import algorithms, start_processes, synchronised_batch_norm
+from training.loop.processes import algorithms, process_timeout, start_processes, synchronised_batch_norm
 from training.loop.task import Batch, Metrics, StepLoss, Task
 from training.loop.tracking import MetricsLog, StepWindow, start_trackers
 from training.settings.fields import default_identity
@@ -57,7 +57,7 @@ class Run:
         task: What is trained.
         accelerator: Accelerate's `Accelerator`.
         folder: Where everything goes.
-        wrapped: The prepared objective: DDP, an engine, or the objective itself.
+        wrapped: The prepared objective: DDP, or the objective itself.
         optimizer: The prepared optimizer.
         progress: Where the run is.
         log: metrics.jsonl and the trackers.
@@ -162,16 +162,14 @@ def start(settings: Settings, make_task: MakeTask[Settings], folder: Path) -> Ru
 
 def training_state(task: Task, accelerator: Any, wrapped: nn.Module, optimizer: Any) -> TrainingState:
     """The live objects that a checkpoint holds."""
-    deepspeed = accelerator.distributed_type == "DEEPSPEED"
     return TrainingState(
         model=task.objective.model,
-        optimizer=None if deepspeed else optimizer.optimizer,
+        optimizer=optimizer.optimizer,
         identity=task.identity(),
         defaults=default_identity(task.settings),
         accepted=task.settings.accept_identity,
         scaler=accelerator.scaler,
         kept=task.kept,
-        engine=wrapped if deepspeed else None,
         processor=task.processor,
     )
 
@@ -256,7 +254,8 @@ def timed_batches(run: Run) -> Iterator[tuple[float, dict[str, Any]]]:
 
 def train(run: Run, stop_requested: threading.Event) -> bool:
     """Trains to the last step; False when it stopped before because a process was asked to."""
-    task, settings, progress, vote = run.task, run.task.settings, run.progress, StopVote()
+    task, settings, progress = run.task, run.task.settings, run.progress
+    vote = StopVote(process_timeout(settings))
     last = min(task.plan.total_steps, DRY_RUN_STEPS) if settings.dry_run else task.plan.total_steps
     task.objective.train()
     check_equal_batches(task.plan.per_device_batch_size, run.accelerator.device)

@@ -180,7 +180,7 @@ class Task(Protocol):
 
         Args:
             accelerator: Accelerate's `Accelerator`, whose `backward` scales where fp16 needs it.
-            wrapped: The prepared objective: DDP, an engine, or `objective` itself.
+            wrapped: The prepared objective: DDP, or `objective` itself.
             batch: This process's rows, on its device.
         """
         losses: StepLoss = wrapped(batch)

@@ -153,6 +153,13 @@ class RunSettings:
         section="watching",
         identity=None,
     )
+    process_timeout_minutes: float = setting(
+        30.0,
+        "a process that waits for another one gives up after so long; more than any save, index or evaluation takes",
+        section="watching",
+        identity=None,
+        at_least=0.1,
+    )
     keep_checkpoints: int = setting(2, "older checkpoints are removed", section="watching", identity=None, at_least=1)
     dry_run: bool = setting(
         False, "two steps, then print what the run would be, and stop", section="watching", identity=None

@@ -9,7 +9,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from pyramidclip_hf.loss_pyramidclip import DEFAULT_LOSS_WEIGHTS
 from tests.training.processes import run_in_processes
 from tests.training.tiny import VIT, rows_of, tiny_batch, tiny_model
-from training.loop.gradient_cache import GradientCache
+from training.loop.gradient_cache import GradientCache, RandomState
 from training.loop.objective import ContrastiveObjective
 
 NO_BATCH_NORM = {**VIT, "num_leff_layers": 0}
@@ -111,6 +111,39 @@ def test_random_numbers_are_replayed():
     assert not torch.equal(drawn[0], without[0])  # dropout did something
     torch.manual_seed(3)
     assert not torch.equal(torch.rand(1), after)  # and the generator moved on, once
+
+
+class Numbers:
+    """The generator of a device kind that this machine does not have: a state of one number."""
+
+    def __init__(self):
+        self.state = 0
+
+    def get_rng_state(self):
+        return torch.tensor([self.state])
+
+    def set_rng_state(self, state):
+        self.state = int(state)
+
+    def draw(self):
+        self.state += 1
+        return self.state
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_the_generator_of_every_device_kind_is_replayed(kind, monkeypatch):
+    numbers = Numbers()
+    monkeypatch.setattr(torch, "get_device_module", {kind: numbers}.__getitem__)
+    first = RandomState(torch.device(kind))
+    drawn = numbers.draw(), torch.rand(1)
+    second = RandomState(torch.device(kind))
+    drawn_again = numbers.draw(), torch.rand(1)
+    with first.replayed():
+        assert (numbers.draw(), torch.rand(1)) == drawn
+    with pytest.raises(KeyError), second.replayed():
+        assert (numbers.draw(), torch.rand(1)) == drawn_again
+        raise KeyError
+    assert numbers.draw() == 3  # as if nothing had been replayed
 
 
 def test_running_statistics_are_recorded_once_for_each_chunk():

@@ -1,5 +1,7 @@
 """The objective across processes, against one process with the whole batch and a dense loss written out here."""
 
+from datetime import timedelta
+
 import numpy as np
 import pytest
 import torch
@@ -227,7 +229,7 @@ def collectives(rank, world_size):
     gathered = gather_rows(rows)
     (gathered * torch.arange(1.0, 1 + len(gathered))[:, None] * (rank + 1)).sum().backward()
     flags = gather_rows(torch.tensor([rank == 1, False]))
-    vote, outcomes = StopVote(), []
+    vote, outcomes = StopVote(timedelta(minutes=1)), []
     for step in range(4):
         outcomes.append(vote.cast(rank == 1 and step == 1))
     outcomes.append(vote.outcome())

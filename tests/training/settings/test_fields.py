@@ -87,9 +87,11 @@ FREE = {
     PretrainingArguments: "output_dir validation_data validation_samples max_bad_fraction fetch_attempts fetch_seconds "
     "cache_gigabytes dataloader_workers "
     "allow_unfinished gradient_accumulation_steps log_every_steps log_duplicate_rates trackers eval_every_steps "
-    "save_every_steps keep_checkpoints accept_identity resume push_to_hub dry_run allow_empty_terms",
+    "save_every_steps keep_checkpoints process_timeout_minutes accept_identity resume push_to_hub dry_run "
+    "allow_empty_terms",
     FinetuneArguments: "output_dir validation_data test_data dataloader_workers eval_batch_size log_every_steps "
-    "trackers eval_every_epochs save_every_steps keep_checkpoints accept_identity resume dry_run",
+    "trackers eval_every_epochs save_every_steps keep_checkpoints process_timeout_minutes accept_identity resume "
+    "dry_run",
 }
 
 

@@ -25,7 +25,7 @@ FIELDS = """
     max_image_pixels per_device_chunk_size gradient_accumulation_steps
     warmup_fraction final_learning_rate_fraction weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm ema_decay
     gradient_checkpointing sync_batch_norm deterministic torch_compile
-    log_every_steps trackers save_every_steps accept_identity keep_checkpoints dry_run
+    log_every_steps trackers save_every_steps accept_identity process_timeout_minutes keep_checkpoints dry_run
     log_duplicate_rates eval_every_steps push_to_hub
     overfit_batches
 """.split()
