@@ -269,21 +269,33 @@ def build_parser() -> CommandParser:
     _add_embed(command("embed", "turn pictures or texts into a file of embeddings"))
     _add_search(command("search", "find pictures by text or picture in a file of embeddings"))
     _add_explain(command("explain", "show which parts of a picture speak for a text"))
+    _add_export(command("export", "write a model for ONNX Runtime or OpenVINO"))
     return parser
 
 
+_ENGINES = ("onnx", "openvino")
 _PICTURES_HELP = "files, folders (with all below), globs in quotes, or - for paths on stdin, one a line"
 
 
-def _add_common(parser: argparse.ArgumentParser, model_help: str = "", batches: bool = False) -> None:
+def _add_common(
+    parser: argparse.ArgumentParser, model_help: str = "", batches: bool = False, engines: bool = True
+) -> None:
     model_help = model_help or "folder of a saved model, or Hub id"
     parser.add_argument("--model", required="default" not in model_help, help=model_help)
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument(
         "--device", default="auto", help="default: auto, an accelerator if there is one; or cpu, cuda, cuda:1, mps"
     )
-    types = ("float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", default="float32", choices=types, help="of the model (default: %(default)s)")
+    if engines:
+        parser.add_argument(
+            "--backend",
+            default="torch",
+            choices=("torch", *_ENGINES),
+            help="what computes; the others run what `pyramidclip export` wrote (default: %(default)s)",
+        )
+    types = ("float32", "bfloat16", "float16", *(["int8"] if engines else []))
+    own = ", int8 with another --backend" if engines else ""
+    parser.add_argument("--dtype", default="float32", choices=types, help=f"of the model{own} (default: %(default)s)")
     parser.add_argument(
         "--max-image-pixels",
         type=_at_least_one,
@@ -342,7 +354,38 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("picture", help="a file")
     parser.add_argument("--text", required=True, help="what to look for")
     parser.add_argument("--output", required=True, help="overlay to write, a PNG, JPEG or WebP")
-    _add_common(parser)
+    _add_common(parser, engines=False)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="folder of a saved model, or Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument("--output", metavar="FOLDER", help="where to; default: the model's own folder")
+    parser.add_argument("--format", default="onnx", choices=_ENGINES, help="default: %(default)s")
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        default=["float32"],
+        choices=("float32", "float16", "int8"),
+        help="one or more, each in files of its own (default: float32)",
+    )
+    parser.add_argument("--regions", action="store_true", help="the region branch too")
+    parser.add_argument(
+        "--calibration",
+        nargs="+",
+        default=[],
+        metavar="PICTURES",
+        help="pictures as they will be seen; needed for int8",
+    )
+    parser.add_argument(
+        "--pairs", metavar="FILE", help="say what retrieval loses on these: JSON lines with image and caption"
+    )
+    parser.add_argument(
+        "--classes", metavar="FOLDER", help="say what zero-shot classification loses on these: a sub-folder a class"
+    )
+    parser.add_argument("--max-image-pixels", type=_at_least_one, default=100_000_000, help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+    parser.add_argument("--quiet", action="store_true", help="no notes")
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -1,5 +1,5 @@
 # Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""What `pyramidclip classify`, `embed`, `search` and `explain` do with the arguments that `pyramidclip_command` parsed.
+"""What the subcommands of `pyramidclip` do with the arguments that `pyramidclip_command` parsed.
 
 Results go to stdout, tab-separated or with `--json` one object a line; everything else goes to stderr.
 """
@@ -13,16 +13,19 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
+from PIL import Image
 
 from pyramidclip_command import EXIT_SKIPPED
 
+from .backends import MAX_DISAGREEMENT, ExportedModel, load_exported
 from .embedding_files import EmbeddingJob, StoredEmbeddings, check_output, read_embeddings
 from .explain import explain_image
+from .export import compare_on_data, export_model, read_pairs
 from .fusion_pyramidclip import LinearBackend, OneDNNLinear
 from .loading import Loaded, choose_device, load_model
 from .modeling_pyramidclip import PyramidCLIPModel
@@ -51,6 +54,10 @@ from .zero_shot import (
 _PROCESSOR_SETTINGS = ("size", "crop_size", "resample", "image_mean", "image_std")
 # A bar for fewer prompts would be gone before it is read.
 _PROMPTS_WORTH_A_BAR = 1000
+
+# How many are looked at to see what numbers pass through a tower.
+_CALIBRATION_PICTURES = 128
+_CALIBRATION_TEXTS = 256
 
 # A picture's path, and its `pixel_values` (3, H, W) or why it has none.
 Reading = tuple[str, torch.Tensor | UnreadablePicture]
@@ -140,8 +147,15 @@ def _lines_of(path: str, what: str) -> list[str]:
 # The model
 
 
-def _load(args: argparse.Namespace, messages: _Messages, fuse: bool = True) -> Loaded:
-    """The model and processor that the arguments name, see `load_model`."""
+def _load(args: argparse.Namespace, messages: _Messages, fuse: bool = True) -> Loaded[Any]:
+    """The model and processor that the arguments name, see `load_model` and `load_exported`."""
+    backend: Literal["torch", "onnx", "openvino"] = getattr(args, "backend", "torch")
+    if backend != "torch":
+        if args.device not in ("auto", "cpu"):
+            raise ValueError(f"--device {args.device}: --backend {backend} computes on the processor; leave it out.")
+        return load_exported(args.model, backend=backend, dtype=args.dtype, revision=args.revision)
+    if args.dtype == "int8":
+        raise ValueError("--dtype int8 needs --backend onnx or openvino and a model that `pyramidclip export` made.")
     device = choose_device(args.device)
     _warn_of_slow_type(args.dtype, device, messages)
     return load_model(args.model, revision=args.revision, device=device, dtype=args.dtype, fuse=fuse)
@@ -238,9 +252,11 @@ def run_embed(args: argparse.Namespace) -> int:
         processor = loaded.processor.image_processor.to_dict()
         settings["image_processor"] = {name: processor[name] for name in _PROCESSOR_SETTINGS}
         settings["max_image_pixels"] = args.max_image_pixels
+    if isinstance(loaded.model, ExportedModel):
+        settings["engine"] = loaded.model.engine._asdict()
     job = EmbeddingJob(output, loaded.name, settings, items, args.part_size, args.overwrite)
     _say_where_it_stands(job, items, messages)
-    if not job.complete:
+    if not job.complete and isinstance(loaded.model, PyramidCLIPModel):
         _fuse_as_before(job, loaded.model)
     (_embed_texts if args.texts else _embed_pictures)(job, loaded, args, messages)
     rows, skipped = job.finish()
@@ -301,7 +317,7 @@ def _fuse_as_before(job: EmbeddingJob, model: PyramidCLIPModel) -> None:
     model.fuse(linear=cast("LinearBackend", job.remembered("linear", choose)))
 
 
-def _embed_pictures(job: EmbeddingJob, loaded: Loaded, args: argparse.Namespace, messages: _Messages) -> None:
+def _embed_pictures(job: EmbeddingJob, loaded: Loaded[Any], args: argparse.Namespace, messages: _Messages) -> None:
     missing = job.missing()
     paths = (path for number in missing for path in job.items_of(number))
     parts = [(number, len(job.items_of(number))) for number in missing]
@@ -321,7 +337,7 @@ def _embed_pictures(job: EmbeddingJob, loaded: Loaded, args: argparse.Namespace,
                 names, skipped, rows = [], [], rows[:1]
 
 
-def _embed_texts(job: EmbeddingJob, loaded: Loaded, args: argparse.Namespace, messages: _Messages) -> None:
+def _embed_texts(job: EmbeddingJob, loaded: Loaded[Any], args: argparse.Namespace, messages: _Messages) -> None:
     missing = job.missing()
     left = sum(len(job.items_of(number)) for number in missing)
     with messages.bar(len(job.items), "text", initial=len(job.items) - left) as bar:
@@ -353,6 +369,7 @@ def run_search(args: argparse.Namespace) -> int:
             f"{stored.metadata['model_sha256'][:12]}), but {args.model} has the weights {loaded.sha256()[:12]}. "
             "Embeddings of two models cannot be compared: take that --model, or embed again."
         )
+    _check_engines(stored, loaded, args.embeddings)
     titles = args.text + args.image
     found = _best(loaded, stored, args)
     for title, hits in zip(titles, found):
@@ -374,7 +391,22 @@ def run_search(args: argparse.Namespace) -> int:
     return 0
 
 
-def _best(loaded: Loaded, stored: StoredEmbeddings, args: argparse.Namespace) -> list[list[Hit]]:
+def _check_engines(stored: StoredEmbeddings, loaded: Loaded[Any], path: str) -> None:
+    """ValueError where embeddings of one model come from engines that are further apart than a search can bear."""
+    there = stored.metadata["settings"].get("engine")
+    here = loaded.model.engine._asdict() if isinstance(loaded.model, ExportedModel) else None
+    apart = sum(one["disagreement"] for one in (there, here) if one)
+    same = {name: (there or {}).get(name) == (here or {}).get(name) for name in ("backend", "dtype")}
+    if apart > MAX_DISAGREEMENT and not all(same.values()):
+        names = [f"{one['backend']} in {one['dtype']}" if one else "torch" for one in (there, here)]
+        raise ValueError(
+            f"{path} was made with {names[0]}, the query is embedded with {names[1]}: their unit embeddings are up to "
+            f"{apart:.1e} apart, more than the {MAX_DISAGREEMENT:.0e} that a search can bear. Take the same --backend "
+            "and --dtype."
+        )
+
+
+def _best(loaded: Loaded[Any], stored: StoredEmbeddings, args: argparse.Namespace) -> list[list[Hit]]:
     """The hits of each query: texts first, then pictures."""
     queries = []
     if args.text:
@@ -414,10 +446,50 @@ def run_explain(args: argparse.Namespace) -> int:
     return 0
 
 
+# export
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Writes the towers for an engine, and prints how far each file is from the model."""
+    messages = _Messages(args)
+    pictures = _calibration(args)
+    loaded = load_model(args.model, revision=args.revision)
+    output = args.output or args.model
+    if not args.output and not Path(args.model).is_dir():
+        raise ValueError("--model is an id of the Hub: expected --output FOLDER.")
+    options = {"backend": args.format, "dtypes": args.dtype, "regions": args.regions, "calibration": pictures}
+    texts = [pair["caption"] for pair in read_pairs(args.pairs)] if args.pairs else []
+    for file in export_model(loaded, output, texts=texts[:_CALIBRATION_TEXTS], say=messages.note, **options):
+        columns = (
+            file.file,
+            f"{file.megabytes:.1f} MB",
+            f"cosine {file.mean_cosine:.6f}, least {file.least_cosine:.6f}",
+        )
+        messages.row(file._asdict(), columns)
+    if args.pairs or args.classes:
+        for dtype in args.dtype:
+            exported = load_exported(output, backend=args.format, dtype=dtype).model
+            for name, before, after in compare_on_data(
+                loaded, exported, args.pairs, args.classes, args.max_image_pixels
+            ):
+                row = {"dtype": dtype, "measure": name, "model": before, "exported": after}
+                messages.row(row, (dtype, name, f"{before:.2%} -> {after:.2%}"))
+    return 0
+
+
+def _calibration(args: argparse.Namespace) -> list[Image.Image]:
+    try:
+        paths = find_pictures(args.calibration, sys.stdin) if args.calibration else []
+        return [read_picture(path, args.max_image_pixels) for path in paths[:_CALIBRATION_PICTURES]]
+    except UnreadablePicture as error:
+        raise ValueError(f"--calibration: a picture cannot be read: {error}") from error
+
+
 # What `pyramidclip_command` calls by the subcommand's name.
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "classify": run_classify,
     "embed": run_embed,
     "search": run_search,
     "explain": run_explain,
+    "export": run_export,
 }

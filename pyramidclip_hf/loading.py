@@ -8,10 +8,11 @@ a folder without a tokenizer, for which the processor would take the one that th
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
@@ -20,6 +21,8 @@ from transformers.utils import logging
 
 from .modeling_pyramidclip import PyramidCLIPModel
 from .processing_pyramidclip import PyramidCLIPProcessor
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 _ADVICE = "Expected a folder that save_pretrained of a PyramidCLIPModel and of its processor wrote"
 _MODEL_FILES = ["*.json", "*.safetensors", "*.txt"]
@@ -31,16 +34,22 @@ _PARTS = {
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model in evaluation mode, its processor, the name that it was asked for by, and the folder that it lies in."""
+class Loaded(Generic[Model]):
+    """A model in evaluation mode, its processor, the name that it was asked for by, and the folder that it lies in.
 
-    model: PyramidCLIPModel
+    `made_of` is the hash of the weights that an exported model was made of; None: the weights lie in the folder.
+    """
+
+    model: Model
     processor: PyramidCLIPProcessor
     name: str
     folder: Path
+    made_of: str | None = None
 
     def sha256(self) -> str:
         """Of the weights' files: the same model under another name, or on another machine, has the same."""
+        if self.made_of is not None:
+            return self.made_of
         index = self.folder / "model.safetensors.index.json"
         names = ["model.safetensors"]
         if index.is_file():
@@ -60,7 +69,7 @@ def load_model(
     dtype: torch.dtype | str = torch.float32,
     fuse: bool = False,
     flag: str = "--model",
-) -> Loaded:
+) -> Loaded[PyramidCLIPModel]:
     """The whole model that a folder or an id of the Hub names, in evaluation mode.
 
     Args:
@@ -78,15 +87,24 @@ def load_model(
     device = choose_device(device) if isinstance(device, str) else device
     called = f"{flag} {name}"
     model, folder = load_dual_encoder(name, revision=revision, dtype=dtype, flag=flag)
-    _check_parts(folder, ("tokenizer", "image processor"), called)
-    try:
-        processor = PyramidCLIPProcessor.from_pretrained(folder)
-    except Exception as error:  # on damaged files, the readers raise almost anything
-        raise ValueError(f"{called}: cannot be loaded: {error}") from error
+    processor = load_processor(folder, called)
     model.to(device)  # type: ignore[arg-type]  # transformers wraps it without types
     if fuse:
         model.fuse()
     return Loaded(model, processor, name, folder)
+
+
+def load_processor(folder: Path, called: str) -> PyramidCLIPProcessor:
+    """The processor that a folder holds.
+
+    Raises:
+        ValueError: tokenizer or image processor are missing or damaged; `called` says what the folder was asked for by.
+    """
+    _check_parts(folder, ("tokenizer", "image processor"), called)
+    try:
+        return PyramidCLIPProcessor.from_pretrained(folder)
+    except Exception as error:  # on damaged files, the readers raise almost anything
+        raise ValueError(f"{called}: cannot be loaded: {error}") from error
 
 
 def load_dual_encoder(
@@ -98,8 +116,7 @@ def load_dual_encoder(
         ValueError: as `load_model`, but nobody asks for tokenizer and image processor.
     """
     called = f"{flag} {name}"
-    folder = _model_folder(name, revision, called)
-    _check_config(folder, called)
+    folder = model_folder(name, revision, called)
     _check_parts(folder, ("weights",), called)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     try:
@@ -155,14 +172,30 @@ def choose_device(name: str) -> torch.device:
         ) from error
 
 
-def _model_folder(name: str, revision: str | None, called: str) -> Path:
-    """The folder itself, or where the Hub's files are cached."""
+def model_folder(name: str, revision: str | None, called: str, files: Sequence[str] = _MODEL_FILES) -> Path:
+    """The folder of a model of this kind itself, or where the Hub's files are cached.
+
+    Args:
+        name: folder or Hub id.
+        revision: branch, tag or commit of a Hub id.
+        called: what the name was asked for by, for the messages.
+        files: patterns of what is needed of the Hub's repository.
+
+    Raises:
+        ValueError: no such folder or id, or no configuration of this kind of model.
+    """
+    folder = _local_folder(name, revision, called, files)
+    _check_config(folder, called)
+    return folder
+
+
+def _local_folder(name: str, revision: str | None, called: str, files: Sequence[str]) -> Path:
     if os.path.isdir(name):
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"{called}: there is no such folder.")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_MODEL_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

@@ -43,9 +43,9 @@ SIBLINGS = {
     "picture_files": {"image_processing_pyramidclip", "files"},
 }
 # These put the parts together and may import any sibling.
-ASSEMBLERS = {"__init__", "hub", "loading", "commands"}
-# Installed with the package, for one module each: what else is copied to the Hub with a model must not need them.
-HELPERS = {"filelock": "files", "pyramidclip_command": "commands"}
+ASSEMBLERS = {"__init__", "hub", "loading", "backends", "export", "commands"}
+# Installed with the package, for these modules: what else is copied to the Hub with a model must not need them.
+HELPERS = {"filelock": {"files"}, "pyramidclip_command": {"commands", "export"}}
 
 # The layers of `training/` from the top: an import leads to a lower line or stays in its room. What lies directly in
 # `training/` is a command, and so is what lies directly in `training/prepare/`, whose rooms hold what it is made of.
@@ -138,8 +138,8 @@ def package_faults(tree):
 def sibling_faults(tree, module_name):
     """Imports of siblings that SIBLINGS does not allow."""
     for node, dots, module, _ in imports_of(tree):
-        if HELPERS.get(module, module_name) != module_name:
-            yield f"line {node.lineno}: {module} is for {HELPERS[module]} alone"
+        if module_name not in HELPERS.get(module, {module_name}):
+            yield f"line {node.lineno}: {module} is for {' and '.join(sorted(HELPERS[module]))} alone"
         if dots != 1:
             continue
         if module.split(".")[0] == "vinvl":

@@ -20,11 +20,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from huggingface_hub import EvalResult
 
 from pyramidclip_command import run_command
-from pyramidclip_hf.loading import load_model
+from pyramidclip_hf.backends import load_exported
+from pyramidclip_hf.loading import Loaded, load_model
 from training.evaluation.clip_benchmark import run_clip_benchmark
 from training.evaluation.process import this_process
 from training.evaluation.results import results_table, write_csv, write_json
@@ -45,7 +48,7 @@ def evaluate(args: EvaluationArguments) -> list[EvalResult]:
             raise IsADirectoryError(f"{path} is a folder: expected the name of a file to write the results to")
     state, device = this_process(args.device, args.cpu)
     started = time.perf_counter()
-    loaded = load_model(args.model, device=device, dtype=args.dtype)
+    loaded = _load(args, device)
     results = TASKS[args.task](loaded.model, loaded.processor, args)
     if state.is_main_process:
         details = vars(args) | {"seconds": round(time.perf_counter() - started, 2), "processes": state.num_processes}
@@ -55,6 +58,12 @@ def evaluate(args: EvaluationArguments) -> list[EvalResult]:
             write_csv(results, args.csv)
         print(results_table(results))
     return results
+
+
+def _load(args: EvaluationArguments, device: torch.device) -> Loaded[Any]:
+    if args.backend == "torch":
+        return load_model(args.model, device=device, dtype=args.dtype)
+    return load_exported(args.model, backend=args.backend, dtype=args.dtype)
 
 
 def parse(argv: Sequence[str]) -> EvaluationArguments | list[str]:

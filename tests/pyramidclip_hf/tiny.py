@@ -16,13 +16,13 @@ TOWERS = {
 BOTH = pytest.mark.parametrize("tower", TOWERS)
 
 
-def tiny(tower="vit", pooling="max", vision=None, **kwargs):
-    """A `PyramidCLIPModel` in evaluation mode; `vision` and `kwargs` are further fields of its configuration."""
+def tiny(tower="vit", pooling="max", vision=None, text=None, **kwargs):
+    """A `PyramidCLIPModel` in evaluation mode; the rest are further fields of its configuration."""
     torch.manual_seed(0)
     config = PyramidCLIPConfig(
         projection_dim=16,
         vision_config=TOWERS[tower] | (vision or {}),
-        text_config=TEXT | {"pooling": pooling},
+        text_config=TEXT | {"pooling": pooling} | (text or {}),
         **kwargs,
     )
     return PyramidCLIPModel(config).eval()

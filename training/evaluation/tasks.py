@@ -92,7 +92,12 @@ class EvaluationArguments:
     )
     output: str | None = field(default=None, metadata={"help": "JSON file for the results, a model index of the Hub"})
     csv: str | None = field(default=None, metadata={"help": "CSV file for the results"})
-    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "of the model"})
+    backend: Literal["torch", "onnx", "openvino"] = field(
+        default="torch", metadata={"help": "what computes; the others run what `pyramidclip export` wrote"}
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = field(
+        default="float32", metadata={"help": "of the model; int8 with another --backend"}
+    )
     device: str = field(
         default="auto",
         metadata={"help": "auto: an accelerator if there is one, for each process its own; cpu; or e.g. cuda:1"},
@@ -114,6 +119,12 @@ class EvaluationArguments:
                 tasks = [task for task, names in known.items() if name in names]
                 advice = f"it is for --task {tasks[0]}" if tasks else f"there are {', '.join(known[self.task])}"
                 raise ValueError(f"--dataset {name}: no data set of --task {self.task} is called so; {advice}")
+        if self.backend == "torch" and self.dtype == "int8":
+            raise ValueError("--dtype int8 needs --backend onnx or openvino and a model that `pyramidclip export` made")
+        if self.backend != "torch" and not (self.cpu or self.device in ("auto", "cpu")):
+            raise ValueError(
+                f"--device {self.device}: --backend {self.backend} computes on the processor; leave it out"
+            )
         several = [name for name in ("split_file", "classes", "dataset_name") if getattr(self, name)]
         if len(self.dataset) > 1 and several:
             raise ValueError(f"--{several[0].replace('_', '-')} is for one data set, --dataset names {self.dataset}")

@@ -1,0 +1,110 @@
+"""`pyramidclip export`, and the other subcommands with `--backend`."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from pyramidclip_hf.embedding_files import read_embeddings, read_metadata
+from tests.pyramidclip_hf.commands.plain import COLOURS, run
+
+pytest.importorskip("onnxruntime", reason="needs the extra export")
+
+
+@pytest.fixture(scope="module")
+def exported(model_dir, pictures, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    shutil.copytree(model_dir, folder)
+    return folder
+
+
+@pytest.fixture
+def manifest(pictures, tmp_path):
+    pairs = [{"image": str(pictures / name), "caption": name} for name in COLOURS]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return path
+
+
+def test_the_whole_way(exported, pictures, manifest, model_dir, embedded, capsys, tmp_path):
+    """Export, embed, classify and search; what the report says is what the files do."""
+    good = [pictures / name for name in COLOURS]
+    command = ["export", "--model", exported, "--dtype", "float32", "int8", "--calibration", *good]
+    code, out, err = run(capsys, *command, "--pairs", manifest, "--json", "--quiet")
+    assert (code, err) == (0, "")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["file"] for row in rows[:4]] == [
+        f"{tower}_model{ending}.onnx" for tower in ("vision", "text") for ending in ("", "_quantized")
+    ]
+    assert [(row["dtype"], row["measure"]) for row in rows[4:]] == [
+        (dtype, f"{way}, recall at 1") for dtype in ("float32", "int8") for way in ("image to text", "text to image")
+    ]
+    assert all(row["model"] == row["exported"] for row in rows[4:6])
+
+    output = tmp_path / "onnx.npz"
+    command = ["embed", "--model", exported, "--backend", "onnx", *good, "--output", output, "--quiet"]
+    assert run(capsys, *command)[0] == 0
+    stored, plain = read_embeddings(output), read_embeddings(embedded)
+    own = [plain.names.index(name) for name in stored.names]
+    assert np.allclose(stored.embeddings, plain.embeddings[own], atol=1e-5)
+    engine = read_metadata(output)["settings"]["engine"]
+    assert (engine["backend"], engine["dtype"]) == ("onnx", "float32") and engine["disagreement"] < 1e-4
+    # Embeddings of two engines meet in one search where they agree.
+    query = ["--text", "fox", "--top-k", 1, "--quiet"]
+    found = run(capsys, "search", output, "--model", model_dir, *query)
+    assert found[0] == 0 and found[1] == run(capsys, "search", output, "--backend", "onnx", *query)[1]
+    code, _, err = run(capsys, "search", output, "--backend", "onnx", "--dtype", "int8", *query)
+    assert code == 2 and "was made with onnx in float32, the query is embedded with onnx in int8" in err
+
+    labels = ["--labels", "bat", "fox", "--json", "--quiet"]
+    ours = run(capsys, "classify", "--model", exported, "--backend", "onnx", *good, *labels)
+    theirs = run(capsys, "classify", "--model", model_dir, *good, *labels)
+    assert ours[0] == theirs[0] == 0
+    for one, other in zip(ours[1].splitlines(), theirs[1].splitlines(), strict=True):
+        (mine,), (plain_one,) = json.loads(one)["predictions"], json.loads(other)["predictions"]
+        assert mine["label"] == plain_one["label"]
+        assert mine["probability"] == pytest.approx(plain_one["probability"], abs=1e-4)
+
+
+def test_what_does_not_go_together(model_dir, pictures, capsys, tmp_path):
+    def refused(message, *argv):
+        code, out, err = run(capsys, *argv)
+        assert (code, out) == (2, "") and message in err, err
+
+    one = pictures / "blue.jpg"
+    classify = ["classify", "--model", model_dir, one, "--labels", "a", "b"]
+    refused("--dtype int8 needs --backend onnx or openvino", *classify, "--dtype", "int8")
+    refused("holds no exported model", *classify, "--backend", "onnx")
+    refused(
+        "--dtype bfloat16: onnx models come in float32, float16, int8",
+        *classify,
+        "--backend",
+        "onnx",
+        "--dtype",
+        "bfloat16",
+    )
+    refused(
+        "--device cuda: --backend onnx computes on the processor", *classify, "--backend", "onnx", "--device", "cuda"
+    )
+    refused("int8 needs pictures", "export", "--model", model_dir, "--output", tmp_path / "out", "--dtype", "int8")
+    (tmp_path / "pairs.jsonl").write_text('{"image": "a.png"}\n')
+    refused(
+        "line 1: expected",
+        "export",
+        "--model",
+        model_dir,
+        "--output",
+        tmp_path / "out",
+        "--pairs",
+        tmp_path / "pairs.jsonl",
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_engine_that_is_absent_names_the_extra(model_dir, pictures, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    code, _, err = run(
+        capsys, "classify", "--model", model_dir, pictures / "blue.jpg", "--labels", "a", "b", "--backend", "onnx"
+    )
+    assert code == 2 and 'pip install "pyramidclip-hf[export]"' in err
