@@ -32,13 +32,12 @@ from training.data.records import (
     level_text,
     sample_from_members,
 )
-from training.data.remote import DownloadError, NotThere, ShardCache, is_url
+from training.data.remote import LOCAL_PROCESS, DownloadError, NotThere, ShardCache, is_url
 from training.data.shard_index import NotATar
 from training.data.sources import DataSet, ShardReplaced, UnitReader
 from training.data.views import BadPicture, ViewSettings, make_views
 
 MAX_REPLACEMENTS = 32
-_LOCAL = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 # Errors of a path that stay what they are while its folder can be reached.
 _NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 # What is drawn for a sample beside its crops, whose numbers are 0 and 1.
@@ -112,7 +111,7 @@ def _share_of_node() -> tuple[int, int]:
     """
     worker = torch.utils.data.get_worker_info()
     own, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-    trainer, trainers = (int(os.environ.get(name, default)) for name, default in _LOCAL.items())
+    trainer, trainers = (int(os.environ.get(name, default)) for name, default in LOCAL_PROCESS.items())
     return trainer * workers + own, trainers * workers
 
 

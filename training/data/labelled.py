@@ -203,7 +203,7 @@ def labelled_shards(
     """
     samples = ShardSamples(data, allow_unfinished=allow_unfinished, levels=("global",))
     chosen = spread_evenly(len(samples), max_samples or len(samples))
-    found = [_class_of(samples[number], data) for number in chosen]
+    found = [_class_of(samples.read(number, picture=False), data) for number in chosen]
     is_folder = os.path.isdir(data) or (is_url(data) and ".tar" not in Path(data).name and not data.endswith(".txt"))
     listed = (read_dataset_json(data) or {}).get("classes") if is_folder else None
     names = classes = listed or sorted(set(found))

@@ -15,6 +15,7 @@ import itertools
 import os
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,11 @@ SMALL_FILE_BYTES = 512 << 20
 # For what is asked for at a start, where a wrong name should be said soon.
 FEW_TRIES = Patience(attempts=4)
 _CHUNK = 1 << 20
+# What launchers (torchrun, `accelerate launch`) say: which trainer of a machine this is, of how many; and without them.
+LOCAL_PROCESS = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+_NETWORK = frozenset(
+    "nfs nfs4 lustre gpfs beegfs ceph cifs smb3 afs panfs wekafs fuse.glusterfs fuse.ceph fuse.sshfs orangefs".split()
+)
 # So much room is made at a time for a body of unknown length.
 _ROOM = 64 << 20
 # Between two pieces of a body, in seconds; a whole one may take its time.
@@ -64,7 +70,8 @@ class ShardCache:
     """A folder of downloaded shards.
 
     Args:
-        folder: default: `shards` in `cache_folder()`.
+        folder: default: `shards` in `cache_folder()`; where nobody chose that and the home lies on a network, which all
+            machines would fetch into and evict from, in the machine's folder for temporary files.
         max_bytes: of all shards in it together, those that are being fetched included.
         patience: how often and how long a download is tried before `DownloadError`.
 
@@ -80,7 +87,7 @@ class ShardCache:
     ):
         if max_bytes <= 0:
             raise ValueError(f"max_bytes is {max_bytes}, expected a positive number")
-        self.folder = Path(folder) if folder else cache_folder() / "shards"
+        self.folder = Path(folder) if folder else _own_folder() / "shards"
         self.max_bytes, self.patience = max_bytes, patience or Patience()
 
     def path_of(self, url: str) -> Path:
@@ -185,6 +192,41 @@ class ShardCache:
                     os.truncate(own, wanted)
                     return
         raise ValueError(f"{self.folder} is full of shards that are being fetched at this moment, {self._too_small()}")
+
+
+def _own_folder() -> Path:
+    """Where a machine keeps what it fetched."""
+    chosen = cache_folder()
+    if os.environ.get("PYRAMIDCLIP_CACHE") or not is_on_network(chosen):
+        return chosen
+    own = Path(tempfile.gettempdir(), f"pyramidclip-{os.getuid()}")
+    try:
+        own.mkdir(mode=0o700, exist_ok=True)
+        return own if own.lstat().st_uid == os.getuid() and not own.is_symlink() else chosen
+    except OSError:
+        return chosen
+
+
+def is_on_network(path: Path, mounts: str | os.PathLike[str] = "/proc/self/mountinfo") -> bool:
+    """Whether a path lies on a file system that several machines share; False where the system does not say."""
+    place = Path(os.path.realpath(path))
+    found = (-1, "")
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path(mounts).read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+            fields = line.split()
+            point, kind = fields[4].replace("\\040", " "), fields[fields.index("-") + 1]
+            if place.is_relative_to(point):
+                found = max(found, (len(point), kind))
+    return found[1] in _NETWORK
+
+
+def remote_size(url: str) -> int | None:
+    """The bytes that a server announces for a file; None where it does not say, or there is none."""
+    system, name = _file_system(url)
+    try:
+        return system.info(name).get("size")
+    except Exception:  # whoever reads it says what is wrong
+        return None
 
 
 def _check_tar(path: Path, url: str) -> None:

@@ -5,6 +5,7 @@ the data set has is another score.
 """
 
 import bisect
+import collections
 import functools
 import itertools
 from abc import abstractmethod
@@ -21,6 +22,7 @@ from training.data.views import BadPicture, decoded_picture
 
 # So many shards are open at a time; samples are read in their order, or nearly so.
 _OPEN_UNITS = 64
+_WORDS = frozenset(("txt", "json"))
 
 
 class Samples(Sequence[Sample]):
@@ -76,9 +78,9 @@ class ShardSamples(Samples):
         levels: Collection[str] = tuple(LEVELS),
     ):
         self.name, self._levels = data, levels
-        self._data = open_data_set(data, allow_unfinished=allow_unfinished)
-        places = [(unit.name, unit.first) for unit in self._data.units]
-        if repeated := next((name for name, first in places if places.count((name, first)) > 1), None):
+        self._data = open_data_set(data, allow_unfinished=allow_unfinished, at_least=max_samples)
+        places = collections.Counter((unit.name, unit.first) for unit in self._data.units)
+        if repeated := next((name for (name, _), times in places.items() if times > 1), None):
             raise ValueError(f"{data} names {repeated} twice; here every sample counts once")
         self._ends = list(itertools.accumulate(unit.samples for unit in self._data.units))
         self._length = min(self._ends[-1], max_samples or self._ends[-1])
@@ -91,13 +93,14 @@ class ShardSamples(Samples):
     def __len__(self) -> int:
         return self._length
 
-    def read(self, number: int) -> Sample:
-        """One sample; ValueError where it has no picture or is damaged."""
+    def read(self, number: int, picture: bool = True) -> Sample:
+        """One sample, without its picture's bytes where these are not wanted; ValueError where it is damaged."""
         unit = bisect.bisect_right(self._ends, number)
         reader = self._reader(unit)
         row = number - (self._ends[unit] - len(reader))
         try:
-            return sample_from_members(reader.read(row), reader.key(row), reader.name, levels=self._levels)
+            members = reader.read(row, None if picture else _WORDS)
+            return sample_from_members(members, reader.key(row), reader.name, picture, levels=self._levels)
         except BadSample as error:
             hint = "; a caption without a picture cannot be evaluated" if error.reason == "no-image" else ""
             advice = "Evaluation skips nothing: repair the data or take the sample out"

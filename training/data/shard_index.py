@@ -4,7 +4,6 @@
 first line is a header with the number of samples, so that counting a data set does not mean parsing every offset.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ from typing import NamedTuple, Self, TypedDict
 
 import numpy as np
 
-from pyramidclip_hf.files import cache_folder, write_atomically
+from pyramidclip_hf.files import cache_folder, locked, write_atomically
 
 INDEX_FORMAT = 1
 # A tar consists of blocks of so many bytes.
@@ -226,17 +225,40 @@ def load_index(path: str | os.PathLike[str]) -> ShardIndex:
     index = _read_index(index_path(path))
     if index is not None and _index_fits(path, index):
         return index
-    stat = os.stat(path)
-    name = hashlib.sha256(f"{_MEMBERS_RULE} {os.path.abspath(path)}".encode()).hexdigest()[:24]
-    cached = cache_folder() / "indexes" / f"{name}.json"
-    index = _read_index(cached)
-    if index is not None and (index.tar_bytes, index.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+    cached = _cached_path(path)
+    if (index := _cached_index(path, cached)) is not None:
         return index
-    index = build_index(path)
-    with contextlib.suppress(OSError):  # no room, or not ours: it is built again next time
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cached, index.dumps().encode("utf-8", "surrogateescape"))
-    return index
+    try:
+        # The processes of a machine build it once; shards share locks, of which there are 256.
+        with locked(cache_folder() / "locks" / f"{cached.name[:2]}.lock"):
+            if (index := _cached_index(path, cached)) is None:
+                index = build_index(path)
+                cached.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(cached, index.dumps().encode("utf-8", "surrogateescape"))
+            return index
+    except OSError:
+        if index is None:
+            return build_index(path)
+        return index  # no room, or not ours: it is built again next time
+
+
+def cached_header(path: str | os.PathLike[str]) -> IndexHeader | None:
+    """The header of the index in the cache of a tar that was at `path` and need not be any more; None without one."""
+    try:
+        return read_index_header(_cached_path(path))
+    except (OSError, ValueError):
+        return None
+
+
+def _cached_path(path: str | os.PathLike[str]) -> Path:
+    name = hashlib.sha256(f"{_MEMBERS_RULE} {os.path.abspath(path)}".encode()).hexdigest()[:24]
+    return cache_folder() / "indexes" / f"{name}.json"
+
+
+def _cached_index(path: str | os.PathLike[str], cached: Path) -> ShardIndex | None:
+    index, stat = _read_index(cached), os.stat(path)
+    fits = index is not None and (index.tar_bytes, index.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    return index if fits else None
 
 
 def _read_index(path: Path) -> ShardIndex | None:

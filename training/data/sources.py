@@ -12,20 +12,20 @@ sizes are known without opening them, and from which samples are read by number,
 
 import concurrent.futures
 import glob
-import hashlib
 import json
 import os
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from training.data.manifest_lines import manifest_lines
 from training.data.records import MAX_JSON_BYTES, BadSample
-from training.data.remote import ShardCache, is_url, read_small
-from training.data.shard_index import index_path, load_index, parse_index_header, read_index_header
+from training.data.remote import LOCAL_PROCESS, ShardCache, is_url, read_small, remote_size
+from training.data.shard_index import cached_header, index_path, load_index, parse_index_header, read_index_header
 from training.data.shards import MAX_MEMBER_BYTES, ShardReader, read_dataset_json, refuse_unfinished
 
 MANIFEST_UNIT = 1000
@@ -136,7 +136,10 @@ class DataSet:
 
 
 def open_data_set(
-    name: str | os.PathLike[str], cache: ShardCache | None = None, allow_unfinished: bool = False
+    name: str | os.PathLike[str],
+    cache: ShardCache | None = None,
+    allow_unfinished: bool = False,
+    at_least: int | None = None,
 ) -> DataSet:
     """The data that a string names, see the module.
 
@@ -144,6 +147,7 @@ def open_data_set(
         name: the string.
         cache: for shards behind a URL that have to be fetched before their samples can be counted.
         allow_unfinished: also data of which a step of preparation has begun and not ended.
+        at_least: only the first shards, as many as hold so many samples; the others are not looked at.
 
     Raises:
         FileNotFoundError: there is nothing.
@@ -159,11 +163,33 @@ def open_data_set(
     if not allow_unfinished:
         for folder, content in described.items():
             refuse_unfinished(folder, content)
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        units = list(pool.map(lambda shard: _unit(shard, described[_folder(shard)], cache), shards))
+    units = _counted(shards, described, cache, at_least)
     if not any(unit.samples for unit in units):
         raise ValueError(f"{name}: no samples in {len(units)} shards")
     return DataSet(name, units, [content for content in described.values() if content])
+
+
+def _counted(
+    shards: Sequence[str], described: Mapping[str, Any], cache: ShardCache | None, at_least: int | None
+) -> list[Unit]:
+    """The units of shards, or of the first that hold `at_least` samples."""
+
+    def count(shard: str) -> Unit:
+        return _unit(shard, described[_folder(shard)], cache)
+
+    if at_least is not None:
+        units: list[Unit] = []
+        for shard in shards:
+            units.append(count(shard))
+            if sum(unit.samples for unit in units) >= at_least:
+                break
+        return units
+    # The processes of a machine begin at different places: what one has indexed, the others find.
+    local, processes = (int(os.environ.get(name, default)) for name, default in LOCAL_PROCESS.items())
+    first = len(shards) * local // processes
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(count, [*shards[first:], *shards[:first]]))
+    return [*found[len(shards) - first :], *found[: len(shards) - first]]
 
 
 def _folder(shard: str) -> str:
@@ -171,7 +197,7 @@ def _folder(shard: str) -> str:
 
 
 def _unit(shard: str, described: Mapping[str, Any], cache: ShardCache | None) -> Unit:
-    """Counts a shard's samples: by its index where that fits, by a remote `dataset.json`, else by reading it."""
+    """Counts a shard's samples: by its index or `dataset.json` where they fit, else by reading it, once."""
     base = shard.rpartition("/")[2]
     if not is_url(shard):
         size = os.path.getsize(shard)
@@ -188,6 +214,10 @@ def _unit(shard: str, described: Mapping[str, Any], cache: ShardCache | None) ->
         return Unit(shard, entry["samples"], UnitIdentity(base, entry["bytes"], entry["keys_digest"]))
     if (data := read_small(f"{shard}.index.json")) is not None:
         header = parse_index_header(data.decode("utf-8", "replace").partition("\n")[0], f"{shard}.index.json")
+        return Unit(shard, header["samples"], UnitIdentity(base, header["tar_bytes"], header["keys_digest"]))
+    cache = cache or ShardCache()
+    header = cached_header(cache.path_of(shard))
+    if header is not None and header["tar_bytes"] == remote_size(shard):
         return Unit(shard, header["samples"], UnitIdentity(base, header["tar_bytes"], header["keys_digest"]))
     with ShardReader(shard, cache) as reader:
         index = reader.index
@@ -301,19 +331,21 @@ class Manifest:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"no manifest at {path}")
-        offsets: list[int] = []
-        digest, position = hashlib.sha256(), 0
-        with open(self.path, "rb") as file:
-            for line in file:
-                if line.strip():
-                    offsets.append(position)
-                position += len(line)
-                digest.update(line)
-        self.offsets = np.array([*offsets, position], np.int64)
-        self.identity = UnitIdentity(self.path.name, position, digest.hexdigest()[:16])
-        if not offsets:
+        lines = manifest_lines(self.path)
+        self.offsets, self._index = lines.offsets, lines.kept_in
+        self.identity = UnitIdentity(self.path.name, int(lines.offsets[-1]), lines.digest)
+        if len(self.offsets) < 2:
             raise ValueError(f"manifest {path} has no lines")
-        self._check_keys(offsets[0])
+        self._check_keys(int(self.offsets[0]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the offsets where they lie in a file, which every process maps."""
+        return self.__dict__ | ({} if self._index is None else {"offsets": None})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._index is not None:
+            self.offsets = np.load(self._index, mmap_mode="r")
 
     def _check_keys(self, first: int) -> None:
         """ValueError where the first line, at a byte offset, is of another kind of table; bad lines are bad samples."""

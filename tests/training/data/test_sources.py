@@ -1,9 +1,14 @@
 """Where training data may lie: folders, lists, URLs, manifests and the Hub give the same batches."""
 
+import hashlib
+import io
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +16,15 @@ import pytest
 from tests.hub_server import Repository, client_environment, running_hub
 from tests.training.data.same_batches import equal
 from tests.training.prepare.small_data import Served, make_sample, write_shards
+from training.data import manifest_lines as manifest_lines_module
+from training.data import sources
+from training.data.manifest_lines import manifest_lines
 from training.data.patience import Patience
 from training.data.records import members_from_sample
-from training.data.remote import DownloadError, ShardCache
+from training.data.remote import DownloadError, ShardCache, is_on_network
+from training.data.samples import ShardSamples
 from training.data.shards import read_dataset_json
-from training.data.sources import open_data_set, shard_names
+from training.data.sources import Manifest, open_data_set, shard_names
 from training.evaluation.tasks import EvaluationArguments, open_labelled, open_samples
 from training.prepare import audit
 from training.prepare.formats.store import StoreRows
@@ -99,6 +108,110 @@ def test_manifest_gives_the_same_batches(shards, tmp_path, reader):
     list(data.batches(0)), list(data.batches(1))
     assert {reason for _, _, reason, _ in data.state()["named"]} == {"bad-json", "no-image"}
     assert any("data.jsonl:4" in where for _, where, _, _ in data.state()["named"])
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+def test_lines_of_a_manifest_are_those_that_are_not_blank(tmp_path, monkeypatch, block):
+    monkeypatch.setattr("training.data.manifest_lines._BLOCK", block)
+    text = b'{"a": 1}\n\n  \t\r\n{"b": 2}\r\n {"c": 3}\n\x0b\n[1,\xc2\xa02]\n\n{"last": 4}'
+    for number, data in enumerate((text, text + b"\n", text + b"\n\n", b"\n", b"")):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_bytes(data)
+        expected, position = [], 0
+        for line in io.BytesIO(data):
+            expected += [position] if line.strip() else []
+            position += len(line)
+        lines = manifest_lines(path)
+        assert lines.offsets.tolist() == [*expected, len(data)]
+        assert lines.digest == hashlib.sha256(data).hexdigest()[:16] and lines.kept_in is not None
+
+
+def test_the_lines_of_a_manifest_are_looked_for_once_and_mapped(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"image": f"{n}.jpg", "caption": "a"}) for n in range(2000)))
+    first = Manifest(path)
+    looked, original = [], manifest_lines_module._looked_through
+    monkeypatch.setattr(manifest_lines_module, "_looked_through", lambda one: looked.append(one) or original(one))
+    again = Manifest(path)
+    assert not looked and again.identity == first.identity and isinstance(again.offsets, np.memmap)
+    sent = pickle.dumps(again)
+    assert len(sent) < 2000 and np.array_equal(pickle.loads(sent).offsets, first.offsets)
+    with open(path, "a") as file:
+        file.write("\n{}")
+    assert len(Manifest(path).offsets) == 2002 and looked
+    # Without a place for the cache: in memory.
+    monkeypatch.setenv("PYRAMIDCLIP_CACHE", "/proc/nowhere")
+    assert np.array_equal(Manifest(path).offsets, pickle.loads(pickle.dumps(Manifest(path))).offsets)
+
+
+def test_a_remote_shard_without_index_is_fetched_once_to_be_counted(shards, tmp_path):
+    """Also where it has been evicted since; a few samples take only the first shard."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for path in shards.glob("*.tar"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    with Served(folder) as served:
+        name = f"{served.url}/part-{{000..005}}.tar"
+
+        def fetched():
+            return [path for path in served.requests if path.endswith(".tar")]
+
+        assert len(ShardSamples(name, 5)) == 5
+        assert set(fetched()) == {"/part-000.tar"}
+        assert open_data_set(name).samples == 44
+        shutil.rmtree(ShardCache().folder)
+        before = len(fetched())
+        assert open_data_set(name).samples == 44 and len(fetched()) == before
+        with open(folder / "part-002.tar", "ab") as file:
+            file.write(bytes(512))
+        assert open_data_set(name).samples == 44 and set(fetched()[before:]) == {"/part-002.tar"}
+
+
+def test_processes_of_a_machine_begin_to_count_at_different_places(shards, monkeypatch):
+    expected, counted = open_data_set(str(shards)).units, []
+    original = sources._unit
+    monkeypatch.setattr(sources, "_unit", lambda shard, *rest: counted.append(shard) or original(shard, *rest))
+    for rank in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+        counted.clear()
+        assert open_data_set(str(shards)).units == expected
+        assert counted[0] == expected[2 * rank].name
+
+
+MOUNTS = """22 1 8:1 / / rw - ext4 /dev/sda1 rw
+31 22 0:42 / /home rw,relatime shared:1 - nfs4 server:/home rw
+32 31 8:3 / /home/local\\040disk rw - xfs /dev/sdb1 rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"), [("/home/me/.cache", True), ("/home/local disk/x", False), ("/scratch", False)]
+)
+def test_a_cache_on_a_network_is_known_by_its_mount(tmp_path, path, expected):
+    (tmp_path / "mountinfo").write_text(MOUNTS)
+    assert is_on_network(Path(path), tmp_path / "mountinfo") == expected
+    assert not is_on_network(Path(path), tmp_path / "none")
+
+
+def test_a_machine_fetches_into_its_own_folder_where_the_home_is_everybodys(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.data.remote.is_on_network", lambda path: True)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert ShardCache().folder.parent == Path(os.environ["PYRAMIDCLIP_CACHE"])  # somebody chose it
+    monkeypatch.delenv("PYRAMIDCLIP_CACHE")
+    own = ShardCache().folder.parent
+    assert own.parent == tmp_path and own.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_store_of_regions_opens_few_shards_and_finds_every_key(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.prepare.formats.store._OPEN_SHARDS", 2)
+    store = StoreRows(write_shards(tmp_path / "store", range(44)))
+    assert len(store) == 44 and [store.key(row) for row in range(44)] == [f"{n:04d}" for n in range(44)]
+    assert [store.find(f"{n:04d}") for n in range(44)] == list(range(44)) and store.find("none") is None
+    assert store._reader.cache_info().currsize == 2
+    monkeypatch.setattr("training.prepare.formats.store._hash", lambda key: 7)  # all keys of one hash
+    same = StoreRows(tmp_path / "store")
+    assert [same.find(f"{n:04d}") for n in (0, 20, 43)] == [0, 20, 43] and same.find("none") is None
 
 
 def test_names_that_lead_nowhere(tmp_path, reader):

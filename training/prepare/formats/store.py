@@ -1,5 +1,7 @@
 """Stores of regions that `import_features --store-dir` wrote: tars of KEY.json and KEY.roi.npy."""
 
+import functools
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +15,13 @@ from training.prepare.formats.tsv_index import BadRow, RowProblem
 from training.prepare.steps.regions import Detections
 from training.prepare.steps.rewriting import MadeBy
 from training.prepare.steps.work import contents_of
+
+# So many shards are open at a time.
+_OPEN_SHARDS = 64
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
 
 class StoreRows:
@@ -29,16 +38,22 @@ class StoreRows:
     problems: Sequence[RowProblem] = ()
 
     def __init__(self, folder: Path):
-        self.readers = [ShardReader(path) for path in visible(folder, "*.tar")]
-        if not self.readers:
+        self.paths = list(visible(folder, "*.tar"))
+        if not self.paths:
             raise ValueError(
                 f"{folder} has no *.tar: expected a store that import_features wrote, but {contents_of(folder)}"
             )
         described = read_dataset_json(folder) or {}
         refuse_unfinished(folder, described)
         self.made_by: MadeBy | None = described.get("made_by", {}).get("regions")
-        self.rows = [(reader, i) for reader in self.readers for i in range(len(reader))]
-        self.by_key = {reader.keys[i]: row for row, (reader, i) in reversed(list(enumerate(self.rows)))}
+        # Per instance; a reader that falls out closes its file.
+        self._reader = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._open)
+        hashes = [self._hashes(number) for number in range(len(self.paths))]
+        self._ends = np.cumsum([len(some) for some in hashes])
+        joined = np.concatenate(hashes)
+        # Sixteen bytes a row, whatever its key. Stable: of rows with one key the first comes first.
+        self._order = np.argsort(joined, kind="stable")
+        self._sorted = joined[self._order]
 
     @classmethod
     def recognises(cls, head: Head) -> bool:
@@ -50,28 +65,43 @@ class StoreRows:
         """The reader of a folder."""
         return cls(head.path)
 
+    def _open(self, number: int) -> ShardReader:
+        return ShardReader(self.paths[number])
+
+    def _hashes(self, number: int) -> np.ndarray:
+        with ShardReader(self.paths[number]) as reader:
+            return np.array([_hash(key) for key in reader.keys], np.uint64)
+
+    def _at(self, row: int) -> tuple[ShardReader, int]:
+        """The shard of a row, and its number there."""
+        number = int(np.searchsorted(self._ends, row, "right"))
+        reader = self._reader(number)
+        return reader, row - (int(self._ends[number]) - len(reader))
+
     def __len__(self) -> int:
-        return len(self.rows)
+        return int(self._ends[-1])
 
     def key(self, row: int) -> str:
         """The key of a row."""
-        reader, i = self.rows[row]
+        reader, i = self._at(row)
         return reader.keys[i]
 
     def find(self, key: str) -> int | None:
         """The first row of a key, or None."""
-        return self.by_key.get(key)
+        wanted = np.uint64(_hash(key))
+        low, high = (int(np.searchsorted(self._sorted, wanted, side)) for side in ("left", "right"))
+        return next((row for row in self._order[low:high].tolist() if self.key(row) == key), None)
 
     def place(self, row: int) -> Place:
         """The tar."""
-        return Place(self.rows[row][0].name, None)
+        return Place(self._at(row)[0].name, None)
 
     def size(self, row: int) -> None:
         """None: the boxes are fractions, and the picture is not in the store."""
 
     def read(self, row: int, size: Size | None) -> Detections:
         """The detections of a row. Raises `BadRow`."""
-        reader, i = self.rows[row]
+        reader, i = self._at(row)
         try:
             sample = sample_from_members(reader.read(i), reader.keys[i], reader.name, require_image=False)
         except BadSample as bad:
