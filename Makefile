@@ -8,7 +8,7 @@ CORE_TORCH := 2.13.0
 CORE_TESTS := tests/pyramidclip_hf --ignore tests/pyramidclip_hf/vinvl tests/test_core_environment.py
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-main test-core test-all test-kernels test-upstream bench gpu gpu-wheels test-versions lint clean
+.PHONY: help setup demo test test-main test-core test-all test-ranks test-kernels test-upstream bench gpu gpu-wheels test-versions lint clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -46,6 +46,10 @@ $(CORE)/installed: setup.cfg pyproject.toml constraints.txt
 test-all: $(VENV)/installed  ## every test, the long ones too
 	$(PYTEST) -n $(WORKERS)
 	$(MAKE) test-core
+
+RANKS_TESTS := tests/training/test_launched.py tests/training/test_slurm.py $(addprefix tests/training/loop/test_,agreement.py watch.py)
+test-ranks: $(VENV)/installed  ## faults of several processes: signals, a stopped, dead or disagreeing one, slurm.sh
+	$(PYTEST) -n $(WORKERS) $(RANKS_TESTS)
 
 # A forced capability can only be lower than the processor's own.
 test-kernels: $(VENV)/installed  ## the tests with the arithmetic of lesser processors, and with two threads

@@ -25,6 +25,7 @@ from typing import Any, NoReturn, TypeVar
 EXIT_FAILED = 1
 EXIT_WRONG_USAGE = 2
 EXIT_SKIPPED = 3
+EXIT_UNPUBLISHED = 4
 # EX_TEMPFAIL of sysexits.h: run it again.
 EXIT_STOPPED = 75
 # As a shell reports programs that SIGINT and SIGPIPE ended.
@@ -36,10 +37,11 @@ EXIT_CODES = {
     EXIT_FAILED: "something failed on the way",
     EXIT_WRONG_USAGE: "wrong usage, nothing was done",
     EXIT_SKIPPED: "done, but some were skipped, each named on stderr with the reason",
+    EXIT_UNPUBLISHED: "done and saved, but the Hub did not take it",
     EXIT_STOPPED: "stopped in good order, can be continued",
     EXIT_INTERRUPTED: "stopped by Ctrl-C",
 }
-_WRONG_USAGE = (
+WRONG_USAGE = (
     ValueError,
     ImportError,
     FileNotFoundError,
@@ -176,7 +178,7 @@ def run_command(
         settings = parse(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         return _say("\nstopped.", "", EXIT_INTERRUPTED)
-    except (*_WRONG_USAGE, Failure) as error:
+    except (*WRONG_USAGE, Failure) as error:
         return _say(f"error: {_line(error)}", "", EXIT_WRONG_USAGE)
     try:
         code = run(settings)
@@ -188,7 +190,7 @@ def run_command(
         return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
         return _say("\nstopped.", advice(settings), EXIT_INTERRUPTED)
-    except _WRONG_USAGE as error:
+    except WRONG_USAGE as error:
         return _say(f"error: {_line(error)}", "", EXIT_WRONG_USAGE)
     except Failure as error:
         return _say(f"error: {_line(error)}", "", EXIT_FAILED)

@@ -4,7 +4,7 @@
 
 Several processes: `accelerate launch --config_file FILE -m training.pretrain ...`. `docs/training.md` explains the
 settings, the folder of a run, and what happens when something goes wrong. Exit code 75: stopped by SIGTERM after saving
-a checkpoint, to be continued with `--resume latest`.
+a checkpoint, to be continued with `--resume latest`; 4: finished and saved, but not published.
 """
 
 import sys
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyramidclip_command import EXIT_STOPPED, run_command
+from pyramidclip_command import EXIT_STOPPED, EXIT_UNPUBLISHED, run_command
 from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig, levels_of
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.coverage import Coverage
@@ -223,7 +223,7 @@ def open_reader(
 
 def parse(words: Sequence[str]) -> PretrainingArguments:
     """The settings that the words of a command line stand for."""
-    return parse_settings(PretrainingArguments, words, __doc__, exit_codes=(EXIT_STOPPED,))
+    return parse_settings(PretrainingArguments, words, __doc__, exit_codes=(EXIT_UNPUBLISHED, EXIT_STOPPED))
 
 
 def run(args: PretrainingArguments) -> RunResult:

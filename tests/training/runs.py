@@ -16,8 +16,8 @@ from training import pretrain
 from training.data.coverage import Coverage
 from training.loop import checkpoint
 from training.loop import run as loop
-from training.loop.checkpoint import list_checkpoints
 from training.loop.distributed import rank, world_size
+from training.loop.run_folder import list_checkpoints
 from training.loop.tracking import read_metrics
 from training.settings.pretraining import PretrainingArguments
 
@@ -147,7 +147,7 @@ def killed_run(rank, world_size, args, step, where):
         if where in ("before", "after"):  # the random states are the first file of a checkpoint, of every process
             checkpoint._write_tensors = dying(checkpoint._write_tensors)
         if where == "rename":
-            checkpoint._prune = dying(checkpoint._prune)
+            checkpoint.prune = dying(checkpoint.prune)
     pretrain.run(args)
 
 

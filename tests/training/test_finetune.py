@@ -25,9 +25,9 @@ from training.evaluation.results import read_json
 from training.linear_probe import LinearProbeArguments
 from training.loop import card
 from training.loop import run as loop
-from training.loop.checkpoint import list_checkpoints
 from training.loop.identity import IdentityError
 from training.loop.optim import learning_rate_at
+from training.loop.run_folder import list_checkpoints
 from training.loop.tracking import read_metrics
 from training.settings.finetuning import FinetuneArguments
 from training.transfer.batches import LabelledBatches

@@ -18,6 +18,7 @@ from tests.training.runs import MODEL_CONFIG, NO_BATCH_NORM, MemoryReader, logge
 from tests.training.tiny import RESNET, TEXT, VIT
 from training import pretrain
 from training.loop import run as loop
+from training.loop.processes import start_processes
 
 
 @pytest.fixture(autouse=True)
@@ -143,8 +144,8 @@ def test_the_host_reads_nothing_off_the_device_in_a_step(tmp_path, monkeypatch, 
     size = config["vision_config"]["image_size"]
     use_memory(monkeypatch, missing=False, image_size=size)
     args = settings(tmp_path, model_config=config, ema_decay=0.5, **changes)
-    with loop.termination_noticed(), quiet_transformers():
-        run = loop.start(args, pretrain.contrastive_task, tmp_path)
+    with quiet_transformers():
+        run = loop.start(args, pretrain.contrastive_task, tmp_path, start_processes(args, tmp_path))
     run.task.objective.train()
     tensors = next(iter(run.task.reader.batches(0, 0)))
     keys = tensors.pop("sample_keys")

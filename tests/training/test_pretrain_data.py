@@ -1,12 +1,14 @@
 """Whole runs on shards: exact continuation with augmentation and workers, faults in the data, the command itself."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from training.data.batches import DataError
 from training.data.loader import WorkerDied
 from training.data.shard_index import index_path
 from training.data.shards import ShardReader, ShardWriter
-from training.loop.checkpoint import list_checkpoints
+from training.loop.run_folder import list_checkpoints
 from training.loop.tracking import read_metrics
 from training.settings.pretraining import PretrainingArguments
 
@@ -165,7 +167,6 @@ def test_damaged_pictures_and_shards_are_replaced_counted_and_named(tmp_path, sh
 
 def test_a_dead_worker_ends_the_run_and_nothing_is_lost(tmp_path, shards):
     """The worker is killed as the kernel does it when memory runs out."""
-    import torch.multiprocessing as multiprocessing
 
     def run(rank, world_size, args):
         def kill_the_workers():
@@ -197,7 +198,7 @@ def captions(tmp_path):
 def test_captions_alone_are_refused_under_the_default_objective_and_the_advice_works(tmp_path, captions, capsys):
     with pytest.raises(ValueError, match="global_summary.*none of 12 pairs") as error:
         pretrain.run(settings(tmp_path / "run", captions))
-    assert not (tmp_path / "run").exists()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "stopped.json"}
     advised = json.loads(re.search(r"--loss-weights '(.*?)'", str(error.value))[1])
     result = pretrain.run(settings(tmp_path / "run", captions, max_steps=1, loss_weights=advised))
     assert json.loads((result.final / "training.json").read_text())["shares_of_pairs"] == dict.fromkeys(advised, 1.0)
@@ -207,6 +208,37 @@ def test_captions_alone_are_refused_under_the_default_objective_and_the_advice_w
     said = capsys.readouterr()
     assert "warning: less than half" in said.err
     assert "global_summary 0.167 (0%)" in said.out and "local_caption 0.167 (100%)" in said.out
+
+
+def terminated_with_its_group(rank, world_size, args, kill_workers):
+    """SIGTERM to the whole process group, twice, as a scheduler and a launcher send it; perhaps workers die of it."""
+    os.setpgid(0, 0)
+
+    def terminate():
+        workers = multiprocessing.active_children()
+        assert len(workers) == args.dataloader_workers
+        for _ in range(2):
+            os.killpg(0, signal.SIGTERM)
+        if kill_workers:
+            for worker in workers:
+                os.kill(worker.pid, signal.SIGKILL)
+                worker.join()
+        time.sleep(0.5)  # what is to die of it is dead
+
+    after_step(5, terminate)
+    result = pretrain.run(args)
+    return result.finished, result.steps
+
+
+@pytest.mark.parametrize(("world_size", "kill_workers"), [(1, False), (2, True)])
+def test_sigterm_to_all_processes_saves_with_workers(tmp_path, shards, world_size, kill_workers):
+    run_in_processes(run_settings, world_size, settings(tmp_path / "a", shards))
+    disturbed = settings(tmp_path / "b", shards, dataloader_workers=2, save_every_steps=0)
+    found = run_in_processes(terminated_with_its_group, world_size, disturbed, kill_workers)
+    assert found == [(False, 4 + world_size)] * world_size
+    assert [path.name for path in list_checkpoints(tmp_path / "b")] == [f"step-0000000{4 + world_size}"]
+    run_in_processes(run_settings, world_size, settings(tmp_path / "b", shards, resume="latest"))
+    assert_equal_runs(tmp_path / "a", tmp_path / "b")
 
 
 def test_one_dataset_too_small_shows_the_arithmetic(tmp_path, shards):

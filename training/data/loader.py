@@ -32,6 +32,7 @@ from training.data.records import Fault
 from training.data.remote import ShardCache
 from training.data.sources import DataSet, open_data_set
 from training.data.views import ViewSettings
+from training.data.workers import live_as_long_as_the_parent, started_untouched_by_termination
 
 # A few bad samples at the very beginning say nothing about the fraction.
 LEAST_SAMPLES = 1000
@@ -228,8 +229,10 @@ class BatchReader:
             prefetch_factor=self.prefetch if self.workers else None,
             pin_memory=self.device.type == "cuda",
             multiprocessing_context=self.start_method if self.workers else None,
+            worker_init_fn=live_as_long_as_the_parent,
         )
-        self._pipeline = iter(loader)
+        with started_untouched_by_termination():
+            self._pipeline = iter(loader)
 
     def _take(self) -> Batch:
         try:
@@ -253,6 +256,11 @@ class BatchReader:
     def close(self) -> None:
         """Ends the workers."""
         self._pipeline = None
+
+    def read_here(self) -> None:
+        """From the next call of `batches` on, this process makes them itself."""
+        self.close()
+        self.workers = 0
 
     def _account(self, report: BatchReport, samples: int, epoch: int) -> None:
         """Counts, and names bad samples; `DataError` where there are too many."""

@@ -5,18 +5,17 @@
         optimizer.pt            AdamW's moments; scaler.pt where the run has a scaler
         NAME.safetensors        what else the task keeps; pre-training: moving_average
         process-00000.pt        random states of one process, and the counts of its reader
-        run.json                position in the data, counts, identity of the run; written last
+        run.json                position in the data, counts, identity of the run, checksums of all files; written last
 
 A checkpoint is written into `.step-00001000.partial`, every file is flushed to the disk, and then the folder is
 renamed. Killed at any moment, the last complete checkpoint stays as it was. Nothing here is unpickled: weights are
 safetensors, the rest is read with `weights_only=True`.
 """
 
-import json
 import random
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,19 +26,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from pyramidclip_command import Failure
-from pyramidclip_hf.files import replace_folder
+from pyramidclip_hf.files import fsync, replace_folder
 from pyramidclip_hf.loading import quiet_transformers
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
-from training.loop.distributed import any_process, rank, world_size
+from training.loop.distributed import everyone, rank, world_size
 from training.loop.identity import Identity, compare_identity, completed
-
-FORMAT = 1
-_NAME = re.compile(r"step-(\d{8,})")
-
-
-class CheckpointError(Failure):
-    """A checkpoint could not be written or read; the message says which file, why, and what is still there."""
+from training.loop.record import (
+    WITHOUT_CHECKSUMS,
+    CheckpointError,
+    DamagedCheckpoint,
+    find_damage,
+    read_record,
+    sum_of,
+    write_record,
+)
+from training.loop.run_folder import checkpoint_path, list_checkpoints, prune, remove_leftovers, step_of
 
 
 class Stateful(Protocol):
@@ -99,41 +100,6 @@ class TrainingState:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# finding
-
-
-def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """The folder of the checkpoint after `step` optimizer steps."""
-    return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of this run, oldest first. Looks at `RUN/checkpoints/step-*` and nowhere else."""
-    folder = Path(run_dir) / "checkpoints"
-    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and (path / "run.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
-    """The checkpoint that `--resume` means: None for "latest" of a run that has none yet.
-
-    Raises:
-        CheckpointError: A folder was named that is no complete checkpoint.
-    """
-    complete = list_checkpoints(run_dir)
-    if resume == "latest":
-        return complete[-1] if complete else None
-    path = Path(resume)
-    if not (path / "run.json").is_file():
-        names = ", ".join(found.name for found in complete) or "none"
-        raise CheckpointError(
-            f"--resume: expected 'latest' or the folder of a complete checkpoint, and {path} has no run.json; "
-            f"complete in {run_dir}: {names}"
-        )
-    return path
-
-
-# ----------------------------------------------------------------------------------------------------------------
 # writing
 
 
@@ -148,24 +114,31 @@ def write_checkpoint(run_dir: Path, state: TrainingState, progress: Progress, ke
     """
     target = checkpoint_path(run_dir, progress.step)
     partial = target.with_name(f".{target.name}.partial")
-    problem = _attempt(_make_empty, partial) if rank() == 0 else None
-    if not any_process(problem is not None):  # the folder is there before any other process writes into it
-        problem = _attempt(_write_files, partial, state, progress)
-    if any_process(problem is not None):
-        if rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        kept = list_checkpoints(run_dir)
-        raise CheckpointError(
-            f"could not write the checkpoint of step {progress.step} to {target}: "
-            f"{problem or 'another process failed'}. "
-            f"Free space or choose another output_dir, then continue with --resume latest (last complete: "
-            f"{kept[-1] if kept else 'none'})"
-        )
-    if rank() == 0:
-        replace_folder(partial, target)
-        _prune(run_dir, keep)
-    any_process(False)  # nobody goes on before the new checkpoint is in place
+
+    def agreed(write: Callable[..., None], *arguments: Any, here: bool = True) -> None:
+        """All do it, or those that are `here`; nobody goes on before everybody could."""
+        problems = everyone(_attempt(write, *arguments) if here else None)
+        if any(problems):
+            if rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(_not_written(target, problems, list_checkpoints(run_dir)))
+
+    agreed(_make_empty, run_dir, partial, here=rank() == 0)
+    agreed(_write_files, partial, state, progress)
+    sums: dict[str, Any] = {}
+    agreed(_take_sums, partial, sums)
+    files = {name: found for told in everyone(sums) for name, found in told.items()}
+    agreed(_complete, run_dir, partial, target, state, progress, files, keep, here=rank() == 0)
     return target
+
+
+def _not_written(target: Path, problems: Sequence[str | None], kept: Sequence[Path]) -> str:
+    number, problem = next((number, problem) for number, problem in enumerate(problems) if problem)
+    where = f"process {number}: " if len(problems) > 1 else ""
+    return (
+        f"could not write the checkpoint of step {step_of(target)} to {target}: {where}{problem}. Free space or choose "
+        f"another output_dir, then continue with --resume latest (last complete: {kept[-1] if kept else 'none'})"
+    )
 
 
 def _attempt(write: Callable[..., None], *arguments: Any) -> str | None:
@@ -177,14 +150,13 @@ def _attempt(write: Callable[..., None], *arguments: Any) -> str | None:
     return None
 
 
-def _make_empty(folder: Path) -> None:
-    for left_over in folder.parent.glob(".step-*"):
-        shutil.rmtree(left_over)
+def _make_empty(run_dir: Path, folder: Path) -> None:
+    remove_leftovers(run_dir)
     folder.mkdir(parents=True)
 
 
 def _write_files(folder: Path, state: TrainingState, progress: Progress) -> None:
-    _write_tensors(folder / f"process-{rank():05d}.pt", {"random": random_state(), "reader": progress.reader})
+    _write_tensors(folder / own_file(rank()), {"random": random_state(), "reader": progress.reader})
     if rank() != 0:
         return
     with quiet_transformers():
@@ -196,9 +168,40 @@ def _write_files(folder: Path, state: TrainingState, progress: Progress) -> None
         _write_tensors(folder / "scaler.pt", state.scaler.state_dict())
     for name, part in state.kept.items():
         save_file(part.state_dict(), folder / f"{name}.safetensors")
+
+
+def _take_sums(folder: Path, files: dict[str, Any]) -> None:
+    """Fills `files` with the checksums of what this process wrote."""
+    own = [folder / own_file(rank())]
+    if rank() == 0:
+        own += [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("process-")]
+    for path in own:
+        files[path.relative_to(folder).as_posix()] = sum_of(path)
+
+
+def _complete(
+    run_dir: Path,
+    partial: Path,
+    target: Path,
+    state: TrainingState,
+    progress: Progress,
+    files: Mapping[str, Any],
+    keep: int,
+) -> None:
+    """Writes the record, puts the checkpoint in its place, removes old ones."""
     common = {name: value for name, value in asdict(progress).items() if name != "reader"}
-    record = {"format": FORMAT, "processes": world_size(), "identity": state.identity, "progress": common}
-    (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = {"processes": world_size(), "identity": state.identity, "progress": common, "files": files}
+    if (log := run_dir / "metrics.jsonl").is_file():
+        fsync(log)
+        record["log"] = sum_of(log)
+    write_record(partial, record)
+    replace_folder(partial, target)
+    prune(run_dir, keep, target)
+
+
+def own_file(process: int) -> str:
+    """Name of what a process keeps for itself in a checkpoint."""
+    return f"process-{process:05d}.pt"
 
 
 def _write_processor(processor: PyramidCLIPProcessor, folder: Path) -> None:
@@ -213,55 +216,70 @@ def _write_tensors(path: Path, content: Any) -> None:
         torch.save(content, file)
 
 
-def _prune(run_dir: Path, keep: int) -> None:
-    for path in list_checkpoints(run_dir)[:-keep]:
-        (path / "run.json").unlink()  # first, so that a half removed one does not count as complete
-        shutil.rmtree(path)
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # reading
 
 
 def read_checkpoint(path: Path, state: TrainingState) -> tuple[Progress, list[str]]:
-    """Fills the live objects of `state` from a checkpoint.
+    """Fills the live objects of `state` from a checkpoint, and meanwhile compares its files with their checksums.
 
     Returns:
         The progress, and messages for the user.
 
     Raises:
         IdentityError: The checkpoint belongs to another run, see `training.loop.identity.compare_identity`.
-        CheckpointError: A file is missing or unreadable.
+        DamagedCheckpoint: A file is missing, unreadable or not what was written; `state` may be half filled.
+        CheckpointError: It is of another format.
     """
-    record = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    if record["format"] != FORMAT:
-        raise CheckpointError(f"{path}: written in format {record['format']}, this version reads format {FORMAT}")
+    record = read_record(path)
     saved = completed(record["identity"], state.identity, state.defaults, state.model.config)
     messages = compare_identity(saved, state.identity, path, state.accepted)
-    try:
-        state.model.load_state_dict(load_file(path / "model" / "model.safetensors"))
-        state.optimizer.load_state_dict(_read_tensors(path / "optimizer.pt"))
-        if state.scaler is not None:
-            state.scaler.load_state_dict(_read_tensors(path / "scaler.pt"))
-        for name, part in state.kept.items():
-            part.load_state_dict(load_file(path / f"{name}.safetensors"))
-        processes = [_read_tensors(path / f"process-{i:05d}.pt") for i in range(record["processes"])]
-        if len(processes) == world_size():
-            set_random_state(processes[rank()]["random"])
-            reader = processes[rank()]["reader"]
-        else:
-            # Counts are only ever added up, so the first process may hold all of them.
-            reader = _summed([process["reader"] for process in processes]) if rank() == 0 else {}
-            messages.append(
-                f"the checkpoint was written by {len(processes)} processes and continues on {world_size()}: the same "
-                "data in the same order, but sums run in another order and BatchNorm sees other batches, so the run is "
-                "not bit-equal to an undisturbed one"
-            )
-    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read: {type(error).__name__}: {error}. Continue from an older one with --resume DIR"
-        ) from error
+    same_number = record["processes"] == world_size()
+    processes = [rank()] if same_number else range(record["processes"])
+    read = [own_file(process) for process in processes]
+    # The first process looks at all of it, the others at what they read alone.
+    looked_at = None if rank() == 0 else [*read, *(name for name in record.get("files", ()) if not _is_one_s_own(name))]
+    failed: Exception | None = None
+    with ThreadPoolExecutor(1) as beside:
+        damage = beside.submit(find_damage, path, record, looked_at)
+        try:
+            _fill(path, state)
+            kept = [_read_tensors(path / name) for name in read]
+        # Damaged tensors, pickles and dictionaries fail in many ways.
+        except Exception as error:
+            failed = error
+        found = damage.result()
+    if found is not None:
+        raise DamagedCheckpoint(found) from failed
+    if failed is not None:
+        raise DamagedCheckpoint(f"{path}: cannot be read: {type(failed).__name__}: {failed}") from failed
+    if record["format"] == WITHOUT_CHECKSUMS:
+        messages.append(f"{path} was written by a version without checksums: that it is undamaged was not looked at")
+    if same_number:
+        set_random_state(kept[0]["random"])
+        reader = kept[0]["reader"]
+    else:
+        # Counts are only ever added up, so the first process may hold all of them.
+        reader = _summed([process["reader"] for process in kept]) if rank() == 0 else {}
+        messages.append(
+            f"the checkpoint was written by {len(kept)} processes and continues on {world_size()}: the same data in "
+            "the same order, but sums run in another order and BatchNorm sees other batches, so the run is not "
+            "bit-equal to an undisturbed one"
+        )
     return Progress(**record["progress"], reader=reader), messages
+
+
+def _is_one_s_own(name: str) -> bool:
+    return name.startswith("process-")
+
+
+def _fill(path: Path, state: TrainingState) -> None:
+    state.model.load_state_dict(load_file(path / "model" / "model.safetensors"))
+    state.optimizer.load_state_dict(_read_tensors(path / "optimizer.pt"))
+    if state.scaler is not None:
+        state.scaler.load_state_dict(_read_tensors(path / "scaler.pt"))
+    for name, part in state.kept.items():
+        part.load_state_dict(load_file(path / f"{name}.safetensors"))
 
 
 def _summed(states: list[dict[str, Any]]) -> dict[str, Any]:

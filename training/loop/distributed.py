@@ -6,11 +6,13 @@ of `torch.distributed.nn` that did this are deprecated.
 """
 
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from training.loop.watch import waiting
 
 
 def world_size() -> int:
@@ -153,11 +155,45 @@ class StopVote:
         return bool(self._pending.item())
 
 
+# The default group that it belongs to, and the group.
+_hosts: list[tuple[Any, Any]] = []
+
+
+def hosts() -> Any:
+    """The gloo group in which hosts tell each other small things; the first call makes it, on all processes together.
+
+    It waits for whoever is heard (`training.loop.watch`): a file that takes the first process an hour ends nobody, as a
+    device's group would.
+    """
+    world = dist.group.WORLD
+    if not _hosts or _hosts[-1][0] is not world:
+        _hosts[:] = [(world, dist.new_group(backend="gloo", timeout=timedelta(days=1)))]
+    return _hosts[-1][1]
+
+
+Told = TypeVar("Told")
+
+
+def everyone(told: Told) -> list[Told]:
+    """What each process told, in the order of the ranks; a collective call that waits. Small plain values only."""
+    if world_size() == 1:
+        return [told]
+    found: list[Any] = [None] * world_size()
+    with waiting():
+        dist.all_gather_object(found, told, group=hosts())
+    return found
+
+
+def from_first(told: Told) -> Told:
+    """What the first process told, on all of them; a collective call that waits. Small plain values only."""
+    if world_size() == 1:
+        return told
+    held: list[Any] = [told]
+    with waiting():
+        dist.broadcast_object_list(held, src=0, group=hosts())
+    return held[0]
+
+
 def any_process(flag: bool) -> bool:
     """True on every process when `flag` is on one of them; a collective call that waits."""
-    if world_size() == 1:
-        return flag
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    votes = torch.tensor([int(flag)], device=device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes.item())
+    return any(everyone(flag))

@@ -4,40 +4,50 @@
 """
 
 import contextlib
+import hashlib
 import json
-import signal
+import os
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar, final
 
 import torch
 from torch import nn
 
-from pyramidclip_command import EXIT_STOPPED
+from pyramidclip_command import EXIT_FAILED, EXIT_STOPPED, EXIT_UNPUBLISHED, Failure
+from pyramidclip_hf import __version__
 from pyramidclip_hf.files import folder_written_aside
 from pyramidclip_hf.loading import quiet_transformers
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
-from training.data.loader import is_worker_death, worker_died
+from training.data.loader import WorkerDied, is_worker_death, worker_died
+from training.loop.agreement import check_equal, check_same_folder, first_decides, together
 from training.loop.card import publish
-from training.loop.checkpoint import (
-    Progress,
-    TrainingState,
-    checkpoint_path,
-    find_checkpoint,
-    list_checkpoints,
-    read_checkpoint,
-    write_checkpoint,
-)
+from training.loop.checkpoint import Progress, TrainingState, write_checkpoint
 from training.loop.distributed import StopVote, check_equal_batches, rank, world_size
 from training.loop.optim import set_learning_rate
+from training.loop.outcome import (
+    Outcome,
+    RunFailed,
+    Way,
+    explained,
+    forget_outcome,
+    is_finished,
+    is_full_disk,
+    read_outcome,
+    write_outcome,
+)
 from training.loop.processes import algorithms, process_timeout, start_processes, synchronised_batch_norm
+from training.loop.resume import resume
+from training.loop.run_folder import sole_run
+from training.loop.signals import termination_noticed
 from training.loop.task import Batch, Metrics, StepLoss, Task
 from training.loop.tracking import MetricsLog, StepWindow, start_trackers
+from training.loop.watch import Watch, doing, waiting
 from training.settings.fields import default_identity
 from training.settings.run import RunSettings
 
@@ -62,6 +72,8 @@ class Run:
         progress: Where the run is.
         log: metrics.jsonl and the trackers.
         window: The steps since the last line of the log.
+        saved: The step of the newest checkpoint in `folder`, 0 where there is none.
+        finished: Before it was started; then nothing is written.
     """
 
     task: Task
@@ -72,6 +84,8 @@ class Run:
     progress: Progress
     log: MetricsLog
     window: StepWindow
+    saved: int
+    finished: bool
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,7 @@ class RunResult:
         metrics: Of the last evaluation.
         model: As it is in memory.
         processor: As it is in memory.
+        unpublished: Why the Hub did not take the final model, where it was to; in the first process.
     """
 
     folder: Path
@@ -95,47 +110,117 @@ class RunResult:
     metrics: Metrics
     model: nn.Module
     processor: PyramidCLIPProcessor
+    unpublished: str | None = None
 
 
 def complete_run(settings: Settings, make_task: MakeTask[Settings]) -> RunResult:
     """The whole run, in this process and those that `accelerate launch` started beside it.
+
+    However it ends, RUN/stopped.json says it, see `training.loop.outcome`.
 
     Raises:
         ValueError: Settings and data do not fit each other, or a checkpoint belongs to another run.
         CheckpointError: A checkpoint could not be written or read.
         NonFiniteLoss: A loss was NaN or infinite.
         DataError: The data cannot be trained on.
+        RunFailed: A file could not be read or written on the way.
+        OtherProcessFailed: What another process raised.
     """
     with contextlib.ExitStack() as stack:
         stop_requested = stack.enter_context(termination_noticed())
         stack.enter_context(algorithms(settings.deterministic))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if settings.dry_run else settings.output_dir)
-        run = start(settings, make_task, folder)
-        task = run.task
-        stack.callback(task.reader.close)
-        try:
-            complete = train(run, stop_requested)
-        except RuntimeError as error:
-            if is_worker_death(error):
-                raise worker_died(error, settings.workers) from error
-            raise
-        final: Path | None = None
-        metrics: Metrics = {}
-        if settings.dry_run:
+        accelerator = start_processes(settings, folder)
+        if not settings.dry_run:
+            if told := first_decides(lambda: stack.enter_context(sole_run(folder))):
+                accelerator.print(told)
+            first_decides(lambda: None if is_finished(read_outcome(folder)) else forget_outcome(folder))
+        with explained(None if settings.dry_run else folder) as way:
+            stack.enter_context(watched(settings, None if settings.dry_run else folder, way))
+            run = start(settings, make_task, folder, accelerator)
+            stack.callback(run.task.reader.close)
+            way.reached = lambda: run.progress.step
+            try:
+                return _from_start_to_end(run, stop_requested)
+            except Exception as error:
+                said = _as_it_is_said(error, run)
+                if said is error:
+                    raise
+                raise said from error
+
+
+def watched(settings: RunSettings, folder: Path | None, way: Way) -> contextlib.AbstractContextManager[None]:
+    """Inside, the processes hear of each other; one that is silent too long ends the others.
+
+    Args:
+        settings: Of the run.
+        folder: Where the reason is written; None: nowhere.
+        way: How far the run is.
+    """
+    if world_size() == 1:
+        return contextlib.nullcontext()
+
+    def give_up(told: str) -> None:
+        # The main thread may wait for a device, where no exception reaches it.
+        print(f"error: {told}; the run ends at step {way.reached()}", file=sys.stderr, flush=True)
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                write_outcome(folder, Outcome("another process", told), way.reached())
+        os._exit(EXIT_FAILED)
+
+    store = torch.distributed.distributed_c10d._get_default_store()
+    patience = settings.process_timeout_minutes * 60
+    return Watch(store, rank(), world_size(), patience, give_up).at_work()
+
+
+def _from_start_to_end(run: Run, stop_requested: threading.Event) -> RunResult:
+    task, folder = run.task, run.folder
+    final: Path | None = None
+    metrics: Metrics = {}
+    unpublished: str | None = None
+    finished = False
+    if run.finished:
+        run.accelerator.print(f"{folder} is finished, step {run.progress.step}: nothing is left to do")
+        final, finished = folder / "final", True
+        metrics = json.loads((final / "training.json").read_text(encoding="utf-8"))["metrics"]
+    else:
+        complete = train(run, stop_requested)
+        if task.settings.dry_run:
             describe_dry_run(run)
         elif complete:
-            final, metrics = finish(run)
+            final, metrics, unpublished = finish(run)
+            finished = True
         else:
-            run.accelerator.print(
-                f"stopped by SIGTERM at step {run.progress.step}, saved; continue with --resume latest"
-            )
-        run.accelerator.end_training()
-    finished = complete and not settings.dry_run
-    return RunResult(folder, run.progress.step, finished, final, metrics, task.objective.model, task.processor)
+            told = f"stopped by SIGTERM at step {run.progress.step}, saved; continue with --resume latest"
+            run.accelerator.print(told)
+            conclude(run, Outcome("asked to stop", told))
+    run.accelerator.end_training()
+    return RunResult(
+        folder, run.progress.step, finished, final, metrics, task.objective.model, task.processor, unpublished
+    )
+
+
+def conclude(run: Run, outcome: Outcome, **more: Any) -> None:
+    """Writes stopped.json; no process leaves before it is there."""
+    first_decides(lambda: write_outcome(run.folder, outcome, run.progress.step, **more))
+
+
+def _as_it_is_said(error: Exception, run: Run) -> Exception:
+    """What a run that was on its way raises for `error`: nothing that a command would call wrong usage."""
+    if is_worker_death(error):
+        return worker_died(error, run.task.settings.workers)
+    if isinstance(error, OSError):
+        return RunFailed(f"step {run.progress.step}: {error}. Mend it, then continue with --resume latest")
+    if isinstance(error, (ValueError, ImportError)):
+        return RuntimeError(f"step {run.progress.step}: {error}")
+    return error
 
 
 def exit_code(result: RunResult, settings: RunSettings) -> int:
-    """Of a command that trained: 0, or 75 where the run was stopped before its end."""
+    """Of a command that trained: 0; 75 where the run was stopped before its end; 4 where the Hub did not take it."""
+    if result.unpublished:
+        print(f"error: {result.unpublished}", file=sys.stderr, flush=True)
+        return EXIT_UNPUBLISHED
     return 0 if result.finished or settings.dry_run else EXIT_STOPPED
 
 
@@ -144,20 +229,52 @@ def exit_code(result: RunResult, settings: RunSettings) -> int:
 ##################################################################################################
 
 
-def start(settings: Settings, make_task: MakeTask[Settings], folder: Path) -> Run:
+def start(settings: Settings, make_task: MakeTask[Settings], folder: Path, accelerator: Any) -> Run:
     """A run from the beginning, or from the checkpoint that `--resume` names."""
-    accelerator = start_processes(settings, folder)
     settings.per_device_batch_size(accelerator.num_processes)  # refused before any data is opened
-    task = make_task(settings, accelerator, folder)
+    with doing("opening the data"):
+        task = together(lambda: make_task(settings, accelerator, folder))
     if synchronised_batch_norm(settings):
         nn.SyncBatchNorm.convert_sync_batchnorm(task.objective)  # in place
     wrapped, optimizer = accelerator.prepare(task.objective, task.build_optimizer())
     torch.manual_seed(settings.seed * 1_000_003 + rank())  # each process its own dropout, if the model has any
-    progress = resume(task, accelerator, training_state(task, accelerator, wrapped, optimizer), folder)
-    start_trackers(accelerator, folder, settings.to_dict(), progress.step)
-    log = MetricsLog(folder, accelerator, progress.step)
-    window = StepWindow(task.objective.terms, folder, settings.precision != "fp16", progress.window)
-    return Run(task, accelerator, folder, wrapped, optimizer, progress, log, window)
+    state = training_state(task, accelerator, wrapped, optimizer)
+    begun = resume(task.settings, accelerator, state, folder, task.plan.total_steps)
+    task.reader.load_state(begun.progress.reader)
+    check_processes(task, state, begun.progress, folder)
+    log = MetricsLog(folder, accelerator)
+    if not begun.finished:
+        start_trackers(accelerator, folder, settings.to_dict(), begun.progress.step)
+        for message in first_decides(lambda: log.continue_at(begun.progress.step, begun.log)):
+            accelerator.print(message)
+    window = StepWindow(task.objective.terms, folder, settings.precision != "fp16", begun.progress.window)
+    return Run(task, accelerator, folder, wrapped, optimizer, begun.progress, log, window, begun.saved, begun.finished)
+
+
+def check_processes(task: Task, state: TrainingState, progress: Progress, folder: Path) -> None:
+    """Compares all processes before the first step.
+
+    Raises:
+        ValueError: They do not agree on data, plan, place, settings, versions or `output_dir`.
+    """
+    identity = json.dumps(state.identity, sort_keys=True, default=str)
+    check_equal(
+        {
+            "data": task.reader.fingerprint,
+            "samples": task.plan.samples,
+            "steps in an epoch": task.plan.steps_per_epoch,
+            "steps": task.plan.total_steps,
+            "batch of a process": task.plan.per_device_batch_size,
+            "continues at step": progress.step,
+            "epoch": progress.epoch,
+            "position": progress.position,
+            "identity": hashlib.sha256(identity.encode()).hexdigest()[:16],
+            "torch": torch.__version__,
+            "pyramidclip-hf": __version__,
+        }
+    )
+    if not task.settings.dry_run:
+        check_same_folder(folder)
 
 
 def training_state(task: Task, accelerator: Any, wrapped: nn.Module, optimizer: Any) -> TrainingState:
@@ -174,41 +291,17 @@ def training_state(task: Task, accelerator: Any, wrapped: nn.Module, optimizer: 
     )
 
 
-def resume(task: Task, accelerator: Any, state: TrainingState, folder: Path) -> Progress:
-    """Fills `state` and the task's reader from the checkpoint that `--resume` names; where the run stands then.
-
-    Raises:
-        ValueError: The folder holds a run, and none is to be continued; or the checkpoint is another run's.
-        CheckpointError: There is no such checkpoint, or it is damaged.
-    """
-    named, found = task.settings.resume, None
-    if named:
-        found = find_checkpoint(named, folder)
-        if found is None:
-            accelerator.print(f"--resume latest: {folder} has no complete checkpoint yet, starting from the beginning")
-    elif list_checkpoints(folder):
-        raise ValueError(
-            f"output_dir {folder} already holds a run (last checkpoint {list_checkpoints(folder)[-1].name}): continue "
-            "it with --resume latest, or choose another output_dir"
-        )
-    if found is None:
-        return Progress()
-    progress, messages = read_checkpoint(found, state)
-    task.reader.load_state(progress.reader)
-    for message in (f"continuing from {found}, step {progress.step} of {task.plan.total_steps}", *messages):
-        accelerator.print(message)
-    return progress
-
-
 def save(run: Run) -> None:
-    """Writes a checkpoint of this moment, unless the run saves none."""
+    """Writes a checkpoint of this moment, unless there is one or the run saves none."""
     task, progress = run.task, run.progress
-    if task.settings.dry_run or progress.step == 0:
+    if task.settings.dry_run or progress.step == run.saved:
         return
     progress.window = run.window.rows()  # a loss that is not finite ends the run here, before it can be saved
     progress.reader = task.reader.state()
     state = training_state(task, run.accelerator, run.wrapped, run.optimizer)
-    write_checkpoint(run.folder, state, progress, task.settings.keep_checkpoints)
+    with doing("saving"):
+        write_checkpoint(run.folder, state, progress, task.settings.keep_checkpoints)
+    run.saved = progress.step
 
 
 ##################################################################################################
@@ -228,11 +321,13 @@ def optimizer_step(run: Run, batch: Batch, learning_rate: float) -> tuple[StepLo
     return losses, torch.as_tensor(norm, device=losses.shares.device)
 
 
-def timed_batches(run: Run) -> Iterator[tuple[float, dict[str, Any]]]:
+def timed_batches(run: Run, stop_requested: threading.Event) -> Iterator[tuple[float, dict[str, Any]]]:
     """(seconds waited, batch) from where the run is to the end of its epoch.
 
+    Of workers that die after a stop was asked for, nobody speaks: this process reads the last batches itself.
+
     Raises:
-        ValueError: A batch is not of the size that all processes have.
+        Failure: A batch is not of the size that all processes have.
     """
     batches = iter(run.task.reader.batches(run.progress.epoch, run.progress.position))
     expected = run.task.plan.per_device_batch_size
@@ -240,12 +335,19 @@ def timed_batches(run: Run) -> Iterator[tuple[float, dict[str, Any]]]:
         asked = time.perf_counter()
         # A loader that starts draws a number; the model's random numbers must not depend on when that is.
         with torch.random.fork_rng(devices=[]):
-            batch = next(batches, None)
+            try:
+                batch = next(batches, None)
+            except WorkerDied:
+                if not stop_requested.is_set():
+                    raise
+                run.task.reader.read_here()
+                batches = iter(run.task.reader.batches(run.progress.epoch, run.progress.position))
+                batch = next(batches, None)
         if batch is None:
             return
         size = len(batch["sample_keys"])
         if size != expected:
-            raise ValueError(
+            raise Failure(
                 f"process {rank()} got {size} pairs at step {run.progress.step + 1}, expected {expected} as every "
                 "process; the run stops before pairs are matched wrongly"
             )
@@ -262,7 +364,7 @@ def train(run: Run, stop_requested: threading.Event) -> bool:
     with progress_bar(run, last) as bar:
         while progress.step < last:
             task.begin_epoch(progress.epoch)
-            for waited, batch in timed_batches(run):
+            for waited, batch in timed_batches(run, stop_requested):
                 started = time.perf_counter()
                 keys = batch.pop("sample_keys")
                 tensors = {name: value.to(run.accelerator.device, non_blocking=True) for name, value in batch.items()}
@@ -273,7 +375,9 @@ def train(run: Run, stop_requested: threading.Event) -> bool:
                 run.window.add(progress.step, losses, norm, task.logit_scale, rate, keys, samples, waited)
                 progress.seconds += waited + time.perf_counter() - started
                 report(run, bar, batch)
-                if vote.cast(stop_requested.is_set()) and progress.step < last:
+                with waiting():
+                    stop = vote.cast(stop_requested.is_set())
+                if stop and progress.step < last:
                     save(run)
                     return False
                 if progress.step >= last:
@@ -320,7 +424,8 @@ def evaluate(run: Run, measure: Callable[[], Metrics], logged_as: str = "validat
         measure: `Task.evaluate` or `Task.final_metrics`.
         logged_as: The log's word for `validation`.
     """
-    metrics = measure()
+    with doing("evaluating"):
+        metrics = measure()
     run.task.objective.train()
     if metrics:
         logged = {name.replace("validation/", f"{logged_as}/"): value for name, value in metrics.items()}
@@ -347,15 +452,14 @@ def progress_bar(run: Run, last: int) -> Any:
 ##################################################################################################
 
 
-def finish(run: Run) -> tuple[Path, Metrics]:
+def finish(run: Run) -> tuple[Path, Metrics, str | None]:
     """Last checkpoint, last evaluation, and the model to use in RUN/final; its variants in RUN/final-NAME.
 
     Returns:
-        RUN/final, and its metrics.
+        RUN/final, its metrics, and why the Hub did not take it, where it was to.
     """
     task = run.task
-    if not checkpoint_path(run.folder, run.progress.step).is_dir():
-        save(run)
+    save(run)
     metrics = evaluate(run, task.evaluate) | evaluate(run, task.final_metrics)
     final = run.folder / "final"
     export(run, final, metrics)
@@ -364,22 +468,53 @@ def finish(run: Run) -> tuple[Path, Metrics]:
             export(run, run.folder / f"final-{name}", evaluate(run, task.evaluate, f"validation_{name}"))
     for line in task.reader.report():
         run.accelerator.print(line)
-    if task.repository and run.accelerator.is_main_process:
-        run.accelerator.print(f"published: {publish(run.folder, task.repository)}")
-    return final, metrics
+    unpublished = published(run, task.repository) if task.repository and run.accelerator.is_main_process else None
+    outcome = Outcome("finished", f"finished at step {run.progress.step}")
+    if unpublished:
+        outcome = Outcome("finished, not published", unpublished)
+    conclude(run, outcome, identity=task.identity())
+    return final, metrics, unpublished
+
+
+def published(run: Run, repository: str) -> str | None:
+    """Publishes the final model; why it could not, which takes nothing from what is saved."""
+    try:
+        print(f"published: {publish(run.folder, repository)}")
+    except Exception as error:
+        return (
+            f"the run is finished and saved in {run.folder / 'final'}, but could not be published: "
+            f"{str(error) or type(error).__name__}. Publish it with python -m training.publish {run.folder} "
+            f"{repository}"
+        )
+    return None
 
 
 def export(run: Run, folder: Path, metrics: Metrics) -> None:
-    """A folder for `from_pretrained`: weights, configs, tokenizer, image processor, model card; whole or not at all."""
-    if not run.accelerator.is_main_process:
-        return
-    record = training_record(run, metrics)
-    with folder_written_aside(folder) as aside:
-        with quiet_transformers():
-            run.task.objective.model.save_pretrained(aside)
-        run.task.processor.save_pretrained(aside)
-        (aside / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        run.task.write_card(aside, record)
+    """A folder for `from_pretrained`: weights, configs, tokenizer, image processor, model card; whole or not at all.
+
+    Raises:
+        RunFailed: It could not be written.
+    """
+    with doing("writing the model"):
+        first_decides(lambda: _export(run, folder, training_record(run, metrics)))
+
+
+def _export(run: Run, folder: Path, record: dict[str, Any]) -> None:
+    try:
+        with folder_written_aside(folder) as aside:
+            with quiet_transformers():
+                run.task.objective.model.save_pretrained(aside)
+            run.task.processor.save_pretrained(aside)
+            (aside / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            run.task.write_card(aside, record)
+    except Exception as error:
+        # Each library that writes here has an error of its own for a full disk.
+        if not isinstance(error, OSError) and not is_full_disk(error):
+            raise
+        raise RunFailed(
+            f"could not write {folder}: {error}. The run is done and its last checkpoint complete: make room, then "
+            "--resume latest writes the model"
+        ) from error
 
 
 def training_record(run: Run, metrics: Metrics) -> dict[str, Any]:
@@ -411,23 +546,3 @@ def describe_dry_run(run: Run) -> None:
         f"{settings.output_dir}",
     ]
     run.accelerator.print("\n".join(lines))
-
-
-@contextlib.contextmanager
-def termination_noticed() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets instead of ending the process; a second SIGTERM ends it."""
-    requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield requested
-        return
-    before = signal.getsignal(signal.SIGTERM)
-
-    def notice(signum: int, frame: FrameType | None) -> None:
-        requested.set()
-        signal.signal(signal.SIGTERM, before)
-
-    signal.signal(signal.SIGTERM, notice)
-    try:
-        yield requested
-    finally:
-        signal.signal(signal.SIGTERM, before)

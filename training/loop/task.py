@@ -69,6 +69,9 @@ class Reader(Protocol):
     def batches(self, epoch: int, position: int) -> Iterator[dict[str, Any]]:
         """Tensors of this process's rows, and their `sample_keys`, from sample `position` of a pass to its end."""
 
+    def read_here(self) -> None:
+        """From the next call of `batches` on, without processes of its own, which have died."""
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: counts, of which those of several processes may be added up."""
 

@@ -19,17 +19,19 @@ or `validation/TERM/METRIC`.
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from pyramidclip_command import Failure
 from pyramidclip_hf.configuration_pyramidclip import LEVELS, levels_of_kind
 from pyramidclip_hf.files import write_atomically
-from training.loop.distributed import any_process, rank, sum_over_processes
+from training.loop.distributed import everyone, rank, sum_over_processes
+from training.loop.record import sum_of
 from training.loop.task import StepLoss
 
 
@@ -114,10 +116,15 @@ class StepWindow:
             shares = sum_over_processes(torch.stack([entry.shares for entry in self._pending])).cpu()
             counts = torch.stack([entry.counts for entry in self._pending]).cpu()
             values = torch.stack([entry.values for entry in self._pending]).cpu()
-            for i, entry in enumerate(self._pending):
-                row = self._row(entry, shares[i].tolist(), counts[i].tolist(), values[i].tolist())
-                self._check(row, entry.sample_keys)
-                self._rows.append(row)
+            rows = [
+                self._row(entry, shares[i].tolist(), counts[i].tolist(), values[i].tolist())
+                for i, entry in enumerate(self._pending)
+            ]
+            own = next((i for i, row in enumerate(rows) if not self._is_finite(row)), len(rows))
+            first = min(everyone(own))  # a norm may be finite elsewhere
+            if first < len(rows):
+                self._stop(rows[first], self._pending[first].sample_keys)
+            self._rows += rows
             self._pending = []
         return self._rows
 
@@ -131,15 +138,16 @@ class StepWindow:
             "learning_rate": entry.learning_rate,
         } | ({"logit_scale": values[1]} if len(values) > 1 else {})
 
-    def _check(self, row: Row, sample_keys: list[str]) -> None:
+    def _is_finite(self, row: Row) -> bool:
         values = [row["loss"], *row["terms"].values()] + ([row["grad_norm"]] if self.check_gradients else [])
-        if all(map(math.isfinite, values)):
-            return
+        return all(map(math.isfinite, values))
+
+    def _stop(self, row: Row, sample_keys: list[str]) -> NoReturn:
         folder = self.run_dir / "nonfinite"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step-{row['step']:08d}-process-{rank():05d}.json"
         path.write_text(json.dumps(row | {"sample_keys": sample_keys}, indent=1) + "\n", encoding="utf-8")
-        any_process(True)  # every process has written its keys before one of them ends the run
+        everyone(None)  # every process has written its keys before one of them ends the run
         terms = ", ".join(f"{name} {value:.4g}" for name, value in row["terms"].items())
         scale = f"softmax scale {row['logit_scale']:.4g}, " if "logit_scale" in row else ""
         raise NonFiniteLoss(
@@ -208,43 +216,91 @@ class MetricsLog:
     Args:
         run_dir: The run's folder.
         accelerator: Accelerate's `Accelerator`.
-        resumed_at: The step that a continued run starts from; lines after it, left by the run that was killed, are
-            removed first.
     """
 
-    def __init__(self, run_dir: Path, accelerator: Any, resumed_at: int = 0):
+    def __init__(self, run_dir: Path, accelerator: Any):
         self.path = Path(run_dir) / "metrics.jsonl"
         self.accelerator = accelerator
-        if accelerator.is_main_process:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._forget_after(resumed_at)
 
-    def _forget_after(self, step: int) -> None:
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
-        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    def continue_at(self, step: int, written: Mapping[str, Any] | None = None) -> list[str]:
+        """Removes what a run left after the step that it continues from.
+
+        Args:
+            step: Optimizer steps done.
+            written: `bytes` and checksum of the log as the checkpoint of that step knew it; None: unknown.
+
+        Returns:
+            Messages for the user: the log is not as it was. What it was is kept beside it then.
+        """
+        if not self.accelerator.is_main_process:
+            return []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not step or not self.path.is_file():
+            write_atomically(self.path, b"")
+            return []
+        if written is not None and sum_of(self.path, written["bytes"]) == written:
+            with open(self.path, "r+b") as file:
+                file.truncate(written["bytes"])
+            return []
+        kept, messages = [], []
+        for number, text in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
+            line = _line_of_log(text)
+            if line is None:
+                messages.append(f"{self.path}: line {number} cannot be read and is left out")
+            elif line["step"] <= step:
+                kept.append(text)
+        if written is not None:
+            messages.append(f"{self.path} is not what it was when step {step} was saved")
+        if messages:
+            copy = self.path.with_name(f"metrics-found-at-step-{step:08d}.jsonl")
+            os.replace(self.path, copy)
+            messages.append(f"as it was found it is {copy}")
+        write_atomically(self.path, b"".join(kept))
+        return messages
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Logs numbers under an optimizer step."""
         if not self.accelerator.is_main_process:
             return
+        path = str(self.path)
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
+            path = "the trackers' files"
+            self.accelerator.log(dict(metrics), step=step)
         except OSError as error:
             raise OSError(
                 error.errno,
                 f"{error.strerror}: the run stops at step {step}; make room and use --resume latest",
-                str(self.path),
+                path,
             ) from error
-        self.accelerator.log(dict(metrics), step=step)
+
+
+def _line_of_log(text: bytes) -> dict[str, Any] | None:
+    """A line as it was written; None: it is damaged, or its end is missing."""
+    try:
+        line = json.loads(text) if text.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; an unfinished last line (the run was killed while writing) is left out."""
+    """The lines of a metrics.jsonl; an unfinished last line (the run was killed while writing) is left out.
+
+    Raises:
+        ValueError: Another line is damaged.
+    """
     if not Path(path).is_file():
         return []
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    found = []
+    for number, text in enumerate(Path(path).read_bytes().splitlines(keepends=True), 1):
+        if text.endswith(b"\n"):
+            line = _line_of_log(text)
+            if line is None:
+                raise ValueError(f"{path}: line {number} is damaged: expected a JSON object with a step")
+            found.append(line)
+    return found
 
 
 def start_trackers(accelerator: Any, run_dir: Path, settings: Mapping[str, Any], resumed_at: int) -> None:

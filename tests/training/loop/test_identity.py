@@ -13,8 +13,9 @@ from tests.training.runs import resumable_settings as arguments
 from tests.training.runs import use_memory
 from tests.training.tiny import RESNET, TEXT, VIT
 from training import pretrain
-from training.loop.checkpoint import list_checkpoints
 from training.loop.identity import IdentityError, compare_identity, completed_model, model_identity
+from training.loop.record import sealed
+from training.loop.run_folder import list_checkpoints
 
 PATH = Path("runs/x/checkpoints/step-00000001")
 
@@ -38,7 +39,7 @@ def change_record(folder, change):
     path = list_checkpoints(folder)[-1] / "run.json"
     record = json.loads(path.read_text())
     change(record["identity"]["model"])
-    path.write_text(json.dumps(record))
+    path.write_text(json.dumps(sealed(record)))
 
 
 def resumed(folder, **changes):

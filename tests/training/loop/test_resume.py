@@ -15,8 +15,9 @@ from tests.training.processes import run_in_processes
 from tests.training.runs import after_step, assert_equal_runs, expect_killed, run_settings, use_memory
 from tests.training.runs import resumable_settings as arguments
 from training import pretrain
-from training.loop.checkpoint import CheckpointError, find_checkpoint, list_checkpoints
 from training.loop.identity import IdentityError
+from training.loop.record import CheckpointError, sealed
+from training.loop.run_folder import find_checkpoints, list_checkpoints
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +105,7 @@ def test_a_setting_that_the_checkpoint_s_version_did_not_know_had_its_default(fi
     record = list_checkpoints(tmp_path / "run")[-1] / "run.json"
     content = json.loads(record.read_text())
     del content["identity"]["data"]["max_image_pixels"]
-    record.write_text(json.dumps(content))
+    record.write_text(json.dumps(sealed(content)))
     assert pretrain.run(arguments(tmp_path / "run", resume="latest")).finished
     with pytest.raises(IdentityError, match="data.max_image_pixels: was 100000000, is now 9"):
         pretrain.run(arguments(tmp_path / "run", resume="latest", max_image_pixels=9))
@@ -134,11 +135,11 @@ def test_another_number_of_processes_continues_with_a_message(tmp_path, capfd):
 def test_latest_looks_at_this_run_only(tmp_path, capsys):
     pretrain.run(arguments(tmp_path / "other" / "run", max_steps=2))
     shutil.copytree(tmp_path / "other", tmp_path / "mine" / "nested")
-    assert find_checkpoint("latest", tmp_path / "mine") is None
+    assert find_checkpoints("latest", tmp_path / "mine") == []
     pretrain.run(arguments(tmp_path / "mine", max_steps=1, resume="latest"))
     assert "no complete checkpoint yet, starting from the beginning" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match=r"no run.json; complete in .*: step-00000001"):
-        find_checkpoint(str(tmp_path / "mine" / "checkpoints"), tmp_path / "mine")
+        find_checkpoints(str(tmp_path / "mine" / "checkpoints"), tmp_path / "mine")
 
 
 def test_a_full_disk_is_said_and_the_older_checkpoint_stays(tmp_path):
@@ -157,8 +158,8 @@ def test_a_full_disk_is_said_and_the_older_checkpoint_stays(tmp_path):
             return str(error)
 
     first, second = run_in_processes(limited, 2, arguments(tmp_path))
-    assert "could not write the checkpoint of step 4" in first and "another process failed" in first
-    assert "File too large" in second or "write" in second
+    assert "could not write the checkpoint of step 4" in first and first == second
+    assert "process 1: " in first and ("File too large" in first or "write" in first)
     for message in (first, second):
         assert "--resume latest" in message and "step-00000002" in message
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
@@ -188,14 +189,6 @@ def test_a_disk_that_is_really_full(small_disk, tmp_path):
     run_in_processes(run_settings, 1, arguments(tmp_path / "moved", resume="latest"))
     run_in_processes(run_settings, 1, arguments(tmp_path / "undisturbed"))
     assert_equal_runs(tmp_path / "undisturbed", tmp_path / "moved")
-
-
-def test_a_damaged_checkpoint_is_named(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    newest = list_checkpoints(tmp_path / "run")[-1]
-    (newest / "optimizer.pt").write_bytes((newest / "optimizer.pt").read_bytes()[:500])
-    with pytest.raises(CheckpointError, match=r"step-00000009: cannot be read.*--resume DIR"):
-        pretrain.run(arguments(tmp_path / "run", resume="latest"))
 
 
 def test_checkpoints_hold_no_code(finished):

@@ -14,8 +14,8 @@ from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS
 from tests.training.processes import run_in_processes
 from tests.training.runs import MemoryReader, run_settings, settings, use_memory
 from training import pretrain
-from training.loop.checkpoint import list_checkpoints
 from training.loop.optim import learning_rate_at
+from training.loop.run_folder import list_checkpoints
 from training.loop.tracking import NonFiniteLoss, read_metrics
 
 

@@ -9,9 +9,9 @@ from torch import nn
 from tests.training.processes import run_in_processes
 from tests.training.runs import MODEL_CONFIG, MemoryReader, after_step, assert_equal_runs, die, logged
 from training.loop import run as loop
-from training.loop.checkpoint import list_checkpoints
 from training.loop.identity import IdentityError
 from training.loop.initial_model import named_model
+from training.loop.run_folder import list_checkpoints
 from training.loop.task import Objective, StepLoss, Task, plan_steps
 from training.settings.run import RunSettings
 

@@ -1,11 +1,15 @@
 """What a run says about itself."""
 
+import json
+import math
+
 import pytest
 import torch
 from accelerate import PartialState
 
 from tests.training.processes import run_in_processes
-from training.loop.tracking import MetricsLog, duplicate_rates
+from training.loop.task import StepLoss
+from training.loop.tracking import MetricsLog, NonFiniteLoss, StepWindow, duplicate_rates
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
@@ -13,10 +17,25 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
         is_main_process = True
 
     log = MetricsLog(tmp_path / "run", Main())
-    log.path.unlink()
-    log.path.mkdir()  # as unwritable as a full disk, for root too
+    log.path.mkdir(parents=True)  # as unwritable as a full disk, for root too
     with pytest.raises(OSError, match="the run stops at step 7; make room.*metrics.jsonl"):
         log.write(7, {"loss/total": 1.0})
+
+
+def one_norm_is_not_finite(rank, world_size, folder):
+    window = StepWindow([], folder, check_gradients=True)
+    for step, norm in ((1, 1.0), (2, math.nan if rank == 1 else 1.0), (3, 1.0)):
+        losses = StepLoss(torch.zeros(()), torch.ones(1), torch.zeros(0, dtype=torch.int64))
+        window.add(step, losses, torch.tensor(norm), None, 1e-3, [f"key-{step}"], 8, 0.0)
+    with pytest.raises(NonFiniteLoss, match="step 2: "):
+        window.rows()
+
+
+def test_a_norm_that_is_not_finite_in_one_process_ends_all_at_that_step(tmp_path):
+    run_in_processes(one_norm_is_not_finite, 2, tmp_path)
+    written = sorted(path.name for path in (tmp_path / "nonfinite").iterdir())
+    assert written == ["step-00000002-process-00000.json", "step-00000002-process-00001.json"]
+    assert json.loads((tmp_path / "nonfinite" / written[0]).read_text())["sample_keys"] == ["key-2"]
 
 
 def duplicates(rank, world_size):

@@ -6,7 +6,7 @@ import json
 from tests.training.runs import MODEL_CONFIG, settings, use_memory
 from tests.training.to_evaluate import write_pictures
 from training import finetune, pretrain
-from training.loop.checkpoint import list_checkpoints
+from training.loop.run_folder import list_checkpoints
 from training.settings.fields import Through, identity_of
 from training.settings.finetuning import FinetuneArguments
 
