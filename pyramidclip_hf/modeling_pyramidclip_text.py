@@ -359,7 +359,8 @@ def text_starts(
     if config.pad_token_id is not None:
         filling = filling | (input_ids == config.pad_token_id)
     first = starts.int().argmax(dim=1)
-    is_padded = starts.any(dim=1) & (first <= filling.int().cumprod(dim=1).sum(dim=1))
+    leading = ((~filling).int().cumsum(dim=1) == 0).sum(dim=1)  # cumprod is unknown to ONNX
+    is_padded = starts.any(dim=1) & (first <= leading)
     return torch.where(is_padded, first, kept.int().argmax(dim=1))
 
 
