@@ -13,6 +13,7 @@ Results go to stdout; an error is one line on stderr.
 import argparse
 import contextlib
 import errno
+import io
 import json
 import os
 import shutil
@@ -174,6 +175,9 @@ def run_command(
         system and a lack of memory; 130 after Ctrl-C; 141 where nobody reads stdout any more; else what `run` returned.
         Any other error is a fault of the program and goes through.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name of a file that is not UTF-8 must not end a command when it is told; stderr is like this already.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         settings = parse(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:

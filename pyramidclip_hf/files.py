@@ -88,6 +88,15 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         aside.write_bytes(data)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a whole file of UTF-8, see `written_aside`; for text that names what others made.
+
+    Names of files need not be UTF-8, and JSON may hold half of a surrogate pair: such letters are written as JSON
+    escapes them.
+    """
+    write_atomically(path, text.encode(errors="backslashreplace"))
+
+
 @contextmanager
 def folder_written_aside(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to fill that takes the place of `folder` once the block ends well, and vanishes where it fails.

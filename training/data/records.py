@@ -258,7 +258,7 @@ def members_from_sample(sample: Sample) -> dict[str, bytes]:
             for r in sample.regions
         ]
     if record:
-        members["json"] = _json_bytes(record)
+        members["json"] = json_bytes(record)
     if sample.roi is not None:
         if len(sample.roi) != len(sample.regions or ()):
             count = len(sample.regions or ())
@@ -267,11 +267,9 @@ def members_from_sample(sample: Sample) -> dict[str, bytes]:
     return members
 
 
-def _json_bytes(record: Mapping[str, Any]) -> bytes:
-    try:
-        return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON may hold and UTF-8 may not
-        return json.dumps(record, separators=(",", ":")).encode()
+def json_bytes(record: Mapping[str, Any]) -> bytes:
+    """`KEY.json` of its content. Half of a surrogate pair, which UTF-8 cannot hold, is escaped as JSON does."""
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
 
 
 def npy_bytes(array: np.ndarray) -> bytes:

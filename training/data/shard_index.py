@@ -300,4 +300,4 @@ def _names_agree(found: str, expected: str) -> bool:
     """Whether the name in a plain header is the expected one; long names are cut there, the full one lies before it."""
     if found.lower() == expected.lower():
         return True
-    return len(expected.encode()) > 100 and expected.lower().startswith(found.lower()[:80])
+    return len(expected.encode(errors="surrogateescape")) > 100 and expected.lower().startswith(found.lower()[:80])

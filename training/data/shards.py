@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pyramidclip_hf.files import named, visible, write_atomically
+from pyramidclip_hf.files import named, visible, write_atomically, write_text
 from training.data.records import BadSample, Sample, members_from_sample
 from training.data.remote import NotThere, ShardCache, is_url, read_small
 from training.data.shard_index import BLOCK, NotATar, ShardIndex, Span, index_path, load_index, span_table
@@ -289,7 +289,7 @@ def write_dataset_json(
         **extra,
         "shards": shards,
     }
-    write_atomically(folder / "dataset.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write_text(folder / "dataset.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return content
 
 

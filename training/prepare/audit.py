@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from pyramidclip_command import CommandParser, run_command
 from pyramidclip_hf import PyramidCLIPTokenizer
-from pyramidclip_hf.files import write_atomically
+from pyramidclip_hf.files import write_text
 from training.data.records import MAX_REGIONS
 from training.data.sources import DataSet, open_data_set
 from training.prepare.auditing.counts import (
@@ -173,11 +173,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def keep(report: AuditReport, bad: Sequence[BadEntry], folder: Path) -> None:
     """Writes the report into a folder and removes the parts that it was put together from."""
-    (folder / "audit.txt").write_text(as_text(report, bad), encoding="utf-8")
-    write_atomically(folder / "audit.json", (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+    write_text(folder / "audit.txt", as_text(report, bad))
+    write_text(folder / "audit.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     draw(report, folder / "audit.png")
     lines = [json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in bad]
-    write_atomically(folder / "bad-samples.jsonl", "".join(lines).encode())
+    write_text(folder / "bad-samples.jsonl", "".join(lines))
     for part in (folder / "parts").glob("*.npz"):
         part.unlink()
     if (folder / "parts").exists():

@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from pyramidclip_command import CommandParser, run_command
+from pyramidclip_hf.files import write_text
 from training.data.records import BadSample, Region, Sample, phrase, sample_from_members
 from training.data.shards import ShardReader, read_dataset_json
 from training.data.views import decoded_picture
@@ -55,7 +56,7 @@ def parse(words: Sequence[str]) -> Namespace:
 def run(arguments: Namespace) -> None:
     """Writes the page."""
     text = page(arguments.shard, arguments.number, arguments.first, arguments.max_image_pixels)
-    Path(arguments.output).write_text(text, encoding="utf-8")
+    write_text(arguments.output, text)
     print(f"{arguments.output}: {text.count('<article>')} samples of {arguments.shard}")
 
 

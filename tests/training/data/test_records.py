@@ -53,7 +53,7 @@ def test_round_trip_keeps_everything_and_bytes_are_stable():
 def test_half_of_a_surrogate_pair_is_kept_in_json_and_replaced_in_text():
     sample = Sample("k", b"x", "jpg", "a \ud83d b", extra={"author": "x \ud83d y", "place": "Genève"})
     members = members_from_sample(sample)
-    assert members["txt"].decode() == "a ? b" and members["json"].decode().isascii()
+    assert members["txt"].decode() == "a ? b" and b"\\ud83d" in members["json"]
     back = sample_from_members(members, "k", "w")
     assert back.caption == "a ? b" and back.extra == sample.extra
     assert "Genève".encode() in members_from_sample(Sample("k", b"x", "jpg", extra={"place": "Genève"}))["json"]

@@ -420,3 +420,25 @@ def test_a_store_merges_to_what_the_file_merges_to(tmp_path, names):
                 "cpu",
             ],
         )
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        [5],
+        [{}],
+        [scene_graph_object(10**400)],
+        [scene_graph_object(0.5, box=(0, 0, 10**400, 1))],
+        [scene_graph_object(0.5, attr_scores=None)],
+        [scene_graph_object(0.5, attributes=5)],
+        [scene_graph_object(0.5, feature={})],
+        {"a": 1},
+    ],
+)
+def test_an_odd_row_is_named_with_its_line_and_the_others_go_on(tmp_path, odd):
+    rows = [scene_graph_row("good", [scene_graph_object(0.5)]), scene_graph_row("odd", odd)]
+    (tmp_path / "predictions.tsv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "x.hw.tsv").write_text("odd\t50 100\ngood\t50 100\n")
+    run(tmp_path / "predictions.tsv", "--hw", tmp_path / "x.hw.tsv", "--store_dir", tmp_path / "store")
+    assert list(read_tars(tmp_path / "store")) == ["good"]
+    assert [(key, line) for _, key, _, line in problems(tmp_path / "store", "regions")] == [("odd", 2)]

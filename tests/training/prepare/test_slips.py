@@ -1,12 +1,13 @@
 """The commands of preparation on ordinary slips: one line says what came, what was expected and what to do."""
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.training.prepare.small_data import picture, write_jsonl, write_pictures, write_tar
+from tests.training.prepare.small_data import picture, problems, read_tars, write_jsonl, write_pictures, write_tar
 from training.emoji import scenes
 from training.prepare import audit, detect, import_features, pack, summarize, view
 from training.prepare.formats.store import StoreRows
@@ -136,3 +137,25 @@ def test_hidden_files_beside_shards_are_passed_over(inputs, tmp_path):
     assert [Path(name).name for name in open_source(SourceArguments(["shards"])).files] == ["00000.tar"]
     assert list(shards_of("shards")) == ["00000.tar"]
     assert len(StoreRows(tmp_path / "shards").rows) == 1
+
+
+def test_names_that_are_not_utf8_go_through_every_step(tmp_path, capsys):
+    good, bad = "g\udcffd", "b\udcffd"
+    samples = [("plain", picture(0)), (good, picture(1)), (bad, b"broken")]
+    write_tar(tmp_path / "in" / "0.tar", [(key, {"jpg": data, "txt": b"words"}) for key, data in samples])
+    (tmp_path / "m.jsonl").write_text('{"image": "\\ud800.jpg", "caption": "words"}\n')
+    words = [
+        (pack, f"--input {tmp_path}/in --output_dir {tmp_path}/out"),
+        (audit, f"{tmp_path}/in --output-dir {tmp_path}/audit"),
+        (audit, f"{tmp_path}/m.jsonl --output-dir {tmp_path}/audit-manifest"),
+        (view, f"{tmp_path}/in/0.tar --output {tmp_path}/page.html"),
+        (pack, f"--input {tmp_path}/m.jsonl --output_dir {tmp_path}/out-manifest"),
+        (summarize, f"--input_dir {tmp_path}/out --model first-clause"),
+    ]
+    for command, flags in words:
+        assert command.main(flags.split()) == 0, capsys.readouterr().err
+    assert [key for _, key, _, _ in problems(tmp_path / "out", "pack")] == [bad]
+    assert sorted(read_tars(tmp_path / "out")) == sorted(["plain", good])
+    listed = [json.loads(line) for line in (tmp_path / "audit" / "bad-samples.jsonl").read_bytes().splitlines()]
+    assert [entry["key"] for entry in listed] == [bad]
+    assert "g\\udcffd" in (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -54,7 +54,7 @@ def open_formats(paths: Sequence[str], key_pattern: str | None = None, *flags: F
     for own in flags:
         own.check(len(paths))
     pieces = [open_format(path, key_pattern, FormatOptions(*flags, number=n)) for n, path in enumerate(paths)]
-    return pieces[0] if len(pieces) == 1 else JoinedRows(pieces)
+    return JoinedRows(pieces)
 
 
 def open_format(path: str | Path, key_pattern: str | None = None, options: FormatOptions | None = None) -> RegionFormat:

@@ -78,8 +78,8 @@ class SceneGraphRows(TsvRows):
     def _objects(self, row: int) -> list[Any]:
         record = json_of(self.index.columns(row)[-1])
         objects = record.get("objects") if isinstance(record, dict) else None
-        if not isinstance(objects, list):
-            raise BadRow("bad-row", "expected JSON with a list `objects`")
+        if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
+            raise BadRow("bad-row", "expected JSON with a list of objects `objects`")
         return objects
 
     def size(self, row: int) -> Size | None:

@@ -1,16 +1,18 @@
 """Several files of one format as one: big sets are extracted in pieces."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 
 from training.prepare.formats.protocols import RegionFormat
 from training.prepare.formats.tsv import Place, Size
+from training.prepare.formats.tsv_index import BadRow
 from training.prepare.steps.regions import Detections
 
 
 class JoinedRows:
-    """The rows of several files, in order; a key counts where it comes first.
+    """The rows of files, in order; a key counts where it comes first. What reading an odd row may raise is `BadRow`.
 
     Raises:
         ValueError: the files have different formats, or were made by different detectors.
@@ -56,9 +58,19 @@ class JoinedRows:
     def size(self, row: int) -> Size | None:
         """As the file's own."""
         piece, row = self._own(row)
-        return piece.size(row)
+        with _odd_rows():
+            return piece.size(row)
 
     def read(self, row: int, size: Size | None) -> Detections:
         """As the file's own."""
         piece, row = self._own(row)
-        return piece.read(row, size)
+        with _odd_rows():
+            return piece.read(row, size)
+
+
+@contextmanager
+def _odd_rows() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise BadRow("bad-row", f"{type(error).__name__}: {error}"[:200]) from None

@@ -8,8 +8,8 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from pyramidclip_hf.files import visible, write_atomically
-from training.data.records import BadSample, Region, Sample, members_from_sample, sample_from_members
+from pyramidclip_hf.files import visible, write_text
+from training.data.records import BadSample, Region, Sample, json_bytes, members_from_sample, sample_from_members
 from training.data.shards import DATASET_FORMAT, ShardReader, ShardWriter, read_dataset_json, write_dataset_json
 from training.prepare.steps.work import Advance, Stage, Tally, Worker, contents_of
 
@@ -59,7 +59,7 @@ class Opened:
         record.update(json.loads(written.get("json", b"{}")))
         members = {name: data for name, data in self.members.items() if name != "json"}
         if record:
-            members["json"] = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+            members["json"] = json_bytes(record)
         if "roi" in self.levels:
             members.pop("roi.npy", None)
             if "roi.npy" in written:
@@ -156,7 +156,7 @@ def mark_unfinished(stage: Stage) -> None:
     if stage.name in content.get("unfinished", []):
         return
     content["unfinished"] = sorted({*content.get("unfinished", []), stage.name})
-    write_atomically(stage.folder / "dataset.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write_text(stage.folder / "dataset.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def refuse_other_maker(folder: str | Path, level: str, made_by: MadeBy, overwrite: bool) -> MadeBy | None:
