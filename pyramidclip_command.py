@@ -352,6 +352,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="by example")
     parser.add_argument("--top-k", type=_at_least_one, default=10, help="hits a query (default: %(default)s)")
     parser.add_argument("--output", metavar="SHEET", help="contact sheet to write, a PNG, JPEG or WebP")
+    parser.add_argument("--overwrite", action="store_true", help="take the place of a sheet that is there")
     parser.add_argument("--font", metavar="FILE", help="TrueType font of the sheet, for queries beyond Latin letters")
     _add_common(parser, "folder of a saved model, or Hub id; default: the one that the embeddings name")
 
@@ -360,6 +361,7 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("picture", help="a file")
     parser.add_argument("--text", required=True, help="what to look for")
     parser.add_argument("--output", required=True, help="overlay to write, a PNG, JPEG or WebP")
+    parser.add_argument("--overwrite", action="store_true", help="take the place of a picture that is there")
     _add_common(parser, engines=False)
 
 

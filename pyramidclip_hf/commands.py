@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
@@ -32,12 +33,14 @@ from .modeling_pyramidclip import PyramidCLIPModel
 from .picture_files import (
     Hit,
     UnreadablePicture,
+    characters_that_lack,
     check_picture_output,
     contact_sheet,
     find_pictures,
     read_ahead,
     read_picture,
     save_picture,
+    told_passed_over,
 )
 from .processing_pyramidclip import PyramidCLIPProcessor
 from .zero_shot import (
@@ -178,7 +181,7 @@ def run_classify(args: argparse.Namespace) -> int:
     messages = _Messages(args)
     labels = _lines_of(args.labels_file, "labels") if args.labels_file else args.labels
     templates = _lines_of(args.templates, "templates") if args.templates else IMAGENET_TEMPLATES
-    paths = find_pictures(args.pictures, sys.stdin)
+    paths = _found(args.pictures, sys.stdin, messages)
 
     loaded = _load(args, messages)
     bar_for_labels = not args.quiet and len(labels) * len(templates) > _PROMPTS_WORTH_A_BAR
@@ -237,6 +240,15 @@ def _batches(
                 names, pixels, skipped = [], [], []
 
 
+def _found(pictures: Sequence[str], stdin: Iterable[str], messages: _Messages) -> list[str]:
+    """The pictures that the words name; says what was passed over."""
+    passed_over: Counter[str] = Counter()
+    paths = find_pictures(pictures, stdin, passed_over)
+    if told := told_passed_over(passed_over):
+        messages.say(told)
+    return paths
+
+
 # embed
 
 
@@ -244,7 +256,7 @@ def run_embed(args: argparse.Namespace) -> int:
     """Embeds pictures, or the lines of `--texts`, into one file; continues where the same command was stopped."""
     messages = _Messages(args)
     output = check_output(args.output)
-    items, inputs = _items_to_embed(args)
+    items, inputs = _items_to_embed(args, messages)
     loaded = _load(args, messages, fuse=False)
     kind = "text" if args.texts else "path"
     settings = {"kind": kind, "model_sha256": loaded.sha256(), "dtype": args.dtype, "inputs": inputs}
@@ -264,10 +276,10 @@ def run_embed(args: argparse.Namespace) -> int:
     if args.json:
         listed = [{"path": _printable(path), "reason": reason} for path, reason in skipped]
         messages.row({"output": str(output), "rows": rows, "skipped": listed}, ())
-    return messages.exit_code(of=rows + len(skipped))
+    return messages.exit_code(of=rows + messages.skipped)
 
 
-def _items_to_embed(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+def _items_to_embed(args: argparse.Namespace, messages: _Messages) -> tuple[list[str], list[str]]:
     """What is to be embedded, and how the command named it: with the content, where that is not a place."""
     if args.texts and args.pictures:
         raise ValueError("Expected pictures or --texts, got both: one file of embeddings holds one kind.")
@@ -278,7 +290,7 @@ def _items_to_embed(args: argparse.Namespace) -> tuple[list[str], list[str]]:
         raise ValueError("Expected pictures (files, folders, globs, or - for paths on stdin) or --texts FILE.")
     piped = list(sys.stdin) if "-" in args.pictures else []
     inputs = [f"- with sha256 {_sha256_of(piped)}" if one == "-" else one for one in args.pictures]
-    return find_pictures(args.pictures, piped), inputs
+    return _found(args.pictures, piped, messages), inputs
 
 
 def _sha256_of(lines: list[str]) -> str:
@@ -291,12 +303,15 @@ def _say_where_it_stands(job: EmbeddingJob, items: list[str], messages: _Message
         messages.note(f"{job.output} is complete already; --overwrite makes it again")
     elif job.continues:
         messages.note(f"continuing: {len(job.parts) - len(job.missing())} of {len(job.parts)} parts are done")
-    new, gone = len(set(items) - set(job.items)), len(set(job.items) - set(items))
+    known, now = set(job.items), set(items)
+    new, gone = [item for item in items if item not in known], len(known - now)
     if new or gone:
         messages.say(
-            f"since this job began, {new} pictures have come and {gone} have gone; it keeps to the list that it began "
-            "with (--overwrite begins again)"
+            f"since this job began, {len(new)} pictures have come and {gone} have gone; it keeps to the list that it "
+            "began with (--overwrite begins again)"
         )
+    for item in new:
+        messages.skip(item, "it came after this job began")
     for item, reason in job.skipped():
         messages.skip(item, reason)
 
@@ -356,9 +371,11 @@ def run_search(args: argparse.Namespace) -> int:
     messages = _Messages(args)
     if not args.text and not args.image:
         raise ValueError("Expected a query: --text or --image.")
+    if not all(text.strip() for text in args.text):
+        raise ValueError("--text: expected words to search for, got an empty text.")
     stored = read_embeddings(args.embeddings)
     if args.output:
-        check_picture_output(args.output)
+        check_picture_output(args.output, args.overwrite)
         if stored.kind != "path":
             raise ValueError(f"{args.embeddings} holds texts: a contact sheet (--output) needs pictures.")
     args.model = args.model or stored.metadata["model"]
@@ -382,6 +399,8 @@ def run_search(args: argparse.Namespace) -> int:
         below = f"of {len(stored.names)} pictures, by {model_name}"
         sheet, absent = contact_sheet(queries, found, below, args.max_image_pixels, args.font)
         save_picture(sheet, args.output)
+        if lacking := characters_that_lack([*args.text, *(hit.name for hits in found for hit in hits)], args.font):
+            messages.say(f"the sheet's font lacks {lacking}: --font FILE takes one that has them")
         if absent:
             messages.say(
                 f"{absent} pictures of the sheet could not be read; their paths are as `embed` was given them, so "
@@ -430,7 +449,9 @@ def _best(loaded: Loaded[Any], stored: StoredEmbeddings, args: argparse.Namespac
 def run_explain(args: argparse.Namespace) -> int:
     """Writes the picture with what speaks for the text laid over it, and prints the score."""
     messages = _Messages(args)
-    check_picture_output(args.output)
+    check_picture_output(args.output, args.overwrite)
+    if os.path.isdir(args.picture):
+        raise ValueError(f"{args.picture} is a folder: expected the file of one picture.")
     try:
         picture = read_picture(args.picture, args.max_image_pixels)
     except UnreadablePicture as error:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature, get_size_dict
 from transformers.image_utils import (
@@ -36,7 +36,9 @@ from transformers.utils import TensorType
 Box: TypeAlias = tuple[float, float, float, float]
 
 # Those that Pillow reads by itself: EPS, for one, would start another program.
-PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# AVIF is one of them where Pillow was built with it, which its own wheels are from 11.3 on.
+_READS_AVIF = "avif" in features.modules and features.check("avif")
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(["AVIF"] if _READS_AVIF else []))
 # Of pictures from elsewhere, more are not decoded unless somebody asks for it.
 MAX_IMAGE_PIXELS = 100_000_000
 _EXIF_ORIENTATION = 0x0112

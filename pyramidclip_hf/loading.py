@@ -167,8 +167,9 @@ def choose_device(name: str) -> torch.device:
         return device
     except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
         reason = str(error).splitlines()[0]
+        reason = "no such kind" if reason.startswith("Expected one of") else reason  # and twenty kinds of torch's
         raise ValueError(
-            f"--device {name}: expected auto, cpu or a device that is there, as cuda:0 ({reason})."
+            f"--device {name}: expected auto, cpu, or cuda, cuda:1, mps where it is there ({reason})."
         ) from error
 
 

@@ -4,7 +4,7 @@
 import glob
 import os
 import textwrap
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,9 +13,28 @@ from typing import NamedTuple, TypeVar
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .files import is_hidden, written_aside
-from .image_processing_pyramidclip import open_undecoded, upright_rgb
+from .image_processing_pyramidclip import PICTURE_FORMATS, open_undecoded, upright_rgb
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jfif"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm"),
+    "AVIF": (".avif",),
+}
+PICTURE_SUFFIXES = tuple(suffix for form in PICTURE_FORMATS for suffix in _SUFFIXES[form])
+# Pictures all the same, and why they are not read.
+_NOT_READ = {
+    ".heic": "Pillow has no reader of its own; the plug-in pillow-heif converts them",
+    ".jxl": "Pillow has no reader of its own; the plug-in pillow-jxl-plugin converts them",
+    ".avif": "this Pillow was built without AVIF; 11.3 and later have it",
+    ".svg": "drawings, which have no pixels; resvg-py draws them",
+    ".psd": "not read from strangers; convert them",
+}
+_NOT_READ[".heif"] = _NOT_READ[".heic"]
 SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 _CELL, _GAP, _MARGIN, _COLUMNS = 208, 16, 28, 5
@@ -31,47 +50,74 @@ class UnreadablePicture(Exception):
     """A picture that is skipped; the message is the reason."""
 
 
-def find_pictures(arguments: Sequence[str], stdin: Iterable[str] = ()) -> list[str]:
+def find_pictures(
+    arguments: Sequence[str], stdin: Iterable[str] = (), passed_over: Counter[str] | None = None
+) -> list[str]:
     """The pictures that files, folders (searched to any depth), globs and "-" (paths in `stdin`) name, each once.
 
     In folders and globs, only files with a picture's suffix count, and nothing hidden; what is named outright counts
-    whatever its name. A folder's pictures come sorted, everything else as it was given.
+    whatever its name. A folder's pictures come sorted, everything else as it was given. The endings of other files
+    that are not hidden are counted in `passed_over`.
 
     Raises:
         ValueError: an argument that is not there, or no picture at all.
     """
     found: dict[str, None] = {}
+    passed_over = Counter() if passed_over is None else passed_over
     for argument in arguments:
         if argument == "-":
             found.update((line.rstrip("\r\n"), None) for line in stdin if line.strip())
         elif os.path.isdir(argument):
-            found.update(dict.fromkeys(pictures_below(argument)))
+            found.update(dict.fromkeys(pictures_below(argument, passed_over)))
         elif os.path.isfile(argument):
             found[argument] = None
         elif glob.has_magic(argument):
             for match in sorted(glob.glob(argument, recursive=True)):
                 if os.path.isdir(match):
-                    found.update(dict.fromkeys(pictures_below(match)))
-                elif _is_picture(os.path.basename(match)):
+                    found.update(dict.fromkeys(pictures_below(match, passed_over)))
+                elif _is_picture(os.path.basename(match), passed_over):
                     found[match] = None
         else:
             raise ValueError(f"There is no file or folder {argument!r}.")
     if not found:
         raise ValueError(
-            f"No pictures found in {', '.join(arguments)}: expected files ending in {' '.join(PICTURE_SUFFIXES)}."
+            f"No pictures found in {', '.join(arguments)}: expected files ending in {' '.join(PICTURE_SUFFIXES)}. "
+            + told_passed_over(passed_over)
         )
     return list(found)
 
 
-def pictures_below(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """The paths of the pictures in a folder, at any depth, sorted within each folder; hidden ones are left out."""
+def pictures_below(folder: str | os.PathLike[str], passed_over: Counter[str] | None = None) -> Iterator[str]:
+    """The paths of the pictures in a folder, at any depth, sorted within each folder; hidden ones are left out.
+
+    Args:
+        folder: to search.
+        passed_over: counts the endings of what is no picture, and not hidden.
+    """
+    counted = Counter[str]() if passed_over is None else passed_over
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
-        yield from (os.path.join(place, name) for name in sorted(files) if _is_picture(name))
+        yield from (os.path.join(place, name) for name in sorted(files) if _is_picture(name, counted))
 
 
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith(PICTURE_SUFFIXES) and not is_hidden(name)
+def _is_picture(name: str, passed_over: Counter[str]) -> bool:
+    if is_hidden(name):
+        return False
+    if not name.lower().endswith(PICTURE_SUFFIXES):
+        passed_over[Path(name).suffix.lower()] += 1
+        return False
+    return True
+
+
+def told_passed_over(passed_over: Counter[str]) -> str:
+    """What to say of the files that were passed over: how many of each ending, and why where they are pictures."""
+    if not passed_over:
+        return ""
+    kinds = passed_over.most_common()
+    counts = [f"{number} {suffix or 'without an ending'}" for suffix, number in kinds]
+    shown = counts[:10] + ([f"{len(counts) - 10} more endings"] if len(counts) > 10 else [])
+    why = [f"{suffix}: {_NOT_READ[suffix]}" for suffix, _ in kinds if suffix in _NOT_READ]
+    return "; ".join([f"passed over: {', '.join(shown)}", *why])
 
 
 def read_picture(path: str, max_image_pixels: int | None) -> Image.Image:
@@ -88,7 +134,9 @@ def read_picture(path: str, max_image_pixels: int | None) -> Image.Image:
     except UnicodeEncodeError as error:
         raise UnreadablePicture("the name is not UTF-8, so it could not be written down") from error
     except Exception as error:  # on damaged data, Pillow's readers raise almost anything
-        raise UnreadablePicture(str(error) or type(error).__name__) from error
+        suffix = Path(path).suffix.lower()
+        known = f" ({_NOT_READ[suffix]})" if suffix in _NOT_READ and suffix not in PICTURE_SUFFIXES else ""
+        raise UnreadablePicture((str(error) or type(error).__name__) + known) from error
 
 
 def read_ahead(
@@ -122,10 +170,12 @@ def read_ahead(
                 future.cancel()
 
 
-def check_picture_output(path: str) -> None:
-    """ValueError unless `path` names a kind of picture, in a folder that exists."""
+def check_picture_output(path: str, overwrite: bool = False) -> None:
+    """ValueError unless `path` names a kind of picture, in a folder that exists, and no file that must stay."""
     if Path(path).suffix.lower() not in SHEET_SUFFIXES or not Path(path).parent.is_dir():
         raise ValueError(f"--output {path}: expected a picture ({' '.join(SHEET_SUFFIXES)}) in a folder that exists.")
+    if os.path.exists(path) and not overwrite:
+        raise ValueError(f"--output {path}: there is such a file already; --overwrite takes its place.")
 
 
 def save_picture(picture: Image.Image, path: str) -> None:
@@ -157,7 +207,7 @@ def contact_sheet(
         found: the hits of each.
         below: what follows "best K" under a title.
         max_image_pixels: pictures with more are placeholders.
-        font_file: TrueType; None: Pillow's own, which has Latin letters only.
+        font_file: TrueType; None: Pillow's own, which has the letters of ASCII only.
 
     Returns:
         The picture, and how many thumbnails could not be read; they are drawn as placeholders.
@@ -196,6 +246,21 @@ def contact_sheet(
             draw.text((x, y + _CELL + 26), name, font=small, fill=_GREY)
         top += grid + _GAP
     return sheet, absent
+
+
+def characters_that_lack(texts: Iterable[str], font_file: str | None = None) -> str:
+    """The characters of the texts, each once, that the font draws as it draws what no font has."""
+    font = _font(font_file, 16)
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        return ""
+
+    def drawn(character: str) -> tuple[tuple[int, int], bytes]:
+        mask = font.getmask(character)
+        return mask.size, bytes(mask)
+
+    nothing = drawn("\U0010ffff")
+    characters = dict.fromkeys(character for text in texts for character in text if character.isprintable())
+    return "".join(c for c in characters if not c.isspace() and drawn(c) == nothing)
 
 
 def _paste_thumbnail(

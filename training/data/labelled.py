@@ -5,6 +5,8 @@ error, because a score over fewer pictures than the data set has is another scor
 """
 
 import os
+import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from pyramidclip_hf.files import visible
-from pyramidclip_hf.picture_files import pictures_below
+from pyramidclip_hf.picture_files import pictures_below, told_passed_over
 from training.data.records import Sample
 from training.data.remote import is_url
 from training.data.samples import ShardSamples, open_picture
@@ -114,7 +116,12 @@ def pictures_of_classes(folder: Path) -> tuple[list[str], list[Path], list[int]]
         class of each. Hidden files and folders (`.ipynb_checkpoints`, macOS's `._x.jpg`) are left out.
     """
     names = [path.name for path in visible(folder) if path.is_dir()]
-    found = [(Path(path), label) for label, name in enumerate(names) for path in sorted(pictures_below(folder / name))]
+    other: Counter[str] = Counter()
+    found = [
+        (Path(path), label) for label, name in enumerate(names) for path in sorted(pictures_below(folder / name, other))
+    ]
+    if other and os.environ.get("RANK", "0") == "0":  # of several processes, one says it
+        print(f"{folder}: {told_passed_over(other)}", file=sys.stderr)
     return names, [path for path, _ in found], [label for _, label in found]
 
 

@@ -31,5 +31,10 @@ def test_explain_writes_the_overlay(pictures, capsys, model_dir, tmp_path):
     picture = Image.open(pictures / ROTATED)
     expected = explain_image(model, processor, picture, "a fox").overlay(picture)
     assert np.array_equal(np.asarray(Image.open(overlay)), np.asarray(expected))
-    code, _, err = run(capsys, *argv[:3], pictures / BROKEN[0], *argv[4:])
+    code, _, err = run(capsys, *argv)
+    assert code == 2 and "--overwrite takes its place" in err
+    assert run(capsys, *argv, "--overwrite", "--quiet")[0] == 0
+    code, _, err = run(capsys, *argv[:3], pictures, *argv[4:], "--overwrite")
+    assert code == 2 and "is a folder: expected the file of one picture" in err
+    code, _, err = run(capsys, *argv[:3], pictures / BROKEN[0], *argv[4:], "--overwrite")
     assert code == 2 and BROKEN[0] in err

@@ -1,10 +1,12 @@
 """Which pictures the words of a command mean, and reading them ahead of the model."""
 
 import time
+from collections import Counter
 
 import pytest
+from PIL import Image, features
 
-from pyramidclip_hf.picture_files import find_pictures, read_ahead
+from pyramidclip_hf.picture_files import characters_that_lack, find_pictures, read_ahead, told_passed_over
 from tests.pyramidclip_hf.commands.plain import BROKEN, good_ones, run
 
 
@@ -40,3 +42,35 @@ def test_reading_ahead_keeps_the_order_and_its_bound():
         assert len(begun) <= len(seen) + 8 + 2
         seen.append((item, value))
     assert seen == [(str(number), number**2) for number in range(50)]
+
+
+def test_what_is_passed_over_is_counted_by_ending_with_the_reason(tmp_path, capsys, model_dir):
+    for name in ("A.JPG", "b.heic", "c.HEIC", "noext", "d.txt", ".hidden.heic"):
+        Image.new("RGB", (9, 9)).save(tmp_path / name, "JPEG")
+    counted = Counter()
+    assert find_pictures([str(tmp_path)], passed_over=counted) == [str(tmp_path / "A.JPG")]
+    assert counted == {".heic": 2, "": 1, ".txt": 1}
+    expected = "passed over: 2 .heic, 1 .txt, 1 without an ending; .heic: Pillow has no reader of its own"
+    assert told_passed_over(Counter({".heic": 2, ".txt": 1, "": 1})).startswith(expected)
+    code, out, err = run(capsys, "classify", "--model", model_dir, tmp_path, "--labels", "cat", "--quiet")
+    assert code == 0 and out.count("\n") == 1 and "passed over: 2 .heic" in err and "pillow-heif" in err
+    (tmp_path / "A.JPG").unlink()
+    code, out, err = run(capsys, "classify", "--model", model_dir, tmp_path, "--labels", "cat")
+    assert code == 2 and "passed over: 2 .heic" in err
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow was built without AVIF")
+def test_avif_is_read(tmp_path, capsys, model_dir):
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "a.avif")
+    code, out, _ = run(capsys, "classify", "--model", model_dir, tmp_path, "--labels", "cat")
+    assert code == 0 and out.startswith(str(tmp_path / "a.avif"))
+    code, _, err = run(
+        capsys, "classify", "--model", model_dir, tmp_path, "--labels", "cat", "--max-image-pixels", "1599"
+    )
+    assert code == 3 and "1599; make it smaller" in err
+
+
+def test_characters_that_the_font_of_a_sheet_lacks():
+    """Pillow's own has the letters of ASCII and few more."""
+    assert characters_that_lack(["a red fox, 'quoted': 50% & more/less_(1).jpg"]) == ""
+    assert characters_that_lack(["狐 a fox, 狐狸"]) == "狐狸"
