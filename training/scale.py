@@ -45,7 +45,13 @@ class ScaleArguments:
 
     config: list[str] = field(metadata={"help": "recipe; several as for training.pretrain"})
     gpus: int = field(metadata={"help": "number of GPUs"})
-    teraflops: float = field(default=120.0, metadata={"help": "arithmetic that a GPU really reaches, TFLOP/s"})
+    teraflops: float = field(
+        default=133.0,
+        metadata={
+            "help": "arithmetic that a GPU really reaches, TFLOP/s; 133 is what ViT-B-32 did on one H200 at commit "
+            "047d512, 18 %% of its bf16 product"
+        },
+    )
     samples: int = field(default=143_000_000, metadata={"help": "samples in the data"})
     tokens: int = field(default=24, metadata={"help": "length of texts under pooling: eos"})
 
@@ -70,7 +76,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Their sum; workspaces of kernels and the allocator's waste come on top (docs/scale.md: 10 to 20 %)."""
+        """Their sum, which is what tensors take at most: within 3 % of what was seen on a GPU (docs/scale.md)."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.loss
 
 
@@ -192,6 +198,9 @@ def memory_per_gpu(args: PretrainingArguments, num_gpus: int, tokens: int = 24) 
 def flops_per_pair(args: PretrainingArguments, tokens: int = 24) -> float:
     """Floating-point operations of one training step for one pair: forward and twice that backward.
 
+    The backward pass is not counted itself: torch's counter takes that of LeFF's depth-wise convolutions for that of
+    dense ones, and says 253 GFLOP for ViT-B-32 where 104 are right.
+
     Gradient caching and gradient checkpointing each add a forward pass.
     """
     pairs = 8
@@ -210,7 +219,7 @@ def report(args: PretrainingArguments, num_gpus: int, teraflops: float, samples:
     objective = ContrastiveObjective(_fake_model(config), config.loss_weights, 0.0)
     gathered = 4 * len(objective.levels) * config.projection_dim * args.global_batch_size
     masks = len(objective.masked_levels) * args.global_batch_size
-    trained = memory.gradients
+    sums = 4 * len(objective.terms) * args.global_batch_size
     inputs = {LEVELS[level].input for level in objective.levels}
     batch = _fake_batch(config, 1, args.max_regions, tokens)
     sent = sum(tensor.nbytes for name, tensor in batch.items() if name in inputs)
@@ -226,8 +235,10 @@ def report(args: PretrainingArguments, num_gpus: int, teraflops: float, samples:
             f"reading             {pairs_per_second:6.0f} samples/s per GPU, {pairs_per_second * num_gpus:.0f} in all; "
             f"{pairs_per_second / SAMPLES_A_CORE:.0f} processor cores and {pairs_per_second * sent / GB:.2f} GB/s of "
             "batches to each GPU",
-            f"gathers             1 all-gather of {gathered / 1e6:.0f} MB and 1 reduce-scatter of the same, 1 "
-            f"of {masks / 1e3:.0f} kB for masks; gradients: all-reduce of {trained / 1e6:.0f} MB",
+            f"embeddings          1 all-gather of {gathered / 1e6:.0f} MB and 1 reduce-scatter of the same; masks: "
+            f"1 all-gather of {masks / 1e3:.0f} kB",
+            f"log-sum-exps        1 all-to-all of {sums / 1e3:.0f} kB, and back",
+            f"gradients           1 all-reduce of {memory.gradients / 1e6:.0f} MB",
             f"length              {steps:,} steps, {hours:.0f} hours ({hours * num_gpus:.0f} GPU hours)",
         ]
     )

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from tests.training.processes import run_in_processes
+from tests.write_tables import OUTPUT, with_outputs
 from training.loop.objective import ContrastiveObjective
 from training.scale import flops_per_pair, main, memory_per_gpu
 from training.settings.pretraining import PretrainingArguments
@@ -102,8 +104,28 @@ def test_arithmetic_of_one_linear_tower_is_counted_by_hand():
     assert cached == pytest.approx(short * 4 / 3)
 
 
-def test_the_report_of_a_recipe(capsys):
-    assert main(["--config", "training/configs/rn50_143m_32_epochs.yaml", "--gpus", "64"]) == 0
-    said = capsys.readouterr().out
-    assert "global batch 8192 = 64 x 128" in said and "1 all-gather" in said and "558,592 steps" in said
+def blocks_of_the_page():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "scale.md").read_text(encoding="utf8")
+    return [found.group(0) for found in OUTPUT.finditer(text)]
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, marks=[pytest.mark.slow] if number else [])
+        for number, block in enumerate(blocks_of_the_page())
+    ],
+    ids=lambda block: block.split()[5],
+)
+def test_the_page_has_what_the_command_prints(block):
+    """`python -m tests.write_tables` writes it."""
+    assert block == with_outputs(block) and "memory per GPU" in block and "558,592 steps" in block
+
+
+def test_the_page_has_three_blocks():
+    assert len(blocks_of_the_page()) == 3
+
+
+def test_batches_that_do_not_divide_are_refused(capsys):
     assert main(["--config", "training/configs/rn50_143m_32_epochs.yaml", "--gpus", "63"]) == 2
+    assert "63" in capsys.readouterr().err
