@@ -102,12 +102,6 @@ def test_caching_and_two_processes_give_the_losses_of_one(tmp_path):
     assert len(logged(tmp_path / "two", "learning_rate")) == 6
 
 
-def test_the_scale_is_clamped_after_each_step(tmp_path):
-    config = {**MODEL_CONFIG, "logit_scale_init_value": math.log(99.99)}
-    pretrain.run(settings(tmp_path, model_config=config, learning_rate=0.05, log_every_steps=1, overfit_batches=1))
-    assert max(logged(tmp_path, "logit_scale")) <= 100 * (1 + 1e-6)
-
-
 def test_half_precision_checkpointing_and_the_moving_average(tmp_path):
     changes = {"precision": "bf16", "gradient_checkpointing": True, "ema_decay": 0.5, "max_steps": 3}
     pretrain.run(settings(tmp_path, **changes))

@@ -368,8 +368,8 @@ def train(run: Run, stop_requested: threading.Event) -> bool:
                 started = time.perf_counter()
                 keys = batch.pop("sample_keys")
                 tensors = {name: value.to(run.accelerator.device, non_blocking=True) for name, value in batch.items()}
-                rate = task.learning_rate(progress.step)
-                losses, norm = optimizer_step(run, tensors, rate)
+                losses, norm = optimizer_step(run, tensors, task.learning_rate(progress.step))
+                rate = run.optimizer.param_groups[0]["lr"]  # what the step was made with, and not what was wanted
                 advance(run)
                 samples = settings.global_batch_size
                 run.window.add(progress.step, losses, norm, task.logit_scale, rate, keys, samples, waited)
