@@ -358,11 +358,19 @@ def _files_to_publish(folder: Path) -> dict[str, Path]:
     if not (folder / "config.json").is_file() or not any(_is_weight_file(path.name) for path in folder.glob("*")):
         raise ValueError(f"Expected a folder with config.json and weights (model.safetensors), found none at {folder}.")
     paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {
+    found = {
         name.as_posix(): path
         for name, path in paths.items()
         if not any(is_hidden(part) or part == "__pycache__" for part in name.parts)
     }
+    edge = folder.resolve()
+    outside = [path for path in found.values() if edge not in path.resolve().parents]
+    if outside:
+        raise ValueError(
+            f"{outside[0]} is a link to {outside[0].resolve()}, outside of {folder}, and would be made public: remove "
+            "it, or put the file itself there."
+        )
+    return found
 
 
 def _is_weight_file(name: str) -> bool:

@@ -21,7 +21,14 @@ from pyramidclip_hf import (
     PyramidCLIPProcessor,
     PyramidCLIPVisionModel,
 )
-from pyramidclip_hf.hub import PublishError, add_remote_code, build_model_card, export_remote_code, publish_folder
+from pyramidclip_hf.hub import (
+    PublishError,
+    _files_to_publish,
+    add_remote_code,
+    build_model_card,
+    export_remote_code,
+    publish_folder,
+)
 from tests.hub_server import Repository, card_faults, client_environment, running_hub
 from tests.rounding import assert_equal_to_rounding
 
@@ -302,6 +309,15 @@ def folder(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_processor().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+def test_a_link_out_of_the_folder_is_not_published(folder, tmp_path):
+    (tmp_path / "private.txt").write_text("a key", encoding="utf8")
+    (folder / "inside.json").symlink_to(folder / "config.json")
+    assert "inside.json" in _files_to_publish(folder)
+    (folder / "notes.txt").symlink_to(tmp_path / "private.txt")
+    with pytest.raises(ValueError, match="notes.txt is a link to .*private.txt, outside of .*would be made public"):
+        publish_folder(folder, "tester/none")
 
 
 def contents(folder):

@@ -140,8 +140,8 @@ def parse_index_header(line: str, name: str) -> IndexHeader:
 def build_index(path: str | os.PathLike[str]) -> ShardIndex:
     """The index of the tar at `path`, from the headers in it.
 
-    A tar that ends in the middle gives the samples up to there, the cut one included (reading it raises `BadSample`),
-    with `truncated` set. Links, folders and devices are ignored.
+    A tar that ends in the middle, or in which a header is damaged, gives the samples up to there, the cut one included
+    (reading it raises `BadSample`), with `truncated` set. Links, folders and devices are ignored.
 
     Raises:
         NotATar: the file is not an uncompressed tar.
@@ -159,6 +159,8 @@ def build_index(path: str | os.PathLike[str]) -> ShardIndex:
                     truncated = True
                     break
                 if member is None:
+                    # tarfile takes a damaged header, too, for the end.
+                    truncated = not _only_zeros_from(path, tar.offset)
                     break
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
                 if not member.isreg() or member.issparse():
@@ -199,6 +201,13 @@ def split_name(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return folder + slash + stem, suffix.lower() if stem else ""
+
+
+def _only_zeros_from(path: str | os.PathLike[str], offset: int) -> bool:
+    """Whether nothing but the padding of a tar's end follows."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return not any(any(piece) for piece in iter(lambda: file.read(1 << 16), b""))
 
 
 def _has_end(path: str | os.PathLike[str], size: int) -> bool:

@@ -152,7 +152,7 @@ class ShardReader:
         if is_url(self.name):
             self._open_fetched(cache or ShardCache())
         else:
-            if not os.path.exists(self.name):
+            if not os.path.isfile(self.name):
                 raise FileNotFoundError(f"no shard at {self.name}")
             self._open(Path(path_or_url))
 

@@ -18,6 +18,7 @@ import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -435,7 +436,10 @@ class ManifestReader:
     def _file_bytes(self, name: str, key: str, where: str, reason: str) -> bytes:
         path = self.manifest.path.parent / name
         try:
-            size = path.stat().st_size
+            stat = path.stat()
+            if not S_ISREG(stat.st_mode):
+                raise BadSample(key, where, reason, f"{path} is not a file with contents")
+            size = stat.st_size
             if size > MAX_MEMBER_BYTES:
                 detail = f"{path} has {size} bytes, at most {MAX_MEMBER_BYTES} are read"
                 raise BadSample(key, where, "member-too-large", detail)

@@ -208,3 +208,29 @@ def test_an_index_that_places_nothing_is_built_anew(tmp_path):
     index.spans[0] = -1
     index_path(path).write_text(index.dumps())
     assert (load_index(path).spans[0, :, 0] >= 0).any()
+
+
+@pytest.mark.parametrize("bit", [0, 148, 124, 257])
+def test_a_damaged_header_in_the_middle_is_not_taken_for_the_end(tmp_path, bit):
+    path = write(tmp_path / "a.tar")
+    header = int(ShardReader(path).index.spans[4].max(0)[0]) - 512
+    index_path(path).unlink()
+    whole = build_index(path)
+    data = bytearray(path.read_bytes())
+    data[header + bit] ^= 1
+    path.write_bytes(data)
+    assert not whole.truncated and len(whole.keys) == 7
+    damaged = build_index(path)
+    assert damaged.truncated and 4 <= len(damaged.keys) <= 5 and damaged.keys == whole.keys[: len(damaged.keys)]
+
+
+def test_two_tars_in_one_file_are_said_to_end_early(tmp_path):
+    first, second = write(tmp_path / "a.tar").read_bytes(), write(tmp_path / "b.tar").read_bytes()
+    (tmp_path / "both.tar").write_bytes(first + second)
+    assert build_index(tmp_path / "both.tar").truncated
+
+
+def test_a_fifo_is_no_shard(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(FileNotFoundError, match="no shard at"):
+        ShardReader(tmp_path / "a.tar")

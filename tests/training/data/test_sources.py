@@ -15,12 +15,12 @@ import pytest
 
 from tests.hub_server import Repository, client_environment, running_hub
 from tests.training.data.same_batches import equal
-from tests.training.prepare.small_data import Served, make_sample, write_shards
+from tests.training.prepare.small_data import Served, make_sample, picture, write_jsonl, write_shards
 from training.data import manifest_lines as manifest_lines_module
 from training.data import sources
 from training.data.manifest_lines import manifest_lines
 from training.data.patience import Patience
-from training.data.records import members_from_sample
+from training.data.records import BadSample, members_from_sample
 from training.data.remote import DownloadError, ShardCache, is_on_network
 from training.data.samples import ShardSamples
 from training.data.shards import read_dataset_json
@@ -262,3 +262,18 @@ def test_shards_of_a_data_set_on_the_hub(shards, tmp_path, checkout):
         nothing, errors = read("hf://datasets/tester/scenes/part-{008..009}.tar", **environment)
         assert nothing == [] and "hf://datasets/tester/scenes/part-008.tar: not found" in errors
     assert lines == read(str(shards))[0]
+
+
+@pytest.mark.parametrize("column", ["image", "roi"])
+def test_devices_and_pipes_are_no_pictures(tmp_path, column):
+    """Their size is 0, and reading one never ends."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    (tmp_path / "fine.jpg").write_bytes(picture(0))
+    rows = [{"image": "fine.jpg", "caption": "x", column: name} for name in ("pipe.jpg", "zero.jpg", "/dev/zero")]
+    data = sources.open_data_set(write_jsonl(tmp_path / "m.jsonl", rows))
+    unit = data.open(data.units[0])
+    for i in range(3):
+        with pytest.raises(BadSample, match="is not a file with contents") as caught:
+            unit.read(i)
+        assert caught.value.reason == f"no-{column}"

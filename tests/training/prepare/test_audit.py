@@ -11,9 +11,18 @@ import pytest
 from PIL import Image
 
 from pyramidclip_hf import PyramidCLIPTokenizer
-from tests.training.prepare.small_data import FEATURES, make_sample, write_shards
+from tests.training.prepare.small_data import (
+    FEATURES,
+    make_sample,
+    picture,
+    problems,
+    run_step,
+    write_shards,
+    write_tar,
+)
 from training.data.sources import open_data_set
 from training.prepare import audit as module
+from training.prepare import pack
 from training.prepare.audit import audit, main
 from training.prepare.auditing.counts import AuditCounts, RepeatCounter
 from training.prepare.auditing.drawing import draw
@@ -176,3 +185,16 @@ def test_missing_matplotlib_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pyramidclip-hf\[eval\]"):
         draw({}, tmp_path / "x.png")
+
+
+def test_a_damaged_header_is_told_by_pack_and_audit(tmp_path):
+    samples = [(f"{i}", {"jpg": picture(i), "txt": b"words"}) for i in range(6)]
+    path = write_tar(tmp_path / "in" / "0.tar", samples)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"3.jpg\0") + 148] ^= 1
+    path.write_bytes(data)
+    run_step(pack, ["--input", tmp_path / "in", "--output_dir", tmp_path / "out"])
+    assert (None, "truncated-shard") in [(key, reason) for _, key, reason, _ in problems(tmp_path / "out", "pack")]
+    assert main([str(tmp_path / "in"), "--output-dir", str(tmp_path / "audit")]) == 0
+    report = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    assert report["samples"] == 3 and report["bad"]["reasons"] == {"truncated-shard": 1}

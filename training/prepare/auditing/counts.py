@@ -227,6 +227,11 @@ def audit_unit(
                 if len(texts[level]) == _TEXTS_AT_ONCE:
                     hashes[level].append(_count_texts(texts[level], level, tokenizer, tally))
                     texts[level] = []
+        if getattr(reader, "truncated", False) and not tally.bad_reasons["truncated-shard"]:
+            # Between two samples, or by a damaged header: no sample tells it.
+            told = "the tar ends early or a header in it is damaged: what followed is not counted"
+            tally.bad.append(BadEntry(None, reader.name, "truncated-shard", told))
+            tally.bad_reasons["truncated-shard"] += 1
     finally:
         reader.close()
     for level in TEXTS:
