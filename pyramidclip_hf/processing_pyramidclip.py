@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs
 
 from .configuration_pyramidclip import LEVELS
 from .image_processing_pyramidclip import PyramidCLIPImageProcessor
@@ -80,7 +80,7 @@ class PyramidCLIPProcessor(ProcessorMixin):
         tags: str | Sequence[str | Sequence[str] | None] | None = None,
         local_images: ImageInput | None = None,
         regions: Sequence[Any] | None = None,
-        **kwargs: Unpack[PyramidCLIPProcessorKwargs],
+        **kwargs: Any,
     ) -> BatchFeature:
         """Any of the six levels to model inputs; a level that is not given is absent from the result.
 

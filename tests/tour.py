@@ -22,6 +22,7 @@ DESCRIPTIONS = {
     "CHANGELOG.md": "what changed, version by version",
     "CITATION.cff": "how to cite the software, and the paper",
     "LICENSE": "Apache-2.0",
+    "MANIFEST.in": "what the source distribution leaves out",
     "NOTICE": "whose vocabulary, prompts and pictures are part of this, and under which licence",
     "README.md": "what it is, and the first commands",
     "constraints.txt": "the versions that the tests run with",
