@@ -99,3 +99,15 @@ def test_the_moving_average_covers_buffers_and_comes_back():
     other = MovingAverage(model, 0.75)
     other.load_state_dict(average.tensors)
     assert all(torch.equal(other.tensors[name], tensor) for name, tensor in average.tensors.items())
+
+
+def test_the_average_is_in_the_model_inside_and_its_own_weights_again_afterwards():
+    model = torch.nn.BatchNorm1d(3)
+    average = MovingAverage(model, 0.5)
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    average.update(model)
+    with pytest.raises(KeyError), average.swapped_into(model):
+        assert model.weight.tolist() == [2.0, 2.0, 2.0]
+        raise KeyError
+    assert model.weight.tolist() == [3.0, 3.0, 3.0]
