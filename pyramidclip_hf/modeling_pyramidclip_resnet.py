@@ -109,6 +109,10 @@ class PyramidCLIPResNetBottleneck(GradientCheckpointingLayer):
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """As `compute`: transformers puts gradient checkpointing around this, and what is compiled lies inside."""
+        return self.compute(hidden_states)
+
+    def compute(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, 4 * width, H / stride, W / stride)."""
         residual = self.shortcut(hidden_states)
         hidden_states = F.relu(self.norm1(self.conv1(hidden_states)))

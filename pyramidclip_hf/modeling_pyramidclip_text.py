@@ -225,7 +225,11 @@ class PyramidCLIPEncoderLayer(GradientCheckpointingLayer):
         """(B, L, D) after the second LayerNorm -> what is added to the tokens."""
         return self.mlp(hidden_states)
 
-    def forward(
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As `compute`: transformers puts gradient checkpointing around this, and what is compiled lies inside."""
+        return self.compute(hidden_states, *args, **kwargs)
+
+    def compute(
         self,
         hidden_states: torch.Tensor,
         attention_mask: AttentionMask = None,

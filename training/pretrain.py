@@ -27,6 +27,7 @@ from training.data.pixels import Normalisation
 from training.data.remote import ShardCache
 from training.loop.card import write_card
 from training.loop.checkpoint import Stateful
+from training.loop.compiling import compile_blocks
 from training.loop.distributed import rank, world_size
 from training.loop.gradient_cache import GradientCache
 from training.loop.identity import Identity
@@ -160,7 +161,7 @@ def contrastive_task(args: PretrainingArguments, accelerator: Any, folder: Path)
     for line in coverage.check(objective.terms, args.allow_empty_terms):
         accelerator.print(line, file=sys.stderr)
     if args.torch_compile:
-        objective.encode = torch.compile(objective.encode)
+        compile_blocks(model)
     validation = None
     if args.validation_data:
         validation = ValidationSet(

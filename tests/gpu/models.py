@@ -10,6 +10,7 @@ from pyramidclip_hf import PyramidCLIPConfig, PyramidCLIPModel
 from pyramidclip_hf.loss_pyramidclip import DEFAULT_LOSS_WEIGHTS
 from tests.bench.bench_training import LEARNING_RATE, SMOOTHING, TOKENS, WEIGHT_DECAY, training_batch
 from tests.gpu.session import Session, Skipped
+from training.loop.compiling import compile_blocks
 from training.loop.gradient_cache import GradientCache
 from training.loop.objective import ContrastiveObjective
 from training.loop.optim import build_optimizer
@@ -90,7 +91,7 @@ class OurStep:
     Args:
         chunk: pairs encoded at a time (gradient caching); None: all.
         channels_last: pictures and their convolutions' weights are stored channels-last.
-        compiled: the encoders are, as under `--torch-compile`, by this backend.
+        compiled: the blocks are, as under `--torch-compile`, by this backend.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class OurStep:
         smoothing = SMOOTHING if len(weights) > 1 else 0.0
         self.objective = ContrastiveObjective(model, weights, smoothing, autocast_dtype=torch.bfloat16)
         if compiled:
-            self.objective.encode = torch.compile(self.objective.encode, backend=compiled)
+            compile_blocks(model, backend=compiled)
         self.optimizer = build_optimizer(self.objective, LEARNING_RATE, WEIGHT_DECAY, BETAS, EPSILON)
         self.cache = GradientCache(plain_accelerator(session), self.objective, chunk) if chunk else None
 

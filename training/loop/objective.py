@@ -6,7 +6,7 @@ shares of all processes add up to the loss of the global batch. DDP averages gra
 multiplied by their number.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,6 @@ class ContrastiveObjective(Objective):
         self.terms = tuple(self.loss_weights)
         self.freeze = freeze
         self.autocast_dtype = autocast_dtype
-        self.encode: Callable[..., dict[str, torch.Tensor]] = model.encode_levels
         if self.grouped_levels:
             generator = torch.Generator().manual_seed(0)  # the same on every process
             positions = model.config.text_config.max_position_embeddings
@@ -131,7 +130,7 @@ class ContrastiveObjective(Objective):
             inputs |= {name: self.normalisation(inputs[name]) for name in pictures & inputs.keys()}
         device_type = self.model.logit_scale.device.type
         with torch.autocast(device_type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            embeds = self.encode(self.levels, **inputs)
+            embeds = self.model.encode_levels(self.levels, **inputs)
         with torch.autocast(device_type, enabled=False):
             stacked = torch.stack([embeds[level] for level in self.levels], dim=1)
             return F.normalize(stacked.to(torch.promote_types(stacked.dtype, torch.float32)), dim=-1)

@@ -186,7 +186,9 @@ class PretrainingArguments(RunSettings):
         share=True,
     )
 
-    torch_compile: bool = setting(False, "compile the encoders with torch.compile", section="precision", identity="how")
+    torch_compile: bool = setting(
+        False, "compile the towers with torch.compile, block by block", section="precision", identity="how"
+    )
 
     log_duplicate_rates: bool = setting(
         False,
