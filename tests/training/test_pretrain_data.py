@@ -217,13 +217,18 @@ def terminated_with_its_group(rank, world_size, args, kill_workers):
     def terminate():
         workers = multiprocessing.active_children()
         assert len(workers) == args.dataloader_workers
-        for _ in range(2):
-            os.killpg(0, signal.SIGTERM)
+        sender = os.fork()  # torch's own workers tell their parent's signals from those of others
+        if sender == 0:
+            for _ in range(2):
+                os.killpg(0, signal.SIGTERM)
+            os._exit(0)
+        os.waitpid(sender, 0)
+        time.sleep(0.5)  # what is to die of it is dead
+        assert all(worker.is_alive() for worker in workers)
         if kill_workers:
             for worker in workers:
                 os.kill(worker.pid, signal.SIGKILL)
                 worker.join()
-        time.sleep(0.5)  # what is to die of it is dead
 
     after_step(5, terminate)
     result = pretrain.run(args)
