@@ -102,19 +102,17 @@ def ways(session: Session) -> None:
 def resume(session: Session) -> None:
     """SIGTERM and --resume against the run that nobody stopped.
 
-    Equal to the bit under deterministic algorithms; without, a row says how far off.
+    Equal to the bit with `deterministic`; without, a row says how far off.
     """
     shards(session, "small", session.size(1024, 32))
-    chosen = {"deterministic": "tests.gpu.deterministic"}
-    if not session.dry:
-        chosen["plain"] = "training.pretrain"
+    kinds = ("deterministic",) if session.dry else ("deterministic", "plain")
     calls = {
-        f"{kind}, {way}": lambda kind=kind, module=module, way=way: one_run(session, kind, module, way == "stopped")
-        for kind, module in chosen.items()
+        f"{kind}, {way}": lambda kind=kind, way=way: one_run(session, kind, way == "stopped")
+        for kind in kinds
         for way in ("whole", "stopped")
     }
     weights = session.side_by_side(calls)
-    for kind in chosen:
+    for kind in kinds:
         whole, stopped = (weights.get(f"{kind}, {way}") for way in ("whole", "stopped"))
         if whole is None or stopped is None:
             continue
@@ -126,7 +124,7 @@ def resume(session: Session) -> None:
         session.note(what=f"resumed, {kind}", tensors=len(whole), differ=len(differing), by_at_most=most)
 
 
-def one_run(session: Session, kind: str, module: str, stopped: bool) -> Path:
+def one_run(session: Session, kind: str, stopped: bool) -> Path:
     """The weights that a run ends with; `stopped`: after a SIGTERM on its way.
 
     Raises:
@@ -135,20 +133,19 @@ def one_run(session: Session, kind: str, module: str, stopped: bool) -> Path:
     name = f"resume-{kind}-{'stopped' if stopped else 'whole'}"
     folder = session.folder / name
     words = pretraining_words(session, name, steps=session.size(40, 16), keep_checkpoints=5, resume="latest")
-    environment = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    if kind == "deterministic":
+        words.append("--deterministic")
     if stopped:
-        code, output = terminated(session, module, words, folder, environment)
+        code, output = terminated(session, words, folder)
         if code != EXIT_STOPPED:
             raise RuntimeError(f"SIGTERM at step {len(metrics_of(folder))}: exit code {code}: {output[-300:]}")
-    done = session.command(module, *words, environment=environment)
+    done = session.command("training.pretrain", *words)
     if done.code:
         raise RuntimeError(f"exit code {done.code}: {done.output[-300:]}")
     return folder / "final" / "model.safetensors"
 
 
-def terminated(
-    session: Session, module: str, words: Sequence[object], folder: Path, environment: dict[str, str]
-) -> tuple[int, str]:
+def terminated(session: Session, words: Sequence[object], folder: Path) -> tuple[int, str]:
     """(exit code, output) of a run that gets SIGTERM after its third step."""
     running = threading.Event()
 
@@ -163,19 +160,14 @@ def terminated(
         watcher = threading.Thread(target=lambda: third_step() and os.kill(os.getpid(), signal.SIGTERM))
         watcher.start()
         try:
-            done = session.command(module, *words)
+            done = session.command("training.pretrain", *words)
         finally:
             running.set()
             watcher.join()
         return done.code, done.output
-    program = [sys.executable, "-m", module, *map(str, words)]
+    program = [sys.executable, "-m", "training.pretrain", *map(str, words)]
     with subprocess.Popen(
-        program,
-        cwd=CHECKOUT,
-        env={**os.environ, **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+        program, cwd=CHECKOUT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
             third_step()

@@ -134,7 +134,7 @@ class Session:
         if not self.dry:
             torch.cuda.empty_cache()
 
-    def command(self, module: str, *words: object, environment: Mapping[str, str] | None = None) -> Finished:
+    def command(self, module: str, *words: object) -> Finished:
         """`python -m MODULE WORDS`. In a dry pass its `main` is called here: an interpreter more costs seconds."""
         start, argv = time.monotonic(), [str(word) for word in words]
         if self.dry:
@@ -144,7 +144,6 @@ class Session:
         done = subprocess.run(
             program,
             cwd=CHECKOUT,
-            env={**os.environ, **(environment or {})},
             capture_output=True,
             text=True,
             timeout=max(1.0, self.left()),
