@@ -19,6 +19,17 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Trainings here are trainings on the CPU; what a GPU does is measured by `make gpu`.
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
+
+def pytest_configure(config):
+    """A test is about the CPU and sees no GPU, or is marked `gpu`, and then runs by `pytest -m gpu`.
+
+    On a machine with a GPU each default would take it, and a first backward pass starts threads for it, after which no
+    process can be forked.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 # Inductor's cache does not ask for which instructions a kernel was compiled: run under others, it ends the process.
 if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     cache = Path(tempfile.gettempdir(), f"pyramidclip-inductor-{capability}")

@@ -1,9 +1,11 @@
 """`python -m tests.gpu` where there is no GPU: every part at toy size, and what happens when something goes wrong."""
 
 import json
+import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,3 +145,14 @@ def test_no_gpu_says_why(monkeypatch, version, words):
     monkeypatch.setattr(torch.version, "cuda", version)
     device, why = find_device(dry=False)
     assert device.type == "cpu" and words in why
+
+
+def test_a_test_sees_a_gpu_only_where_it_is_about_one(request, monkeypatch):
+    """Whatever the machine has."""
+    plugins = request.config.pluginmanager.get_plugins()
+    [configure] = [one.pytest_configure for one in plugins if getattr(one, "forking_stays_possible", None)]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
+    for expression, seen in (("gpu", "3"), ("", ""), ("not slow", "")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+        configure(SimpleNamespace(option=SimpleNamespace(markexpr=expression)))
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == seen

@@ -36,7 +36,8 @@ def _child(function, rank, world_size, store, arguments, queue):
 
 
 def run_in_processes(function, world_size, *arguments, timeout=120):
-    """[function(rank, world_size, *arguments) of each rank]. Forked: no new interpreter has to import torch.
+    """[function(rank, world_size, *arguments) of each rank]. Forked: no new interpreter has to import torch, and no
+    device can have been touched, as tests/conftest.py hides them.
 
     Results travel through a queue, so they should be numpy arrays and plain values. A failure raises with the child's
     traceback.

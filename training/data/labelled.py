@@ -4,6 +4,7 @@ Nothing is shuffled, skipped or replaced here: picture i is the same one in ever
 error, because a score over fewer pictures than the data set has is another score.
 """
 
+import functools
 import os
 import sys
 from collections import Counter
@@ -29,7 +30,7 @@ class LabelledPictures:
         name: the data set, as results call it.
         class_names: the C names that prompts are made of.
         labels: one class number a picture.
-        read: picture number -> PIL picture.
+        read: picture number -> PIL picture. It can be pickled, for processes that are started.
         described: fields of `EvalResult` that say which data this is.
         main_metric: the metric that this data set is reported by, and a word on it; None where there is no such custom.
         files: the picture files, in the order of `labels`; empty where pictures have no files of their own, None where
@@ -151,12 +152,13 @@ def labelled_folder(folder: str, classes_file: str | None = None, max_samples: i
         names = names_from_file(classes_file, folders)
     if max_samples:
         files = [files[number] for number in spread_evenly(len(files), max_samples)]
+    paths = [path for path, _ in files]
     data = LabelledPictures(
         name=root.resolve().name,
         class_names=check_class_names(names, classes_file or folder),
         labels=[label for _, label in files],
-        read=lambda number: open_picture(files[number][0].read_bytes(), str(files[number][0])),
-        files=[path for path, _ in files],
+        read=functools.partial(_picture_file, paths),
+        files=paths,
     )
     return check_every_class_has_pictures(data, max_samples)
 
@@ -231,9 +233,19 @@ def labelled_shards(
         name=Path(data).resolve().stem,
         class_names=names,
         labels=[numbers[name] for name in found],
-        read=lambda number: open_picture(samples[chosen[number]].image, samples[chosen[number]].key),
+        read=functools.partial(_picture_of, samples, chosen),
     )
     return check_every_class_has_pictures(pictures, max_samples)
+
+
+def _picture_file(files: Sequence[Path], number: int) -> Image.Image:
+    """One of the files, decoded; ValueError where it is no picture."""
+    return open_picture(files[number].read_bytes(), str(files[number]))
+
+
+def _picture_of(samples: ShardSamples, chosen: Sequence[int], number: int) -> Image.Image:
+    sample = samples[chosen[number]]
+    return open_picture(sample.image, sample.key)
 
 
 def _class_of(sample: Sample, data: str) -> str:

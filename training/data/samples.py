@@ -9,8 +9,8 @@ import collections
 import functools
 import itertools
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import overload
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, overload
 
 from PIL import Image
 
@@ -84,8 +84,18 @@ class ShardSamples(Samples):
             raise ValueError(f"{data} names {repeated} twice; here every sample counts once")
         self._ends = list(itertools.accumulate(unit.samples for unit in self._data.units))
         self._length = min(self._ends[-1], max_samples or self._ends[-1])
-        # Per instance; a reader that falls out closes its file.
-        self._reader = functools.lru_cache(maxsize=_OPEN_UNITS)(self._open)
+        self._reader = self._readers()
+
+    def _readers(self) -> Callable[[int], UnitReader]:
+        """`_open` that keeps what it opened. Per instance; a reader that falls out closes its file."""
+        return functools.lru_cache(maxsize=_OPEN_UNITS)(self._open)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_reader"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._reader = self._readers()
 
     def _open(self, number: int) -> UnitReader:
         return self._data.open(self._data.units[number])

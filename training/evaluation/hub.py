@@ -4,11 +4,14 @@
 `metadata.csv` beside pictures, what `save_to_disk` wrote). Pictures are taken as the stored bytes.
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from PIL import Image
 
 from pyramidclip_hf.files import visible
 from training.data.labelled import (
@@ -95,7 +98,7 @@ def labelled_hub(
         name=name,
         class_names=check_class_names(names, classes_file or data),
         labels=labels,
-        read=lambda number: open_picture(_bytes(rows[number][image], data, number), f"{data}, row {number}"),
+        read=functools.partial(_picture, rows, image, data),
         described=fields,
     )
     return check_every_class_has_pictures(pictures, max_samples)
@@ -261,6 +264,10 @@ def _undecoded(rows: "Dataset", column: str) -> "Dataset":
     from datasets import Image
 
     return rows.cast_column(column, Image(decode=False)) if isinstance(rows.features[column], Image) else rows
+
+
+def _picture(rows: "Dataset", column: str, data: str, number: int) -> Image.Image:
+    return open_picture(_bytes(rows[number][column], data, number), f"{data}, row {number}")
 
 
 def _bytes(value: Any, data: str, row: int) -> bytes:

@@ -8,6 +8,7 @@ numbers: otherwise the name says what was found instead. Two of the sets come wi
 (SUN397, Caltech-101): a split file then says which pictures count, and the name says so.
 """
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -144,7 +145,7 @@ def open_set(
         name=_reported_name(spec, split, sizes, split_file, as_paper),
         class_names=names,
         labels=labels,
-        read=lambda number: _picture(pictures[number]),
+        read=functools.partial(_picture, pictures),
         described={"dataset_type": name, "dataset_split": spec.parts[split]},
         main_metric=(spec.metric, PAPER_METRIC if as_paper else MAIN_METRIC),
         files=[picture for picture in pictures if isinstance(picture, Path)],
@@ -180,7 +181,8 @@ def open_both_splits(
     return train, test
 
 
-def _picture(picture: Path | np.ndarray) -> Image.Image:
+def _picture(pictures: Sequence[Path | np.ndarray], number: int) -> Image.Image:
+    picture = pictures[number]
     return open_picture(picture.read_bytes(), str(picture)) if isinstance(picture, Path) else Image.fromarray(picture)
 
 

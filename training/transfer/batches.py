@@ -98,8 +98,6 @@ class LabelledReader(BatchReader):
             world_size(),
             workers=args.workers,
             device=device,
-            # The pictures are read through functions that cannot be pickled. Workers compute on no device.
-            start_method="fork",
         )
         self.fingerprint = fingerprint(part)
         self.description = [{"name": part.source, "samples": len(data), "classes": len(data.class_names)}]

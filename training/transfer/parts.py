@@ -6,15 +6,17 @@ is skipped: a picture that cannot be read is an error naming it, when it is met.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from pyramidclip_hf.image_processing_pyramidclip import upright_rgb
 from training.data.labelled import LabelledPictures, open_pictures
@@ -33,7 +35,11 @@ def subset(data: LabelledPictures, numbers: Iterable[int]) -> LabelledPictures:
     """The pictures with these numbers, in this order, under the same class numbers."""
     chosen = [int(number) for number in numbers]
     labels = [data.labels[number] for number in chosen]
-    return dataclasses.replace(data, labels=labels, read=lambda number: data.read(chosen[number]))
+    return dataclasses.replace(data, labels=labels, read=functools.partial(_chosen_picture, data.read, chosen))
+
+
+def _chosen_picture(read: Callable[[int], Image.Image], chosen: Sequence[int], number: int) -> Image.Image:
+    return read(chosen[number])
 
 
 def with_classes_of(data: LabelledPictures, reference: LabelledPictures) -> LabelledPictures:

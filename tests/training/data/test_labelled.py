@@ -1,6 +1,7 @@
 """What evaluation reads: order, labels, and what it refuses."""
 
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -116,7 +117,7 @@ def test_manifest_with_classes(tmp_path):
 def test_shards_with_classes(tmp_path):
     samples = [sample(f"k{i}", extra={"class_name": name}) for i, name in enumerate(["b", "a", "b", "a"])]
     data = write_shards(tmp_path / "objects", samples, classes=["b", "a"])
-    found = labelled_shards(data)
+    found = pickle.loads(pickle.dumps(labelled_shards(data)))  # as processes that are started get it
     assert (found.name, found.class_names, found.labels) == ("objects", ["b", "a"], [0, 1, 0, 1])
     assert found.read(3).size == (12, 10)
     (tmp_path / "names").write_text("a\nb\nc\n")

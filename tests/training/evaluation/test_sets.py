@@ -28,6 +28,8 @@ def write(path, text):
 
 
 def colours(data):
+    """Of the pictures as a process that was started reads them."""
+    data = pickle.loads(pickle.dumps(data))
     return [int(np.asarray(data.read(number))[0, 0, 0]) for number in range(len(data))]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -11,7 +12,9 @@ from tests.training.to_evaluate import COUNTS, write_pictures
 from training.data.labelled import labelled_folder
 from training.data.order import SampleOrder
 from training.loop.initial_model import named_model
-from training.transfer.batches import LabelledBatches
+from training.settings.finetuning import FinetuneArguments
+from training.transfer.batches import LabelledBatches, LabelledReader
+from training.transfer.parts import Part
 
 
 def test_views_depend_on_seed_epoch_and_picture_alone(tmp_path):
@@ -39,3 +42,34 @@ def test_views_depend_on_seed_epoch_and_picture_alone(tmp_path):
     whole.data = dataclasses.replace(pictures, read=lambda number: square)
     expected = np.asarray(square.resize((16, 16), Image.BICUBIC)).astype(int)
     assert np.abs(whole.view(0, 0).permute(1, 2, 0).numpy().astype(int) - expected).max() <= 2
+
+
+@pytest.fixture
+def reader(tmp_path):
+    """Of the pictures of a folder; `device` is where the batches go."""
+    data = labelled_folder(write_pictures(tmp_path, COUNTS))
+    processor = named_model("ViT-B-32", MODEL_CONFIG, 0)[1]
+
+    def build(device, workers=2):
+        args = FinetuneArguments(train_data=str(tmp_path), model="x", global_batch_size=8, dataloader_workers=workers)
+        part = Part(str(tmp_path), data, np.arange(len(data)))
+        return LabelledReader(part, processor, args, torch.device(device))
+
+    return build
+
+
+@pytest.mark.parametrize(("device", "pinned", "method"), [("cpu", False, None), ("cuda", True, "forkserver")])
+def test_beside_a_gpu_workers_are_started_and_memory_is_pinned(reader, monkeypatch, device, pinned, method):
+    seen = {}
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda maker, **options: seen.update(options) or [])
+    reader(device)._start(0, 0)
+    assert (seen["pin_memory"], seen["multiprocessing_context"]) == (pinned, method)
+
+
+@pytest.mark.slow
+def test_workers_that_are_started_make_the_same_batches(reader):
+    started = reader("cpu")
+    started.start_method = "forkserver"
+    for found, wanted in zip(started.batches(0), reader("cpu", workers=0).batches(0), strict=True):
+        assert found["sample_keys"] == wanted["sample_keys"] and torch.equal(found["labels"], wanted["labels"])
+        assert torch.equal(found["pixel_values"], wanted["pixel_values"])
