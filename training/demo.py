@@ -5,6 +5,7 @@
 Draws the emoji scenes, trains the pyramid with the settings of `training/configs/demo.yaml`, CLIP with those and
 `training/configs/clip.yaml` (equal steps and samples) and CLIP once more for the pyramid's time, loads the pyramid in a
 new process and compares its embeddings with those before saving, evaluates all three, and writes `report.html`.
+Trains on the GPU where there is one (--device cpu: not); embeddings are compared and scored on the CPU.
 
 A demo that was stopped continues: finished stages are kept, a training continues from its last checkpoint. The folder:
 
@@ -34,7 +35,7 @@ import transformers
 
 from pyramidclip_command import EXIT_STOPPED, Failure, run_command
 from pyramidclip_hf.files import write_atomically
-from pyramidclip_hf.loading import load_model
+from pyramidclip_hf.loading import choose_device, load_model
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES
@@ -71,7 +72,12 @@ class DemoArguments:
     train: int = field(default=TRAIN, metadata={"help": "training scenes"})
     validation: int = field(default=VALIDATION, metadata={"help": "held-out scenes"})
     per_object: int = field(default=PER_OBJECT, metadata={"help": "pictures of each single object"})
-    processes: int = field(default=0, metadata={"help": "training processes; 0: one a core, at most 2"})
+    device: Literal["auto", "cpu", "cuda"] = field(
+        default="auto", metadata={"help": "where the trainings run; auto: on the GPU if there is one"}
+    )
+    processes: int = field(
+        default=0, metadata={"help": "training processes; 0: one a core, at most 2, or one on the GPU"}
+    )
     stage: Literal["train", "reload"] | None = field(
         default=None, metadata={"help": "one stage in this process; the demo starts such processes itself"}
     )
@@ -80,7 +86,11 @@ class DemoArguments:
 
     def __post_init__(self) -> None:
         """Settles the number of processes and their threads, and checks what is given."""
-        self.processes = self.processes or min(2, usable_cores())
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cuda":
+            choose_device("cuda")
+        self.processes = self.processes or (1 if self.device == "cuda" else min(2, usable_cores()))
         self.threads = max(1, usable_cores() // self.processes)
         for file in (self.config, CLIP):
             if not Path(file).is_file():
@@ -186,11 +196,13 @@ def start(args: DemoArguments, stage: str, run: str, max_steps: int | None = Non
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     words = ["--output-dir", args.output_dir, "--config", args.config, "--processes", str(processes)]
+    words += ["--device", args.device]
     words += ["--stage", stage, "--training", run]
     if max_steps:
         words += ["--max-steps", str(max_steps)]
     threads = str(args.threads if processes > 1 else args.threads * args.processes)
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    environment["ACCELERATE_USE_CPU"] = str(args.device == "cpu").lower()
     code = subprocess.run([*launcher, "-m", "training.demo", *words], env=environment, check=False).returncode
     if code:
         raise Failure(
@@ -215,7 +227,7 @@ def train_stage(args: DemoArguments) -> int:
     if not result.finished:
         return EXIT_STOPPED
     if args.training == "pyramid" and int(os.environ.get("RANK", 0)) == 0:
-        model = cast(PyramidCLIPModel, result.model)  # what every pre-training trains
+        model = cast(PyramidCLIPModel, result.model).cpu()  # what every pre-training trains
         embeds = compared_embeddings(model, result.processor, args.folder / "scenes/validation")
         save_arrays(args.folder / "pyramid/before_saving.npz", process=os.getpid(), **embeds)
     return 0
@@ -336,11 +348,17 @@ def report(args: DemoArguments, stages: Stages) -> Path:
     return path
 
 
+def _where(args: DemoArguments) -> str:
+    """Which processes train, and on what."""
+    on_gpu = f", {torch.cuda.get_device_name()}," if args.device == "cuda" else ""
+    return f"{args.processes} training process{'es' if args.processes > 1 else ''}{on_gpu}"
+
+
 def setup_text(args: DemoArguments) -> str:
     """Machine, versions and settings in a sentence or two."""
     settings = training_record(args, "pyramid")["settings"]
     return (
-        f"{args.processes} training processes with {args.threads} threads each, {platform.machine()}, Python "
+        f"{_where(args)} with {args.threads} threads each, {platform.machine()}, Python "
         f"{platform.python_version()}, PyTorch {torch.__version__}, Transformers {transformers.__version__}. Batches "
         f"of {settings['global_batch_size']}, AdamW with a peak learning rate of {settings['learning_rate']:g}, "
         f"{settings['precision']}. All settings: {args.config}."
@@ -366,6 +384,7 @@ def commands_text(args: DemoArguments) -> str:
 
 def run_demo(args: DemoArguments) -> Path:
     """All stages that are not done yet, then the report."""
+    print(f"demo: training on the {torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'}", flush=True)
     stages = Stages(args.folder, args.identity)
     if not stages.done("scenes"):
         with stages.clock("scenes"):

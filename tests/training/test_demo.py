@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
+from training import demo
 from training.demo import (
     DemoArguments,
     Stages,
@@ -56,6 +58,28 @@ def args(tmp_path):
         per_object=2,
         processes=2,
     )
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "on_gpu"), [("auto", True, True), ("auto", False, False), ("cpu", True, False)]
+)
+def test_a_gpu_is_taken_where_there_is_one(args, monkeypatch, asked, there, on_gpu):
+    """By one process, which Accelerate does not keep on the CPU."""
+    started = []
+
+    def run(command, env, check):
+        started.append((command, env["ACCELERATE_USE_CPU"]))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(demo, "choose_device", torch.device)
+    monkeypatch.setattr(demo, "usable_cores", lambda: 2)
+    monkeypatch.setattr(subprocess, "run", run)
+    chosen = DemoArguments(output_dir=args.output_dir, config=args.config, device=asked)
+    demo.start(chosen, "train", "pyramid", processes=chosen.processes)
+    [(command, on_cpu)] = started
+    assert ("torch.distributed.run" in command, on_cpu) == (not on_gpu, str(not on_gpu).lower())
+    assert command[command.index("--device") + 1] == chosen.device == ("cuda" if on_gpu else "cpu")
 
 
 def test_stages_are_kept_and_timed(tmp_path):

@@ -186,7 +186,7 @@ def _introduction(demo: ReportedDemo) -> dict[str, Any]:
         },
     ]
     lead = (
-        "A small PyramidCLIP was trained from scratch on noisy picture-caption pairs, on this machine's CPU. Beside "
+        "A small PyramidCLIP was trained from scratch on noisy picture-caption pairs, on this machine. Beside "
         "the whole picture and its caption it aligns a local crop and the regions of the picture with a summary and "
         "the regions' tags. This page shows what it learned, next to CLIP (one term, hard targets) trained by the "
         "same code on the same pictures."
