@@ -18,8 +18,9 @@ from pyramidclip_hf.configuration_pyramidclip import LEVELS, TERMS
 from pyramidclip_hf.loading import load_model
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPForImageClassification
 from tests.hub_server import Repository, client_environment, running_hub
+from tests.rounding import assert_equal_to_rounding
 from tests.training.processes import run_in_processes
-from tests.training.to_evaluate import FEATURES, save_tiny_model
+from tests.training.to_evaluate import FEATURES, WIDEST, save_tiny_model
 from training.data.records import Region, Sample, tag_text
 from training.data.samples import ShardSamples
 from training.data.shards import ShardWriter, write_dataset_json
@@ -103,7 +104,7 @@ def test_levels_equal_one_sample_at_a_time(model_folder, data):
         else:
             assert found.present[level].tolist() == [bool(one[level]) for one in alone]
             expected = [one[level][0] if one[level] else embeds[i] for i, one in enumerate(alone)]
-        torch.testing.assert_close(embeds, torch.stack(expected), atol=1e-5, rtol=1e-5)
+        assert_equal_to_rounding(embeds, torch.stack(expected), WIDEST)
     assert [level for level, mask in found.present.items() if not mask.all()] == ["roi", "summary", "tags"]
 
 

@@ -35,6 +35,9 @@ RESNET = {
     "roi_feature_size": ROI_FEATURE_SIZE,
 }
 
+# The longest sum of these models: a patch of 3 x 8 x 8 pixels.
+WIDEST = 192
+
 
 def tiny_model(tower=VIT, seed=0, dtype=torch.float64, **text):
     """A `PyramidCLIPModel` with a few thousand parameters."""

@@ -12,6 +12,8 @@ from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 
 FEATURES = 8
+# The longest sum of the tiny model: a patch of 3 x 16 x 16 pixels.
+WIDEST = 768
 COLOURS = {"blue": (40, 60, 220), "green": (40, 200, 60), "dark_red": (160, 20, 30)}
 # Class -> pictures, for most tests.
 COUNTS = dict.fromkeys(COLOURS, 8)

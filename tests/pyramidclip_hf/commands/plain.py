@@ -10,6 +10,8 @@ from pyramidclip_hf import PyramidCLIPConfig, PyramidCLIPModel, PyramidCLIPProce
 from pyramidclip_hf.image_processing_pyramidclip import PyramidCLIPImageProcessor
 
 ROTATED = "b/rotated.jpg"
+# The longest sum of the tiny model: a patch of 3 x 8 x 8 pixels.
+WIDEST = 192
 BROKEN = ("b/cut.jpg", "b/words.png")
 COLOURS = {"a/red.png": (230, 20, 20), "a/green.webp": (20, 200, 40), "blue.jpg": (20, 40, 220)}
 

@@ -11,12 +11,14 @@ from pyramidclip_command import EXIT_SKIPPED
 from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES
 from tests.pyramidclip_hf.commands.plain import (
     BROKEN,
+    WIDEST,
     good_ones,
     loaded,
     plain_image_embedding,
     plain_text_embeddings,
     run,
 )
+from tests.rounding import assert_equal_to_rounding
 
 
 def test_classify_agrees_with_the_plain_softmax(pictures, capsys, model_dir, tmp_path):
@@ -36,7 +38,8 @@ def test_classify_agrees_with_the_plain_softmax(pictures, capsys, model_dir, tmp
         expected = np.exp(logits) / np.exp(logits).sum()
         best = np.argsort(-expected)[:2]
         assert [one["label"] for one in row["predictions"]] == [labels[place] for place in best]
-        assert np.allclose([one["probability"] for one in row["predictions"]], expected[best], atol=2e-5)
+        found = [one["probability"] for one in row["predictions"]]
+        assert_equal_to_rounding(found, expected[best], WIDEST, terms=scale)  # a softmax passes on what logits are off
 
 
 def test_classify_writes_tabs_and_takes_the_eighty_prompts(pictures, capsys, model_dir, tmp_path, monkeypatch):

@@ -18,12 +18,14 @@ from pyramidclip_hf.embedding_files import EmbeddingJob, read_embeddings
 from pyramidclip_hf.picture_files import find_pictures
 from tests.pyramidclip_hf.commands.plain import (
     BROKEN,
+    WIDEST,
     embed,
     good_ones,
     plain_image_embedding,
     plain_text_embeddings,
     run,
 )
+from tests.rounding import assert_equal_to_rounding
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
@@ -41,7 +43,7 @@ def test_embed_agrees_with_a_loop_over_the_model(suffix, pictures, capsys, model
     assert stored.names == order and stored.kind == "path"
     assert stored.embeddings.flags.writeable  # torch warns of an array that is not
     expected = np.stack([plain_image_embedding(model_dir, path) for path in order])
-    assert np.abs(stored.embeddings - expected).max() < 1e-5
+    assert_equal_to_rounding(stored.embeddings, expected, WIDEST)
     assert stored.metadata["model"] == model_dir and stored.metadata["settings"]["dtype"] == "float32"
     assert sorted(os.listdir(tmp_path)) == [output.name]
     if suffix == ".npz":
@@ -250,7 +252,7 @@ def test_texts_are_embedded_in_their_order(capsys, model_dir, tmp_path, pictures
     assert run(capsys, *argv)[0] == 0
     stored = read_embeddings(output)
     assert stored.names == texts and stored.kind == "text"
-    assert np.abs(stored.embeddings - plain_text_embeddings(model_dir, texts)).max() < 1e-5
+    assert_equal_to_rounding(stored.embeddings, plain_text_embeddings(model_dir, texts), WIDEST)
     code, out, _ = run(capsys, "search", output, "--image", pictures / "blue.jpg", "--top-k", 1, "--json")
     scores = stored.embeddings @ plain_image_embedding(model_dir, pictures / "blue.jpg")
     assert code == 0 and json.loads(out)["text"] == texts[int(scores.argmax())]

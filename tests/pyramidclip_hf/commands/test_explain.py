@@ -9,11 +9,13 @@ from PIL import Image
 from tests.pyramidclip_hf.commands.plain import (
     BROKEN,
     ROTATED,
+    WIDEST,
     loaded,
     plain_image_embedding,
     plain_text_embeddings,
     run,
 )
+from tests.rounding import rounding
 
 
 def test_explain_writes_the_overlay(pictures, capsys, model_dir, tmp_path):
@@ -24,7 +26,7 @@ def test_explain_writes_the_overlay(pictures, capsys, model_dir, tmp_path):
     code, out, err = run(capsys, *argv, "--json")
     row = json.loads(out)
     score = plain_text_embeddings(model_dir, ["a fox"])[0] @ plain_image_embedding(model_dir, pictures / ROTATED)
-    assert code == 0 and row["score"] == pytest.approx(score, abs=1e-5) and row["output"] == str(overlay)
+    assert code == 0 and row["score"] == pytest.approx(score, abs=rounding(1, WIDEST)) and row["output"] == str(overlay)
     # Upright: the file holds 60 x 30 pixels.
     assert Image.open(overlay).size == (30, 60)
     model, processor = loaded(model_dir)

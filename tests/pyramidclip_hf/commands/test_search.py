@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from pyramidclip_hf.embedding_files import read_embeddings
@@ -11,11 +10,13 @@ from pyramidclip_hf.picture_files import contact_sheet
 from tests.pyramidclip_hf.commands.plain import (
     BROKEN,
     COLOURS,
+    WIDEST,
     loaded,
     plain_image_embedding,
     plain_text_embeddings,
     run,
 )
+from tests.rounding import assert_equal_to_rounding
 
 
 def test_search_ranks_by_cosine(embedded, pictures, capsys, model_dir):
@@ -31,8 +32,9 @@ def test_search_ranks_by_cosine(embedded, pictures, capsys, model_dir):
         own = rows[3 * number : 3 * number + 3]
         assert [row["path"] for row in own] == [stored.names[place] for place in best]
         assert [row["rank"] for row in own] == [1, 2, 3]
-        assert np.allclose([row["score"] for row in own], scores[best], atol=1e-5)
-    assert rows[6]["path"] == image and rows[6]["score"] == pytest.approx(1, abs=1e-5)
+        assert_equal_to_rounding([row["score"] for row in own], scores[best], WIDEST, terms=1)
+    assert rows[6]["path"] == image
+    assert_equal_to_rounding(rows[6]["score"], 1, WIDEST)
     plain = run(capsys, "search", embedded, "--text", texts[0], "--top-k", 1)[1]
     assert plain == f"{texts[0]}\t1\t{rows[0]['score']:.4f}\t{rows[0]['path']}\n"
 

@@ -5,6 +5,8 @@ import torch
 from PIL import Image
 
 from pyramidclip_hf.loading import load_model
+from tests.rounding import assert_equal_to_rounding
+from tests.training.tiny import WIDEST
 from training.transfer import features as kept
 from training.transfer.features import cached_features, picture_features
 from training.transfer.parts import open_parts
@@ -22,7 +24,7 @@ def test_features_are_those_of_the_tower_and_of_the_embedding(probe_args):
             with torch.no_grad():
                 pooled = model.eval().vision_model(pixel_values=pixels).pooler_output[0]
                 expected = pooled if kind == "backbone" else model.visual_projection(pooled)
-            torch.testing.assert_close(found[number], expected, atol=1e-5, rtol=1e-5)
+            assert_equal_to_rounding(found[number], expected, WIDEST)
 
 
 def test_kept_features_are_used_again_and_never_for_anything_else(probe_args, tmp_path, monkeypatch):
@@ -48,7 +50,8 @@ def test_kept_features_are_used_again_and_never_for_anything_else(probe_args, tm
     with torch.no_grad():
         model.vision_model.post_layernorm.bias[0] += 0.5  # another model
     shifted, fresh = features()
-    assert fresh == 1 and np.abs(shifted[:, 0] - changed[:, 0] - 0.5).max() < 1e-5
+    assert fresh == 1
+    assert_equal_to_rounding(shifted[:, 0] - changed[:, 0], 0.5, WIDEST)
     processor.image_processor.image_mean = [0.0, 0.0, 0.0]  # other preprocessing
     assert features()[1] == 1
     probe_args.features = "projected"
