@@ -45,7 +45,7 @@ $(CORE)/installed: setup.cfg pyproject.toml constraints.txt
 
 test-all: $(VENV)/installed  ## every test, the long ones too
 	$(PYTEST) -n $(WORKERS)
-	$(MAKE) test-core
+	$(MAKE) test-core test-versions
 
 RANKS_TESTS := tests/training/test_launched.py tests/training/test_slurm.py $(addprefix tests/training/loop/test_,agreement.py watch.py)
 test-ranks: $(VENV)/installed  ## faults of several processes: signals, a stopped, dead or disagreeing one, slurm.sh
@@ -60,12 +60,14 @@ test-kernels: $(VENV)/installed  ## the tests with the arithmetic of lesser proc
 # The core alone, with the oldest versions that setup.cfg allows, those of a machine of the middle, and the newest.
 VERSIONS := oldest middle newest
 VERSIONS_TESTS := tests/pyramidclip_hf --ignore tests/pyramidclip_hf/vinvl
-OLDEST := torch==2.6.0 torchvision==0.21.0 transformers==5.10.0 numpy==2.0.0 pillow==11.0.0 ftfy==6.3.0
+OLDEST := torch==2.6.0 torchvision==0.21.0 transformers==5.11.0 numpy==2.0.0 pillow==11.0.0 ftfy==6.3.0
 MIDDLE := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0
 NEWEST := torch torchvision transformers huggingface_hub numpy pillow
 
 test-versions: $(VERSIONS:%=.venv-%/passed)  ## the core's tests with the oldest, middle and newest versions of what it needs
 
+# The middle one with another Python too, where that is installed.
+.venv-middle/passed: PYTHON := $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo $(PYTHON))
 .venv-oldest/passed: PACKAGES = $(OLDEST)
 .venv-middle/passed: PACKAGES = $(MIDDLE)
 .venv-newest/passed: PACKAGES = $(NEWEST)

@@ -43,6 +43,7 @@ from .picture_files import (
     told_passed_over,
 )
 from .processing_pyramidclip import PyramidCLIPProcessor
+from .versions_pyramidclip import cpu_capabilities
 from .zero_shot import (
     IMAGENET_TEMPLATES,
     class_embeddings,
@@ -168,7 +169,9 @@ def _warn_of_slow_type(dtype: str, device: torch.device, messages: _Messages) ->
     able = {"bfloat16": ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"), "float16": ("avx512_fp16", "amx_fp16", "fp16")}
     if device.type != "cpu" or dtype == "float32":
         return
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = cpu_capabilities()
+    if capabilities is None:
+        return
     if not any(capabilities.get(name) for name in able[dtype]):
         messages.note(f"this processor has no {dtype} arithmetic: it works, but float32 is faster")
 

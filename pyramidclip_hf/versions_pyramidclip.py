@@ -1,5 +1,5 @@
 # Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Needs transformers 5.10 and torch 2.6 or newer. What moved between these and today's is met here, and nowhere else.
+"""Needs transformers 5.11 and torch 2.6 or newer. What moved between these and today's is met here, and nowhere else.
 
 The configuration imports this module first, so that older versions get a sentence; a folder on the Hub carries it too.
 """
@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch.torch_version import TorchVersion
 
-NEEDED = {"transformers": "5.10", "torch": "2.6"}
+NEEDED = {"transformers": "5.11", "torch": "2.6"}
 
 
 def check_versions(installed: Mapping[str, str]) -> None:
@@ -57,6 +57,13 @@ HAS_ACTIVATION_CHECKPOINTING = hasattr(PreTrainedModel, "activation_checkpointin
 HAS_PROCESSOR_DEFAULTS = (
     inspect.signature(ProcessorMixin._merge_kwargs).parameters["ModelProcessorKwargs"].default is None
 )
+
+
+def cpu_capabilities() -> dict[str, Any] | None:
+    """What the processor can, by torch's names; None where an older torch does not say."""
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    return ask() if ask else None
+
 
 # Older versions initialise all code alike.
 NOT_CUSTOM_CODE = _those_known(PreTrainedModel._initialize_weights, {"is_custom_code": False})

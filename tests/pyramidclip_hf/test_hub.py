@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import pyramidclip_hf
 from pyramidclip_hf import (
@@ -29,6 +30,7 @@ from pyramidclip_hf.hub import (
     export_remote_code,
     publish_folder,
 )
+from pyramidclip_hf.versions_pyramidclip import NEEDED
 from tests.hub_server import Repository, card_faults, client_environment, running_hub
 from tests.rounding import assert_equal_to_rounding
 
@@ -261,6 +263,30 @@ def test_code_goes_only_beside_our_models(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match="holds no PyramidCLIP model"):
             add_remote_code(folder)
+
+
+@pytest.mark.parametrize(
+    ("library", "version", "sentence"),
+    [
+        (
+            "transformers",
+            "5.10.4",
+            "PyramidCLIP needs transformers 5.11 or newer, and transformers 5.10.4 is installed: ",
+        ),
+        ("torch", "2.5.1", "PyramidCLIP needs torch 2.6 or newer, and torch 2.5.1 is installed: pip install"),
+    ],
+)
+def test_an_exported_folder_says_in_a_sentence_that_versions_are_too_old(
+    library, version, sentence, tmp_path, monkeypatch
+):
+    """As those meet it who load it with `trust_remote_code`: whichever of its files comes first."""
+    export_remote_code(tiny_model(), tiny_processor(), tmp_path / "folder")
+    first_lines = (tmp_path / "folder" / "versions_pyramidclip.py").read_text(encoding="utf8").splitlines()[:2]
+    assert f"{library} {NEEDED[library]}" in first_lines[1]
+    monkeypatch.setattr(sys.modules[library], "__version__", version)
+    for reference in ("configuration_pyramidclip.PyramidCLIPConfig", "processing_pyramidclip.PyramidCLIPProcessor"):
+        with pytest.raises(ImportError, match=f"^{sentence}"):
+            get_class_from_dynamic_module(reference, str(tmp_path / "folder"))
 
 
 # ------------------------------------------------------------------------------------------------------- publishing
