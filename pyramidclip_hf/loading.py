@@ -155,7 +155,7 @@ def choose_device(name: str) -> torch.device:
     """The device that `--device` names; "auto": an accelerator if there is one, else the processor.
 
     Raises:
-        ValueError: no such device, or one that cannot hold numbers here.
+        ValueError: no such device, one that cannot hold numbers here, or a GPU that this torch was not built for.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -163,13 +163,35 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type == "meta":
             raise ValueError("it holds no numbers")
-        torch.zeros(1, device=device)
-        return device
+        torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
         reason = str(error).splitlines()[0]
         reason = "no such kind" if reason.startswith("Expected one of") else reason  # and twenty kinds of torch's
         raise ValueError(
             f"--device {name}: expected auto, cpu, or cuda, cuda:1, mps where it is there ({reason})."
+        ) from error
+    check_device(device)
+    return device
+
+
+def check_device(device: torch.device) -> None:
+    """Computes on a GPU, once.
+
+    Raises:
+        ValueError: this torch has nothing built for that GPU.
+    """
+    if device.type != "cuda":
+        return
+    try:
+        torch.ones(2, device=device).sum().item()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        raise ValueError(
+            f"{device}: {name} (sm_{major}{minor}) is there, but torch {torch.__version__}, built for "
+            f"{', '.join(torch.cuda.get_arch_list())}, cannot compute on it ({str(error).splitlines()[0]}). Install a "
+            f"torch that was built for it, or compute on the CPU."
         ) from error
 
 

@@ -61,7 +61,11 @@ LAYERS = (
 )
 DEPTH = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 # The commands that run another one: that is what they are for.
-RUNS_ANOTHER = {("training.demo", "training.pretrain"), ("training.ablations", "training.pretrain")}
+RUNS_ANOTHER = {
+    ("training.demo", "training.pretrain"),
+    ("training.ablations", "training.pretrain"),
+    ("training.pretrain", "training.scale"),  # where a GPU's memory is too small
+}
 
 
 def source_files(*folders):

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyramidclip_command import EXIT_STOPPED, EXIT_UNPUBLISHED, run_command
-from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig, levels_of
+from pyramidclip_command import EXIT_STOPPED, EXIT_UNPUBLISHED, Failure, run_command
+from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES, PyramidCLIPConfig, levels_of
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.coverage import Coverage
 from training.data.loader import TrainingReader, settings_for
@@ -38,8 +38,12 @@ from training.loop.run import RunResult, complete_run, exit_code
 from training.loop.task import AUTOCAST, Batch, Metrics, Plan, Reader, StepLoss, Task, plan_steps
 from training.loop.tracking import duplicate_rates
 from training.loop.validation import ValidationSet
+from training.scale import most_pairs
 from training.settings.pretraining import PretrainingArguments
 from training.settings.reading import parse_settings
+
+# Of a GPU's memory, what a run can have: the driver and the allocator's waste take the rest.
+USABLE = 0.95
 
 
 @dataclass
@@ -228,8 +232,38 @@ def parse(words: Sequence[str]) -> PretrainingArguments:
 
 
 def run(args: PretrainingArguments) -> RunResult:
-    """The whole run, see `training.loop.run.complete_run`."""
-    return complete_run(args, contrastive_task)
+    """The whole run, see `training.loop.run.complete_run`.
+
+    Raises:
+        OutOfMemory: The GPU has too little memory for the batch.
+    """
+    try:
+        return complete_run(args, contrastive_task)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(too_little_memory(args, torch.cuda.get_device_properties().total_memory, error)) from error
+
+
+class OutOfMemory(Failure):
+    """The GPU has too little memory for the batch; the message says which would fit."""
+
+
+def too_little_memory(args: PretrainingArguments, memory: int, error: BaseException) -> str:
+    """A sentence on what a GPU of `memory` bytes could do instead of the settings."""
+    pairs = args.per_device_batch_size(world_size())
+    at_once, reason = args.per_device_chunk_size or pairs, str(error).splitlines()[0]
+    said = f"too little memory on the GPU ({memory / 1e9:.0f} GB) for {at_once} pairs at once ({reason})"
+    if args.model not in ARCHITECTURES:
+        return f"{said}. Set a smaller per_device_chunk_size, which keeps the batch, or gradient_checkpointing"
+    most = most_pairs(args, world_size(), int(USABLE * memory))
+    if most >= at_once:
+        return f"{said}. By training.scale's count {most} should fit: look at what else holds memory there"
+    fitting = [chunk for chunk in range(1, most + 1) if pairs % chunk == 0]
+    if not fitting:
+        return f"{said}. By training.scale's count not one fits: take a smaller model or a larger GPU"
+    return (
+        f"{said}. By training.scale's count at most {most} fit: set per_device_chunk_size to {fitting[-1]}, which "
+        f"keeps the batch, or gradient_checkpointing, or share the batch among more GPUs"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -95,7 +95,8 @@ def recipe_config(args: PretrainingArguments) -> PyramidCLIPConfig:
 
 
 def _fake_batch(config: PyramidCLIPConfig, pairs: int, regions: int, tokens: int) -> dict[str, torch.Tensor]:
-    vision, length = config.vision_config, tokens if config.text_config.pooling == "eos" else 77
+    vision, longest = config.vision_config, config.text_config.max_position_embeddings
+    length = min(tokens, longest) if config.text_config.pooling == "eos" else longest
     shapes = {
         "picture": (3, vision.image_size, vision.image_size),
         "regions": (regions, vision.roi_feature_size + 4),
@@ -138,7 +139,7 @@ def traced(
         precision: Of the autocast region, as in the settings.
         checkpointing: Whether activations are recomputed.
         regions: Of each picture.
-        tokens: Length of texts under `pooling="eos"`; under "max" it is 77.
+        tokens: Length of texts under `pooling="eos"`; under "max" it is the longest, 77.
     """
     kept: dict[int, int] = {}
 
@@ -193,6 +194,24 @@ def memory_per_gpu(args: PretrainingArguments, num_gpus: int, tokens: int = 24) 
         activations=trace.activations,
         loss=embeddings + BYTES_PER_ENTRY * terms * height * width,
     )
+
+
+def most_pairs(args: PretrainingArguments, num_gpus: int, memory: int) -> int:
+    """How many pairs one GPU can encode at once under the recipe's global batch.
+
+    Args:
+        args: The recipe.
+        num_gpus: That share the global batch.
+        memory: Bytes of one GPU that the run may have.
+    """
+    needs = memory_per_gpu(args, num_gpus)
+    config, few = recipe_config(args), 8
+    one, two = (
+        traced(config, pairs, args.precision, args.gradient_checkpointing, args.max_regions).activations
+        for pairs in (few, 2 * few)
+    )
+    left = memory - (needs.total - needs.activations)  # activations grow by so much a pair, from a constant
+    return max(0, int((left - (2 * one - two)) * few // (two - one)))
 
 
 def flops_per_pair(args: PretrainingArguments, tokens: int = 24) -> float:

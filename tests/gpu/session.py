@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from pyramidclip_hf.loading import check_device
 from tests.gpu.record import Record, sentence
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -215,16 +216,9 @@ def find_device(dry: bool) -> tuple[torch.device, str]:
     if dry:
         return torch.device("cpu"), "a dry pass was asked for"
     if torch.cuda.is_available():
-        try:
-            torch.ones(2, device="cuda").sum().item()
-        except RuntimeError as error:
-            name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-            raise ValueError(
-                f"{name} (sm_{major}{minor}) is there, but torch {torch.__version__}, built for "
-                f"{', '.join(torch.cuda.get_arch_list())}, cannot compute on it ({short(error)}). Install a torch that "
-                f"was built for it, or ask for --dry"
-            ) from error
-        return torch.device("cuda"), ""
+        device = torch.device("cuda")
+        check_device(device)
+        return device, ""
     if torch.version.cuda is None:
         return torch.device("cpu"), f"this torch ({torch.__version__}) was built without CUDA"
     driver = Path("/proc/driver/nvidia/version").exists()

@@ -141,6 +141,24 @@ def test_devices():
             choose_device(name)
 
 
+def test_a_gpu_that_this_torch_was_not_built_for_is_a_sentence(monkeypatch):
+    def no_kernel(*shape, device):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with")
+
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
+    monkeypatch.setattr(torch, "ones", no_kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (3, 5))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90", "sm_100"])
+    sentence = (
+        r"^cuda:0: Some Card \(sm_35\) is there, but torch .*, built for sm_90, sm_100, cannot compute on it \(CUDA"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        choose_device("cuda:0")
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(2))
+    assert choose_device("cuda:0") == torch.device("cuda:0")
+
+
 def test_the_settings_of_transformers_stay(saved):
     from transformers.utils import logging
 

@@ -1,9 +1,12 @@
 """Pre-training on made-up data: its losses and gradients, what it refuses, what it leaves."""
 
 import ctypes
+import dataclasses
 import math
 import mmap
 import os
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from tests.training.tiny import RESNET, TEXT, VIT
 from training import pretrain
 from training.loop import run as loop
 from training.loop.processes import start_processes
+from training.scale import memory_per_gpu
 
 
 @pytest.fixture(autouse=True)
@@ -191,6 +195,31 @@ def test_deterministic_algorithms_are_refused_where_cuda_has_started_without_the
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(ValueError, match="deterministic: CUDA has started .* without CUBLAS_WORKSPACE_CONFIG: set it"):
         pretrain.run(settings(tmp_path, deterministic=True))
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "chunk", "words"),
+    [
+        (1.0, None, r"for 256 pairs at once \(no more\)\. By training.scale's count at most (\d+) fit: set "
+         r"per_device_chunk_size to (\d+), which keeps the batch"),
+        (1.0, 8, r"for 8 pairs at once .* count (\d+) should fit: look at what else"),
+        (0.001, None, "count not one fits: take a smaller model"),
+    ],
+)  # fmt: skip
+def test_too_little_memory_names_what_fits(tmp_path, monkeypatch, capsys, gigabytes, chunk, words):
+    def exhausted(*arguments):
+        raise torch.OutOfMemoryError("no more\nof this")
+
+    monkeypatch.setattr(pretrain, "complete_run", exhausted)
+    properties = SimpleNamespace(total_memory=int(gigabytes * 1e9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    config = {**MODEL_CONFIG, "vision_config": {**VIT, "image_size": 224}}
+    args = settings(tmp_path, global_batch_size=256, per_device_chunk_size=chunk, model_config=config)
+    with pytest.raises(pretrain.OutOfMemory, match=words) as refused:
+        pretrain.run(args)
+    for number in re.search(words, str(refused.value)).groups():
+        fits = dataclasses.replace(args, per_device_chunk_size=None, global_batch_size=int(number))
+        assert memory_per_gpu(fits, 1).total < 0.95e9 * gigabytes
 
 
 class FencedReader(MemoryReader):

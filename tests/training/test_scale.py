@@ -12,7 +12,7 @@ from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from tests.training.processes import run_in_processes
 from tests.write_tables import OUTPUT, with_outputs
 from training.loop.objective import ContrastiveObjective
-from training.scale import flops_per_pair, main, memory_per_gpu
+from training.scale import flops_per_pair, main, memory_per_gpu, most_pairs
 from training.settings.pretraining import PretrainingArguments
 
 PAIRS = 64
@@ -129,3 +129,12 @@ def test_the_page_has_three_blocks():
 def test_batches_that_do_not_divide_are_refused(capsys):
     assert main(["--config", "training/configs/rn50_143m_32_epochs.yaml", "--gpus", "63"]) == 2
     assert "63" in capsys.readouterr().err
+
+
+def test_the_most_pairs_that_fit_do_and_one_more_does_not():
+    shallow = {name: {**part, "num_hidden_layers": 1, "num_leff_layers": 1} for name, part in SMALL.items()}
+    del shallow["text_config"]["num_leff_layers"]
+    args = recipe(model_config=shallow)
+    exact = memory_per_gpu(args, 1).total
+    assert most_pairs(args, 1, exact) == PAIRS and most_pairs(args, 1, exact - 1) == PAIRS - 1
+    assert most_pairs(args, 1, 1 << 20) == 0

@@ -1,8 +1,10 @@
 """This process of an evaluation, and where it computes."""
 
+import os
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -18,7 +20,8 @@ def this_process(device: str, cpu: bool = False) -> "tuple[PartialState, torch.d
         cpu: the same as device "cpu".
 
     Raises:
-        ValueError: no such device, both were asked for, or one device for several processes.
+        ValueError: no such device, both were asked for, or one device for several processes, or fewer GPUs than
+            processes.
     """
     from accelerate import PartialState
 
@@ -26,6 +29,7 @@ def this_process(device: str, cpu: bool = False) -> "tuple[PartialState, torch.d
         raise ValueError(f"--device {device} and --cpu contradict each other")
     on_processor = cpu or device == "cpu"
     state = PartialState(cpu=on_processor)
+    check_own_gpu()
     if on_processor or device == "auto":
         return state, state.device
     if state.num_processes > 1:
@@ -33,3 +37,19 @@ def this_process(device: str, cpu: bool = False) -> "tuple[PartialState, torch.d
             f"--device {device}: each of {state.num_processes} processes takes its own; expected auto or cpu"
         )
     return state, choose_device(device)
+
+
+def check_own_gpu() -> None:
+    """After Accelerate's start, which lets processes share GPUs where there are too few: NCCL refuses that, later.
+
+    Raises:
+        ValueError: the processes of this machine talk through NCCL and are more than its GPUs.
+    """
+    if not dist.is_initialized() or dist.get_backend() != "nccl":
+        return
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if here > gpus:
+        raise ValueError(
+            f"{here} processes were started on this machine, which shows {gpus} GPUs: NCCL refuses two processes on "
+            f"one. Start {gpus} (--num_processes {gpus}, or --nproc-per-node {gpus}), or look at CUDA_VISIBLE_DEVICES"
+        )

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from pyramidclip_hf.loading import check_device
+from training.evaluation.process import check_own_gpu
 from training.loop.network import choose_gloo_interface
 from training.settings.run import RunSettings
 
@@ -63,7 +65,8 @@ def start_processes(settings: RunSettings, folder: Path) -> Any:
     """Accelerate's `Accelerator` for a run in `folder`: processes, device, fp16 scaler, trackers.
 
     Raises:
-        ValueError: The engine or the precision is one that cannot be trained under here.
+        ValueError: The engine or the precision is one that cannot be trained under here, torch was not built for the
+            GPU, or there are fewer GPUs than processes.
         ImportError: Accelerate or a tracker is not installed; the message names the extra.
     """
     try:
@@ -77,6 +80,8 @@ def start_processes(settings: RunSettings, folder: Path) -> Any:
     choose_gloo_interface()
     # The first call makes the group of the processes, so their time-out has to be said here.
     processes = PartialState(cpu=cpu, timeout=process_timeout(settings))
+    check_own_gpu()
+    check_device(processes.device)
     if processes.device.type == "cpu" and settings.precision == "fp16":
         raise ValueError("precision fp16 needs a GPU; on CPU use bf16 or fp32")
     # Without SyncBatchNorm the first process's running statistics are everyone's, so that what is evaluated and saved
