@@ -163,7 +163,10 @@ def test_named_data_sets(model_folder, sets_root, tmp_path, capsys):
     templates = tmp_path / "templates"
     templates.write_text("my {}\n")
     assert main([*arguments, "--dataset", "imagenet", "sun397", "--templates", str(templates), *outputs]) == 0
-    results = read_json(tmp_path / "z.json")[1]
+    *results, mean = read_json(tmp_path / "z.json")[1]
+    assert (mean.dataset_name, mean.metric_type) == ("2 data sets", "mean_of_main_metrics")
+    known = [one.metric_value for one in results if one.metric_name]
+    assert mean.metric_value == pytest.approx(sum(known) / 2)
     assert len({one.dataset_name for one in results}) == 2 and {one.dataset_type for one in results} == {
         *("imagenet", "sun397")
     }

@@ -3,7 +3,8 @@
 A task is a function `(model, processor, args) -> list of EvalResult` in `TASKS`.
 """
 
-from collections.abc import Collection, Sequence
+import statistics
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -202,12 +203,14 @@ def evaluate_zero_shot(
     model: PyramidCLIPModel, processor: PyramidCLIPProcessor, args: EvaluationArguments
 ) -> list[EvalResult]:
     """Top-1, top-5 and the mean over classes of top-1 for each data set, with each class the mean of its prompts."""
-    results = []
+    results, main_values = [], dict[str, float]()
     templates = read_templates(args.templates)
     for data in [open_labelled(args, name) for name in args.dataset or (None,)]:
         scores = zero_shot_scores(model, processor, data, templates, args.batch_size)
         metrics = classification_metrics(scores, torch.tensor(data.labels))
         main, note = data.main_metric or (None, None)
+        if main is not None:
+            main_values[data.described.get("dataset_type") or data.name] = metrics[main]
         results += [
             _result(
                 *(args, data, "zero-shot-image-classification", metric, value),
@@ -215,7 +218,33 @@ def evaluate_zero_shot(
             )
             for metric, value in metrics.items()
         ]
+    results += [
+        EvalResult(
+            task_type="zero-shot-image-classification",
+            dataset_type=hub_identifier(name),
+            dataset_name=name,
+            metric_type="mean_of_main_metrics",
+            metric_value=value,
+        )
+        for name, value in averages(main_values).items()
+    ]
     return results
+
+
+def averages(main_values: Mapping[str, float]) -> dict[str, float]:
+    """What tables of several data sets end with: {"11 data sets": mean of the metric that each is known by}.
+
+    Args:
+        main_values: name of a data set -> its value. Where ImageNet is among more than two, the mean of the others is
+            there as well, as in the paper's Tables 4, 11 and 12.
+    """
+    found = {}
+    if len(main_values) > 1:
+        found[f"{len(main_values)} data sets"] = statistics.fmean(main_values.values())
+    others = [value for name, value in main_values.items() if name != "imagenet"]
+    if len(main_values) > len(others) > 1:
+        found[f"{len(others)} data sets without ImageNet"] = statistics.fmean(others)
+    return found
 
 
 def _result(

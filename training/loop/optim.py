@@ -60,12 +60,13 @@ def learning_rate_at(
 
     Depends on nothing but its arguments: neither on the number of processes nor on how often it was asked. The
     warm-up takes ceil(warmup_fraction x total_steps) steps; the first of them has 1/warm-up of the peak, so that no
-    step is wasted at 0. The cosine ends at `final_fraction` of the peak.
+    step is wasted at 0. The cosine reaches `final_fraction` of the peak where the run ends, behind its last step, which
+    is not wasted either.
     """
     warmup = math.ceil(warmup_fraction * total_steps)
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     return peak * (final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 

@@ -265,7 +265,7 @@ class MetricsLog:
         path = str(self.path)
         try:
             with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+                file.write(json.dumps({"step": step, **_as_json(metrics)}, allow_nan=False) + "\n")
             path = "the trackers' files"
             self.accelerator.log(dict(metrics), step=step)
         except OSError as error:
@@ -283,6 +283,14 @@ def _line_of_log(text: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+
+
+def _as_json(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """With null for what is no number in JSON: the gradient norm of a step that fp16 overflowed in, and left out."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in metrics.items()
+    }
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from training.evaluation.sets import PAPER_METRIC, TABLE_7, open_both_splits, open_set
+from training.evaluation.tasks import averages
 
 pytest.importorskip("clip_benchmark")
 
@@ -314,3 +315,11 @@ def test_unknown_names_and_damaged_data(tmp_path, monkeypatch):
     (tmp_path / "cifar-10-batches-py/test_batch").write_bytes(b"not what it was")  # the checksum refuses to unpickle it
     with pytest.raises(ValueError, match="CIFAR-10 under .* incomplete or damaged.*Download cifar-10-python.tar.gz"):
         open_set("cifar10", str(tmp_path))
+
+
+def test_tables_of_several_data_sets_end_with_their_mean():
+    assert averages({"pets": 0.5}) == {}
+    assert averages({"pets": 0.5, "cars": 0.25}) == {"2 data sets": 0.375}
+    assert averages({"pets": 0.5, "imagenet": 0.25}) == {"2 data sets": 0.375}
+    found = averages({"pets": 0.5, "imagenet": 0.2, "cars": 0.25})
+    assert found == pytest.approx({"3 data sets": 0.95 / 3, "2 data sets without ImageNet": 0.375})

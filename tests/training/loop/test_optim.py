@@ -1,7 +1,5 @@
 """Parameter groups, the schedule, AdamW against a form written out here, and the moving average."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -74,9 +72,11 @@ def test_the_schedule_is_a_function_of_the_step():
     rates = [learning_rate_at(step, 100, 2.0, 0.1, 0.25) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert max(rates) == rates[9] == rates[10] == 2.0
-    assert rates[-1] == pytest.approx(0.5)  # a quarter of the peak
-    middle = 10 + (99 - 10) / 2
-    assert (rates[math.floor(middle)] + rates[math.ceil(middle)]) / 2 == pytest.approx((2.0 + 0.5) / 2, rel=1e-3)
+    assert learning_rate_at(100, 100, 2.0, 0.1, 0.25) == pytest.approx(0.5)  # a quarter of the peak
+    assert rates[55] == pytest.approx((2.0 + 0.5) / 2)  # half way from 10 to 100
+    assert 0.5 < rates[-1] < 0.501
+    # No step of a run is taken at rate 0.
+    assert [learning_rate_at(step, 2, 3.0, 0.0) for step in (0, 1)] == pytest.approx([3.0, 1.5])
     assert all(later <= earlier for earlier, later in zip(rates[10:], rates[11:]))
     assert learning_rate_at(0, 1, 3.0, 0.0) == 3.0
     assert learning_rate_at(500, 100, 2.0, 0.1, 0.25) == pytest.approx(0.5)

@@ -49,6 +49,29 @@ def duplicates(rank, world_size):
     return duplicate_rates(batch)
 
 
+def test_what_is_no_number_is_null_which_any_tool_can_read(tmp_path):
+    """The gradient norm of a step that fp16 overflowed in."""
+
+    class Main:
+        is_main_process = True
+
+        def log(self, metrics, step):
+            pass
+
+    log = MetricsLog(tmp_path, Main())
+    log.write(1, {"grad_norm": math.inf, "loss/total": 0.5, "other": math.nan})
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse) == {
+        "step": 1,
+        "grad_norm": None,
+        "loss/total": 0.5,
+        "other": None,
+    }
+
+
 def test_duplicates_are_counted_over_the_global_batch_whatever_the_padding():
     expected = {"duplicates/caption": 1 / 4, "duplicates/tags": 2 / 3}
     assert run_in_processes(duplicates, 2) == [pytest.approx(expected)] * 2
