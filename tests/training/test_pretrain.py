@@ -81,7 +81,7 @@ def test_overfitting_two_batches_reaches_the_smoothing_floor(tmp_path, monkeypat
     weights = {"local_caption": 0.5, "roi_tags": 0.5}
     pretrain.run(
         settings(
-            tmp_path, max_steps=250, overfit_batches=2, learning_rate=5e-3, loss_weights=weights, save_every_steps=0,
+            tmp_path, max_steps=500, overfit_batches=2, learning_rate=5e-3, loss_weights=weights, save_every_steps=0,
             log_every_steps=50, model_config=NO_BATCH_NORM, weight_decay=0.0,
         )
     )  # fmt: skip
