@@ -1,6 +1,5 @@
 """Reading a file of weights that nobody vouches for: tensors and plain values come out, or an error; nothing is run."""
 
-import codecs
 import pickle
 import re
 import zipfile
@@ -11,15 +10,40 @@ from typing import Any
 import numpy as np
 import torch
 
-# Checkpoints of other programs may hold a NumPy number (a best score, say) beside the weights. These names only build
-# numbers and arrays.
-_NUMPY_SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]  # private, but what pickles name
+
+class _NumberKind:
+    """Stands for `numpy.dtype` in files: NumPy takes a state from anywhere, and a wrong one ends the process."""
+
+    def __init__(self, name: str, *_: object):
+        self.name, self.order = name, "="
+
+    def __setstate__(self, state: tuple[int, str]) -> None:
+        self.order = {"|": "="}.get(state[1], state[1])
+
+
+def _number(kind: _NumberKind, data: bytes | str) -> np.generic:
+    if not isinstance(kind, _NumberKind) or kind.name not in _NUMBERS or kind.order not in ("<", ">", "="):
+        raise ValueError("a NumPy scalar that is no number")
+    raw = data.encode("latin1") if isinstance(data, str) else bytes(data)
+    # NumPy refuses bytes that are no multiple of the number's.
+    return np.frombuffer(raw, np.dtype(kind.order + kind.name)).reshape(1)[0]
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """Stands for `codecs.encode`, as which pickle writes bytes in its second protocol."""
+    if encoding != "latin1":
+        raise ValueError(f"bytes written in {encoding!r}")
+    return text.encode("latin1")
+
+
+_NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+# Checkpoints of other programs may hold a NumPy number (a best score, say) beside the weights. What their names mean
+# here only builds numbers.
 _NUMPY_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
-    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
-    (codecs.encode, "_codecs.encode"),
-    np.dtype,
-    *{type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64", "bool")},
+    (_number, "numpy._core.multiarray.scalar"),
+    (_number, "numpy.core.multiarray.scalar"),
+    (_latin1, "_codecs.encode"),
+    (_NumberKind, "numpy.dtype"),
 ]
 # Left in front of names by DistributedDataParallel and torch.compile, in any order.
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
@@ -47,9 +71,14 @@ def read_checkpoint(path: str | Path, allow_torchscript: bool = False) -> Any:
         return _read_safetensors(path)
     with open(path, "rb") as file:
         is_archive = file.read(4) == b"PK\x03\x04"
-    if is_archive and not zipfile.is_zipfile(path):
+    try:
+        has_end = not is_archive or zipfile.is_zipfile(path)
+        is_torchscript = is_archive and has_end and _is_torchscript(path)
+    except Exception as error:  # on damaged archives, zipfile raises almost anything
+        raise _damaged(path, error) from error
+    if not has_end:
         raise ValueError(f"{path} is truncated: the end of the archive is missing. Copy or download it again.")
-    if is_archive and _is_torchscript(path):
+    if is_torchscript:
         return _read_torchscript(path, allow_torchscript)
     try:
         with torch.serialization.safe_globals(_NUMPY_GLOBALS):
@@ -58,14 +87,18 @@ def read_checkpoint(path: str | Path, allow_torchscript: bool = False) -> Any:
     except pickle.UnpicklingError as error:
         # Not chained: torch's own text explains how to switch the protection off.
         raise ValueError(_unpickling_message(path, str(error))) from None
-    except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # on damaged files, torch raises almost anything
         if isinstance(error, OSError) and error.filename is not None:
             raise
-        first_line = (str(error).splitlines() or [""])[0]
-        raise ValueError(
-            f"{path} is truncated or no PyTorch checkpoint ({type(error).__name__}: {first_line}). "
-            "Copy or download it again, or check that this is the right file."
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    first_line = (str(error).splitlines() or [""])[0]
+    return ValueError(
+        f"{path} is truncated or no PyTorch checkpoint ({type(error).__name__}: {first_line}). "
+        "Copy or download it again, or check that this is the right file."
+    )
 
 
 def state_dict_of(checkpoint: Any, where: str | Path) -> dict[str, torch.Tensor]:
@@ -112,12 +145,11 @@ def as_float32(state_dict: dict[str, torch.Tensor], where: str | Path) -> tuple[
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except Exception as error:  # SafetensorError, and others for headers that are JSON of another kind
         raise ValueError(f"{path} is truncated or no safetensors file ({error}). Copy or download it again.") from error
 
 

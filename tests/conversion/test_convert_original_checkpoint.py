@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
+from conversion.checkpoint_file import read_checkpoint
 from conversion.convert_original_checkpoint import CheckFailed, compare_folder, convert, main, reverse
 from conversion.key_map import to_original
 from pyramidclip_hf import PyramidCLIPConfig, PyramidCLIPModel
@@ -256,10 +257,58 @@ def test_files_that_are_no_checkpoint(tmp_path):
         convert(tmp_path, tmp_path / "model")
 
 
-def test_numbers_of_numpy_beside_the_weights_are_read(tmp_path):
-    torch.save({"state_dict": small_state_dict()[1], "best": np.float64(0.5)}, tmp_path / "x.pt")
-    convert(tmp_path / "x.pt", tmp_path / "model", say=lambda line: None)
-    assert_holds_the_small_weights(tmp_path / "model")
+@pytest.mark.parametrize("archive", [True, False])
+@pytest.mark.parametrize(
+    "number", [np.float64(0.5), np.float32(-3), np.int64(7), np.bool_(True), np.array(2.0, ">f8")[()]]
+)
+def test_numbers_of_numpy_beside_the_weights_are_read(number, archive, tmp_path):
+    torch.save({"best": number}, tmp_path / "x.pt", _use_new_zipfile_serialization=archive)
+    read = read_checkpoint(tmp_path / "x.pt")["best"]
+    assert type(read) is type(number) and read == number
+
+
+class Reduced:
+    """Pickled as a call, with a state for what it gives."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def test_the_state_of_a_number_type_never_reaches_numpy(tmp_path):
+    """NumPy's own `dtype.__setstate__` dies of this one with SIGSEGV, so another process reads it."""
+    kind = Reduced(np.dtype, ("f8", False, True), (3, "<", None, -1, -1, 0))
+    for archive in (True, False):
+        torch.save({"best": kind}, tmp_path / f"{archive}.pt", _use_new_zipfile_serialization=archive)
+    code = "import sys; from conversion.checkpoint_file import read_checkpoint; [*map(read_checkpoint, sys.argv[1:])]"
+    files = [str(tmp_path / "True.pt"), str(tmp_path / "False.pt")]
+    assert subprocess.run([sys.executable, "-c", code, *files], timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize(("arguments", "state"), [
+    (("O", False, True), (3, "|", None, None, None, -1, -1, 63)), (("f8", False, True), (3, "x", None)),
+    (("f8", False, True), 5), (("V9999999999", False, True), None), (("m8", False, True), None),
+])  # fmt: skip
+def test_what_is_no_number_of_numpy_is_refused(arguments, state, tmp_path):
+    kind = Reduced(np.dtype, arguments, state)
+    torch.save({"best": Reduced(np._core.multiarray.scalar, (kind, b"12345678"))}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x.pt is truncated or no PyTorch checkpoint"):
+        read_checkpoint(tmp_path / "x.pt")
+
+
+def test_damage_anywhere_in_a_checkpoint_is_a_sentence(tmp_path):
+    """zipfile and torch raise BadZipFile, AssertionError, NotImplementedError and more for these."""
+    torch.save({"a": torch.ones(2), "best": np.float64(0.5)}, tmp_path / "whole.pt")
+    content = (tmp_path / "whole.pt").read_bytes()
+    end = content.rindex(b"PK\x05\x06")
+    for start in (content.index(b"PK\x01\x02"), *range(content.index(b"PK\x01\x02") + 4, end, 7)):
+        damaged = bytearray(content)
+        damaged[start] ^= 0xFF
+        (tmp_path / "x.pt").write_bytes(damaged)
+        with contextlib.suppress(ValueError):
+            read_checkpoint(tmp_path / "x.pt")
 
 
 def test_folder_with_a_model_needs_overwrite(small_file, tmp_path, refused):
