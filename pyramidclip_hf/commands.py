@@ -28,7 +28,7 @@ from .embedding_files import EmbeddingJob, StoredEmbeddings, check_output, read_
 from .explain import explain_image
 from .export import compare_on_data, export_model, read_pairs
 from .fusion_pyramidclip import LinearBackend, OneDNNLinear
-from .loading import Loaded, choose_device, load_model
+from .loading import Loaded, choose_device, load_model, told_slow_type
 from .modeling_pyramidclip import PyramidCLIPModel
 from .picture_files import (
     Hit,
@@ -43,7 +43,6 @@ from .picture_files import (
     told_passed_over,
 )
 from .processing_pyramidclip import PyramidCLIPProcessor
-from .versions_pyramidclip import cpu_capabilities
 from .zero_shot import (
     IMAGENET_TEMPLATES,
     class_embeddings,
@@ -161,19 +160,9 @@ def _load(args: argparse.Namespace, messages: _Messages, fuse: bool = True) -> L
     if args.dtype == "int8":
         raise ValueError("--dtype int8 needs --backend onnx or openvino and a model that `pyramidclip export` made.")
     device = choose_device(args.device)
-    _warn_of_slow_type(args.dtype, device, messages)
+    if slow := told_slow_type(args.dtype, device):
+        messages.note(slow)
     return load_model(args.model, revision=args.revision, device=device, dtype=args.dtype, fuse=fuse)
-
-
-def _warn_of_slow_type(dtype: str, device: torch.device, messages: _Messages) -> None:
-    able = {"bfloat16": ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"), "float16": ("avx512_fp16", "amx_fp16", "fp16")}
-    if device.type != "cpu" or dtype == "float32":
-        return
-    capabilities = cpu_capabilities()
-    if capabilities is None:
-        return
-    if not any(capabilities.get(name) for name in able[dtype]):
-        messages.note(f"this processor has no {dtype} arithmetic: it works, but float32 is faster")
 
 
 # classify
@@ -476,7 +465,8 @@ def run_explain(args: argparse.Namespace) -> int:
 def run_export(args: argparse.Namespace) -> int:
     """Writes the towers for an engine, and prints how far each file is from the model."""
     messages = _Messages(args)
-    pictures = _calibration(args)
+    pictures = _calibration(args, messages)
+    classes = _pictures_of_classes(args.classes, messages) if args.classes else {}
     loaded = load_model(args.model, revision=args.revision)
     output = args.output or args.model
     if not args.output and not Path(args.model).is_dir():
@@ -490,23 +480,31 @@ def run_export(args: argparse.Namespace) -> int:
             f"cosine {file.mean_cosine:.6f}, least {file.least_cosine:.6f}",
         )
         messages.row(file._asdict(), columns)
-    if args.pairs or args.classes:
+    if args.pairs or classes:
         for dtype in args.dtype:
             exported = load_exported(output, backend=args.format, dtype=dtype).model
-            for name, before, after in compare_on_data(
-                loaded, exported, args.pairs, args.classes, args.max_image_pixels
-            ):
+            for name, before, after in compare_on_data(loaded, exported, args.pairs, classes, args.max_image_pixels):
                 row = {"dtype": dtype, "measure": name, "model": before, "exported": after}
                 messages.row(row, (dtype, name, f"{before:.2%} -> {after:.2%}"))
     return 0
 
 
-def _calibration(args: argparse.Namespace) -> list[Image.Image]:
+def _calibration(args: argparse.Namespace, messages: _Messages) -> list[Image.Image]:
     try:
-        paths = find_pictures(args.calibration, sys.stdin) if args.calibration else []
+        paths = _found(args.calibration, sys.stdin, messages) if args.calibration else []
         return [read_picture(path, args.max_image_pixels) for path in paths[:_CALIBRATION_PICTURES]]
     except UnreadablePicture as error:
         raise ValueError(f"--calibration: a picture cannot be read: {error}") from error
+
+
+def _pictures_of_classes(folder: str, messages: _Messages) -> dict[str, list[str]]:
+    """Class -> its pictures, of a folder with a sub-folder a class; says what was passed over in all of them."""
+    passed_over: Counter[str] = Counter()
+    folders = sorted(path for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = {path.name.replace("_", " "): find_pictures([str(path)], passed_over=passed_over) for path in folders}
+    if told := told_passed_over(passed_over):
+        messages.say(f"--classes {folder}: {told}")
+    return found
 
 
 # What `pyramidclip_command` calls by the subcommand's name.

@@ -42,7 +42,7 @@ from .files import locked, write_atomically, written_aside
 from .loading import Loaded
 from .loss_pyramidclip import normalize_embeds
 from .modeling_pyramidclip import PyramidCLIPModel
-from .picture_files import UnreadablePicture, find_pictures, read_picture
+from .picture_files import UnreadablePicture, read_picture
 from .zero_shot import class_embeddings, image_embeddings, text_embeddings
 
 # What fp32 may be off in any number of a unit vector.
@@ -384,7 +384,7 @@ def compare_on_data(
     loaded: Loaded[PyramidCLIPModel],
     exported: ExportedModel,
     pairs: str | None,
-    classes: str | None,
+    classes: Mapping[str, Sequence[str]],
     max_image_pixels: int,
 ) -> Iterator[tuple[str, float, float]]:
     """What the model reaches on data and what its exported form does: (measure, model, exported), shares of 1.
@@ -393,7 +393,7 @@ def compare_on_data(
         loaded: the model.
         exported: what became of it.
         pairs: see `read_pairs`; recall at 1 in both directions. None: not measured.
-        classes: folder with a sub-folder a class; share of pictures whose class comes first. None: not measured.
+        classes: name of a class -> its pictures; share of those whose class comes first. Empty: not measured.
         max_image_pixels: pictures with more are an error.
 
     Raises:
@@ -411,11 +411,9 @@ def compare_on_data(
         yield "image to text, recall at 1", _first_is_own(model_scores), _first_is_own(exported_scores)
         yield "text to image, recall at 1", _first_is_own(model_scores.T), _first_is_own(exported_scores.T)
     if classes:
-        folders = sorted(path for path in Path(classes).iterdir() if path.is_dir() and not path.name.startswith("."))
-        names = [folder.name.replace("_", " ") for folder in folders]
-        found = [find_pictures([str(folder)]) for folder in folders]
-        labels = torch.tensor([place for place, of_class in enumerate(found) for _ in of_class])
-        paths = [path for of_class in found for path in of_class]
+        names = list(classes)
+        labels = torch.tensor([place for place, of_class in enumerate(classes.values()) for _ in of_class])
+        paths = [path for of_class in classes.values() for path in of_class]
 
         def share(model: PyramidCLIPModel | ExportedModel) -> float:
             images = image_embeddings(model, loaded.processor, _read(paths, max_image_pixels))

@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from .modeling_pyramidclip import PyramidCLIPModel
 from .processing_pyramidclip import PyramidCLIPProcessor
+from .versions_pyramidclip import cpu_capabilities
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -172,6 +173,17 @@ def choose_device(name: str) -> torch.device:
         ) from error
     check_device(device)
     return device
+
+
+def told_slow_type(dtype: str, device: torch.device) -> str:
+    """What to say where `device` is a processor that computes in float32 faster than in `dtype`; empty elsewhere."""
+    able = {"bfloat16": ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"), "float16": ("avx512_fp16", "amx_fp16", "fp16")}
+    capabilities = cpu_capabilities()
+    if device.type != "cpu" or dtype not in able or capabilities is None:
+        return ""
+    if any(capabilities.get(name) for name in able[dtype]):
+        return ""
+    return f"this processor has no {dtype} arithmetic: it works, but float32 is faster"
 
 
 def check_device(device: torch.device) -> None:

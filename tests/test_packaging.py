@@ -145,14 +145,23 @@ def test_the_wheel_holds_the_library_and_nothing_else(distributions):
     assert metadata["Version"] == importlib.metadata.version("pyramidclip-hf")
     assert metadata["License-Expression"] == "Apache-2.0"
     assert set(metadata.get_all("Provides-Extra")) == {canonical(name) for name in extras()}
-    assert metadata.get_payload() == (CHECKOUT / "README.md").read_text(encoding="utf8")
+    described = metadata.get_payload()
+    # Nothing that leads nowhere on a package index; all else is README's, word for word.
+    assert not re.search(r"\]\((?!https?://)", described) and "](https://arxiv.org/" in described
+    readme = (CHECKOUT / "README.md").read_text(encoding="utf8").partition("![")
+    rest = readme[2].partition("## ")
+    plain = re.sub(r"\[([^\]]*)\]\((?!https?://)[^)]+\)", r"\1", readme[0] + "## " + rest[2])
+    assert described == plain
     assert "pyramidclip = pyramidclip_command:main" in wheel.read(about["entry_points.txt"]).decode()
 
 
 def test_the_sdist_holds_what_the_wheel_needs(distributions):
     with tarfile.open(distributions[0]) as archive:
         names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
-    assert library_files() | {"setup.cfg", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "PKG-INFO"} <= names
+    assert (
+        library_files() | {"setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "PKG-INFO"}
+        <= names
+    )
     # All tests or none: setuptools adds tests/test*.py by itself, which MANIFEST.in undoes.
     assert {name.split("/")[0] for name in names if "/" in name} == {"pyramidclip_hf", "pyramidclip_hf.egg-info"}
 

@@ -213,7 +213,11 @@ def start(args: DemoArguments, stage: str, run: str, max_steps: int | None = Non
 def training_settings(args: DemoArguments) -> PretrainingArguments:
     """The settings of one of the three runs."""
     words = ["--config", args.config, *([] if args.training == "pyramid" else [CLIP])]
-    words += ["--output-dir", str(args.folder / args.training), "--resume", "latest"]
+    folder = args.folder / args.training
+    words += ["--output-dir", str(folder)]
+    # Made by all processes together, so that none sees what another does not.
+    if any((folder / made).exists() for made in ("checkpoints", "final")):
+        words += ["--resume", "latest"]
     words += ["--train-data", str(args.folder / "scenes/train")]
     words += ["--validation-data", str(args.folder / "scenes/validation")]
     if args.max_steps:

@@ -27,7 +27,7 @@ from huggingface_hub import EvalResult
 
 from pyramidclip_command import run_command
 from pyramidclip_hf.backends import load_exported
-from pyramidclip_hf.loading import Loaded, load_model
+from pyramidclip_hf.loading import Loaded, load_model, told_slow_type
 from training.evaluation.clip_benchmark import run_clip_benchmark
 from training.evaluation.process import this_process
 from training.evaluation.results import results_table, write_csv, write_json
@@ -48,7 +48,7 @@ def evaluate(args: EvaluationArguments) -> list[EvalResult]:
             raise IsADirectoryError(f"{path} is a folder: expected the name of a file to write the results to")
     state, device = this_process(args.device, args.cpu)
     started = time.perf_counter()
-    loaded = _load(args, device)
+    loaded = _load(args, device, state.is_main_process)
     results = TASKS[args.task](loaded.model, loaded.processor, args)
     if state.is_main_process:
         details = vars(args) | {"seconds": round(time.perf_counter() - started, 2), "processes": state.num_processes}
@@ -60,8 +60,11 @@ def evaluate(args: EvaluationArguments) -> list[EvalResult]:
     return results
 
 
-def _load(args: EvaluationArguments, device: torch.device) -> Loaded[Any]:
+def _load(args: EvaluationArguments, device: torch.device, is_main: bool) -> Loaded[Any]:
     if args.backend == "torch":
+        slow = told_slow_type(args.dtype, device)
+        if slow and is_main:
+            print(f"--dtype {args.dtype}: {slow}", file=sys.stderr)
         return load_model(args.model, device=device, dtype=args.dtype)
     return load_exported(args.model, backend=args.backend, dtype=args.dtype)
 

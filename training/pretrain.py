@@ -176,6 +176,7 @@ def contrastive_task(args: PretrainingArguments, accelerator: Any, folder: Path)
             args.max_regions,
             args.drop_repeated_tags,
             args.allow_unfinished,
+            args.max_image_pixels,
         )
         if validation.bad:
             told = f"{args.validation_data}: {len(validation.bad)} of {len(validation.bad) + len(validation.samples)}"

@@ -110,6 +110,17 @@ def test_clip_is_clip_and_all_else_is_the_pyramids(args):
     assert differ == {"loss_weights", "label_smoothing", "model_config", "output_dir"}
 
 
+def test_only_a_training_that_saved_something_is_continued(args):
+    """So that the first run does not say that there is no checkpoint yet, once for each training."""
+    args.training = "pyramid"
+    assert training_settings(args).resume is None
+    (args.folder / "pyramid" / "checkpoints").mkdir(parents=True)
+    assert training_settings(args).resume == "latest"
+    args.training = "clip"
+    (args.folder / "clip" / "final").mkdir(parents=True)
+    assert training_settings(args).resume == "latest"
+
+
 def test_same_time_in_steps(args):
     for name, steps, seconds in (("pyramid", 100, 90.0), ("clip", 100, 40.0)):
         (args.folder / name / "final").mkdir(parents=True)

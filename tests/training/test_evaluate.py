@@ -20,7 +20,7 @@ from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPForImageClassificatio
 from tests.hub_server import Repository, client_environment, running_hub
 from tests.rounding import assert_equal_to_rounding
 from tests.training.processes import run_in_processes
-from tests.training.to_evaluate import FEATURES, WIDEST, save_tiny_model
+from tests.training.to_evaluate import COUNTS, FEATURES, WIDEST, save_tiny_model, write_pictures
 from training.data.records import Region, Sample, tag_text
 from training.data.samples import ShardSamples
 from training.data.shards import ShardWriter, write_dataset_json
@@ -348,6 +348,23 @@ def test_what_is_wrong_ends_with_code_2(model_folder, data, sets_root, tmp_path,
     assert "--split-file goes with" in error_of(*zero_shot, "--split-file", "x")
     assert "lacks Food-101" in error_of(*zero_shot, "--dataset", "food101")
     assert "class names repeat: 'cat'" in error_of(*zero_shot, "--classes", str(tmp_path / "names"))
+
+
+@pytest.mark.parametrize("task", ["retrieval", "zero-shot"])
+def test_a_larger_picture_is_taken_where_the_limit_says_so(model_folder, data, tmp_path, capsys, task):
+    """48 x 40 pixels in shards, 20 x 18 in files."""
+    words = ["--model", model_folder, "--task", task, "--device", "cpu"]
+    folder = write_pictures(tmp_path / "classes", COUNTS) if task == "zero-shot" else data
+    pixels = 20 * 18 if task == "zero-shot" else 48 * 40
+    assert main([*words, "--data", folder, "--max-image-pixels", str(pixels)]) == 0
+    assert main([*words, "--data", folder, "--max-image-pixels", str(pixels - 1)]) == 2
+    assert f"more than max_image_pixels={pixels - 1}" in capsys.readouterr().err
+
+
+def test_a_slow_type_is_said(model_folder, data, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    assert main(["--model", model_folder, "--data", data, "--device", "cpu", "--dtype", "bfloat16"]) == 0
+    assert "--dtype bfloat16: this processor has no bfloat16 arithmetic" in capsys.readouterr().err
 
 
 def test_templates(tmp_path):

@@ -57,7 +57,7 @@ def test_the_logged_losses_are_those_of_the_objective(tmp_path):
         ),
         (
             {"global_batch_size": 64},
-            "40 samples, fewer than one global batch: 1 processes x 64 = 64. Lower .* at most 40",
+            "40 samples, fewer than one global batch: 1 process x 64 = 64. Lower .* at most 40",
         ),
         ({"overfit_batches": 6}, "overfit_batches 6: the data has only 5 batches of 8"),
         ({"precision": "fp16"}, "fp16 needs a GPU"),

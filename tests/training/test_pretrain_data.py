@@ -264,5 +264,5 @@ def test_the_command_takes_two_steps_under_the_engines_that_a_cpu_can_run(tmp_pa
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=400, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     processes = 2 if engine == "two_processes" else 1
-    assert f"8 = {processes} processes x {8 // processes}" in done.stdout
+    assert f"8 = {processes} process{'' if processes == 1 else 'es'} x {8 // processes}" in done.stdout
     assert done.stdout.count("dry run:") == 1 and not (tmp_path / "run").exists()

@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from pyramidclip_hf.files import visible
+from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
 from pyramidclip_hf.picture_files import pictures_below, told_passed_over
 from training.data.records import Sample
 from training.data.remote import is_url
@@ -30,7 +31,8 @@ class LabelledPictures:
         name: the data set, as results call it.
         class_names: the C names that prompts are made of.
         labels: one class number a picture.
-        read: picture number -> PIL picture. It can be pickled, for processes that are started.
+        read: picture number -> PIL picture; takes `max_image_pixels` too, see `open_picture`. It can be pickled, for
+            processes that are started.
         described: fields of `EvalResult` that say which data this is.
         main_metric: the metric that this data set is reported by, and a word on it; None where there is no such custom.
         files: the picture files, in the order of `labels`; empty where pictures have no files of their own, None where
@@ -40,7 +42,7 @@ class LabelledPictures:
     name: str
     class_names: list[str]
     labels: list[int]
-    read: Callable[[int], Image.Image]
+    read: Callable[..., Image.Image]
     described: Mapping[str, str | None] = field(default_factory=dict)
     main_metric: tuple[str, str] | None = None
     files: Sequence[Path] | None = None
@@ -238,14 +240,16 @@ def labelled_shards(
     return check_every_class_has_pictures(pictures, max_samples)
 
 
-def _picture_file(files: Sequence[Path], number: int) -> Image.Image:
+def _picture_file(files: Sequence[Path], number: int, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """One of the files, decoded; ValueError where it is no picture."""
-    return open_picture(files[number].read_bytes(), str(files[number]))
+    return open_picture(files[number].read_bytes(), str(files[number]), max_image_pixels)
 
 
-def _picture_of(samples: ShardSamples, chosen: Sequence[int], number: int) -> Image.Image:
+def _picture_of(
+    samples: ShardSamples, chosen: Sequence[int], number: int, max_image_pixels: int = MAX_IMAGE_PIXELS
+) -> Image.Image:
     sample = samples[chosen[number]]
-    return open_picture(sample.image, sample.key)
+    return open_picture(sample.image, sample.key, max_image_pixels)
 
 
 def _class_of(sample: Sample, data: str) -> str:

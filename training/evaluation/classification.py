@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES, class_embeddings
@@ -45,6 +46,7 @@ def zero_shot_scores(
     data: LabelledPictures,
     templates: Sequence[str] | None,
     batch_size: int,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> torch.Tensor:
     """Cosines of pictures and classes, the same on any number of processes, which all call it.
 
@@ -56,6 +58,7 @@ def zero_shot_scores(
         data: N pictures, C classes.
         templates: prompts with `{}` for the class name; None: the 80 of the zero-shot module.
         batch_size: pictures encoded at a time.
+        max_image_pixels: see `open_picture`.
 
     Returns:
         (N, C) float32.
@@ -73,7 +76,8 @@ def zero_shot_scores(
         return class_embeddings(model, processor, names, templates).float().cpu()
 
     def encode_pictures(numbers: range) -> torch.Tensor:
-        pictures = processor.image_processor([data.read(number) for number in numbers], return_tensors="pt")
+        read = [data.read(number, max_image_pixels=max_image_pixels) for number in numbers]
+        pictures = processor.image_processor(read, return_tensors="pt")
         return model.encode_image(pictures["pixel_values"].to(model.device, model.dtype), normalize=True).float().cpu()
 
     classes = torch.cat(map_batches(encode_classes, len(distinct), 16, "class prompts"))

@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import BatchFeature
 
 from pyramidclip_hf.configuration_pyramidclip import LEVELS, TERMS, levels_of_kind
+from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.records import MAX_REGIONS, Sample, best_objects
@@ -109,6 +110,7 @@ def embed_levels(
     alone: bool = False,
     max_regions: int | None = MAX_REGIONS,
     drop_repeated_tags: bool = False,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> LevelEmbeddings:
     """Encodes the named levels of all samples with `model.encode_levels`, in evaluation mode, without gradient.
 
@@ -125,6 +127,7 @@ def embed_levels(
         alone: see `map_batches`.
         max_regions: the most confident objects of each sample, see `best_objects`; None: the samples are cut already.
         drop_repeated_tags: see `best_objects`.
+        max_image_pixels: see `open_picture`.
 
     Returns:
         The embeddings; a level that a sample lacks is marked in `present`.
@@ -138,7 +141,7 @@ def embed_levels(
         chosen = [samples[i] for i in indices]
         if max_regions is not None:
             chosen = [best_objects(sample, max_regions, drop_repeated_tags) for sample in chosen]
-        return _encode_batch(model, processor, chosen, levels, local_area)
+        return _encode_batch(model, processor, chosen, levels, local_area, max_image_pixels)
 
     was_training = model.training
     model.eval()
@@ -182,9 +185,10 @@ def _encode_batch(
     samples: list[Sample],
     levels: list[str],
     local_area: float,
+    max_image_pixels: int,
 ) -> _EncodedBatch:
     captions = [(row, text) for row, one in enumerate(samples) for text in one.captions or (one.caption,) if text]
-    inputs = dict(_level_inputs(processor, samples, levels, local_area))
+    inputs = dict(_level_inputs(processor, samples, levels, local_area, max_image_pixels))
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     rest = [level for level in levels if level != "caption"]
     embeds = model.encode_levels(rest, **inputs) if rest else {}
@@ -207,11 +211,11 @@ def _encode_batch(
 
 
 def _level_inputs(
-    processor: PyramidCLIPProcessor, samples: list[Sample], levels: list[str], local_area: float
+    processor: PyramidCLIPProcessor, samples: list[Sample], levels: list[str], local_area: float, max_image_pixels: int
 ) -> BatchFeature | dict[str, torch.Tensor]:
     wanted: dict[str, Any] = {}
     if levels_of_kind("picture", levels):
-        pictures = [open_picture(sample.image, sample.key) for sample in samples]
+        pictures = [open_picture(sample.image, sample.key, max_image_pixels) for sample in samples]
         if "global" in levels:
             wanted["images"] = pictures
         if "local" in levels:

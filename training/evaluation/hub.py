@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from pyramidclip_hf.files import visible
+from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
 from training.data.labelled import (
     LabelledPictures,
     check_class_names,
@@ -266,8 +267,10 @@ def _undecoded(rows: "Dataset", column: str) -> "Dataset":
     return rows.cast_column(column, Image(decode=False)) if isinstance(rows.features[column], Image) else rows
 
 
-def _picture(rows: "Dataset", column: str, data: str, number: int) -> Image.Image:
-    return open_picture(_bytes(rows[number][column], data, number), f"{data}, row {number}")
+def _picture(
+    rows: "Dataset", column: str, data: str, number: int, max_image_pixels: int = MAX_IMAGE_PIXELS
+) -> Image.Image:
+    return open_picture(_bytes(rows[number][column], data, number), f"{data}, row {number}", max_image_pixels)
 
 
 def _bytes(value: Any, data: str, row: int) -> bytes:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
 from training.data.labelled import (
     LabelledPictures,
     check_class_names,
@@ -181,9 +182,13 @@ def open_both_splits(
     return train, test
 
 
-def _picture(pictures: Sequence[Path | np.ndarray], number: int) -> Image.Image:
+def _picture(
+    pictures: Sequence[Path | np.ndarray], number: int, max_image_pixels: int = MAX_IMAGE_PIXELS
+) -> Image.Image:
     picture = pictures[number]
-    return open_picture(picture.read_bytes(), str(picture)) if isinstance(picture, Path) else Image.fromarray(picture)
+    if isinstance(picture, Path):
+        return open_picture(picture.read_bytes(), str(picture), max_image_pixels)
+    return Image.fromarray(picture)
 
 
 def _reported_name(spec: NamedSet, split: str, sizes: tuple[int, int], split_file: str | None, as_paper: bool) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from huggingface_hub import EvalResult
 
+from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.labelled import LabelledPictures, open_pictures
@@ -80,6 +81,9 @@ class EvaluationArguments:
     chunk_size: int = field(
         default=256, metadata={"help": "queries scored at a time; memory is chunk_size x candidates"}
     )
+    max_image_pixels: int = field(
+        default=MAX_IMAGE_PIXELS, metadata={"help": "a picture with more is an error, by its header"}
+    )
     max_samples: int | None = field(default=None, metadata={"help": "evaluate on so many samples only"})
     allow_unfinished: bool = field(
         default=False, metadata={"help": "also shards of which a step of preparation has begun and not ended"}
@@ -108,7 +112,7 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         """What can be refused before anything is loaded."""
         self.levels = check_pairs(self.levels)
-        for name in ("batch_size", "chunk_size", "max_samples", "max_regions"):
+        for name in ("batch_size", "chunk_size", "max_samples", "max_regions", "max_image_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected a number of at least 1, got {value}")
@@ -169,6 +173,7 @@ def evaluate_retrieval(
             args.local_view_area,
             max_regions=args.max_regions,
             drop_repeated_tags=args.drop_repeated_tags,
+            max_image_pixels=args.max_image_pixels,
         )
         metrics = level_metrics(embedded.embeds, args.levels, embedded.present, embedded.owners, args.chunk_size)
         results += [
@@ -206,7 +211,7 @@ def evaluate_zero_shot(
     results, main_values = [], dict[str, float]()
     templates = read_templates(args.templates)
     for data in [open_labelled(args, name) for name in args.dataset or (None,)]:
-        scores = zero_shot_scores(model, processor, data, templates, args.batch_size)
+        scores = zero_shot_scores(model, processor, data, templates, args.batch_size, args.max_image_pixels)
         metrics = classification_metrics(scores, torch.tensor(data.labels))
         main, note = data.main_metric or (None, None)
         if main is not None:

@@ -41,6 +41,7 @@ from training.loop.record import (
     write_record,
 )
 from training.loop.run_folder import checkpoint_path, list_checkpoints, prune, remove_leftovers, step_of
+from training.settings.run import told_processes
 
 
 class Stateful(Protocol):
@@ -262,8 +263,8 @@ def read_checkpoint(path: Path, state: TrainingState) -> tuple[Progress, list[st
         # Counts are only ever added up, so the first process may hold all of them.
         reader = _summed([process["reader"] for process in kept]) if rank() == 0 else {}
         messages.append(
-            f"the checkpoint was written by {len(kept)} processes and continues on {world_size()}: the same data in "
-            "the same order, but sums run in another order and BatchNorm sees other batches, so the run is not "
+            f"the checkpoint was written by {told_processes(len(kept))} and continues on {world_size()}: the same data "
+            "in the same order, but sums run in another order and BatchNorm sees other batches, so the run is not "
             "bit-equal to an undisturbed one"
         )
     return Progress(**record["progress"], reader=reader), messages

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pyramidclip_hf.loading import check_device
+from pyramidclip_hf.loading import check_device, told_slow_type
 from training.evaluation.process import check_own_gpu
 from training.loop.network import choose_gloo_interface
 from training.settings.run import RunSettings
@@ -98,6 +99,8 @@ def start_processes(settings: RunSettings, folder: Path) -> Any:
     # DDP says this of depth-wise convolutions, whose gradients may have either of two equal layouts.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     check_engine(accelerator.distributed_type)
+    if slow := settings.precision == "bf16" and told_slow_type("bfloat16", accelerator.device):
+        accelerator.print(f"--precision bf16: {slow} (--precision fp32)", file=sys.stderr)
     return accelerator
 
 

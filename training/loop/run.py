@@ -49,7 +49,7 @@ from training.loop.task import Batch, Metrics, StepLoss, Task
 from training.loop.tracking import MetricsLog, StepWindow, start_trackers
 from training.loop.watch import Watch, doing, waiting
 from training.settings.fields import default_identity
-from training.settings.run import RunSettings
+from training.settings.run import RunSettings, told_processes
 
 DRY_RUN_STEPS = 2
 
@@ -541,7 +541,8 @@ def describe_dry_run(run: Run) -> None:
         f"  model       {settings.model}, {parameters:,} parameters, {trainable:,} trained",
         f"  objective   {task.describe_objective()}",
         f"  data        {plan.samples:,} samples, {plan.steps_per_epoch:,} steps an epoch",
-        f"  batch       {settings.global_batch_size:,} = {world_size()} processes x {plan.per_device_batch_size:,}",
+        f"  batch       {settings.global_batch_size:,} = {told_processes(world_size())} x "
+        f"{plan.per_device_batch_size:,}",
         f"  length      {plan.total_steps:,} steps, {plan.total_steps * settings.global_batch_size:,} samples, into "
         f"{settings.output_dir}",
     ]

@@ -20,7 +20,7 @@ from training.loop.distributed import world_size
 from training.loop.identity import Identity, model_identity
 from training.loop.optim import build_optimizer, learning_rate_at
 from training.settings.fields import identity_of
-from training.settings.run import RunSettings
+from training.settings.run import RunSettings, told_processes
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -122,8 +122,8 @@ def plan_steps(
     steps_per_epoch = samples // global_batch_size
     if steps_per_epoch == 0:
         raise ValueError(
-            f"the data has {samples} samples, fewer than one global batch: {world_size()} processes x {per_device} = "
-            f"{global_batch_size}. Lower global_batch_size to at most {samples}, or add data"
+            f"the data has {samples} samples, fewer than one global batch: {told_processes(world_size())} x "
+            f"{per_device} = {global_batch_size}. Lower global_batch_size to at most {samples}, or add data"
         )
     if overfit_batches:
         if overfit_batches > steps_per_epoch:

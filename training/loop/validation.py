@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from pyramidclip_hf.configuration_pyramidclip import TERMS
+from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.records import BadSample, Sample, best_objects, has_level
@@ -32,6 +33,7 @@ class ValidationSet:
         max_regions: Objects used of each sample, as in training.
         drop_repeated_tags: As in training.
         allow_unfinished: See `ShardSamples`.
+        max_image_pixels: As in training.
 
     Attributes:
         bad: For each sample that was left out, what is wrong with it.
@@ -49,6 +51,7 @@ class ValidationSet:
         max_regions: int,
         drop_repeated_tags: bool = False,
         allow_unfinished: bool = False,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ):
         samples = ShardSamples(data, max_samples, allow_unfinished, levels_of_pairs((*ALWAYS, *pairs)))
         self.samples: list[Sample] = []
@@ -56,7 +59,7 @@ class ValidationSet:
         for number in range(len(samples)):
             try:
                 sample = samples.read(number)
-                open_picture(sample.image, f"{sample.key} of {data}")
+                open_picture(sample.image, f"{sample.key} of {data}", max_image_pixels)
             except ValueError as error:
                 # Its cause says what it is; the rest is advice for evaluations that leave nothing out.
                 self.bad.append(str(error.__cause__ if isinstance(error.__cause__, BadSample) else error))
@@ -64,7 +67,7 @@ class ValidationSet:
                 self.samples.append(best_objects(sample, max_regions, drop_repeated_tags))
         if not self.samples:
             raise ValueError(f"validation_data {data}: none of {len(samples)} samples can be read; {self.bad[0]}")
-        self.processor = processor
+        self.processor, self.max_image_pixels = processor, max_image_pixels
         self.pairs = tuple(
             name
             for name in dict.fromkeys((*ALWAYS, *pairs))
@@ -88,7 +91,14 @@ class ValidationSet:
         broadcast_buffers(model)
         device_type = model.logit_scale.device.type
         with torch.autocast(device_type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-            found = embed_levels(model, self.processor, self.samples, levels_of_pairs(self.pairs), max_regions=None)
+            found = embed_levels(
+                model,
+                self.processor,
+                self.samples,
+                levels_of_pairs(self.pairs),
+                max_regions=None,
+                max_image_pixels=self.max_image_pixels,
+            )
         results = level_metrics(found.embeds, self.pairs, found.present, owners=found.owners)
         return bad | {
             f"validation/{name}/{metric}": value

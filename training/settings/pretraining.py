@@ -11,7 +11,7 @@ from typing import Literal
 
 from pyramidclip_hf.loss_pyramidclip import check_loss_weights
 from training.settings.fields import Through, check_area, check_share_or_all, setting
-from training.settings.run import RunSettings, changed
+from training.settings.run import RunSettings, changed, told_processes
 
 
 @dataclass(kw_only=True)
@@ -242,7 +242,7 @@ class PretrainingArguments(RunSettings):
         if self.per_device_chunk_size and size % self.per_device_chunk_size:
             raise ValueError(
                 f"per_device_chunk_size {self.per_device_chunk_size} must divide the batch of one process, "
-                f"{size} (= global_batch_size {self.global_batch_size} / {num_processes} processes): chunks of "
+                f"{size} (= global_batch_size {self.global_batch_size} / {told_processes(num_processes)}): chunks of "
                 "different sizes would get different BatchNorm statistics"
             )
         return size

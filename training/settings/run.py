@@ -12,6 +12,11 @@ from training.settings.reading import is_mapping, value_types
 MOST_WORKERS = 16
 
 
+def told_processes(number: int) -> str:
+    """So many processes, in words."""
+    return f"{number} process" if number == 1 else f"{number} processes"
+
+
 @dataclass(kw_only=True)
 class RunSettings:
     """What every run has: a kind of training derives from it, and repeats a field only to change it (`changed`).

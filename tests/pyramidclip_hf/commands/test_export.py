@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from pyramidclip_hf.embedding_files import read_embeddings, read_metadata
+from pyramidclip_hf.export import compare_on_data
+from pyramidclip_hf.loading import load_model
 from tests.pyramidclip_hf.commands.plain import COLOURS, run
 
 pytest.importorskip("onnxruntime", reason="needs the extra export")
@@ -108,3 +110,22 @@ def test_an_engine_that_is_absent_names_the_extra(model_dir, pictures, capsys, m
         capsys, "classify", "--model", model_dir, pictures / "blue.jpg", "--labels", "a", "b", "--backend", "onnx"
     )
     assert code == 2 and 'pip install "pyramidclip-hf[export]"' in err
+
+
+def test_what_calibration_and_classes_pass_over_is_said_before_anything_is_loaded(pictures, capsys, tmp_path):
+    for folder, other in (("bat", "b.heic"), ("fox", "notes.txt")):
+        (tmp_path / folder).mkdir()
+        shutil.copy(pictures / "blue.jpg", tmp_path / folder)
+        (tmp_path / folder / other).write_bytes(b"")
+    command = ["export", "--model", tmp_path / "gone", "--calibration", tmp_path / "bat", "--classes", tmp_path]
+    code, _, err = run(capsys, *command, "--quiet")
+    assert code == 2 and err.startswith("passed over: 1 .heic; .heic: Pillow")
+    assert err.splitlines()[1].startswith(f"--classes {tmp_path}: passed over: 1 .heic, 1 .txt; .heic: Pillow")
+
+
+def test_pictures_of_classes_are_compared(model_dir, pictures):
+    """The model in both places: half of two classes of one picture is always first."""
+    loaded, blue = load_model(str(model_dir)), str(pictures / "blue.jpg")
+    classes = {"bat": [blue], "fox": [blue]}
+    [(measure, before, after)] = compare_on_data(loaded, loaded.model, None, classes, 10**6)
+    assert measure.startswith("zero-shot") and before == after == 0.5

@@ -175,7 +175,7 @@ def test_pictures_of_others_start_no_program_and_have_a_limit(tmp_path, monkeypa
     column = [{"bytes": data, "path": None} for data in (eps.getvalue(), b"P6 12000 9000 255\n")]
     data = datasets.Dataset.from_dict({"image": column, "label": ["cat", "dog"]})
     pictures = labelled_hub(parquet(tmp_path / "d", data.cast_column("image", datasets.Image())))
-    with pytest.raises(ValueError, match="row 0 cannot be read: cannot identify image file"):
+    with pytest.raises(ValueError, match="row 0 cannot be read: .* are no JPEG, PNG"):
         pictures.read(0)
     with pytest.raises(ValueError, match="row 1 cannot be read: The picture has 12000 x 9000 pixels, more than"):
         pictures.read(1)

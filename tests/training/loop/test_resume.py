@@ -125,7 +125,7 @@ def test_another_number_of_processes_continues_with_a_message(tmp_path, capfd):
     shutil.rmtree(tmp_path / "two" / "final")
     run_in_processes(run_settings, 2, arguments(tmp_path / "two", resume="latest", gradient_checkpointing=True))
     said = capfd.readouterr().out
-    assert "written by 1 processes and continues on 2" in said and "not bit-equal" in said
+    assert "written by 1 process and continues on 2" in said and "not bit-equal" in said
     assert "changed setting: how.gradient_checkpointing: was False, is now True" in said
     first, second = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
     assert first.keys() == second.keys()

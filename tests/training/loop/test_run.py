@@ -111,7 +111,15 @@ def test_a_dry_run_takes_two_steps_and_leaves_nothing(tmp_path, capsys):
     result = pretrain.run(settings(tmp_path / "run", dry_run=True, max_steps=1000))
     assert result.steps == 2 and not result.finished and not (tmp_path / "run").exists()
     said = capsys.readouterr().out
-    assert "8 = 1 processes x 8" in said and "1,000 steps, 8,000 samples" in said
+    assert "8 = 1 process x 8" in said and "1,000 steps, 8,000 samples" in said
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_a_half_type_that_is_slow_here_is_said(tmp_path, capsys, monkeypatch, able):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able}, raising=False)
+    pretrain.run(settings(tmp_path / "run", dry_run=True, precision="bf16"))
+    told = "--precision bf16: this processor has no bfloat16 arithmetic: it works, but float32 is faster"
+    assert (told in capsys.readouterr().err) is not able
 
 
 def test_a_missing_package_names_its_extra(tmp_path, monkeypatch):
