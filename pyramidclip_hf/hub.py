@@ -9,6 +9,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -72,6 +73,9 @@ AUTHORS_WEIGHTS_LICENSE = (
     "is allowed: ask them before you use the weights in a product or pass them on, this folder included."
 )
 
+# What Markdown or HTML makes more of than the character; an underscore between letters stays one.
+_MARKS = re.compile(r"[\\`*{}\[\]<>#+!|~&$]|(?<!\w)_|_(?!\w)")
+
 
 class PublishError(RuntimeError):
     """A folder could not be published; the message says why, and what the repository looks like now."""
@@ -131,13 +135,13 @@ def build_model_card(
     return ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name(CARD_TEMPLATE)),
-        model_name=model_name,
-        repo_id=repo_id or model_name,
+        model_name=as_markdown(model_name),
+        repo_id=json.dumps(repo_id or model_name, ensure_ascii=False),
         facts=_facts(config),
         provenance=provenance,
         intended_use=intended_use,
         training_data=training_data,
-        training={_cell(name): _cell(value) for name, value in (training or {}).items()},
+        training={as_markdown(name): as_markdown(value) for name, value in (training or {}).items()},
         results=[_result_row(result) for result in results],
         limits=f"- {limits}\n" if limits else "",
         license_text=license_text,
@@ -172,17 +176,17 @@ def _facts(config: PyramidCLIPConfig) -> dict[str, Any]:
 def _result_row(result: EvalResult) -> dict[str, str]:
     value = result.metric_value
     return {
-        "task": _cell(result.task_name or result.task_type),
-        "dataset": _cell(" ".join(filter(None, (result.dataset_name, result.dataset_config)))),
-        "split": _cell(result.dataset_split or ""),
-        "metric": _cell(result.metric_name or result.metric_type),
-        "value": f"{value:.4g}" if isinstance(value, float) else _cell(value),
+        "task": as_markdown(result.task_name or result.task_type),
+        "dataset": as_markdown(" ".join(filter(None, (result.dataset_name, result.dataset_config)))),
+        "split": as_markdown(result.dataset_split or ""),
+        "metric": as_markdown(result.metric_name or result.metric_type),
+        "value": f"{value:.4g}" if isinstance(value, float) else as_markdown(value),
     }
 
 
-def _cell(value: Any) -> str:
-    """A value as one cell of a Markdown table."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+def as_markdown(text: Any) -> str:
+    """A text of unknown origin in one line of Markdown, which shows it as it is: no mark-up, HTML or table in it."""
+    return _MARKS.sub(r"\\\g<0>", " ".join(str(text).split()))
 
 
 def export_remote_code(
@@ -302,7 +306,7 @@ def publish_folder(
         # The libraries below quote such a token in their error and in their log.
         raise ValueError("The token holds a space, a line break or another character that no token has; copy it again.")
     with _staged(folder, card, remote_code) as staged:
-        return _push(_files_to_publish(staged), repo_id, token, private, revision, commit_message)
+        return _push(_visible_files(staged), repo_id, token, private, revision, commit_message)
 
 
 @contextlib.contextmanager
@@ -354,15 +358,10 @@ def _push(
 
 
 def _files_to_publish(folder: Path) -> dict[str, Path]:
-    """Name in the repository -> file."""
+    """Name in the repository -> file; ValueError where it is no model, or a link leads out of the folder."""
     if not (folder / "config.json").is_file() or not any(_is_weight_file(path.name) for path in folder.glob("*")):
         raise ValueError(f"Expected a folder with config.json and weights (model.safetensors), found none at {folder}.")
-    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    found = {
-        name.as_posix(): path
-        for name, path in paths.items()
-        if not any(is_hidden(part) or part == "__pycache__" for part in name.parts)
-    }
+    found = _visible_files(folder)
     edge = folder.resolve()
     outside = [path for path in found.values() if edge not in path.resolve().parents]
     if outside:
@@ -371,6 +370,15 @@ def _files_to_publish(folder: Path) -> dict[str, Path]:
             "it, or put the file itself there."
         )
     return found
+
+
+def _visible_files(folder: Path) -> dict[str, Path]:
+    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        name.as_posix(): path
+        for name, path in paths.items()
+        if not any(is_hidden(part) or part == "__pycache__" for part in name.parts)
+    }
 
 
 def _is_weight_file(name: str) -> bool:

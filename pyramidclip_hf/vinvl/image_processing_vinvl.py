@@ -1,6 +1,7 @@
 # Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Pictures -> what the VinVL detector reads: short side 600, BGR in 0..255 less the mean, padded to one size."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,9 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
+
+# Those that Pillow reads by itself: EPS, for one, would start another program.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 
 class VinVLImageProcessorKwargs(ImagesKwargs, total=False):
@@ -20,8 +24,9 @@ class VinVLImageProcessorKwargs(ImagesKwargs, total=False):
 class VinVLImageProcessor(PilBackend):
     r"""Prepares pictures for [`VinVLForObjectAttributeDetection`], as the published detector does it.
 
-    `processor(images)` takes one picture or a list: PIL images, or uint8 arrays or tensors, grey or RGB, of shape
-    (H, W), (H, W, 3) or (3, H, W). EXIF rotation is applied, alpha dropped, 16-bit grey scaled to 8 bits. It returns
+    `processor(images)` takes one picture or a list: PIL images, paths of files, or uint8 arrays or tensors, grey or
+    RGB, of shape (H, W), (H, W, 3) or (3, H, W). EXIF rotation is applied, alpha dropped, 16-bit grey scaled to 8
+    bits. It returns
 
     - `pixel_values` (B, 3, H, W) float32, BGR, `(value in 0..255 - image_mean) / image_std`; smaller pictures stand at
       the top left, the rest is 0;
@@ -51,6 +56,22 @@ class VinVLImageProcessor(PilBackend):
     def __init__(self, **kwargs: Unpack[VinVLImageProcessorKwargs]):
         super().__init__(**kwargs)  # type: ignore[misc]  # the base class keeps any keyword
 
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Paths become pictures that are opened and not yet decoded.
+
+        Raises:
+            ValueError: text that is no file's path, such as a URL.
+            PIL.UnidentifiedImageError: none of the formats that are read here.
+        """
+        source = image_url_or_urls
+        if isinstance(source, (list, tuple)):
+            return [self.fetch_images(one) for one in source]
+        if not isinstance(source, (str, os.PathLike)):
+            return super().fetch_images(source)
+        if not os.path.isfile(source):
+            raise ValueError(f"Expected a picture or the path of a file, got {str(source)[:200]!r}: fetch it first.")
+        return Image.open(source, formats=[name for name in _FORMATS if name in _readable()])
+
     def process_image(  # type: ignore[override]  # resizing needs pictures, not arrays
         self, image: Any, max_image_pixels: int | None = None, **kwargs: Any
     ) -> Image.Image:
@@ -63,6 +84,8 @@ class VinVLImageProcessor(PilBackend):
                 f"The picture has {image.width} x {image.height} = {pixels} pixels, more than max_image_pixels = "
                 f"{max_image_pixels}. Raise max_image_pixels if the source is trusted."
             )
+        # Pixels before metadata: a TIFF turns itself while it is decoded, and would be turned twice.
+        image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
             # PIL clips 16-bit grey at 255 instead of scaling it.
@@ -127,6 +150,12 @@ def resized_size(height: int, width: int, shortest_edge: int, longest_edge: int)
         return height, width
     long = int(shortest_edge * long / short)
     return (long, shortest_edge) if height > width else (shortest_edge, long)
+
+
+def _readable() -> dict[str, Any]:
+    """The formats of this Pillow; AVIF is not in each."""
+    Image.init()
+    return Image.OPEN
 
 
 def _image_from_array(array: np.ndarray) -> Image.Image:

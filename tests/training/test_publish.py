@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import markdown_it
 import pytest
 import torch
 from huggingface_hub import EvalResult, ModelCard
@@ -92,6 +93,25 @@ def test_run_is_published_in_one_commit_and_loads_back(run_folder, tmp_path, che
     assert ran.returncode == 2 and "no connection to the Hub" in ran.stderr
     assert contents(run_folder) == before
     assert environment["HF_TOKEN"] not in ran.stdout + ran.stderr
+
+
+def test_what_data_say_of_themselves_is_text_in_the_card(run_folder):
+    final = run_folder / "final"
+    record = json.loads((final / "training.json").read_text(encoding="utf8"))
+    record["data"] = [{
+        "name": "data/<b>emoji_scenes", "samples": 24,
+        "license": "a|b ![x](https://x.example/y.png) &lt; ```\n## no `x`",
+        "attribution": "CC0\n\n# Heading\n<script>alert(1)</script>\n---\n- [link](javascript:x) _a_ **b**",
+    }]  # fmt: skip
+    record["settings"]["output_dir"] = 'runs/x")\n```\n# <img src=x>\n'
+    write_card(final, record)
+    text = (final / "README.md").read_text(encoding="utf8")
+    assert card_faults(text) == []
+    html = markdown_it.MarkdownIt("commonmark").enable("table").render(text.split("\n---\n", 1)[1])
+    for tag in ("<script", "<img", "<b>", "Heading</h", "no <code", "<em>", "<strong>", '<a href="javascript'):
+        assert tag not in html, tag
+    assert "&lt;b&gt;emoji_scenes: 24 samples." in html and "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert html.count("<pre>") == 2  # the example and the citation
 
 
 def test_what_cannot_be_published(run_folder, tmp_path):

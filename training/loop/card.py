@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from pyramidclip_command import Failure
 from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
-from pyramidclip_hf.hub import PublishError, build_model_card, publish_folder
+from pyramidclip_hf.hub import PublishError, as_markdown, build_model_card, publish_folder
 from training.evaluation.results import hub_identifier, read_json
 
 # What a reader of the card wants to know; all settings are in training.json.
@@ -61,8 +61,9 @@ def _data_sentences(data_sets: Sequence[Mapping[str, Any]]) -> str:
     """A line for each data set: name, size, what made its levels, attribution and licence."""
     lines = []
     for data in data_sets:
-        told = [f"{key}: {data[key]}" for key in ("made_by", "attribution", "license") if data.get(key)]
-        lines.append(f"- {Path(data['name']).name}: {data['samples']:,} samples. {' '.join(told)}".rstrip())
+        told = [f"{key}: {as_markdown(data[key])}" for key in ("made_by", "attribution", "license") if data.get(key)]
+        name = as_markdown(Path(data["name"]).name)
+        lines.append(f"- {name}: {data['samples']:,} samples. {' '.join(told)}".rstrip())
     return "\n".join(lines)
 
 

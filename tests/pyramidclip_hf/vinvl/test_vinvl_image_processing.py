@@ -1,11 +1,13 @@
 """The detector's image processor against the published sizes and torchvision's resizing."""
 
+import base64
 import io
+import os
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 from torchvision.transforms import functional
 from transformers import AutoImageProcessor
 
@@ -125,3 +127,25 @@ def test_settings_survive_saving(small, tmp_path):
         loaded = AutoImageProcessor.from_pretrained(tmp_path, backend=backend)
         assert isinstance(loaded, VinVLImageProcessor) and loaded.to_dict() == small.to_dict()
     assert np.array_equal(loaded(picture(75, 50))["pixel_values"], small(picture(75, 50))["pixel_values"])
+
+
+def test_files_are_opened_without_starting_other_programs(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("started a program"))
+    given = picture(60, 40)
+    given.save(tmp_path / "good.png")
+    given.save(tmp_path / "bad.jpg", "EPS")
+    assert torch.equal(*(small([one], return_tensors="pt")["pixel_values"] for one in (given, tmp_path / "good.png")))
+    with pytest.raises(UnidentifiedImageError):
+        small(str(tmp_path / "bad.jpg"))
+    os.mkfifo(tmp_path / "fifo.png")
+    for wrong in (str(tmp_path / "fifo.png"), "https://x.example/y.png", base64.b64encode(b"%!PS-Adobe").decode()):
+        with pytest.raises(ValueError, match="path of a file"):
+            small(wrong)
+
+
+def test_a_tiff_is_turned_once(small, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(60, 40).save(tmp_path / "a.tif", exif=exif)
+    inputs = small(Image.open(tmp_path / "a.tif"))
+    assert np.asarray(inputs["original_sizes"]).tolist() == [[60, 40]]
