@@ -19,6 +19,8 @@ from pyramidclip_hf.files import cache_folder, locked, write_atomically
 INDEX_FORMAT = 1
 # A tar consists of blocks of so many bytes.
 BLOCK = 512
+# An index is compared with the headers of about so many samples when it is opened, and with each one that is read.
+_ROWS_LOOKED_AT = 16
 # Which members a new index takes in; an index that was cached under another rule is built anew.
 _MEMBERS_RULE = 2
 
@@ -222,11 +224,12 @@ def _has_end(path: str | os.PathLike[str], size: int) -> bool:
 def load_index(path: str | os.PathLike[str]) -> ShardIndex:
     """The index of the local tar at `path`: the one beside it, else a cached one, else newly built and cached.
 
-    The index beside a shard counts where the tar's size is the recorded one and the first and last members lie where
-    it says (copying a data set changes times, so time does not count there). It also counts where the tar is shorter
-    but starts the same: a truncated shard keeps its order, and what is cut off raises `BadSample` when read. A cached
-    index counts for exactly the size and time it was made from. Where the cache cannot be written, the index is only
-    returned.
+    The index beside a shard counts where the tar's size is the recorded one and the members of the first, the last and
+    some samples between lie where it says, in the sizes that it says; every other member is compared so when it is read
+    (copying a data set changes times, so time does not count there). It also counts where the tar is shorter but starts
+    the same: a truncated shard keeps its order, and what is cut off raises `BadSample` when read. A cached index counts
+    for exactly the size and time it was made from, where its members lie so too. Where the cache cannot be written, the
+    index is only returned.
 
     Raises:
         NotATar: the file is not an uncompressed tar.
@@ -266,8 +269,10 @@ def _cached_path(path: str | os.PathLike[str]) -> Path:
 
 def _cached_index(path: str | os.PathLike[str], cached: Path) -> ShardIndex | None:
     index, stat = _read_index(cached), os.stat(path)
-    fits = index is not None and (index.tar_bytes, index.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
-    return index if fits else None
+    if index is None or (index.tar_bytes, index.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
+        return None
+    # Tars that are made to be equal have equal times, whatever is in them.
+    return index if _index_fits(path, index) else None
 
 
 def _read_index(path: Path) -> ShardIndex | None:
@@ -281,32 +286,43 @@ def _read_index(path: Path) -> ShardIndex | None:
 
 
 def _index_fits(path: str | os.PathLike[str], index: ShardIndex) -> bool:
+    """Whether the headers in a tar say what the index says; of all samples the first, the last and some between."""
     size = os.path.getsize(path)
     if size > index.tar_bytes:
         return False
     if not index.keys:
         return size == index.tar_bytes
-    rows = (0, -1) if size == index.tar_bytes else (0,)
+    count = len(index.keys)
+    rows = sorted({i * (count - 1) // _ROWS_LOOKED_AT for i in range(_ROWS_LOOKED_AT + 1)})
     with open(path, "rb") as file:
-        for row in rows:
-            there = (
-                (suffix, int(offset)) for suffix, (offset, _) in zip(index.suffixes, index.spans[row]) if offset >= 0
-            )
-            suffix, offset = next(there, ("", 0))
-            if not suffix or offset < BLOCK:
+        for row in rows if size == index.tar_bytes else (0,):
+            there = [(suffix, at, n) for suffix, (at, n) in zip(index.suffixes, index.spans[row].tolist()) if at >= 0]
+            if not there or min(at for _, at, _ in there) < BLOCK:
                 return False
-            file.seek(offset - BLOCK)
-            try:
-                found = tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "surrogateescape").name
-            except tarfile.HeaderError:
-                return False
-            if not _names_agree(found, f"{index.keys[row]}.{suffix}"):
-                return False
+            for suffix, offset, bytes_ in there:
+                file.seek(offset - BLOCK)
+                if not is_header_of(file.read(BLOCK), f"{index.keys[row]}.{suffix}", bytes_):
+                    return False
     return True
 
 
+def is_header_of(block: bytes, name: str, size: int) -> bool:
+    """Whether a block of a tar is the header of a member of this name, whose suffix is in lower case, and size."""
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return header.size == size and _names_agree(header.name.lower(), name.lower())
+
+
 def _names_agree(found: str, expected: str) -> bool:
-    """Whether the name in a plain header is the expected one; long names are cut there, the full one lies before it."""
-    if found.lower() == expected.lower():
+    """Whether the name in a header is the expected one as far as it can be told.
+
+    Long names and those that are not ASCII are cut or replaced there; the full one lies before the header.
+    """
+    if found == expected:
         return True
-    return len(expected.encode(errors="surrogateescape")) > 100 and expected.lower().startswith(found.lower()[:80])
+    if not expected.isascii():
+        return True
+    base, found_base = expected.rpartition("/")[2], found.rpartition("/")[2]
+    return len(expected) > 100 and (expected.startswith(found[:80]) or base.startswith(found_base[:40]))

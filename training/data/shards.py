@@ -24,10 +24,11 @@ from typing import Any, Self
 from pyramidclip_hf.files import named, visible, write_atomically, write_text
 from training.data.records import BadSample, Sample, members_from_sample
 from training.data.remote import NotThere, ShardCache, is_url, read_small
-from training.data.shard_index import BLOCK, NotATar, ShardIndex, Span, index_path, load_index, span_table
+from training.data.shard_index import BLOCK, NotATar, ShardIndex, Span, index_path, is_header_of, load_index, span_table
 
 DATASET_FORMAT = 1
 MAX_MEMBER_BYTES = 256 << 20
+_REMOVE_INDEX = "remove the .index.json beside the tar, which is of another one, or copy the tar again"
 
 
 class ShardWriter:
@@ -218,7 +219,8 @@ class ShardReader:
 
         Raises:
             IndexError: outside the shard.
-            BadSample: `truncated-shard`, `member-too-large` or `read-error`: the bytes cannot be had.
+            BadSample: `truncated-shard`, `member-too-large` or `read-error`: the bytes cannot be had;
+                `stale-index`: the tar was changed after its index was made, or this header in it is damaged.
         """
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {self.name}, which has {len(self)}")
@@ -229,14 +231,20 @@ class ShardReader:
             if size > MAX_MEMBER_BYTES:
                 detail = f".{suffix} has {size} bytes, at most {MAX_MEMBER_BYTES} are read"
                 raise BadSample(self.keys[i], self.name, "member-too-large", detail)
+            if offset < BLOCK:
+                raise BadSample(self.keys[i], self.name, "stale-index", f".{suffix} at byte {offset}: {_REMOVE_INDEX}")
             try:
-                data = os.pread(file, size, offset)
+                # The member's header comes along, which costs no read more.
+                found = os.pread(file, BLOCK + size, offset - BLOCK)
             except OSError as error:
                 raise BadSample(self.keys[i], self.name, "read-error", str(error)) from None
-            if len(data) != size:
-                detail = f".{suffix} has {len(data)} of {size} bytes"
+            if len(found) != BLOCK + size:
+                detail = f".{suffix} has {max(len(found) - BLOCK, 0)} of {size} bytes"
                 raise BadSample(self.keys[i], self.name, "truncated-shard", detail)
-            members[suffix] = data
+            if not is_header_of(found[:BLOCK], f"{self.keys[i]}.{suffix}", size):
+                detail = f"no .{suffix} of {size} bytes where the index says: {_REMOVE_INDEX}"
+                raise BadSample(self.keys[i], self.name, "stale-index", detail)
+            members[suffix] = found[BLOCK:]
         return members
 
     def close(self) -> None:

@@ -160,11 +160,11 @@ def test_cached_index_follows_size_and_time(tmp_path):
     assert len(ShardReader(path)) == 7
     cached = list((tmp_path / "cache" / "indexes").iterdir())
     assert len(cached) == 1
-    text = cached[0].read_text().replace("00003", "99999")
+    text = cached[0].read_text().replace('"truncated": false', '"truncated": true')
     cached[0].write_text(text)
-    assert ShardReader(path).keys[3] == "99999"  # taken from the cache
+    assert ShardReader(path).truncated  # taken from the cache
     os.utime(path, ns=(1, 1))
-    assert ShardReader(path).keys[3] == "00003"  # another time: built anew
+    assert not ShardReader(path).truncated  # another time: built anew
 
 
 def test_hostile_members_write_nothing(tmp_path):
@@ -234,3 +234,54 @@ def test_a_fifo_is_no_shard(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
     with pytest.raises(FileNotFoundError, match="no shard at"):
         ShardReader(tmp_path / "a.tar")
+
+
+def captions(path, texts):
+    with ShardWriter(path) as writer:
+        for i, text in enumerate(texts):
+            writer.write_members(f"{i:05d}", {"jpg": b"a picture", "txt": text.encode()})
+
+
+@pytest.mark.parametrize("changed", [range(20), [0], [7], [19]])
+@pytest.mark.parametrize("beside", [True, False])
+def test_captions_that_another_tool_changed_are_never_read_by_the_old_index(tmp_path, changed, beside):
+    """Captions are padded to 512 bytes, so the tar keeps its size, and tars made to be equal have one time."""
+    path = tmp_path / "a.tar"
+    captions(path, [f"caption {i}" for i in range(20)])
+    if not beside:
+        index_path(path).unlink()
+        os.utime(path, ns=(0, 0))
+        load_index(path)
+    old = index_path(path).read_bytes() if beside else None
+    new = [f"caption {i}" + " that is right" * (i in changed) for i in range(20)]
+    captions(path, new)
+    index_path(path).unlink() if old is None else index_path(path).write_bytes(old)
+    os.utime(path, ns=(0, 0))
+    with ShardReader(path) as reader:
+        assert [reader.read(i)["txt"].decode() for i in range(20)] == new
+
+
+def test_a_change_that_opening_does_not_see_is_a_bad_sample(tmp_path):
+    path = tmp_path / "a.tar"
+    captions(path, ["old"] * 200)
+    old = index_path(path).read_bytes()
+    captions(path, ["other" if i == 5 else "old" for i in range(200)])
+    index_path(path).write_bytes(old)
+    with ShardReader(path) as reader:
+        assert reader.read(4)["txt"] == b"old"
+        with pytest.raises(BadSample, match="remove the .index.json") as caught:
+            reader.read(5)
+    assert caught.value.reason == "stale-index" and caught.value.key == "00005"
+
+
+def test_names_that_headers_replace_or_cut_are_still_found(tmp_path):
+    names = ["ünï/çödé", "d" * 60 + "/" + "k" * 60, "x" * 150, "\u732b" * 60]
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        with tarfile.open(tmp_path / f"{form}.tar", "w", format=form) as tar:
+            for name in names:
+                info = tarfile.TarInfo(f"{name}.JPG")
+                info.size = 3
+                tar.addfile(info, io.BytesIO(b"abc"))
+        for _ in range(2):
+            with ShardReader(tmp_path / f"{form}.tar") as reader:
+                assert reader.keys == names and all(reader.read(i) == {"jpg": b"abc"} for i in range(4))
