@@ -221,7 +221,9 @@ class PyramidCLIPEncoderLayer(GradientCheckpointingLayer):
         self.mlp = PyramidCLIPMLP(config)
         self.layer_norm2 = PyramidCLIPLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def feed_forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int] | None, views: int) -> torch.Tensor:
+    def feed_forward(
+        self, hidden_states: torch.Tensor, grid_size: tuple[int, int] | None, views: int = 1
+    ) -> torch.Tensor:
         """(B, L, D) after the second LayerNorm -> what is added to the tokens."""
         return self.mlp(hidden_states)
 

@@ -49,7 +49,9 @@ class PyramidCLIPLeFFLayer(PyramidCLIPEncoderLayer):
         super().__init__(config)
         self.mlp = PyramidCLIPLeFF(config)
 
-    def feed_forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int] | None, views: int) -> torch.Tensor:
+    def feed_forward(
+        self, hidden_states: torch.Tensor, grid_size: tuple[int, int] | None, views: int = 1
+    ) -> torch.Tensor:
         """(B, 1 + rows * columns, D) after the second LayerNorm -> what is added to the tokens."""
         first, patches = hidden_states.split([1, hidden_states.shape[1] - 1], dim=1)
         # All of LeFF view by view, not its BatchNorms alone: that would copy the wide tokens together three times.

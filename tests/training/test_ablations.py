@@ -234,7 +234,10 @@ def test_the_papers_numbers_are_in_its_text():
     lines = [[cell.split("(")[0].strip() for cell in line.split("|")] for line in text.split("\n") if "|" in line]
     for family, tables in page.PAPER.items():
         for table, rows in tables.items():
-            for name, (top, i2t, t2i) in rows.items():
+            for name, figures in rows.items():
+                if figures is None:  # a curve of Figure 6, without numbers
+                    continue
+                top, i2t, t2i = figures
                 parts = [(top,), (i2t, t2i)] if table == "components" else [(top, i2t, t2i)]
                 for part in parts:
                     sought = [str(number) for number in part]

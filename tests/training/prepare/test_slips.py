@@ -87,7 +87,7 @@ SLIPS = [
     ("detect --input_dir shards --detector nobody/nothing", "--detector nobody/nothing is no folder here"),
     ("detect --input_dir shards --detector empty", "--detector empty is .*expected a folder"),
     # Flags.
-    ("pack --input pictures.jsonl", "--output_dir"),
+    ("pack --input pictures.jsonl", "--output-dir"),
     ("pack --inputs pictures.jsonl --output_dir out", "unrecognized arguments: --inputs.*--help"),
     (
         "pack --input pictures.jsonl --output_dir out --samples_per_shard 0",
@@ -96,8 +96,8 @@ SLIPS = [
     ("pack --input pictures.jsonl --output_dir out --part_index 2", "part_index 2 of part_count 1"),
     ("summarize --input_dir shards --model first-clause --num_beams 0", "num_beams=0: expected 1 or more"),
     ("detect --input_dir shards --detector empty --batch_size 0", "batch_size is 0, expected 1 or more"),
-    ("detect --input_dir shards --detector empty --device toaster", "--device toaster: expected auto, cpu or a device"),
-    ("import_features --input features.tsv --made_by x", "give one of --merge_into"),
+    ("detect --input_dir shards --detector empty --device toaster", "--device toaster: expected auto, cpu, or cuda"),
+    ("import_features --input features.tsv --made_by x", "give one of --merge-into"),
     ("import_features --input features.tsv --store_dir out --hw a --hw b c", "--hw: 2 files for 1 inputs"),
     ("view shards/00000.tar --output page.html --first 7", "which has 1"),
     ("scenes", "nothing to do: give --output-dir"),
@@ -136,7 +136,7 @@ def test_hidden_files_beside_shards_are_passed_over(inputs, tmp_path):
     (tmp_path / "shards" / "._00000.tar").write_bytes(b"\0\5\x16\7" * 20)
     assert [Path(name).name for name in open_source(SourceArguments(["shards"])).files] == ["00000.tar"]
     assert list(shards_of("shards")) == ["00000.tar"]
-    assert len(StoreRows(tmp_path / "shards").rows) == 1
+    assert [Path(path).name for path in StoreRows(tmp_path / "shards").paths] == ["00000.tar"]
 
 
 def test_names_that_are_not_utf8_go_through_every_step(tmp_path, capsys):
