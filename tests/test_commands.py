@@ -1,11 +1,26 @@
 """Every command: its help, what it says about a wrong flag and about a path that is not there, and its exit codes."""
 
 import ast
+import errno
 import importlib
 import re
+from argparse import Namespace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
+
+from pyramidclip_command import (
+    EXIT_CODES,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_SKIPPED,
+    EXIT_STOPPED,
+    EXIT_UNPUBLISHED,
+    EXIT_WRONG_USAGE,
+    Failure,
+)
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 # What lies directly in these folders and has a `main` is a command.
@@ -120,6 +135,79 @@ def test_a_path_that_is_not_there_is_one_line(name, capsys, tmp_path):
     )
     assert main_of(name)(words.split()) == 2
     assert str(tmp_path / "gone") in error_line(capsys)
+
+
+def parts_of(name):
+    """The names in a command's module of what parses its words and of what does its work."""
+    tree = ast.parse(Path(importlib.util.find_spec(name).origin).read_text(encoding="utf8"))
+    (main,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+    parse, run = next(node for node in main.body if isinstance(node, ast.Return)).value.args[:2]
+    if isinstance(run, ast.Lambda):  # exit_code(run(args), args)
+        run = run.body.args[0].func
+    return ast.unparse(parse), ast.unparse(run)
+
+
+ENDS = [
+    (Failure("a part failed"), EXIT_FAILED),
+    (OSError(errno.ENOSPC, "No space left on device", "out"), EXIT_FAILED),
+    (OSError(errno.EIO, "Input/output error", "out"), EXIT_FAILED),
+    (MemoryError("too large"), EXIT_FAILED),
+    (torch.OutOfMemoryError("too large"), EXIT_FAILED),
+    (ValueError("a wrong setting"), EXIT_WRONG_USAGE),
+    (ImportError("install an extra"), EXIT_WRONG_USAGE),
+    (FileNotFoundError(errno.ENOENT, "No such file or directory", "gone"), EXIT_WRONG_USAGE),
+    (IsADirectoryError(errno.EISDIR, "Is a directory", "folder"), EXIT_WRONG_USAGE),
+    (KeyboardInterrupt(), EXIT_INTERRUPTED),
+]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_exit_code_means_the_same(name, capsys, monkeypatch):
+    """What ends the work of a command, which is what its `main` hands over, ends with the code that docs name."""
+    parse, run = parts_of(name)
+    module = importlib.import_module(name)
+
+    def let_parse(parsing):
+        made = parsing if parse.isidentifier() else lambda: Mock(parse_args=parsing)  # build_parser().parse_args
+        monkeypatch.setattr(module, parse.partition("(")[0], made)
+
+    let_parse(lambda words: Namespace(command="embed"))
+    for error, code in ENDS:
+        monkeypatch.setattr(module, run, Mock(side_effect=error))
+        assert main_of(name)([]) == code, error
+        said = capsys.readouterr().err
+        assert "Traceback" not in said and len(said.strip().splitlines()) <= 2, said
+        assert said.startswith("\nstopped." if code == EXIT_INTERRUPTED else "error: "), said
+    monkeypatch.setattr(module, run, Mock(side_effect=AttributeError("a fault of the program")))
+    with pytest.raises(AttributeError):
+        main_of(name)([])
+    for error, code in [(KeyboardInterrupt(), EXIT_INTERRUPTED), (ValueError("--x"), EXIT_WRONG_USAGE)]:
+        let_parse(Mock(side_effect=error))
+        assert main_of(name)([]) == code
+
+
+# What comes beside 0, 1, 2 and 130, which all have.
+FURTHER = {
+    "pyramidclip_command": {EXIT_SKIPPED},
+    "training.finetune": {EXIT_STOPPED},
+    "training.pretrain": {EXIT_UNPUBLISHED, EXIT_STOPPED},
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_the_codes_that_a_command_has(name, capsys):
+    with pytest.raises(SystemExit):
+        main_of(name)(["--help"])
+    shown = re.sub(r"\s+", " ", capsys.readouterr().out).partition("exit codes:")[2]
+    named = {code for code, meaning in EXIT_CODES.items() if f" {code} {meaning}" in shown}
+    assert named == {0, EXIT_FAILED, EXIT_WRONG_USAGE, EXIT_INTERRUPTED} | FURTHER.get(name, set())
+
+
+def test_the_page_has_every_code():
+    page = (CHECKOUT / "docs" / "training.md").read_text(encoding="utf8")
+    table = page.partition("### Exit codes")[2].partition("\n#")[0]
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)}
+    assert listed >= EXIT_CODES.keys()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
