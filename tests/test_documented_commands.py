@@ -1,20 +1,57 @@
-"""Commands as docstrings and pages show them: every module is there, and its own parser takes every word."""
+"""What docstrings and pages show: each command parses; on small data each of a page runs, and each Python block."""
 
 import argparse
 import ast
+import functools
 import importlib
+import json
+import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+import pyramidclip_command
+from pyramidclip_hf.loading import load_model
+from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPForImageClassification
+from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
+from tests.training.to_evaluate import FEATURES, save_tiny_model, write_pictures
+from training.data.records import Region, Sample
+from training.data.shards import ShardWriter, write_dataset_json
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 LAUNCHER = re.compile(r"(\w+=\S+ )*(\S*python3? -m (?!pip|venv|pytest)|accelerate launch |torchrun |pyramidclip (?!-))")
 # Stand for settings of any name, in usage lines.
 PLACEHOLDERS = {"--field": 2}
 OPEN_ENDED = "..."
+
+# Why a command does not run here; all parse, and the file named runs it in small.
+LONG = {
+    "conversion.convert_vinvl": "wants the released checkpoint; tests/conversion/test_convert_vinvl.py",
+    "tests.bench.growth": "quarter of an hour",
+    "tests.gpu": "a program of its own; tests/gpu/test_gpu.py",
+    "training.ablations": "hours; tests/training/test_ablations.py",
+    "training.emoji.scenes": "draws thousands of scenes; tests/training/emoji/test_scenes.py",
+    "training.finetune": "trains; tests/training/test_finetune.py",
+    "training.prepare.detect": "a detector of gigabytes; tests/training/prepare/test_detect.py",
+    "training.prepare.import_features": "files of others; tests/training/prepare/test_import_features.py",
+    "training.pretrain": "trains; tests/training/test_pretrain_data.py",
+}
+# What parts of the other commands do not run, by words that they hold.
+LONG_WORDS = {
+    "export": "half a minute; tests/pyramidclip_hf/commands/test_export.py",
+    "--bench": "downloads; tests/training/evaluation/test_clip_benchmark.py",
+    "--dataset": "data sets of others; tests/training/evaluation/test_sets.py",
+    "retrieval --models": "draws for seconds; tests/training/test_figures.py",
+    "tsne": "draws for seconds; tests/training/test_figures.py",
+}
+# What stands for what takes long, or for a word in capitals; all else is typed as printed.
+STAND_INS = {"t5-base": "first-clause", "DIR": "model", "SHARDS": "shards", "FOLDER": "labelled"}
 
 
 def pages():
@@ -55,15 +92,20 @@ def commands_in(lines):
     return [line.strip() for line in lines if LAUNCHER.match(line.strip())]
 
 
+def commands_of_pages():
+    """(page, command) in the order of the pages."""
+    for path in sorted(pages()):
+        for command in commands_in(code_of_page(path.read_text(encoding="utf8"))):
+            yield path.relative_to(CHECKOUT).as_posix(), command
+
+
 def documented_commands():
     """(where, command) for each command line of a module's docstring or of a page."""
     for path in sorted(sources()):
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf8"))) or ""
         for command in commands_in(code_of_docstring(docstring)):
             yield path.relative_to(CHECKOUT).as_posix(), command
-    for path in sorted(pages()):
-        for command in commands_in(code_of_page(path.read_text(encoding="utf8"))):
-            yield path.relative_to(CHECKOUT).as_posix(), command
+    yield from commands_of_pages()
 
 
 def module_and_words(command):
@@ -183,3 +225,165 @@ def test_a_wrapped_command_is_one_command():
         "python -m training.scale --config x.yaml --gpus 64",
         "python -m training.demo",
     ]
+
+
+def reason_not_to_run(module, words):
+    return LONG.get(module) or next((LONG_WORDS[held] for held in LONG_WORDS if held in " ".join(words)), None)
+
+
+RUN = [one for one in commands_of_pages() if not reason_not_to_run(*module_and_words(one[1]))]
+
+
+def make_shards(folder):
+    rng = np.random.default_rng(0)
+    with ShardWriter(folder / "00000.tar") as writer:
+        for number, name in enumerate(("bat", "fox", "owl", "cow")):
+            writer.write(
+                Sample(
+                    key=name,
+                    image=Path("pictures", f"{name}.png").read_bytes(),
+                    image_suffix="png",
+                    caption=f"a {name} in the snow",
+                    summary=f"a {name}",
+                    tags=[name],
+                    regions=[Region((0.1, 0.2, 0.5, 0.6), 0.9, name, [])],
+                    roi=rng.standard_normal((1, FEATURES)).astype(np.float16),
+                    extra={"class_name": ("dog", "cat")[number % 2]},
+                )
+            )
+    write_dataset_json(folder, {}, FEATURES, {}, classes=["dog", "cat"])
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory):
+    """A folder with what the pages take for granted."""
+    folder, before = tmp_path_factory.mktemp("docs"), Path.cwd()
+    os.chdir(folder)
+    save_tiny_model("model")
+    shutil.copytree("model", "runs/demo/pyramid/final")
+    Path("pictures").mkdir()
+    rng = np.random.default_rng(0)
+    names = ("bat", "fox", "owl", "cow")
+    for name in names:
+        Image.fromarray(rng.integers(0, 255, (40, 48, 3), np.uint8)).save(f"pictures/{name}.png")
+    shutil.copy("pictures/bat.png", "picture.jpg")
+    pairs = [{"image": f"pictures/{name}.png", "caption": f"a {name}, seen in the snow"} for name in names]
+    Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    Path("captions.csv").write_text("image,caption\n" + "".join(f'{p["image"]},"{p["caption"]}"\n' for p in pairs))
+    for shards in ("shards", "runs/demo/scenes/validation", "data/shards"):
+        make_shards(Path(shards))
+    write_pictures("labelled", {"blue": 8, "green": 8})
+    write_pictures("runs/demo/scenes/objects", {"blue": 8, "green": 8})
+    with pytest.MonkeyPatch.context() as patch:
+        os.chdir(before)
+        patch.setattr(PyramidCLIPProcessor, "from_pretrained", functools.cache(PyramidCLIPProcessor.from_pretrained))
+        yield folder
+
+
+@pytest.fixture
+def place(things, monkeypatch):
+    monkeypatch.chdir(things)
+
+
+def test_every_command_runs_or_has_its_reason():
+    found = [module_and_words(command) for _, command in commands_of_pages()]
+    assert len(RUN) >= 15
+    used = {module for module, _ in found} & LONG.keys()
+    assert used == LONG.keys(), "a reason that no command needs"
+    for held in LONG_WORDS:
+        assert any(held in " ".join(words) for module, words in found if module not in LONG), held
+    files = re.findall(r"tests/\S+\.py", " ".join([*LONG.values(), *LONG_WORDS.values()]))
+    assert not [file for file in files if not (CHECKOUT / file).is_file()]
+
+
+# One test for each page, as a line needs what the lines above it made.
+@pytest.mark.parametrize("page", list(dict.fromkeys(page for page, _ in RUN)))
+def test_commands_run_as_printed(page, place, capsys):
+    for made in ("data/mine", "audit", "pictures.npz", "sheet.png", "overlay.png", "page.html"):
+        shutil.rmtree(made, ignore_errors=True)
+        Path(made).unlink(missing_ok=True)
+    for _, command in (one for one in RUN if one[0] == page):
+        module, words = module_and_words(command)
+        words = [STAND_INS.get(word, word) for word in words]
+        code = importlib.import_module(module).main(words)
+        said = capsys.readouterr()
+        assert code == 0, f"{command}\n{said.err[-1500:]}"
+        for flag, made in zip(words, words[1:]):
+            assert not flag.startswith("--output") or Path(made).exists(), command
+
+
+def python_block(page):
+    (block,) = re.findall(r"^```python\n(.*?)^```", (CHECKOUT / page).read_text(encoding="utf8"), re.M | re.S)
+    return block
+
+
+# Where each page's Python blocks run.
+ELSEWHERE = {
+    "MODEL_CARD.md": "tests/pyramidclip_hf/test_hub.py",
+    "README.md": "tests/test_readme.py",
+    "docs/ecosystem.md": "tests/pyramidclip_hf/test_ecosystem.py",
+}
+HERE = {"docs/command.md", "docs/explain.md", "docs/transfer.md"}
+
+
+def test_every_python_block_runs_somewhere():
+    with_blocks = {
+        page.relative_to(CHECKOUT).as_posix() for page in pages() if "```python" in page.read_text(encoding="utf8")
+    }
+    assert with_blocks == ELSEWHERE.keys() | HERE
+    assert all((CHECKOUT / file).is_file() for file in ELSEWHERE.values())
+
+
+@pytest.fixture
+def names(place):
+    """What the blocks take for granted: a model, a picture, two objects of it."""
+    loaded = load_model("model")
+    features, boxes = np.random.default_rng(0).standard_normal((2, FEATURES)), np.array([[0, 0, 0.5, 0.5]] * 2)
+    picture = Image.open("pictures/bat.png")
+    return vars(loaded) | {
+        "picture": picture,
+        "features": features,
+        "boxes": boxes,
+        "labels": ["bat", "wing"],
+    }
+
+
+def test_the_block_of_explain(names):
+    exec(python_block("docs/explain.md"), names)
+    assert names["explanation"].heat.shape == (40, 48)
+    assert all(Image.open(made).size[0] > 0 for made in ("bat.png", "regions.png"))
+    assert len(names["regions"].relevance) == 2
+
+
+@pytest.mark.slow
+def test_the_block_of_command(names):
+    """An exported model stands under the name; int8 is what the pictures were calibrated for."""
+    pytest.importorskip("onnxruntime", reason="needs the extra export")
+    words = ["export", "--model", "model", "--output", "DIR", "--dtype", "int8", "--calibration", "pictures", "--quiet"]
+    assert pyramidclip_command.main(words) == 0
+    exec(python_block("docs/command.md"), names)
+    pixels = names["processor"](images=names["picture"], return_tensors="pt")["pixel_values"]
+    assert names["model"].encode_image(pixels).shape == (1, 16)
+
+
+def test_the_block_of_transfer(place):
+    """A classifier of random weights stands for the one that fine-tuning wrote."""
+    loaded = load_model("model")
+    loaded.model.config.num_labels = 3
+    PyramidCLIPForImageClassification(loaded.model.config).save_pretrained("runs/finetune/final")
+    loaded.processor.image_processor.save_pretrained("runs/finetune/final")
+    names = {}
+    exec(python_block("docs/transfer.md").replace('classify("', 'answer = classify("'), names)
+    assert sum(one["score"] for one in names["answer"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_script_of_transfer(place):
+    """Between the shell's END marks: the trained model's shape with weights of its own."""
+    page = (CHECKOUT / "docs" / "transfer.md").read_text(encoding="utf8")
+    (script,) = re.findall(r"^python - <<'END'\n(.*?)^END$", page, re.MULTILINE | re.DOTALL)
+    exec(script, {})
+    trained, new = (load_model(name).model for name in ("runs/demo/pyramid/final", "runs/random"))
+    assert trained.config.to_dict()["vision_config"] == new.config.to_dict()["vision_config"]
+    assert {name: one.shape for name, one in trained.named_parameters()} == {
+        name: one.shape for name, one in new.named_parameters()
+    }
