@@ -10,6 +10,7 @@ import glob
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,27 @@ def is_hidden(name: str) -> bool:
 def visible(folder: str | os.PathLike[str], pattern: str = "*") -> list[Path]:
     """The files and folders in `folder` that fit the pattern, sorted, without hidden ones."""
     return sorted(path for path in Path(folder).glob(pattern) if not is_hidden(path.name))
+
+
+def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
+    """The contents of a file that somebody else may have put there.
+
+    Args:
+        path: of a file, or of a link to one.
+        most: so many bytes are read.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        ValueError: no file with contents (a folder, a device, a FIFO), or one with more bytes.
+    """
+    # Looked at before it is opened: opening a FIFO waits for a writer, opening some devices does something.
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{os.fspath(path)} is a folder, device or FIFO, expected a file")
+    with open(path, "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{os.fspath(path)} has more than the {most} bytes that are read of such a file")
+    return data
 
 
 @contextmanager

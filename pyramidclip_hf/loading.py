@@ -57,6 +57,8 @@ class Loaded(Generic[Model]):
             names = sorted(set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values()))
         digest = hashlib.sha256()
         for name in names:
+            if not (self.folder / name).is_file():
+                raise FileNotFoundError(f"{self.folder / name} is no file; the index of the weights names it")
             with open(self.folder / name, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()

@@ -14,13 +14,15 @@ from typing import NamedTuple, Self, TypedDict
 
 import numpy as np
 
-from pyramidclip_hf.files import cache_folder, locked, write_atomically
+from pyramidclip_hf.files import cache_folder, locked, read_regular, write_atomically
 
 INDEX_FORMAT = 1
 # A tar consists of blocks of so many bytes.
 BLOCK = 512
 # An index is compared with the headers of about so many samples when it is opened, and with each one that is read.
 _ROWS_LOOKED_AT = 16
+# An index of a million samples has a tenth of it.
+_MAX_INDEX_BYTES = 512 << 20
 # Which members a new index takes in; an index that was cached under another rule is built anew.
 _MEMBERS_RULE = 2
 
@@ -107,6 +109,9 @@ class ShardIndex:
             header, keys, suffixes = data["header"], data["keys"], data["suffixes"]
             if header["format"] != INDEX_FORMAT or header["samples"] != len(keys):
                 raise ValueError(f"format {header['format']!r} with {len(keys)} keys")
+            check_counts(header["samples"], header["tar_bytes"], header["keys_digest"])
+            if not all(isinstance(name, str) for names in (keys, suffixes) for name in names):
+                raise ValueError("a key or suffix that is no text")
             spans = np.array(data["spans"], np.int64).reshape(len(keys), len(suffixes), 2)
             return cls(keys, suffixes, spans, header["tar_bytes"], header["mtime_ns"], header["truncated"])
         except (KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -120,6 +125,8 @@ def read_index_header(path: str | os.PathLike[str]) -> IndexHeader:
         ValueError: the file is no index.
         FileNotFoundError: it is absent.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{os.fspath(path)} is no file")
     with open(path, encoding="utf-8") as file:
         return parse_index_header(file.readline(4096), os.fspath(path))
 
@@ -134,9 +141,22 @@ def parse_index_header(line: str, name: str) -> IndexHeader:
         header = json.loads(line.rstrip().removesuffix(",") + "}")["header"]
         if header["format"] != INDEX_FORMAT:
             raise ValueError(f"format {header['format']!r}")
+        check_counts(header["samples"], header["tar_bytes"], header["keys_digest"])
         return header
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not a shard index: {error}") from None
+
+
+def check_counts(samples: object, tar_bytes: object, keys_digest: object) -> None:
+    """Refuses what no tar can have, before memory is asked for it.
+
+    Raises:
+        ValueError: other types, or more samples than there are blocks.
+    """
+    if type(samples) is not int or type(tar_bytes) is not int or not isinstance(keys_digest, str):
+        raise ValueError(f"expected numbers and a hash, found {samples!r}, {tar_bytes!r}, {keys_digest!r}"[:300])
+    if not 0 <= samples <= tar_bytes // BLOCK:
+        raise ValueError(f"{samples} samples in a tar of {tar_bytes} bytes"[:300])
 
 
 def build_index(path: str | os.PathLike[str]) -> ShardIndex:
@@ -277,11 +297,9 @@ def _cached_index(path: str | os.PathLike[str], cached: Path) -> ShardIndex | No
 
 def _read_index(path: Path) -> ShardIndex | None:
     """The index in a file, or None where there is none that this version can read."""
-    if not path.exists():
-        return None
     try:
-        return ShardIndex.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
-    except ValueError:
+        return ShardIndex.loads(read_regular(path, _MAX_INDEX_BYTES).decode("utf-8", "surrogateescape"))
+    except (FileNotFoundError, ValueError):
         return None
 
 

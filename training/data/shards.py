@@ -21,9 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pyramidclip_hf.files import named, visible, write_atomically, write_text
+from pyramidclip_hf.files import named, read_regular, visible, write_atomically, write_text
 from training.data.records import BadSample, Sample, members_from_sample
-from training.data.remote import NotThere, ShardCache, is_url, read_small
+from training.data.remote import SMALL_FILE_BYTES, NotThere, ShardCache, is_url, read_small
 from training.data.shard_index import BLOCK, NotATar, ShardIndex, Span, index_path, is_header_of, load_index, span_table
 
 DATASET_FORMAT = 1
@@ -330,7 +330,7 @@ def read_dataset_json(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """
     name = f"{os.fspath(folder).rstrip('/')}/dataset.json"
     path = Path(name)
-    data = read_small(name) if is_url(name) else path.read_bytes() if path.exists() else None
+    data = read_small(name) if is_url(name) else read_regular(path, SMALL_FILE_BYTES) if path.exists() else None
     if data is None:
         return None
     try:
@@ -340,4 +340,7 @@ def read_dataset_json(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     if not isinstance(content, dict) or content.get("format") != DATASET_FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{name}: format {found!r}, expected {DATASET_FORMAT}; it was written by another version")
+    wrong = [key for key in ("made_by", "shards", "counts") if not isinstance(content.get(key, {}), dict)]
+    if wrong:
+        raise ValueError(f"{name}: {wrong[0]} is a {type(content[wrong[0]]).__name__}, expected a mapping")
     return content

@@ -23,10 +23,18 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from pyramidclip_hf.files import read_regular
 from training.data.manifest_lines import manifest_lines
 from training.data.records import MAX_JSON_BYTES, BadSample
-from training.data.remote import LOCAL_PROCESS, ShardCache, is_url, read_small, remote_size
-from training.data.shard_index import cached_header, index_path, load_index, parse_index_header, read_index_header
+from training.data.remote import LOCAL_PROCESS, SMALL_FILE_BYTES, ShardCache, is_url, read_small, remote_size
+from training.data.shard_index import (
+    cached_header,
+    check_counts,
+    index_path,
+    load_index,
+    parse_index_header,
+    read_index_header,
+)
 from training.data.shards import MAX_MEMBER_BYTES, ShardReader, read_dataset_json, refuse_unfinished
 
 MANIFEST_UNIT = 1000
@@ -212,6 +220,10 @@ def _unit(shard: str, described: Mapping[str, Any], cache: ShardCache | None) ->
         return Unit(shard, len(index.keys), UnitIdentity(base, size, index.keys_digest()))
     entry = described.get("shards", {}).get(base)
     if entry is not None:
+        try:
+            check_counts(entry["samples"], entry["bytes"], entry["keys_digest"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"dataset.json beside {shard}: its entry for that is damaged: {error}") from None
         return Unit(shard, entry["samples"], UnitIdentity(base, entry["bytes"], entry["keys_digest"]))
     if (data := read_small(f"{shard}.index.json")) is not None:
         header = parse_index_header(data.decode("utf-8", "replace").partition("\n")[0], f"{shard}.index.json")
@@ -250,7 +262,7 @@ def shard_names(name: str) -> list[str]:
 
 def _listed(name: str) -> list[str]:
     """The tars of a .txt list; relative paths start from the list's folder."""
-    data = read_small(name) if is_url(name) else Path(name).read_bytes() if os.path.isfile(name) else None
+    data = read_small(name) if is_url(name) else read_regular(name, SMALL_FILE_BYTES) if os.path.isfile(name) else None
     if data is None:
         raise FileNotFoundError(f"no list of shards at {name}")
     lines = [line.strip() for line in data.decode().splitlines()]

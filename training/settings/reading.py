@@ -25,11 +25,14 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pyramidclip_command import CommandParser
+from pyramidclip_hf.files import read_regular
 from training.settings.fields import default_of, in_sections, mapping_of
 
 Settings = TypeVar("Settings")
 
 _ARGUMENT = re.compile(r"^argument [^:]*: ")
+# Far more than settings are: bytes of a file, and values and letters with every alias written out.
+_MAX_YAML_BYTES, _MAX_YAML_VALUES = 1 << 20, 1 << 20
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _TRUTHS = dict.fromkeys(("yes", "true", "t", "y", "1"), True)
 _TRUTHS |= dict.fromkeys(("no", "false", "f", "n", "0"), False)
@@ -287,9 +290,12 @@ def _read_mapping(path: Path, keys: str) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(read_regular(path, _MAX_YAML_BYTES).decode("utf-8")) or {}
+        _refuse_bomb(content)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as YAML: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deep, or aliases for more than {_MAX_YAML_VALUES} values") from None
     for key in keys.split(".") if keys else ():
         if not isinstance(content, dict) or key not in content:
             known = ", ".join(map(str, content)) if isinstance(content, dict) else f"a {type(content).__name__}"
@@ -298,6 +304,17 @@ def _read_mapping(path: Path, keys: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected 'field: value' lines, got a {type(content).__name__}")
     return dict(content)
+
+
+def _refuse_bomb(content: Any) -> None:
+    """Refuses a file whose aliases stand for more than settings can be: each names what may again hold aliases."""
+    waiting, left = [content], _MAX_YAML_VALUES
+    while waiting:
+        value = waiting.pop()
+        left -= len(value) if isinstance(value, dict | list | str) else 1
+        if left < 0:
+            raise RecursionError
+        waiting.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
 
 
 def _value(settings_class: type[Any], parser: argparse.ArgumentParser, path: Path, name: str, value: Any) -> Any:

@@ -11,6 +11,7 @@ import pytest
 from training.data.records import BadSample, Region, Sample
 from training.data.shard_index import build_index, index_path, load_index, read_index_header
 from training.data.shards import ShardReader, ShardWriter, read_dataset_json, write_dataset_json
+from training.data.sources import open_data_set
 
 
 def sample(i):
@@ -285,3 +286,38 @@ def test_names_that_headers_replace_or_cut_are_still_found(tmp_path):
         for _ in range(2):
             with ShardReader(tmp_path / f"{form}.tar") as reader:
                 assert reader.keys == names and all(reader.read(i) == {"jpg": b"abc"} for i in range(4))
+
+
+def test_an_index_that_is_a_fifo_or_device_is_not_read(tmp_path):
+    path = write(tmp_path / "a.tar")
+    index_path(path).unlink()
+    os.mkfifo(index_path(path))
+    assert len(open_data_set(path).units) == 1
+    index_path(path).unlink()
+    index_path(path).symlink_to("/dev/zero")
+    with ShardReader(path) as reader:
+        assert len(reader) == 7
+    os.mkfifo(tmp_path / "dataset.json")
+    with pytest.raises(ValueError, match="device or FIFO"):
+        read_dataset_json(tmp_path)
+
+
+@pytest.mark.parametrize("changed", [
+    {"samples": 3_000_000_000}, {"samples": -1}, {"samples": "7"}, {"samples": True}, {"tar_bytes": None},
+    {"keys_digest": 5},
+])  # fmt: skip
+def test_counts_that_no_tar_has_are_refused(tmp_path, changed):
+    path = write(tmp_path / "a.tar")
+    text = index_path(path).read_text()
+    header = json.loads(text)["header"]
+    index_path(path).write_text(text.replace(json.dumps(header), json.dumps(header | changed)))
+    with pytest.raises(ValueError, match="is not a shard index"):
+        read_index_header(index_path(path))
+    assert len(load_index(path).keys) == 7
+
+
+def test_a_dataset_json_of_another_form_is_refused(tmp_path):
+    for key in ("made_by", "shards", "counts"):
+        (tmp_path / "dataset.json").write_text(json.dumps({"format": 1, key: [1]}))
+        with pytest.raises(ValueError, match=f"{key} is a list, expected a mapping"):
+            read_dataset_json(tmp_path)

@@ -1,6 +1,7 @@
 """The commands of preparation on ordinary slips: one line says what came, what was expected and what to do."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from tests.training.prepare.small_data import picture, problems, read_tars, write_jsonl, write_pictures, write_tar
 from training.emoji import scenes
 from training.prepare import audit, detect, import_features, pack, summarize, view
+from training.prepare.formats import open_format
 from training.prepare.formats.store import StoreRows
 from training.prepare.sources import SourceArguments, open_source
 from training.prepare.steps.rewriting import shards_of
@@ -159,3 +161,20 @@ def test_names_that_are_not_utf8_go_through_every_step(tmp_path, capsys):
     listed = [json.loads(line) for line in (tmp_path / "audit" / "bad-samples.jsonl").read_bytes().splitlines()]
     assert [entry["key"] for entry in listed] == [bad]
     assert "g\\udcffd" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_fifos_and_devices_are_named_and_never_read(inputs, tmp_path):
+    for name in ("table.jsonl", "table.csv", "x.tsv"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    for name in ("table.jsonl", "table.csv", "zero.jsonl"):
+        with pytest.raises(ValueError, match="device or FIFO"):
+            open_source(SourceArguments(input=[name]))
+    with pytest.raises(ValueError, match="device or FIFO"):
+        open_format(tmp_path / "x.tsv")
+    os.mkfifo(tmp_path / "fifo.jpg")
+    for number, name in enumerate(("fifo.jpg", "/dev/zero")):
+        write_jsonl(tmp_path / f"{number}.jsonl", [{"image": name, "caption": "a cat"}])
+        source = open_source(SourceArguments(input=[f"{number}.jsonl"]))
+        (raw,) = source.read(source.parts()[0])
+        assert raw.fault is not None and raw.fault.reason == "no-image"

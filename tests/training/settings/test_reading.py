@@ -124,3 +124,18 @@ def test_a_plain_dataclass_is_a_command_line(capsys):
         parsed("--data", "d", "--numbrs", "1")
     text = argument_parser(Plain, "Does it.", config=False).format_help()
     assert "100% of it" in text and "(default: 0 1)" in text and text.count("--config") == 1
+
+
+@pytest.mark.parametrize("text", [
+    "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)),
+    f"a: &a {'x' * 100_000}\nb: [{', '.join(['*a'] * 1000)}]\n",
+    "a: &a [*a]\n", "a: " + "[" * 5000,
+])  # fmt: skip
+def test_small_files_that_stand_for_much_are_refused(tmp_path, text):
+    with pytest.raises(ValueError, match="nested too deep, or aliases"):
+        read_chain(write(tmp_path, bomb=text))
+
+
+def test_a_settings_file_is_of_bounded_size(tmp_path):
+    with pytest.raises(ValueError, match="has more than"):
+        read_chain(write(tmp_path, large="#" * (2 << 20)))

@@ -78,6 +78,8 @@ def open_format(path: str | Path, key_pattern: str | None = None, options: Forma
         )
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there")
+    if not path.is_dir() and not path.is_file():
+        raise ValueError(f"{path} is a device or FIFO, expected a file or folder")
     head = Head(path) if path.is_dir() else _head_of(path, key_pattern)
     for known in FORMATS:
         if known.recognises(head):

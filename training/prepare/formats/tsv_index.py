@@ -167,7 +167,7 @@ def _heads(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yields (byte offset, beginning of the row) for every row."""
     beside = path.with_suffix(".lineidx")
     with open(path, "rb") as file:
-        if beside.exists():
+        if beside.is_file():
             yield from _heads_by_lineidx(file, path, beside)
             return
         offset = 0

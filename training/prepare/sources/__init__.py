@@ -63,6 +63,8 @@ def _files(inputs: Sequence[str]) -> list[str]:
         elif os.path.exists(name):
             if not name.lower().endswith((".tar", *TABLE_SUFFIXES)):
                 raise ValueError(f"{name}: expected .tar or a table ({', '.join(TABLE_SUFFIXES)})")
+            if not os.path.isfile(name):
+                raise ValueError(f"{name} is a device or FIFO, expected a file")
             files.append(name)
         else:
             raise FileNotFoundError(f"{name} is not there: expected tars, tables or a folder of them")
@@ -70,7 +72,7 @@ def _files(inputs: Sequence[str]) -> list[str]:
 
 
 def _files_of(folder: str) -> list[str]:
-    there = visible(folder)
+    there = [path for path in visible(folder) if path.is_file()]
     found = [str(path) for path in there if path.suffix == ".tar"]
     found = found or [str(path) for path in there if path.suffix.lower() in TABLE_SUFFIXES]
     if not found:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from stat import S_ISREG
 from typing import NamedTuple
 
 from training.data.records import BadSample
@@ -122,7 +123,10 @@ def _fetch(url: str) -> bytes:
 def _read_file(root: Path | None, name: str, what: str) -> bytes:
     path = Path(root or ".") / name
     try:
-        size = path.stat().st_size
+        stat = path.stat()
+        if not S_ISREG(stat.st_mode):
+            raise BadSample(None, str(path), f"no-{what}", f"{name} is not a file with contents")
+        size = stat.st_size
         if size > MAX_PICTURE_BYTES:
             raise BadSample(None, str(path), f"{what}-too-large", f"{size} bytes, at most {MAX_PICTURE_BYTES}")
         return path.read_bytes()

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
+# Of Parquet, so much is unpacked at a time, or one row.
+_BATCH_BYTES = 256 << 20
+
 
 class TableRow(NamedTuple):
     """A row as read: its line, {column: value}, and why it could not be read."""
@@ -218,10 +221,21 @@ def _part_of_parquet(part: SourcePart, columns: Sequence[str | None] | None) -> 
     for group in range(table.num_row_groups):
         size = table.metadata.row_group(group).num_rows
         if position < stop and part.start < position + size:
-            for batch in table.iter_batches(256, row_groups=[group], columns=columns):
+            step = _rows_at_once(table, group)
+            for batch in table.iter_batches(step, row_groups=[group], columns=columns):
                 first = max(part.start - position, 0)
                 rows = batch.slice(min(first, len(batch)), max(stop - position - first, 0))
                 yield from (TableRow(position + first + i, row) for i, row in enumerate(rows.to_pylist(), start=1))
                 position += len(batch)
         else:
             position += size
+
+
+def _rows_at_once(table: "ParquetFile", group: int) -> int:
+    """How many rows of a row group stay below `_BATCH_BYTES` even where each holds its column's longest value.
+
+    Parquet writes equal values once, so a few bytes of a file may stand for any number of long rows.
+    """
+    described = table.metadata.row_group(group)
+    largest = sum(described.column(i).total_uncompressed_size for i in range(described.num_columns))
+    return min(max(_BATCH_BYTES // max(largest, 1), 1), 256)

@@ -4,6 +4,8 @@ import csv
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from tests.training.prepare.small_data import (
@@ -54,3 +56,21 @@ def test_key_column_of_a_part_is_listed_as_it_is_read(tmp_path):
     table = write_jsonl(tmp_path / "t.jsonl", [{"image": "a", "caption": "c", "id": i} for i in (5, None, "", "x")])
     source = sources.open_source(sources.SourceArguments(input=[str(table)], key_column="id", samples_per_shard=3))
     assert [source.keys(part) for part in source.parts()] == [["5", None, None], ["x"]]
+
+
+def test_equal_rows_of_parquet_are_not_all_unpacked_at_once(tmp_path):
+    """A file of kilobytes, in which one value of 4 MB stands in 256 rows."""
+    captions = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 256), pyarrow.array(["c" * (4 << 20)]))
+    table = pyarrow.table({"image": ["x.jpg"] * 256, "caption": captions})
+    pyarrow.parquet.write_table(
+        table, tmp_path / "a.parquet", compression="zstd", dictionary_pagesize_limit=1 << 30, store_schema=False
+    )
+    assert (tmp_path / "a.parquet").stat().st_size < 100_000
+    source = sources.open_source(sources.SourceArguments(input=[str(tmp_path / "a.parquet")]))
+    before, pool = pyarrow.default_memory_pool(), pyarrow.system_memory_pool()
+    pyarrow.set_memory_pool(pool)
+    try:
+        next(source.read(source.parts()[0]))
+    finally:
+        pyarrow.set_memory_pool(before)
+    assert pool.max_memory() < 600 << 20
