@@ -186,7 +186,7 @@ class EmbeddingJob:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return arrays[array]
-        except (zipfile.BadZipFile, KeyError, EOFError, ValueError) as error:
+        except Exception as error:  # of damaged files, zipfile, zlib and NumPy raise almost anything
             raise ValueError(f"{path} is damaged ({error}); delete it, and the same command makes it again.") from error
 
     def names_and_skipped(self, number: int) -> tuple[list[str], list[tuple[str, str]]]:
@@ -252,7 +252,9 @@ def read_embeddings(path: str | os.PathLike) -> StoredEmbeddings:
         else:
             with np.load(path, allow_pickle=False) as arrays:
                 names, embeddings = arrays[kind].tolist(), arrays["embedding"]
-    except (zipfile.BadZipFile, KeyError, EOFError, OSError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # of damaged files, zipfile, zlib and NumPy raise almost anything
         raise _not_ours(path, error) from error
     if embeddings.ndim != 2 or len(embeddings) != len(names) or embeddings.dtype != np.float32:
         raise ValueError(
@@ -289,7 +291,9 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
         if wrong or metadata["kind"] not in KINDS:
             raise ValueError(f"metadata {wrong or metadata['kind']}")
         return metadata
-    except (zipfile.BadZipFile, KeyError, EOFError, OSError, TypeError, ValueError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # as above
         raise _not_ours(path, error) from error
 
 
@@ -301,7 +305,9 @@ def _read_names(path: Path, kind: str) -> list[str]:
             return parquet.read_table(path, columns=[kind]).column(kind).to_pylist()
         with np.load(path, allow_pickle=False) as arrays:
             return arrays[kind].tolist()
-    except (zipfile.BadZipFile, KeyError, EOFError, OSError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # of damaged files, zipfile, zlib and NumPy raise almost anything
         raise _not_ours(path, error) from error
 
 
