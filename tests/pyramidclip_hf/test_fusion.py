@@ -426,7 +426,8 @@ def test_on_a_gpu_a_resnet_stays_as_it_is(monkeypatch):
     pixels = batch["pixel_values"]
     assert asked(lambda: fused.encode_image(pixels)) == asked(lambda: plain.encode_image(pixels))
     with torch.no_grad():
-        assert torch.equal(fused.encode_image(pixels), plain.encode_image(pixels))
+        # Convolutions of weights that lie elsewhere may round otherwise: those of torch 2.13 do.
+        close(fused.encode_image(pixels), plain.encode_image(pixels))
         close(fused.encode_text(batch["input_ids"]), plain.encode_text(batch["input_ids"]))
 
 
