@@ -27,6 +27,7 @@ from pyramidclip_command import EXIT_STOPPED, run_command
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.evaluation.classification import classification_metrics
 from training.evaluation.results import metric_results, write_json
+from training.loop.agreement import together
 from training.loop.distributed import broadcast_buffers, sum_over_processes, world_size
 from training.loop.identity import Identity
 from training.loop.run import RunResult, complete_run, exit_code
@@ -35,7 +36,7 @@ from training.settings.finetuning import FinetuneArguments
 from training.settings.reading import parse_settings
 from training.transfer.batches import LabelledReader
 from training.transfer.classifier import ClassificationObjective, classify, initial_classifier
-from training.transfer.parts import Part, open_parts
+from training.transfer.parts import Part, measurable, open_parts
 
 KEPT_METRICS = ("top_1", "top_5", "mean_per_class")
 
@@ -51,6 +52,7 @@ class ClassificationTask(Task):
         reader: The training data of this process.
         plan: How long the run is.
         parts: "train", and "validation", "test" where named.
+        bad: Pictures that were left out of "validation".
     """
 
     settings: FinetuneArguments
@@ -59,6 +61,7 @@ class ClassificationTask(Task):
     reader: Reader
     plan: Plan
     parts: Mapping[str, Part]
+    bad: int
 
     name = "finetune"
 
@@ -94,8 +97,8 @@ class ClassificationTask(Task):
         return {"head_only": float(self.objective.head_only)}
 
     def evaluate(self) -> Metrics:
-        """`validation/METRIC`."""
-        return self.measured("validation")
+        """`validation/METRIC`, and `validation/bad` where pictures were left out."""
+        return self.measured("validation") | ({"validation/bad": float(self.bad)} if self.bad else {})
 
     def final_metrics(self) -> Metrics:
         """`test/METRIC`."""
@@ -163,12 +166,16 @@ class ClassificationTask(Task):
 
 def classification_task(args: FinetuneArguments, accelerator: Any, folder: Path) -> ClassificationTask:
     """The task of these settings; `accelerator` decides the device."""
-    parts = open_parts(args)
+    parts = together(lambda: open_parts(args))  # before the processes share the looking at pictures
+    parts, bad = measurable(parts)
+    if bad:
+        told = f"{parts['validation'].source}: {len(bad)} of {len(bad) + len(parts['validation'].numbers)}"
+        accelerator.print(f"{told} pictures cannot be read and are left out of validation: {bad[0]}", file=sys.stderr)
     model, processor = initial_classifier(args, parts["train"].data.class_names)
     plan = plan_steps(len(parts["train"].numbers), args.global_batch_size, epochs=args.epochs)
     reader = LabelledReader(parts["train"], processor, args, accelerator.device)
     objective = ClassificationObjective(model, args.label_smoothing, AUTOCAST[args.precision]).to(accelerator.device)
-    return ClassificationTask(args, objective, processor, reader, plan, parts)
+    return ClassificationTask(args, objective, processor, reader, plan, parts, len(bad))
 
 
 def parse(words: Sequence[str]) -> FinetuneArguments:

@@ -234,7 +234,9 @@ def probe(args: LinearProbeArguments) -> list[EvalResult] | None:
     started = time.perf_counter()
     parts = open_parts(args)
     loaded = load_model(args.model, dtype=args.dtype, device=device)
-    found = {name: cached_features(loaded.model, loaded.processor, part, args) for name, part in parts.items()}
+    # Train last: a bad picture among those to measure on must not be found after the hours that the others take.
+    order = sorted(parts, key="train".__eq__)
+    found = {name: cached_features(loaded.model, loaded.processor, parts[name], args) for name in order}
     if not state.is_main_process:
         return None
     labels = {name: part.labels for name, part in parts.items()}

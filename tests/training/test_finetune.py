@@ -222,6 +222,27 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, data, workers):
         finetune.run(settings(tmp_path / "run", own, dataloader_workers=workers))
 
 
+def test_pictures_to_measure_on_are_looked_at_before_the_first_step(tmp_path, data, capsys):
+    """Of validation a bad one is left out and counted; of the test data, whose score is reported, it is refused."""
+    own = write_pictures(tmp_path / "own", COUNTS, 1)
+    (tmp_path / "own" / "green" / "03.png").write_bytes(b"no picture")
+    args = settings(tmp_path / "run", data, validation_data=own, epochs=1, head_epochs=1)
+    result = finetune.run(args)
+    assert result.finished and result.metrics["validation/bad"] == 1
+    assert "1 of 24 pictures cannot be read and are left out of validation: picture" in capsys.readouterr().err
+    rest = write_pictures(tmp_path / "rest", COUNTS, 1)
+    (tmp_path / "rest" / "green" / "03.png").unlink()
+    same = finetune.run(dataclasses.replace(args, output_dir=str(tmp_path / "same"), validation_data=rest))
+    assert {**same.metrics, "validation/bad": 1} == result.metrics
+    with pytest.raises(ValueError, match="(?s)test data .*1 of 24 pictures cannot be read: .*03.png.*another score"):
+        finetune.run(settings(tmp_path / "other", data, test_data=own))
+    assert not (tmp_path / "other" / "checkpoints").exists()
+    for path in (tmp_path / "own").rglob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="validation data .*24 of 24 pictures cannot be read"):
+        finetune.run(settings(tmp_path / "none", data, validation_data=own))
+
+
 def test_what_cannot_be_run_is_refused(tmp_path, data):
     def refusal(**changes):
         with pytest.raises(ValueError) as caught:

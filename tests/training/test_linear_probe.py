@@ -158,6 +158,9 @@ def test_what_is_wrong_is_said(probe_args, tmp_path, capsys, monkeypatch):
     assert "--device cuda:0 and --cpu contradict" in error_of("--test-fraction", "0.2", "--device", "cuda:0")
     assert "lacks Oxford-IIIT Pets" in error_of("--dataset", "pets")
     (tmp_path / "test" / "green" / "03.png").write_bytes(b"no picture")
-    assert "03.png cannot be read" in error_of("--test-data", probe_args.test_data)
+    (tmp_path / "test" / "blue" / "01.png").write_bytes(b"no picture")
+    told = error_of("--test-data", probe_args.test_data)
+    assert "2 of 24 pictures cannot be read: " in told and "03.png cannot be read" in told
+    assert "features of train" not in told  # the data to measure on comes first
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     assert 'pip install -e ".[eval]"' in error_of("--test-fraction", "0.2")

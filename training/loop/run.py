@@ -27,7 +27,13 @@ from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.loader import WorkerDied, is_worker_death, worker_died
 from training.loop.agreement import check_equal, check_same_folder, first_decides, together
 from training.loop.card import publish
-from training.loop.checkpoint import Progress, TrainingState, write_checkpoint
+from training.loop.checkpoint import (
+    Progress,
+    TrainingState,
+    random_state,
+    set_random_state,
+    write_checkpoint,
+)
 from training.loop.distributed import StopVote, check_equal_batches, rank, world_size
 from training.loop.optim import set_learning_rate
 from training.loop.outcome import (
@@ -361,6 +367,9 @@ def train(run: Run, stop_requested: threading.Event) -> bool:
     last = min(task.plan.total_steps, DRY_RUN_STEPS) if settings.dry_run else task.plan.total_steps
     task.objective.train()
     check_equal_batches(task.plan.per_device_batch_size, run.accelerator.device)
+    # What a run does after saving, one that continues does again.
+    if evaluation_is_due(run) and first_decides(lambda: not run.log.has_validation(progress.step)):
+        evaluate(run, task.evaluate)
     with progress_bar(run, last) as bar:
         while progress.step < last:
             task.begin_epoch(progress.epoch)
@@ -395,7 +404,7 @@ def advance(run: Run) -> None:
 
 
 def report(run: Run, bar: Any, batch: Batch) -> None:
-    """Whatever is due after this step: log, evaluation, checkpoint.
+    """Whatever is due after this step: log, checkpoint, evaluation.
 
     Args:
         run: The run.
@@ -410,23 +419,33 @@ def report(run: Run, bar: Any, batch: Batch) -> None:
         run.log.write(step, metrics | task.batch_metrics(batch) | task.reader.metrics())
         speed = f"{metrics.get('samples_per_second', 0):.0f}"
         bar.set_postfix(loss=f"{metrics['loss/total']:.3f}", samples_per_s=speed)
-    if task.eval_every_steps and step % task.eval_every_steps == 0 and step < total:
-        evaluate(run, task.evaluate)
+    # First, so that no evaluation that fails or is killed takes a checkpoint along.
     if settings.save_every_steps and step % settings.save_every_steps == 0 and step < total:
         save(run)
+    if evaluation_is_due(run):
+        evaluate(run, task.evaluate)
+
+
+def evaluation_is_due(run: Run) -> bool:
+    """Whether the task is to be measured after this step, on the way; behind the last one `finish` does."""
+    every, step = run.task.eval_every_steps, run.progress.step
+    return bool(every) and step % every == 0 and 0 < step < run.task.plan.total_steps
 
 
 def evaluate(run: Run, measure: Callable[[], Metrics], logged_as: str = "validation") -> Metrics:
     """What `measure` finds, logged where there is anything.
 
     Args:
-        run: The run, whose objective is in training mode afterwards.
+        run: The run, whose objective is in training mode afterwards, and whose random numbers are as before: they were
+            saved before, and one that continues may not evaluate.
         measure: `Task.evaluate` or `Task.final_metrics`.
         logged_as: The log's word for `validation`.
     """
+    before = random_state()
     with doing("evaluating"):
         metrics = measure()
     run.task.objective.train()
+    set_random_state(before)
     if metrics:
         logged = {name.replace("validation/", f"{logged_as}/"): value for name, value in metrics.items()}
         run.log.write(run.progress.step, logged)

@@ -258,6 +258,15 @@ class MetricsLog:
         write_atomically(self.path, b"".join(kept))
         return messages
 
+    def has_validation(self, step: int) -> bool:
+        """Whether there is a line of that step with `validation/` in it, to be asked in the first process."""
+        if not self.path.is_file():
+            return False
+        lines = map(_line_of_log, self.path.read_bytes().splitlines(keepends=True))
+        return any(
+            line["step"] == step and any(name.startswith("validation/") for name in line) for line in lines if line
+        )
+
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Logs numbers under an optimizer step."""
         if not self.accelerator.is_main_process:

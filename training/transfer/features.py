@@ -20,7 +20,7 @@ from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.labelled import LabelledPictures
 from training.evaluation.embedding import map_batches
 from training.loop.distributed import any_process
-from training.transfer.parts import Part, content_digest
+from training.transfer.parts import Part, content_digest, pictures_of, told_unreadable
 
 _CACHE_FORMAT = 1
 
@@ -56,16 +56,24 @@ def picture_features(
         kind: "backbone", the vision tower's `pooler_output` (ViT: the class token after the last norm; ResNet: the
             attention pooling before its output projection), or "projected", the embedding without normalisation.
         batch_size: Pictures encoded at a time by each process.
+
+    Raises:
+        ValueError: Pictures cannot be read; how many, and the first ones.
     """
     model.eval()
 
-    def encode(numbers: range) -> torch.Tensor:
-        pictures = processor.image_processor([data.read(number) for number in numbers], return_tensors="pt")
-        pixels = pictures["pixel_values"].to(model.device, model.dtype)
+    def encode(numbers: range) -> tuple[torch.Tensor, dict[int, str]]:
+        pictures, problems = pictures_of(data, numbers)
+        if problems:
+            return torch.empty(0), problems
+        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
         pooled = model.vision_model(pixels).pooler_output if kind == "backbone" else model.encode_image(pixels)
-        return pooled.float().cpu()
+        return pooled.float().cpu(), {}
 
-    return torch.cat(map_batches(encode, len(data), batch_size, f"features of {data.name}"))
+    found = map_batches(encode, len(data), batch_size, f"features of {data.name}")
+    if bad := {number: problem for _, problems in found for number, problem in problems.items()}:
+        raise ValueError(f"{data.name}: {told_unreadable(bad, len(data))}. Nothing is skipped: repair or remove them")
+    return torch.cat([features for features, _ in found])
 
 
 def features_key(

@@ -1,8 +1,8 @@
 """Labelled pictures for training a classifier: parts with one set of classes, held-out shares, what identifies them.
 
 A source is what `training.data.labelled` reads: a folder with a sub-folder of pictures for each class, or shards
-whose `KEY.json` has `class_name`; or both parts come from one of the data sets of `training.evaluation.sets`. Nothing
-is skipped: a picture that cannot be read is an error naming it, when it is met.
+whose `KEY.json` has `class_name`; or both parts come from one of the data sets of `training.evaluation.sets`. A picture
+that cannot be read is an error naming it; but the validation on the way of a run leaves it out (`measurable`).
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,61 @@ def open_parts(args: PartSettings) -> dict[str, Part]:
         elif fraction:
             parts["train"], parts[name] = parts["train"].split(fraction, args.seed * 2 + number)
     return parts
+
+
+def measurable(parts: Mapping[str, Part]) -> tuple[dict[str, Part], list[str]]:
+    """The parts that are measured, each picture decoded once before anything is trained.
+
+    All processes call it together and share the pictures.
+
+    Returns:
+        The parts, without the pictures of "validation" that cannot be read, and what is wrong with each of these: what
+        is measured on the way must not end what it looks at.
+
+    Raises:
+        ValueError: A picture of "test" cannot be read, whose score is reported; or none of "validation" can.
+    """
+    found = dict(parts)
+    if "test" in parts and (bad := unreadable(parts["test"].pictures)):
+        raise ValueError(
+            f"test data {parts['test'].source}: {told_unreadable(bad, len(parts['test'].numbers))}. A score over fewer "
+            "pictures is another score: repair them or take them out"
+        )
+    if "validation" not in parts:
+        return found, []
+    part = parts["validation"]
+    bad = unreadable(part.pictures)
+    if len(bad) == len(part.numbers):
+        raise ValueError(f"validation data {part.source}: {told_unreadable(bad, len(part.numbers))}")
+    found["validation"] = dataclasses.replace(part, numbers=np.delete(part.numbers, list(bad)))
+    return found, list(bad.values())
+
+
+def unreadable(data: LabelledPictures) -> dict[int, str]:
+    """Number -> what is wrong, of each picture that cannot be decoded; all processes call it together."""
+
+    def look(numbers: range) -> dict[int, str]:
+        return pictures_of(data, numbers)[1]
+
+    found = map_batches(look, len(data), _DIGEST_BATCH, f"looking at {data.name}")
+    return {number: problem for batch in found for number, problem in batch.items()}
+
+
+def pictures_of(data: LabelledPictures, numbers: Iterable[int]) -> tuple[list[Image.Image], dict[int, str]]:
+    """The pictures of these numbers that can be decoded, and number -> what is wrong of the others."""
+    pictures, problems = [], {}
+    for number in numbers:
+        try:
+            pictures.append(data.read(number))
+        except (ValueError, OSError) as error:
+            problems[number] = str(error)
+    return pictures, problems
+
+
+def told_unreadable(bad: Mapping[int, str], count: int) -> str:
+    """For people: how many of `count` pictures cannot be read, and the first ones."""
+    first = "; ".join(list(bad.values())[:3])
+    return f"{len(bad)} of {count} pictures cannot be read: {first}{'; ...' if len(bad) > 3 else ''}"
 
 
 def source_files(part: Part) -> list[Path]:

@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.processes import run_in_processes
-from tests.training.runs import after_step, assert_equal_runs, expect_killed, run_settings, use_memory
+from tests.training.runs import after_step, assert_equal_runs, die, expect_killed, run_settings, use_memory
 from tests.training.runs import resumable_settings as arguments
 from training import pretrain
+from training.loop import run as loop
 from training.loop.identity import IdentityError
 from training.loop.record import CheckpointError, sealed
 from training.loop.run_folder import find_checkpoints, list_checkpoints
+from training.loop.tracking import read_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -195,3 +197,55 @@ def test_checkpoints_hold_no_code(finished):
     """Everything reads with weights_only, so nothing is unpickled."""
     for path in list_checkpoints(finished)[-1].glob("*.pt"):
         assert torch.load(path, weights_only=True)
+
+
+def evaluated_run(rank, world_size, args, at=None, kill=False):
+    """Evaluates every two steps by what draws random numbers and depends on the weights; fails or dies at one."""
+
+    steps = []
+    advance = loop.advance
+
+    def counting(run):
+        advance(run)
+        steps[:] = [run.progress.step]
+
+    def measure(task):
+        torch.rand(3)
+        if steps == [at]:
+            if kill:
+                die()
+            raise ValueError("the validation server is away")
+        total = sum(parameter.detach().double().sum().item() for parameter in task.objective.parameters())
+        return {"validation/sum": total}
+
+    loop.advance, pretrain.ContrastiveTask.evaluate = counting, measure
+    return pretrain.run(args).steps
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_an_evaluation_that_fails_loses_nothing_and_is_made_up_for(tmp_path, kill):
+    undisturbed, disturbed = tmp_path / "a", tmp_path / "b"
+    run_in_processes(evaluated_run, 1, arguments(undisturbed, eval_every_steps=2))
+    with pytest.raises(AssertionError, match="signal 9" if kill else "the validation server is away"):
+        run_in_processes(evaluated_run, 1, arguments(disturbed, eval_every_steps=2), 4, kill)
+    assert list_checkpoints(disturbed)[-1].name == "step-00000004"  # the one that was due too
+    run_in_processes(evaluated_run, 1, arguments(disturbed, eval_every_steps=2, resume="latest"))
+    measured = [line["step"] for line in read_metrics(disturbed / "metrics.jsonl") if "validation/sum" in line]
+    assert measured == [2, 4, 6, 8, 9]
+    assert_equal_runs(undisturbed, disturbed)
+
+
+def test_an_evaluation_that_the_checkpoint_knows_is_not_repeated(tmp_path):
+    """Saved at a step that is evaluated because SIGTERM came: what the log has of it stays."""
+
+    def terminated(rank, world_size, args):
+        after_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        return evaluated_run(rank, world_size, args)
+
+    run_in_processes(evaluated_run, 1, arguments(tmp_path / "a", save_every_steps=5, eval_every_steps=3))
+    run_in_processes(terminated, 1, arguments(tmp_path / "b", save_every_steps=5, eval_every_steps=3))
+    assert list_checkpoints(tmp_path / "b")[-1].name == "step-00000003"
+    run_in_processes(
+        evaluated_run, 1, arguments(tmp_path / "b", save_every_steps=5, eval_every_steps=3, resume="latest")
+    )
+    assert_equal_runs(tmp_path / "a", tmp_path / "b")
