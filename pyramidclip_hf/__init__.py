@@ -6,6 +6,7 @@
 """
 
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
@@ -19,6 +20,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_pyramidclip import (
     ARCHITECTURES,
+    PyramidCLIPBackboneConfig,
     PyramidCLIPConfig,
     PyramidCLIPTextConfig,
     PyramidCLIPVisionConfig,
@@ -34,16 +36,18 @@ from .modeling_pyramidclip import (
     PyramidCLIPVisionModel,
     PyramidCLIPVisionModelWithProjection,
 )
+from .modeling_pyramidclip_backbone import PyramidCLIPBackbone
 from .processing_pyramidclip import PyramidCLIPProcessor
 from .tokenization_pyramidclip import PyramidCLIPTokenizer
 
 __version__ = "0.1.0"
 
-for _config in (PyramidCLIPConfig, PyramidCLIPTextConfig, PyramidCLIPVisionConfig):
+for _config in (PyramidCLIPConfig, PyramidCLIPTextConfig, PyramidCLIPVisionConfig, PyramidCLIPBackboneConfig):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
 AutoModel.register(PyramidCLIPConfig, PyramidCLIPModel, exist_ok=True)
 AutoModel.register(PyramidCLIPTextConfig, PyramidCLIPTextModel, exist_ok=True)
 AutoModel.register(PyramidCLIPVisionConfig, PyramidCLIPVisionModel, exist_ok=True)
+AutoBackbone.register(PyramidCLIPBackboneConfig, PyramidCLIPBackbone, exist_ok=True)
 AutoModelForZeroShotImageClassification.register(PyramidCLIPConfig, PyramidCLIPModel, exist_ok=True)
 AutoModelForImageClassification.register(PyramidCLIPConfig, PyramidCLIPForImageClassification, exist_ok=True)
 AutoProcessor.register(PyramidCLIPConfig, PyramidCLIPProcessor, exist_ok=True)
@@ -58,6 +62,8 @@ for _config in (PyramidCLIPConfig, PyramidCLIPTextConfig):
 
 __all__ = [
     "ARCHITECTURES",
+    "PyramidCLIPBackbone",
+    "PyramidCLIPBackboneConfig",
     "PyramidCLIPConfig",
     "PyramidCLIPForImageClassification",
     "PyramidCLIPImageProcessor",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from huggingface_hub.dataclasses import strict
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationConfig
 
@@ -284,6 +285,49 @@ class PyramidCLIPVisionConfig(PreTrainedConfig):
         return self.image_size // (self.patch_size if self.tower == "vit" else 32)
 
 
+@strict
+class PyramidCLIPBackboneConfig(BackboneConfigMixin, PyramidCLIPVisionConfig):
+    """The image tower as a backbone: the fields of [`PyramidCLIPVisionConfig`], and which stages' maps come out.
+
+    `stage_names` are "stem" and "stage1" to "stage4" of a ResNet, or "stage1" to the last block of a ViT, whose "stem"
+    is what its first block reads. The model's name holds no "resnet": DETR freezes a trunk of such a name, here whole.
+
+    Args:
+        out_features: names of stages, in their order; the last one where neither this nor `out_indices` is given.
+        out_indices: the same as numbers, from 0 for the stem.
+    """
+
+    model_type = "pyramidclip_backbone"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        chosen = {name: kwargs.pop(name, None) for name in ("out_features", "out_indices")}
+        kwargs.pop("stage_names", None)
+        super().__post_init__(**kwargs)
+        self.stage_names = ["stem", *(f"stage{number + 1}" for number in range(self.num_hidden_layers))]
+        self.set_output_features_output_indices(**chosen)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in the base class; of a saved model of ours its picture tower, which is the same tower."""
+        found, kwargs = super().get_config_dict(*args, **kwargs)
+        tower = found.get(cls.base_config_key, found)
+        if tower.get("model_type") == PyramidCLIPVisionConfig.model_type:
+            tower = {**tower, "model_type": cls.model_type}
+        return tower, kwargs
+
+    @property
+    def stage_channels(self) -> list[int]:
+        """Of each stage's map, the stem's first."""
+        if self.tower == "vit":
+            return [self.hidden_size] * len(self.stage_names)
+        return [self.width, *(4 * self.width * 2**number for number in range(4))]
+
+    @property
+    def stage_strides(self) -> list[int]:
+        """Pixels of a step of each stage's map, the stem's first."""
+        return [self.patch_size] * len(self.stage_names) if self.tower == "vit" else [4, 4, 8, 16, 32]
+
+
 TowerConfig: TypeAlias = PyramidCLIPTextConfig | PyramidCLIPVisionConfig
 _TOWERS: dict[str, type[TowerConfig]] = {"vision_config": PyramidCLIPVisionConfig, "text_config": PyramidCLIPTextConfig}
 
@@ -383,4 +427,10 @@ ARCHITECTURES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "ViT-L-14-336": (768, _vit(1024, 24, 14, 336), {"hidden_size": 768}),
 }
 
-__all__ = ["ARCHITECTURES", "PyramidCLIPConfig", "PyramidCLIPTextConfig", "PyramidCLIPVisionConfig"]
+__all__ = [
+    "ARCHITECTURES",
+    "PyramidCLIPBackboneConfig",
+    "PyramidCLIPConfig",
+    "PyramidCLIPTextConfig",
+    "PyramidCLIPVisionConfig",
+]

@@ -51,6 +51,10 @@ _MODEL_AUTO_MAPS = {
         "AutoConfig": "configuration_pyramidclip.PyramidCLIPVisionConfig",
         "AutoModel": "modeling_pyramidclip.PyramidCLIPVisionModel",
     },
+    "pyramidclip_backbone": {
+        "AutoConfig": "configuration_pyramidclip.PyramidCLIPBackboneConfig",
+        "AutoBackbone": "modeling_pyramidclip_backbone.PyramidCLIPBackbone",
+    },
     "pyramidclip_text_model": {
         "AutoConfig": "configuration_pyramidclip.PyramidCLIPTextConfig",
         "AutoModel": "modeling_pyramidclip.PyramidCLIPTextModel",
@@ -231,7 +235,7 @@ def add_remote_code(folder: str | Path) -> list[Path]:
     if model_type not in _MODEL_AUTO_MAPS:
         raise ValueError(f"{folder} holds no PyramidCLIP model: its config.json says model_type {model_type!r}.")
     _add_auto_map(config_file, _MODEL_AUTO_MAPS[model_type])
-    modules = ["configuration_pyramidclip", "modeling_pyramidclip"]
+    modules = sorted({name.split(".")[0] for name in _MODEL_AUTO_MAPS[model_type].values()})
     if (folder / "tokenizer_config.json").is_file():
         _add_auto_map(folder / "tokenizer_config.json", _TOKENIZER)
         modules.append("tokenization_pyramidclip")

@@ -95,7 +95,8 @@ class PyramidCLIPPreTrainedModel(PreTrainedModel):
             std = module.config.hidden_size**-0.5
             init.normal_(module.class_embedding, std=std)
             init.normal_(module.position_embedding.weight, std=std)
-            init.normal_(module.roi_projection.weight, std=std)
+            if module.roi_projection is not None:
+                init.normal_(module.roi_projection.weight, std=std)
             init.copy_(module.position_ids, torch.arange(len(module.position_ids)))
         elif isinstance(module, PyramidCLIPAttentionPool):
             std = module.config.hidden_size**-0.5

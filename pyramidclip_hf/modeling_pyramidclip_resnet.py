@@ -156,14 +156,18 @@ class PyramidCLIPResNet(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, D, H / 32, W / 32)."""
+        return self.maps(pixel_values)[-1]
+
+    def maps(self, pixel_values: torch.Tensor, last: int = 4) -> list[torch.Tensor]:
+        """(B, 3, H, W) -> the stem's map (B, `width`, H / 4, W / 4), then those of the stages up to number `last`."""
         if pixel_values.device.type == "cuda":
             # Convolutions keep this layout to the end. Weights stay as they are, and with them optimizer states and
             # checkpoints. On CPUs it gains nothing (docs/speed.md).
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        hidden_states = self.stem(pixel_values)
-        for stage in self.stages:
-            hidden_states = stage(hidden_states)
-        return hidden_states
+        maps = [self.stem(pixel_values)]
+        for stage in self.stages[:last]:
+            maps.append(stage(maps[-1]))
+        return maps
 
 
 def resize_position_table(table: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

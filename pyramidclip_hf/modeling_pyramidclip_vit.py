@@ -73,7 +73,8 @@ class PyramidCLIPVisionEmbeddings(nn.Module):
         num_positions = config.grid_size**2 + 1
         self.position_embedding = nn.Embedding(num_positions, config.hidden_size)
         self.position_ids = nn.Buffer(torch.arange(num_positions), persistent=False)
-        self.roi_projection = nn.Linear(config.roi_feature_size + 4, config.hidden_size, bias=False)
+        # None in a backbone, which sees no regions.
+        self.roi_projection: nn.Linear | None = nn.Linear(config.roi_feature_size + 4, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -82,7 +83,7 @@ class PyramidCLIPVisionEmbeddings(nn.Module):
         interpolate_pos_encoding: bool = False,
     ) -> torch.Tensor:
         """(B, 3, H, W) pixels, or (B, K, F + 4) regions -> tokens (B, 1 + patches or K, D)."""
-        if roi_features is not None:
+        if roi_features is not None and self.roi_projection is not None:
             tokens = self.roi_projection(roi_features)
         else:
             grid = self.patch_embedding(pixel_values)

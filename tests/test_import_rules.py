@@ -33,6 +33,7 @@ SIBLINGS = {
     "fusion_pyramidclip": BLOCKS,
     "modeling_pyramidclip_base": BLOCKS | {"fusion_pyramidclip"},
     "modeling_pyramidclip": MODEL,
+    "modeling_pyramidclip_backbone": BLOCKS | {"modeling_pyramidclip_base"},
     "explain": MODEL | {"modeling_pyramidclip", "image_processing_pyramidclip"},
     "image_processing_pyramidclip": {"configuration_pyramidclip"},
     "tokenization_pyramidclip": {"configuration_pyramidclip"},

@@ -51,6 +51,14 @@ def test_freezing(names):
     assert not any(module.training for module in model.modules() if isinstance(module, _BatchNorm))
 
 
+@torch.no_grad()
+def test_detectors(names):
+    exec(block("Detectors"), names)
+    trunk, backbone = names["detector"].model.backbone.model.eval(), names["backbone"]
+    pixels = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(trunk(pixels).feature_maps, backbone(pixels).feature_maps)
+
+
 def test_trainer_with_a_last_batch_of_one_pair(names):
     pytest.importorskip("accelerate", reason='needs accelerate: pip install "pyramidclip-hf[train]"')
     exec(block("Trainer").replace("report_to=[]", "report_to=[], use_cpu=True, disable_tqdm=True"), names)

@@ -10,10 +10,13 @@ import unittest
 import torch
 from torch import nn
 from transformers_tests import test_modeling_common
+from transformers_tests.test_backbone_common import BackboneTesterMixin
 from transformers_tests.test_configuration_common import ConfigTester
 from transformers_tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor, random_attention_mask
 
 from pyramidclip_hf import (
+    PyramidCLIPBackbone,
+    PyramidCLIPBackboneConfig,
     PyramidCLIPConfig,
     PyramidCLIPForImageClassification,
     PyramidCLIPModel,
@@ -288,3 +291,49 @@ class ClassifierTest(ImageInput, Common, unittest.TestCase):
         if return_labels:
             inputs["labels"] = torch.zeros(self.model_tester.batch_size, dtype=torch.long)
         return inputs
+
+
+class BackboneTester(VisionTester):
+    """A tower as a backbone, two of its stages wanted."""
+
+    def get_config(self):
+        return PyramidCLIPBackboneConfig(**self.fields, out_features=["stage1", "stage2"])
+
+
+class ResNetBackboneTester(BackboneTester):
+    fields = RESNET
+
+
+class ViTBackboneTest(BackboneTesterMixin, unittest.TestCase):
+    all_model_classes = (PyramidCLIPBackbone,)
+    config_class = PyramidCLIPBackboneConfig
+
+    def setUp(self):
+        self.model_tester = BackboneTester(self)
+
+
+class ResNetBackboneTest(ViTBackboneTest):
+    has_attentions = False
+
+    def setUp(self):
+        self.model_tester = ResNetBackboneTester(self)
+
+
+class ViTBackboneModelTest(ImageInput, Tower, unittest.TestCase):
+    all_model_classes = (PyramidCLIPBackbone,)
+    model_tester_class = BackboneTester
+    test_all_params_have_gradient = False  # nothing behind the last map is computed
+
+    @unittest.skip("a backbone gives a tuple of maps")
+    def test_retain_grad_hidden_states_attentions(self):
+        pass
+
+
+class ResNetBackboneModelTest(ResNetVisionModelTest):
+    all_model_classes = (PyramidCLIPBackbone,)
+    model_tester_class = ResNetBackboneTester
+    test_all_params_have_gradient = False
+
+    @unittest.skip("a backbone gives a tuple of maps")
+    def test_retain_grad_hidden_states_attentions(self):
+        pass
