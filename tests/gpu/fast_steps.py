@@ -1,5 +1,6 @@
 """Fast: training steps beside open_clip's and CLIPModel's, in turn in one process."""
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -166,23 +167,26 @@ def compare(session: Session, name: str, times: dict[str, Timing]) -> None:
         session.goal(f'{name}, pyramid: "eos" times "max"', ratio, at_least=1.3)
 
 
-def compiled(session: Session) -> None:
-    """Compiled steps against open_clip's compiled one, and the seconds to the first."""
-    import time
+def compiled_steps_of(name: str, *objectives: str) -> Callable[[Session], None]:
+    """The part that measures compiled steps of architecture `name`, "OBJECTIVE POOLING" each, beside open_clip's."""
 
-    backend, name = session.size("inductor", "eager"), "ViT-B-32"
-    pairs = fitting(session, name, session.size(PAIRS[name], 4))
-    makers: dict[str, Make] = {
-        "CLIP max, compiled": lambda: OurStep(session, name, "max", CLIP, pairs, compiled=backend),
-        "open_clip, compiled": lambda: open_clip_step(session, name, pairs, compiled=backend),
-        "pyramid max, compiled": lambda: OurStep(session, name, "max", PYRAMID, pairs, compiled=backend),
-        "pyramid eos, compiled": lambda: OurStep(session, name, "eos", PYRAMID, pairs, compiled=backend),
-    }
-    for way in list(makers)[: session.size(4, 2)]:
-        # One at a time, so that those which are there are on record when the seconds are over.
-        start = time.monotonic()
-        measured(session, {way: makers[way]}, pairs)
-        session.note(what=f"{way}: seconds until measured", seconds=time.monotonic() - start)
+    def run(session: Session) -> None:
+        backend, pairs = session.size("inductor", "eager"), fitting(session, name, session.size(PAIRS[name], 4))
+        makers: dict[str, Make] = {"open_clip, compiled": lambda: open_clip_step(session, name, pairs, backend)}
+        for words in objectives:
+            objective, pooling = words.split()
+            weights = OBJECTIVES[objective]
+            makers[f"{words}, compiled"] = lambda p=pooling, w=weights: OurStep(
+                session, name, p, w, pairs, compiled=backend
+            )
+        for way in list(makers)[: session.size(len(makers), 2)]:
+            # One at a time, so that those which are there are on record when the seconds are over.
+            start = time.monotonic()
+            measured(session, {way: makers[way]}, pairs)
+            session.note(what=f"{way}: seconds until measured", seconds=time.monotonic() - start)
+
+    run.__doc__ = f"Compiled steps of {name}, and the seconds to the first."
+    return run
 
 
 PARTS = (
@@ -191,4 +195,10 @@ PARTS = (
     Part("fast: steps of ViT-B-32", 70, steps_of("ViT-B-32")),
     Part("fast: steps of RN50", 70, steps_of("RN50")),
 )
-LAST = (Part("fast: compiled steps", 150, compiled),)
+LAST = (
+    Part(
+        "fast: compiled steps of ViT-B-32", 150, compiled_steps_of("ViT-B-32", "CLIP max", "pyramid max", "pyramid eos")
+    ),
+    Part("fast: compiled steps of ViT-B-16", 90, compiled_steps_of("ViT-B-16", "pyramid max")),
+    Part("fast: compiled steps of RN50", 90, compiled_steps_of("RN50", "pyramid max")),
+)

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from tests.gpu.models import imported, our_batch, our_model
 from tests.gpu.pictures import picture_folder
 from tests.gpu.session import Part, Session
 from tests.plain_forms import lively
+from training.loop.compiling import compile_blocks
 
 COSINE = {torch.bfloat16: 0.99, torch.float16: 0.999}
 LEVELS = tuple(OUTPUTS)
@@ -125,41 +126,70 @@ def _not_compiled(session: Session) -> Iterator[None]:
 
 
 def compiled(session: Session) -> None:
-    """`torch.compile` of the encoders, in evaluation and with a backward pass, and how often texts recompile it."""
+    """Blocks compiled as `--torch-compile` does: outputs, gradients, nothing new for texts of other lengths."""
     from torch._dynamo.utils import counters
 
-    backend = session.size("inductor", "eager")
-    for name in session.size(("ViT-B-32", "RN50"), ("ViT-B-32",)):
-        model = lively(our_model(session, name, "eos"))
-        if not session.dry:
-            model.text_model.encoder.layers = model.text_model.encoder.layers[:2]
-            if name == "ViT-B-32":
-                model.vision_model.encoder.layers = model.vision_model.encoder.layers[:4]
-        model.eval()
-        batch = our_batch(session, model.config, 4)
+    # A ResNet's text tower is the ViT's.
+    models = {"ViT-B-32": LEVELS, "RN50": ("global", "local")}
+    for name, levels in models.items() if not session.dry else [("ViT-B-32", LEVELS)]:
+        model = lively(our_model(session, name, "eos")).eval()
+        fast = copy.deepcopy(model)
         torch._dynamo.reset()
         counters.clear()
-        fast = torch.compile(model.encode_levels, backend=backend)
+        compile_blocks(fast, backend=session.size("inductor", "eager"))
+        batch, gradients, embeds = our_batch(session, model.config, 4), [], []
         with exact():
-            wanted, found = model.encode_levels(LEVELS, **batch), fast(LEVELS, **batch)
-            largest = max(apart(found[level], wanted[level]) for level in LEVELS)
-            session.check(f"{name}, compiled, largest difference", largest, at_most=1e-3)
-            gradients = []
-            for embeds in (wanted, found):
-                model.zero_grad()
-                sum(embed.square().mean() for embed in embeds.values()).backward()
-                gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-            scale = max(gradient.abs().max().item() for gradient in gradients[0])
-            most = max((a - b).abs().max().item() for a, b in zip(*gradients, strict=True)) / scale
-            session.check(f"{name}, compiled, gradients", most, at_most=1e-3)
-        if name == "ViT-B-32":
-            with torch.no_grad():
-                for length in range(8, session.size(18, 10)):
-                    fast(
-                        ("caption",),
-                        input_ids=torch.nn.functional.pad(batch["input_ids"][:, -6:], (length - 6, 0), value=7),
-                    )
+            for way in (model, fast):
+                embeds.append(way.encode_levels(levels, **batch))
+                sum(embed.square().mean() for embed in embeds[-1].values()).backward()
+                gradients.append({key: p.grad for key, p in way.named_parameters() if p.grad is not None})
+        largest = max(apart(embeds[1][level], embeds[0][level]) for level in levels)
+        session.check(f"{name}, compiled, largest difference", largest, at_most=1e-3)
+        scale = max(gradient.abs().max().item() for gradient in gradients[0].values())
+        most = max((gradients[1][key] - gradients[0][key]).abs().max().item() for key in gradients[0]) / scale
+        session.check(f"{name}, compiled, gradients", most, at_most=1e-3)
         session.note(what=f"{name}, graphs compiled", count=counters["stats"]["unique_graphs"])
+        if name == "ViT-B-32":
+            session.check(f"{name}, graphs that texts of other lengths add", _more_graphs(fast, batch), equals=0)
+
+
+def _more_graphs(model: PyramidCLIPModel, batch: Mapping[str, torch.Tensor]) -> int:
+    """How many graphs ten more lengths of texts compile, after one."""
+    from torch._dynamo.utils import counters
+
+    found = []
+    with torch.no_grad():
+        for length in range(8, 19):
+            ids = torch.nn.functional.pad(batch["input_ids"][:, -6:], (length - 6, 0), value=7)
+            model.encode_levels(("caption",), input_ids=ids)
+            found.append(counters["stats"]["unique_graphs"])
+    return found[-1] - found[0]
+
+
+def exported(session: Session) -> None:
+    """Programs of `torch.export`, taken on the device, at another batch size than they were taken at."""
+    batch_size = torch.export.Dim("batch", min=2, max=64)
+    for name in session.size(("ViT-B-32", "RN50"), ("ViT-B-32",)):
+        model = lively(our_model(session, name, "eos")).eval()
+        batch = our_batch(session, model.config, 4)
+        for call, key in ((model.encode_image, "pixel_values"), (model.encode_text, "input_ids")):
+            with torch.no_grad(), exact():
+                program = torch.export.export(
+                    _Call(model, call), (batch[key],), dynamic_shapes=({0: batch_size},), strict=False
+                ).module()
+                more = torch.cat([batch[key], batch[key].flip(0)])
+                session.check(f"{name}, {call.__name__}, exported", apart(program(more), call(more)), at_most=1e-4)
+
+
+class _Call(torch.nn.Module):
+    """A method of a model as a module, which is what can be exported."""
+
+    def __init__(self, model: PyramidCLIPModel, call: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.model, self.call = model, call
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.call(inputs)
 
 
 def vinvl(session: Session) -> None:
@@ -237,5 +267,6 @@ PARTS = (
     Part("right: VinVL", 15, vinvl),
     Part("right: pipelines", 25, pipelines),
     Part("right: waits of the encoders", 10, embedding_waits),
-    Part("right: compiled", 60, compiled),
+    Part("right: exported", 30, exported),
+    Part("right: compiled", 100, compiled),
 )
