@@ -57,24 +57,30 @@ test-kernels: $(VENV)/installed  ## the tests with the arithmetic of lesser proc
 	ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -n $(WORKERS) -m "not slow"
 	OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 $(PYTEST) -n $(WORKERS) -m "not slow"
 
-# The core alone, with the oldest versions that setup.cfg allows, those of a machine of the middle, and the newest.
+# What a machine with a GPU lacks: pure Python.
+GPU_WHEELS := ftfy wcwidth open_clip_torch webdataset braceexpand
+
+# The core with the oldest versions that setup.cfg allows, with what lies on a machine with a GPU, and with the newest;
+# and what Accelerate makes of its files. The middle one has no more than docs/gpu.md asks for and `make gpu-wheels`
+# fetches, and passes `make gpu` at toy size.
 VERSIONS := oldest middle newest
-VERSIONS_TESTS := tests/pyramidclip_hf --ignore tests/pyramidclip_hf/vinvl
-OLDEST := torch==2.6.0 torchvision==0.21.0 transformers==5.11.0 numpy==2.0.0 pillow==11.0.0 ftfy==6.3.0
-MIDDLE := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0
-NEWEST := torch torchvision transformers huggingface_hub numpy pillow
+VERSIONS_TESTS := tests/pyramidclip_hf tests/test_accelerate_files.py --ignore tests/pyramidclip_hf/vinvl
+.venv-oldest/passed: PACKAGES := torch==2.6.0 torchvision==0.21.0 transformers==5.11.0 numpy==2.0.0 pillow==11.0.0 \
+	ftfy==6.3.0 accelerate==1.10.0
+.venv-middle/passed: PACKAGES := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 accelerate==1.15.0 pyarrow \
+	pyyaml tensorboard matplotlib scikit-learn timm $(GPU_WHEELS)
+.venv-newest/passed: PACKAGES := torch torchvision transformers huggingface_hub numpy pillow accelerate
+.venv-middle/passed: MORE_TESTS := tests/gpu
+# Other Pythons too, where they are installed.
+.venv-middle/passed: PYTHON := $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo $(PYTHON))
+.venv-newest/passed: PYTHON := $(shell for one in 3.14 3.13; do python$$one -c '' 2>/dev/null && echo python$$one && exit; done; echo $(PYTHON))
 
 test-versions: $(VERSIONS:%=.venv-%/passed)  ## the core's tests with the oldest, middle and newest versions of what it needs
 
-# The middle one with another Python too, where that is installed.
-.venv-middle/passed: PYTHON := $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo $(PYTHON))
-.venv-oldest/passed: PACKAGES = $(OLDEST)
-.venv-middle/passed: PACKAGES = $(MIDDLE)
-.venv-newest/passed: PACKAGES = $(NEWEST)
-.venv-%/passed: setup.cfg pyproject.toml $(wildcard pyramidclip_hf/*.py)
+.venv-%/passed: setup.cfg pyproject.toml Makefile $(wildcard pyramidclip_hf/*.py)
 	[ -x .venv-$*/bin/python ] || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --disable-pip-version-check --quiet $(PACKAGES) pytest pytest-timeout pytest-xdist .
-	.venv-$*/bin/pytest -n $(WORKERS) -m "not slow and not loopback" $(VERSIONS_TESTS)
+	.venv-$*/bin/pytest -n $(WORKERS) -m "not slow and not loopback" $(VERSIONS_TESTS) $(MORE_TESTS)
 	touch $@
 
 test-upstream: $(VENV)/installed  ## transformers' own common tests against these classes (downloads its source distribution once)
@@ -84,7 +90,6 @@ bench: $(VENV)/installed  ## measure every row of the speed table, side by side
 	$(BIN)/python -m tests.bench
 
 # A bare machine with a GPU and its own torch needs no .venv: what is missing there lies in wheels/.
-GPU_WHEELS := ftfy wcwidth open_clip_torch webdataset braceexpand
 gpu:  ## what only a GPU can show: right, then fast, in 8 minutes (without one: a dry pass); ARGS="--parts right"
 	@if [ -x $(BIN)/python ]; then python=$(BIN)/python; \
 	elif $(PYTHON) -c 'import sys, torch, transformers; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then python=$(PYTHON); \
