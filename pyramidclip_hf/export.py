@@ -337,7 +337,7 @@ def _keep(made: Path, kept: Path, loaded: Loaded[PyramidCLIPModel], report: Expo
         "files": {},
     }
     path = kept.parent / RECORD
-    with locked(kept.parent / ".export.lock"):
+    with locked(kept.parent / ".export.lock", needed=False):
         record = read_record(kept.parent) if path.is_file() else own
         if record["model_sha256"] != own["model_sha256"]:
             # What was made of other weights is of no use beside these.

@@ -7,6 +7,7 @@ kill or a loss of power leaves what was there before, and a reader sees the old 
 
 import errno
 import glob
+import inspect
 import os
 import secrets
 import shutil
@@ -14,6 +15,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -165,31 +167,52 @@ def settle(folder: Path) -> None:
 
 
 def fsync(path: str | os.PathLike[str]) -> None:
-    """Waits until a file or the entries of a folder are on the disk."""
+    """Waits until a file or the entries of a folder are on the disk; of a folder, where its file system can."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not os.path.isdir(path):
+            raise
     finally:
         os.close(handle)
 
 
+class NoLocks(OSError):
+    """A file system that has no locks, as network drives may be mounted."""
+
+
+# Newer ones put a file of their own in the place of a lock that the file system does not have, which stays when the
+# process is killed; older ones raise NotImplementedError.
+_KNOWN = inspect.signature(FileLock.__init__).parameters
+_HARD: dict[str, Any] = {"fallback_to_soft": False} if "fallback_to_soft" in _KNOWN else {}
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
 @contextmanager
-def locked(path: str | os.PathLike[str], *, wait: bool = True) -> Iterator[None]:
+def locked(path: str | os.PathLike[str], *, wait: bool = True, needed: bool = True) -> Iterator[None]:
     """Holds the lock file `path`, which is made where it is absent; the system lets go when the process ends.
 
     Args:
         path: of a file that is nothing but a lock.
         wait: until whoever holds it lets go.
+        needed: off, the block runs without a lock where the file system has none.
 
     Raises:
         BlockingIOError: another process, or another block of this one, holds it and `wait` is off.
+        NoLocks: the file system has none, and one is `needed`.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=-1 if wait else 0)
+    lock = FileLock(path, timeout=-1 if wait else 0, **_HARD)
     try:
         lock.acquire()
     except Timeout as error:
         raise BlockingIOError(f"{path} is held by another process") from error
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        if needed:
+            raise NoLocks(f"{path}: this file system has no locks") from error
     try:
         yield
     finally:

@@ -1,7 +1,10 @@
 """Files and folders are there whole or not at all, whoever dies when."""
 
+import errno
+import fcntl
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -10,7 +13,7 @@ import pytest
 from safetensors.torch import save_file
 from torch import ones
 
-from pyramidclip_hf.files import cache_folder, folder_written_aside, locked, write_atomically, written_aside
+from pyramidclip_hf.files import NoLocks, cache_folder, folder_written_aside, locked, write_atomically, written_aside
 
 
 @pytest.fixture
@@ -110,6 +113,45 @@ def test_a_lock_is_held_by_one_and_let_go_when_it_is_killed(tmp_path):
         pass
     with locked(path, wait=False):
         assert time.monotonic() - begun < 30
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said_and_nothing_of_ours_stands_for_one(tmp_path, monkeypatch, code):
+    """A file in the place of a lock would stay when its process is killed, and shut out the next."""
+
+    def refuse(handle, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    path = tmp_path / "lock"
+    with pytest.raises(NoLocks, match=f"{path}: this file system has no locks"), locked(path, wait=False):
+        pass
+    for _ in range(2):
+        with locked(path, needed=False), locked(path, needed=False):
+            pass
+
+
+def test_what_else_fails_with_a_lock_is_its_own_error(tmp_path, monkeypatch):
+    def refuse(handle, operation):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match="broken"), locked(tmp_path / "lock", needed=False):
+        pass
+
+
+def test_a_folder_is_written_where_folders_cannot_be_flushed(tmp_path, monkeypatch):
+    flush = os.fsync
+
+    def files_alone(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    with folder_written_aside(tmp_path / "new") as folder:
+        (folder / "file").write_text("whole")
+    assert (tmp_path / "new" / "file").read_text() == "whole"
 
 
 def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):

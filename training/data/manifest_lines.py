@@ -40,7 +40,7 @@ def manifest_lines(path: Path) -> Lines:
     folder = cache_folder() / "indexes"
     index, said = folder / f"{name}.lines.npy", folder / f"{name}.lines.json"
     try:
-        with locked(cache_folder() / "locks" / f"{name}.lock"):
+        with locked(cache_folder() / "locks" / f"{name}.lock", needed=False):
             if not said.exists():
                 folder.mkdir(parents=True, exist_ok=True)
                 offsets, digest = _looked_through(path)

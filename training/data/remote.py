@@ -111,7 +111,7 @@ class ShardCache:
         """
         path = self.path_of(url)
         if not path.exists():
-            with locked(path.with_suffix(".lock"), wait=wait):
+            with locked(path.with_suffix(".lock"), wait=wait, needed=False):
                 if not path.exists():
                     self._download_with_retries(url, path)
         stat = os.stat(path)
@@ -175,7 +175,7 @@ class ShardCache:
     def _make_room(self, own: Path, wanted: int) -> None:
         """Makes `own` `wanted` bytes long, once nothing but it and what fits beside it is in the folder."""
         for _ in self.patience.tries():
-            with locked(self.folder / "evict.lock"):
+            with locked(self.folder / "evict.lock", needed=False):
                 files = []
                 for path in itertools.chain(self.folder.glob("*.tar"), self.folder.glob(".*.partial")):
                     with contextlib.suppress(FileNotFoundError):

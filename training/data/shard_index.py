@@ -262,7 +262,7 @@ def load_index(path: str | os.PathLike[str]) -> ShardIndex:
         return index
     try:
         # The processes of a machine build it once; shards share locks, of which there are 256.
-        with locked(cache_folder() / "locks" / f"{cached.name[:2]}.lock"):
+        with locked(cache_folder() / "locks" / f"{cached.name[:2]}.lock", needed=False):
             if (index := _cached_index(path, cached)) is None:
                 index = build_index(path)
                 cached.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pyramidclip_command import Failure
-from pyramidclip_hf.files import locked
+from pyramidclip_hf.files import NoLocks, locked
 from training.loop.record import NAME, CheckpointError, is_whole
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
@@ -133,7 +133,7 @@ def sole_run(run_dir: Path, wait: float = WAIT_FOR_OTHERS) -> Iterator[str]:
                         "choose another output_dir"
                     ) from error
                 time.sleep(0.5)
-            except NotImplementedError:
+            except NoLocks:
                 told = f"{run_dir}: this file system has no locks: nothing keeps a second run from writing there"
                 break
         yield told

@@ -1,5 +1,7 @@
 """Where a run begins: branches that are left, checkpoints that cannot be read, runs that are finished or at work."""
 
+import errno
+import fcntl
 import functools
 import json
 import os
@@ -183,6 +185,16 @@ def test_a_run_waits_for_one_that_ends(tmp_path):
                 os._exit(0)
     assert os.read(reader, 10) == b"held"
     os.waitpid(waiting, 0)
+
+
+def test_a_run_says_that_its_folder_has_no_locks(tmp_path, monkeypatch):
+    def refuse(handle, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for _ in range(2):
+        with sole_run(tmp_path, wait=0) as told:
+            assert told == f"{tmp_path}: this file system has no locks: nothing keeps a second run from writing there"
 
 
 def test_a_finished_run_given_again_changes_nothing(copy, capsys):
