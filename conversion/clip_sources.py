@@ -18,6 +18,7 @@ from conversion.architecture import grid_side, make_config, token_ids
 from conversion.checkpoint_file import as_float32, read_checkpoint, state_dict_of
 from conversion.key_map import REFERENCE_SPLIT, Row, key_table
 from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
+from pyramidclip_hf.files import read_utf8
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 
 # Only PyramidCLIP has these parameters.
@@ -109,7 +110,7 @@ def read_clip(
 
 def _read_json(path: str | Path) -> dict[str, Any]:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_utf8(path))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON file: {error}") from error
 

@@ -19,6 +19,7 @@ import torch
 from conversion.checkpoint_file import as_float32, read_checkpoint, state_dict_of
 from conversion.model_folder import check_output_folder, model_written_aside
 from pyramidclip_command import CommandParser, run_command
+from pyramidclip_hf.files import read_utf8
 from pyramidclip_hf.vinvl import VinVLConfig, VinVLForObjectAttributeDetection, VinVLImageProcessor
 from pyramidclip_hf.vinvl.boxes_vinvl import cell_anchors
 
@@ -107,7 +108,7 @@ def read_label_map(path: str | Path) -> tuple[dict[int, str], dict[int, str]]:
         ValueError: no JSON, no such mappings, or ids that are not 1 .. n.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf8"))
+        content = json.loads(read_utf8(path))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON file: {error}") from error
     found: list[dict[int, str]] = []

@@ -25,6 +25,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PYRAMIDCLIP_CACHE") or Path.home() / ".cache" / "pyramidclip")
 
 
+# More than any list of names or captions has.
+_MAX_TEXT_BYTES = 512 << 20
 # What macOS and network drives put among people's files, beside all that begins with a dot.
 _HIDDEN = ("__MACOSX", "@eaDir")
 
@@ -50,14 +52,36 @@ def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
         OSError: it is not there, or cannot be read.
         ValueError: no file with contents (a folder, a device, a FIFO), or one with more bytes.
     """
-    # Looked at before it is opened: opening a FIFO waits for a writer, opening some devices does something.
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError(f"{os.fspath(path)} is a folder, device or FIFO, expected a file")
+    check_regular(path)
     with open(path, "rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
         raise ValueError(f"{os.fspath(path)} has more than the {most} bytes that are read of such a file")
     return data
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Looks what stands under a name before it is opened: opening a FIFO waits, opening some devices does something.
+
+    Raises:
+        OSError: nothing is there.
+        ValueError: no file with contents.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{os.fspath(path)} is a folder, device or FIFO, expected a file")
+
+
+def read_utf8(path: str | os.PathLike[str]) -> str:
+    """The text of a list, table or description that a user names, with or without a byte order mark.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        ValueError: no file with contents, more than 512 MiB, or not UTF-8.
+    """
+    try:
+        return read_regular(path, _MAX_TEXT_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{os.fspath(path)} is not UTF-8 text: {error}") from None
 
 
 @contextmanager

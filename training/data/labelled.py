@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from pyramidclip_hf.files import visible
+from pyramidclip_hf.files import read_utf8, visible
 from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
 from pyramidclip_hf.picture_files import pictures_below, told_passed_over
 from training.data.records import Sample
@@ -178,7 +178,7 @@ def names_from_file(classes_file: str, folders: list[str]) -> list[str]:
     """
     if not Path(classes_file).is_file():
         raise FileNotFoundError(f"there is no class file {classes_file}; expected one name a line, or folder<TAB>name")
-    lines = Path(classes_file).read_text(encoding="utf-8").splitlines()
+    lines = read_utf8(classes_file).splitlines()
     if any("\t" in line for line in lines):
         named = dict(line.split("\t", 1) for line in lines if "\t" in line)
         missing = [folder for folder in folders if folder not in named]
@@ -221,7 +221,7 @@ def labelled_shards(
     if classes_file:
         if not Path(classes_file).is_file():
             raise FileNotFoundError(f"there is no class file {classes_file}; expected class_name<TAB>name a line")
-        lines = Path(classes_file).read_text(encoding="utf-8").splitlines()
+        lines = read_utf8(classes_file).splitlines()
         if any("\t" in line for line in lines):
             names = names_from_file(classes_file, classes)
         else:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyramidclip_hf.files import read_utf8
 from training.data.records import Sample
 from training.data.samples import Samples
 
@@ -83,7 +84,7 @@ def read_captions(captions_file: str, split: str = "test") -> dict[str, list[str
     """
     if not Path(captions_file).is_file():
         raise FileNotFoundError(f"there is no captions file {captions_file}; expected {FORMATS}")
-    text = Path(captions_file).read_text(encoding="utf-8")
+    text = read_utf8(captions_file)
     if captions_file.endswith(".json"):
         try:
             content = json.loads(text)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from pyramidclip_hf.files import read_utf8
 from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
@@ -30,7 +31,7 @@ def read_templates(path: str | None) -> list[str] | None:
         raise FileNotFoundError(
             f"there is no template file {path}; expected one prompt a line, {{}} for the class name"
         )
-    templates = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    templates = [line.strip() for line in read_utf8(path).splitlines() if line.strip()]
     wrong = [line for line in templates if line.count("{}") != 1]
     if wrong or not templates:
         raise ValueError(

@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
-from pyramidclip_hf.files import write_atomically
+from pyramidclip_hf.files import read_utf8, write_atomically
 from training.data.labelled import LabelledPictures
 
 COLUMNS = ("task", "dataset", "config", "split", "metric", "note", "value")
@@ -115,7 +115,7 @@ def write_json(
 def read_json(path: str | Path) -> tuple[str, list[EvalResult], dict[str, Any]]:
     """Model name, results and details of a file of `write_json`; ValueError where it is something else."""
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        document = json.loads(read_utf8(path))
         name, results = model_index_to_eval_results(document["model-index"])
         return name, results, document["details"]
     except (KeyError, TypeError, ValueError) as error:

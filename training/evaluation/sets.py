@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pyramidclip_hf.files import read_utf8
 from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
 from training.data.labelled import (
     LabelledPictures,
@@ -225,7 +226,7 @@ def _read_split_file(source: str, folder: Path, listing: Listing) -> tuple[list[
     numbers = {name: number for number, name in enumerate(listing.names) if listing.names.count(name) == 1}
     numbers |= {key: number for number, key in enumerate(listing.keys)}
     found: dict[str, int] = {}
-    for line, text in enumerate(Path(source).read_text(encoding="utf-8").splitlines(), 1):
+    for line, text in enumerate(read_utf8(source).splitlines(), 1):
         path, label = (part.strip() for part in text.partition("\t")[::2])
         path = path.lstrip("/")
         if not path:

@@ -55,6 +55,8 @@ def parse(words: Sequence[str]) -> Namespace:
 
 def run(arguments: Namespace) -> None:
     """Writes the page."""
+    if Path(arguments.output).exists() and Path(arguments.output).suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--output {arguments.output} is there and is no page: choose a name that ends in .html")
     text = page(arguments.shard, arguments.number, arguments.first, arguments.max_image_pixels)
     write_text(arguments.output, text)
     print(f"{arguments.output}: {text.count('<article>')} samples of {arguments.shard}")
@@ -65,7 +67,7 @@ def page(shard: str | Path, number: int, first: int = 0, max_pixels: int = 100_0
     if Path(shard).is_dir():
         raise IsADirectoryError(f"{shard} is a folder: expected one of its shards, as {Path(shard) / '00000.tar'}")
     with ShardReader(shard) as reader:
-        if number < 1 or not 0 <= first < max(len(reader), 1):
+        if number < 1 or not 0 <= first < len(reader):
             raise ValueError(f"samples {first} to {first + number} of {shard}, which has {len(reader)}")
         samples = [_article(reader, i, max_pixels) for i in range(first, min(first + number, len(reader)))]
         size = len(reader)

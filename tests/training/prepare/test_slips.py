@@ -37,6 +37,21 @@ def inputs(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "pictures.jsonl", [{"image": "pictures/0.jpg", "caption": "a cat"}])
     write_jsonl(tmp_path / "others.jsonl", [{"image": "pictures/1.jpg", "caption": "a dog"}])
     write_tar(tmp_path / "shards" / "00000.tar", [("k", {"jpg": picture(0), "txt": b"a caption"})])
+    for name, text in {
+        "void.jsonl": "",
+        "void.csv": "",
+        "head.csv": "image,caption\n",
+        "semicolons.csv": "image;caption\npictures/0.jpg;a cat\n",
+        "tabs.csv": "image\tcaption\npictures/0.jpg\ta cat\n",
+        "commas.tsv": "image,caption\npictures/0.jpg,a cat\n",
+        "words.parquet": "no parquet\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "wide.csv").write_bytes("image,caption\npictures/0.jpg,a cat\n".encode("utf-16"))
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "void.tar").touch()
+    (tmp_path / "objects.tsv").write_text('k\t{"objects": []}\n')
     (tmp_path / "features.tsv").write_text("k\t{no json\n")
 
 
@@ -70,7 +85,22 @@ SLIPS = [
     ("audit empty", "empty"),
     ("view pictures/0.jpg --output page.html", "0.jpg is not an uncompressed tar"),
     ("view pictures --output page.html", "pictures is a folder: expected one of its shards"),
+    # Tables of another form.
+    ("pack --input void.jsonl --output_dir out", "void.jsonl: no rows, expected a picture and a caption in each"),
+    ("pack --input void.csv --output_dir out", "void.csv: no rows"),
+    ("pack --input head.csv --output_dir out", "head.csv: no rows"),
+    ("pack --input semicolons.csv --output_dir out", "columns seem to be parted by ';': .csv is read with ','"),
+    ("pack --input tabs.csv --output_dir out", r"columns seem to be parted by '\\t': .csv is read with ','"),
+    ("pack --input commas.tsv --output_dir out", r"columns seem to be parted by ',': .*.tsv with '\\t'"),
+    ("pack --input wide.csv --output_dir out", "wide.csv: its first row is not UTF-8 text; save the table as UTF-8"),
+    ("pack --input words.parquet --output_dir out", "words.parquet is no Parquet table that can be read: .*magic"),
+    ("import_features --input features.tsv --objects latin.txt --made_by x --store_dir out", "latin.txt is not UTF-8"),
+    ("import_features --input features.tsv --objects fifo --made_by x --store_dir out", "fifo is a folder, device or"),
+    ("import_features --input objects.tsv --hw fifo --made_by x --store_dir out", "fifo is a folder, device or FIFO"),
+    ("import_features --input objects.tsv --hw empty --made_by x --store_dir out", "empty is a folder, device or FIFO"),
+    ("view void.tar --output page.html", "void.tar, which has 0"),
     # The output of something else.
+    ("view shards/00000.tar --output shards/00000.tar", "00000.tar is there and is no page: choose a name that ends"),
     (
         "pack --input others.jsonl --output_dir packed",
         "made with other settings.*pictures.jsonl.*another folder, or --overwrite",

@@ -15,7 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from pyramidclip_hf.files import cache_folder, written_aside
+from pyramidclip_hf.files import cache_folder, check_regular, written_aside
 
 MAX_ROW_BYTES = 256 << 20
 _VERSION = 2
@@ -166,6 +166,7 @@ def _build(path: Path, key_pattern: str | None, file: Path) -> None:
 def _heads(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yields (byte offset, beginning of the row) for every row."""
     beside = path.with_suffix(".lineidx")
+    check_regular(path)
     with open(path, "rb") as file:
         if beside.is_file():
             yield from _heads_by_lineidx(file, path, beside)

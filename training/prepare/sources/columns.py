@@ -45,7 +45,10 @@ def choose_columns(names: Collection[str], arguments: SourceArguments, where: st
     image, caption = chosen["image"], chosen["caption"]
     if image is None or caption is None or absent:
         wanted = f"give {', '.join(missing)}" if missing else f"there is no column {', '.join(absent)}"
-        raise ValueError(f"{where} has the columns {', '.join(map(str, names))}: {wanted}")
+        told = ", ".join(map(str, names))
+        other = next((mark for mark in ";\t,|" if len(names) == 1 and mark in told), None)
+        hint = f". Its columns seem to be parted by {other!r}: .csv is read with ',', .tsv with '\\t'" if other else ""
+        raise ValueError(f"{where} has the columns {told}: {wanted}{hint}")
     return Columns(image, caption, chosen["key"])
 
 

@@ -46,6 +46,8 @@ class TableSource:
         for number, path in enumerate(self.files):
             for start, first, rows, line in _cut(path, self.arguments.samples_per_shard):
                 parts.append(SourcePart(f"{len(parts):05d}", path, rows, start, first, line, number))
+        if not parts:
+            raise ValueError(f"{', '.join(self.files)[:200]}: no rows, expected a picture and a caption in each")
         return parts
 
     def keys(self, part: SourcePart) -> list[str | None]:
@@ -181,6 +183,8 @@ def _part_of_csv(part: SourcePart) -> Iterator[TableRow]:
     delimiter = _delimiter(part.path)
     with open(part.path, "rb") as file:
         header = next(csv.reader(_CountedLines(file), delimiter=delimiter))
+        if any("\0" in name or not _is_utf8(name) for name in header):
+            raise ValueError(f"{part.path}: its first row is not UTF-8 text; save the table as UTF-8")
         file.seek(part.start)
         lines = _CountedLines(file, part.start, part.line - 1)
         left, at = part.rows or 0, part.line
@@ -199,11 +203,18 @@ def _csv_row(line: int, values: list[str] | csv.Error, header: Sequence[str]) ->
         return TableRow(line, {}, Fault("bad-row", str(values)))
     if len(values) != len(header):
         return TableRow(line, {}, Fault("bad-row", f"{len(values)} values for {len(header)} columns"))
-    try:
-        "".join(values).encode()
-    except UnicodeEncodeError:
+    if not _is_utf8("".join(values)):
         return TableRow(line, {}, Fault("bad-utf8", "the row is not UTF-8"))
     return TableRow(line, dict(zip(header, values)))
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether text that was decoded with surrogates in place of wrong bytes has none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parquet(path: str) -> "ParquetFile":
@@ -211,7 +222,10 @@ def _parquet(path: str) -> "ParquetFile":
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise ImportError('Parquet tables need pyarrow: pip install -e ".[train]"') from error
-    return ParquetFile(path)
+    try:
+        return ParquetFile(path)
+    except (ValueError, OSError) as error:  # pyarrow's own are among these
+        raise ValueError(f"{path} is no Parquet table that can be read: {error}") from error
 
 
 def _part_of_parquet(part: SourcePart, columns: Sequence[str | None] | None) -> Iterator[TableRow]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
+from pyramidclip_hf.files import read_utf8
 from training.data.records import BOX_TOLERANCE, Region, phrase
 from training.prepare.steps.rewriting import Levels
 from training.prepare.steps.work import Tally
@@ -150,7 +151,7 @@ def read_names(path: str | Path) -> list[str]:
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} is not there: expected a file with one name a line")
-    lines = Path(path).read_text(encoding="utf-8-sig").rstrip().split("\n")
+    lines = read_utf8(path).rstrip().split("\n")
     names = [line.split(",")[0].strip() for line in lines]
     if not all(names):
         raise ValueError(f"{path}, line {names.index('') + 1}: expected one name a line, found a blank one")
