@@ -20,7 +20,7 @@ import torch
 from pyramidclip_command import Failure
 from pyramidclip_hf.configuration_pyramidclip import LEVELS, levels_of_kind
 from pyramidclip_hf.tokenization_pyramidclip import PyramidCLIPTokenizer
-from training.data.order import SampleOrder
+from training.data.order import SampleOrder, Window
 from training.data.patience import LONGEST_PAUSE, is_away
 from training.data.records import (
     IMAGE_SUFFIXES,
@@ -32,12 +32,14 @@ from training.data.records import (
     level_text,
     sample_from_members,
 )
-from training.data.remote import LOCAL_PROCESS, DownloadError, NotThere, ShardCache, is_url
+from training.data.remote import DownloadError, NotThere, ShardCache, is_url
 from training.data.shard_index import NotATar
 from training.data.sources import DataSet, ShardReplaced, UnitReader
 from training.data.views import BadPicture, ViewSettings, make_views
 
 MAX_REPLACEMENTS = 32
+# So many shards may be open, however small the windows are and the system's limit is.
+_LEAST_READERS = 16
 # Errors of a path that stay what they are while its folder can be reached.
 _NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 # What is drawn for a sample beside its crops, whose numbers are 0 and 1.
@@ -104,17 +106,6 @@ class BatchReport:
     texts: dict[str, int] = field(default_factory=dict)
 
 
-def _share_of_node() -> tuple[int, int]:
-    """The number of this process among the loader processes of its machine, and how many they are.
-
-    Launchers (torchrun, `accelerate launch`) say how many trainers a machine has; without them there is one.
-    """
-    worker = torch.utils.data.get_worker_info()
-    own, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-    trainer, trainers = (int(os.environ.get(name, default)) for name, default in LOCAL_PROCESS.items())
-    return trainer * workers + own, trainers * workers
-
-
 def _folder(name: str) -> str:
     return os.path.dirname(name) or "."
 
@@ -151,7 +142,8 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
         self._readers: collections.OrderedDict[tuple[int, int], UnitReader] = collections.OrderedDict()
         # Units that cannot be read: why, and until when they are not asked for again.
         self._unreadable: dict[tuple[int, int], tuple[Fault, float]] = {}
-        self._window: tuple[int, int] | None = None
+        self._most_readers = _LEAST_READERS
+        self._windows: dict[Window, int] = {}
         self._fetching: threading.Thread | None = None
 
     def __len__(self) -> int:
@@ -159,7 +151,7 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state.update(_readers=collections.OrderedDict(), _unreadable={}, _window=None, _fetching=None)
+        state.update(_readers=collections.OrderedDict(), _unreadable={}, _windows={}, _fetching=None)
         return state
 
     def __getitem__(self, epoch_and_positions: tuple[int, Iterable[int]]) -> Batch:
@@ -179,7 +171,8 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
             DataError: a sample and all that might replace it are bad, or (`StoreError`) the store is away.
             ValueError: a remote shard is larger than the cache.
         """
-        report = BatchReport()
+        report, positions = BatchReport(), list(positions)
+        self._look_ahead(epoch, positions)
         loaded = [self.load(epoch, position, report) for position in positions]
         samples = [sample for sample, _ in loaded]
         batch: Batch = self._pixels([views for _, views in loaded])
@@ -205,7 +198,7 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
     def _load(self, epoch: int, dataset: int, unit: int, index: int) -> tuple[Sample, dict[str, torch.Tensor]]:
         key = None
         try:
-            reader, members = self._read(epoch, dataset, unit, index)
+            reader, members = self._read(dataset, unit, index)
             key = reader.key(index)
             sample = sample_from_members(members, key, reader.name, bool(self._views), self.settings.levels)
             if sample.caption is None:
@@ -223,9 +216,9 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
         except BadPicture as bad:
             raise BadSample(key, reader.name, bad.reason, str(bad)) from None
 
-    def _read(self, epoch: int, dataset: int, unit: int, index: int) -> tuple[UnitReader, dict[str, bytes]]:
+    def _read(self, dataset: int, unit: int, index: int) -> tuple[UnitReader, dict[str, bytes]]:
         """The reader of a unit and the members of one sample of it; raises `BadSample`."""
-        reader = self._reader(epoch, dataset, unit)
+        reader = self._reader(dataset, unit)
         try:
             return reader, reader.read(index, self._suffixes)
         except BadSample as bad:
@@ -233,7 +226,7 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
                 raise
         # What was opened before a store was away, or before a shared cache let go of it, is stale: once more.
         self._readers.pop((dataset, unit)).close()
-        reader = self._reader(epoch, dataset, unit)
+        reader = self._reader(dataset, unit)
         return reader, reader.read(index, self._suffixes)
 
     def _check_regions(self, sample: Sample, where: str) -> None:
@@ -290,21 +283,15 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
                 mask[row, : len(sample.roi)] = True
         return torch.from_numpy(features), torch.from_numpy(mask)
 
-    def _reader(self, epoch: int, dataset: int, unit: int) -> UnitReader:
+    def _reader(self, dataset: int, unit: int) -> UnitReader:
         """The open reader of a unit; the one used longest ago is closed when too many are open. Raises `BadSample`."""
         reader = self._readers.get((dataset, unit))
         if reader is None:
-            self._fetch_ahead(epoch, dataset, unit)
             reader = self._readers[dataset, unit] = self._open(dataset, unit)
-            if len(self._readers) > self._most_readers(epoch):
+            if len(self._readers) > self._most_readers:
                 self._readers.popitem(last=False)[1].close()
         self._readers.move_to_end((dataset, unit))
         return reader
-
-    def _most_readers(self, epoch: int) -> int:
-        """How many stay open: two windows' (positions near a boundary go back and forth), within the system's limit."""
-        most = 2 * max(len(window.shards) for window in self.order.windows(epoch)) + 2
-        return min(most, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 16))
 
     def _open(self, dataset: int, unit: int) -> UnitReader:
         """A new reader of a unit. One that cannot be read is remembered for a while, so that it is waited for once.
@@ -342,18 +329,28 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
         self._unreadable[dataset, unit] = fault, time.monotonic() + rest
         raise BadSample(*fault)
 
-    def _fetch_ahead(self, epoch: int, dataset: int, unit: int) -> None:
-        """Fetches the remote shards of the window after this one in the background, each worker of a node its share."""
-        if not is_url(self.data_sets[dataset].units[unit].name):
+    def _look_ahead(self, epoch: int, positions: Sequence[int]) -> None:
+        """Prepares for the shards of the windows that a batch is in, and of those that its process comes to next.
+
+        So many stay open, within the system's limit. Remote ones are fetched in the background, each worker of the
+        process its share; what another process of the machine fetches at the moment is left to it.
+        """
+        windows = {self.order.window(epoch, position): position for position in positions}
+        if windows.keys() == self._windows.keys() or (self._fetching is not None and self._fetching.is_alive()):
             return
-        windows = self.order.windows(epoch)
-        number = next(n for n, w in enumerate(windows) if w.dataset == dataset and unit in w.shards)
-        if (epoch, number) == self._window or (self._fetching is not None and self._fetching.is_alive()):
-            return
-        self._window = (epoch, number)
-        names = [self.data_sets[w.dataset].units[s].name for w in windows[number + 1 : number + 2] for s in w.shards]
-        share, shares = _share_of_node()
-        names = [*filter(is_url, names)][share::shares]
+        self._windows = windows
+        later = [self.order.next_window(epoch, position) for position in windows.values()]
+        places = [self.order.shards_of(window) for window in dict.fromkeys([*windows, *later])]
+        units = dict.fromkeys((dataset, shard) for dataset, shards in places for shard in shards)
+        limit = max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, _LEAST_READERS)
+        self._most_readers = min(max(len(units), _LEAST_READERS), limit)
+        worker = torch.utils.data.get_worker_info()
+        own, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        names = (self.data_sets[dataset].units[unit].name for dataset, unit in units)
+        self._fetch([*filter(is_url, names)][own::workers])
+
+    def _fetch(self, names: Sequence[str]) -> None:
+        """Fetches remote shards in the background."""
 
         def fetch() -> None:
             for name in names:
@@ -364,5 +361,6 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
                 except (OSError, ValueError):
                     return  # reported, with its retries, by whoever reads the shard
 
-        self._fetching = threading.Thread(target=fetch, daemon=True)
-        self._fetching.start()
+        if names:
+            self._fetching = threading.Thread(target=fetch, daemon=True)
+            self._fetching.start()

@@ -139,7 +139,7 @@ class BatchReader:
             `BatchMaker` makes it.
         order: the `SampleOrder` that the maker follows.
         global_batch_size: samples in a batch of all processes together.
-        process_index, num_processes: which share of each global batch is made here (position modulo number).
+        process_index, num_processes: which share of each global batch is made here: a block of neighbouring positions.
         workers: processes that make batches ahead; 0 makes them here.
         prefetch: batches that each worker keeps ready.
         max_bad_fraction: share of bad samples beyond which `DataError` is raised (counted as if at least a thousand
@@ -215,7 +215,7 @@ class BatchReader:
             batch,
             self.overfit_batches or self.batches_per_epoch,
             bool(self.overfit_batches),
-            (self.global_batch_size, self.process_index, self.num_processes),
+            (self.global_batch_size, self.process_index, self.num_processes, self.order.lane_length),
         )
         if self.workers:
             # Tokenizers warn about a fork otherwise, and their threads do not survive it.
@@ -475,14 +475,13 @@ class _Telling(torch.utils.data.Dataset[Batch | _Trouble]):
 class _Schedule:
     """What the workers make, without end: (epoch, positions) of the global batches in turn."""
 
-    def __init__(self, epoch: int, batch: int, batches: int, overfit: bool, share: tuple[int, int, int]):
+    def __init__(self, epoch: int, batch: int, batches: int, overfit: bool, share: tuple[int, int, int, int]):
         self.epoch, self.batch, self.batches, self.overfit, self.share = epoch, batch, batches, overfit, share
 
-    def __iter__(self) -> Iterator[tuple[int, range]]:
-        size, index, processes = self.share
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
         epoch, batch = self.epoch, self.batch
         while True:
-            yield 0 if self.overfit else epoch, batch_positions(batch, size, index, processes)
+            yield 0 if self.overfit else epoch, batch_positions(batch, *self.share)
             batch += 1
             if batch == self.batches:
                 epoch, batch = epoch + 1, 0

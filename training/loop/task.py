@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
+from training.data.order import ORDER_RULE
 from training.loop.checkpoint import Stateful
 from training.loop.distributed import world_size
 from training.loop.identity import Identity, model_identity
@@ -204,7 +205,12 @@ class Task(Protocol):
         said = identity_of(self.settings)
         return {
             **said,
-            "data": {"fingerprint": self.reader.fingerprint, "samples": self.plan.samples, **said["data"]},
+            "data": {
+                "fingerprint": self.reader.fingerprint,
+                "samples": self.plan.samples,
+                "order_rule": ORDER_RULE,
+                **said["data"],
+            },
             "schedule": {"total_steps": self.plan.total_steps, **said["schedule"]},
             "model": model_identity(self.objective.model.config),
         }

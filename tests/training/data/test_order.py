@@ -43,17 +43,81 @@ def test_datasets_one_after_another_in_a_new_order():
     assert len(visits) >= 5  # of the six possible ones
 
 
+def windows_of(order, epoch):
+    """The windows of an epoch in turn with the positions that are in each."""
+    found = {}
+    for position in range(len(order)):
+        found.setdefault(order.window(epoch, position), []).append(position)
+    return found
+
+
 def test_shuffled_within_windows_only():
     order = SampleOrder([[50] * 10], 0, 150)
-    windows = order.windows(0)
-    # Three of 150 would leave 50 alone at the end.
-    assert [len(w.shards) for w in windows] == [4, 3, 3] and [w.start for w in windows] == [0, 200, 350]
+    windows = windows_of(order, 0)
+    # Of 150 there would be 50 left over at the end.
+    assert [(w.first, w.size) for w in windows] == [(0, 166), (166, 167), (333, 167)]
     run = epoch_of(order, 0)
-    for window in windows:
-        part = run[window.start : window.start + window.size]
-        assert {s for _, s, _ in part} == set(window.shards)
+    for window, positions in windows.items():
+        part = [run[position] for position in positions]
+        assert positions == list(range(window.first, window.first + window.size))
+        assert {s for _, s, _ in part} == set(order.shards_of(window)[1])
         assert [(s, i) for _, s, i in part] != sorted((s, i) for _, s, i in part)
-        assert len({s for _, s, _ in part[:25]}) == len(window.shards)
+        assert len({s for _, s, _ in part[:50]}) == len(order.shards_of(window)[1])
+
+
+def test_a_window_has_the_samples_of_a_shard_at_least():
+    assert len(windows_of(SampleOrder([[100] * 4], 0, 1), 0)) == 4
+
+
+LANES = {
+    "equal": ([[300] * 40], 2400, 512),
+    "ragged, several data sets": ([list(range(100, 300, 7)), [2000], [900, 0, 300] * 5], [1000, 3000, 2000], 768),
+    "less than a batch": ([[10] * 70, [400] * 30], 2048, 1024),
+}
+
+
+@pytest.mark.parametrize(("sizes", "window", "batch"), LANES.values(), ids=LANES)
+def test_lanes_hold_equally_many_of_each_batch_and_each_sample_once(sizes, window, batch):
+    order = SampleOrder(sizes, 3, window, batch)
+    assert max(order.lanes) > 1
+    run = epoch_of(order, 1)
+    assert len(set(run)) == len(run) == sum(map(sum, sizes))
+    windows = windows_of(order, 1)
+    for window, positions in windows.items():
+        assert len(positions) == window.size and len({run[p] for p in positions}) == window.size
+        dataset, shards = order.shards_of(window)
+        assert {run[p][:2] for p in positions} == {(dataset, shard) for shard in shards}
+        # Neighbours in each batch: the same part of all of them.
+        places = {p % batch * order.lanes[dataset] // batch for p in positions}
+        assert len(places) == 1
+        for position in positions[:: max(window.size // 2, 1)]:
+            after = [p for p in range(position, len(order), batch) if order.window(1, p) != window]
+            assert order.next_window(1, position) == (
+                order.window(1, after[0]) if after else order.window(2, position % batch)
+            )
+
+
+@pytest.mark.parametrize(("shards", "size"), [(1000, 10_000), (100_000, 1430)])
+def test_a_node_reads_its_lanes_alone(shards, size):
+    """Of eight nodes: the shards that each reads in an epoch, and in the windows of a moment."""
+    batch, nodes = 8192, 8
+    order = SampleOrder([[size] * shards], 0, default_window(batch), batch)
+    read = []
+    for node in range(nodes):
+        places = range(node * batch // nodes, (node + 1) * batch // nodes, order.lane_length)
+        epoch = set()
+        for first in range(0, len(order) - batch, 16 * batch):  # as many as a window has at least
+            now = {shard for place in places for shard in order.shards_of(order.window(0, first + place))[1]}
+            epoch |= now
+            # What the windows hold, and a shard cut at both ends of each.
+            assert len(now) <= 1.1 * default_window(batch) / nodes / size + 2 * len(places)
+        read.append(epoch)
+    assert sum(map(len, read)) <= shards + nodes and max(map(len, read)) <= shards / nodes + 2
+
+
+def test_positions_of_a_process_take_turns_between_lanes():
+    assert batch_positions(1, 16, 0, 2, 4) == [16, 20, 17, 21, 18, 22, 19, 23]
+    assert batch_positions(1, 16, 1, 2) == list(range(24, 32))
 
 
 def test_permutation_is_uniform():
@@ -67,8 +131,7 @@ def test_permutation_is_uniform():
 def test_processes_share_the_same_global_batches(processes):
     parts = [batch_positions(4, 12, rank, processes) for rank in range(processes)]
     assert {len(part) for part in parts} == {12 // processes}
-    assert sorted(p for part in parts for p in part) == list(range(48, 60))
-    assert all(p % processes == rank for rank, part in enumerate(parts) for p in part)
+    assert [p for part in parts for p in part] == list(range(48, 60))
 
 
 @pytest.mark.parametrize(("window", "batch"), [(40, 8), (40, 10), (7, 12), (1000, 8)])
@@ -89,11 +152,13 @@ def test_replacements_are_never_in_the_global_batch_already(window, batch):
 
 
 def test_replacements_are_of_the_window_while_it_has_others():
-    order = SampleOrder([[10] * 30], 0, 100, 8)
-    for position in range(0, len(order), 7):
-        window = next(w for w in order.windows(0) if w.start <= position < w.start + w.size)
-        near = [order.replacement(0, position, attempt) for attempt in range(11)]
-        assert all(shard in window.shards for _, shard, _ in near)
+    for sizes, window, batch in (([10] * 30, 100, 8), ([100] * 64, 3200, 512)):
+        order = SampleOrder([sizes], 0, window, batch)
+        for position in range(0, len(order), 7):
+            inside = order.shards_of(order.window(0, position))[1]
+            others = order.window(0, position).size * order.lanes[0] // batch - 1
+            near = [order.replacement(0, position, attempt) for attempt in range(others)]
+            assert all(shard in inside for _, shard, _ in near)
     alone = SampleOrder([[8]], 0, 8, 8)  # the only batch: better one twice than none
     assert {alone.replacement(0, 3, attempt).sample for attempt in range(200)} == set(range(8))
 
@@ -137,4 +202,4 @@ def test_large_data_costs_little():
     order = SampleOrder([[10_000] * 14_300], 0, default_window(8192), 8192)
     dataset, shard, sample = order.locate(7, 71_234_567)
     assert dataset == 0 and 0 <= shard < 14_300 and 0 <= sample < 10_000
-    assert max(window.size for window in order.windows(7)) <= 150_000
+    assert order.lanes == [8] and order.window(7, 71_234_567).size <= 150_000 // 8

@@ -5,15 +5,16 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import fsspec  # noqa: F401  its registry is looked into
 import pytest
 
-from tests.training.prepare.small_data import Served
+from tests.training.prepare.small_data import Served, write_tar
 from training.data import remote
 from training.data.patience import Patience
 from training.data.remote import DownloadError, NotThere, ShardCache
-from training.data.shards import ShardReader
+from training.data.shards import ShardReader, write_dataset_json
 from training.data.sources import open_data_set
 
 
@@ -240,6 +241,35 @@ def test_cache_stays_within_its_limit(shards, tmp_path):
         with pytest.raises(ValueError, match="the cache holds"):
             ShardCache(tmp_path / "small", max_bytes=100).fetch(urls[0])
         assert open_data_set(served.url).samples == 44
+
+
+def test_each_machine_fetches_what_its_processes_read_and_each_shard_once(tmp_path, reader, monkeypatch):
+    folder = tmp_path / "many"
+    for shard in range(20):
+        write_tar(folder / f"{shard:02d}.tar", [(f"{shard}-{n}", {"txt": b"a", "jpg": b"?"}) for n in range(32)])
+    write_dataset_json(folder, {}, None, {})
+    fetched = []
+    for node in range(2):
+        cache = ShardCache(tmp_path / f"node-{node}")
+        with Served(folder) as served:
+            given = {"process_index": node, "num_processes": 2, "window_samples": 256, "cache": cache}
+            read = reader(served.url, ("caption",), 256, **given)
+            list(read.batches(0))
+            read.maker._fetching.join()
+            requests = [path for path in served.requests if path.endswith(".tar")]
+        assert len(requests) == len({*requests})
+        fetched.append({*requests})
+    assert len(fetched[0] | fetched[1]) == 20
+    # The second epoch's begin as well, of which the first has half.
+    assert max(map(len, fetched)) < 20
+
+    shares = []
+    monkeypatch.setattr(read.maker, "_fetch", shares.append)
+    for worker in (SimpleNamespace(id=number, num_workers=2) for number in range(2)):
+        monkeypatch.setattr("torch.utils.data.get_worker_info", lambda worker=worker: worker)
+        read.maker._windows = {}
+        read.maker._look_ahead(0, range(256, 384))
+    assert not {*shares[0]} & {*shares[1]} and abs(len(shares[0]) - len(shares[1])) <= 1
 
 
 def test_missing_package_names_the_extra(monkeypatch, tmp_path):
