@@ -27,7 +27,7 @@ def together(work: Callable[[], Result]) -> Result:
         raise error
     for number, outcome in enumerate(outcomes):
         if outcome is not None:
-            raise OtherProcessFailed(number, outcome)
+            raise _failed(number, outcome)
     return cast(Result, result)
 
 
@@ -44,8 +44,12 @@ def first_decides(work: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     if found[1] is not None:
-        raise OtherProcessFailed(0, found[1])
+        raise _failed(0, found[1])
     return cast(Result, found[0])
+
+
+def _failed(number: int, outcome: Outcome) -> OtherProcessFailed:
+    return OtherProcessFailed(Outcome(outcome.reason, f"process {number}: {outcome.message}"))
 
 
 def _tried(work: Callable[[], Result]) -> tuple[Result | None, Exception | None]:

@@ -85,13 +85,12 @@ class OtherProcessFailed(Failure):
     """Another process of the run failed, and told why.
 
     Args:
-        number: Of that process.
-        outcome: What it told.
+        outcome: What it told, or is known of it, with its number.
     """
 
-    def __init__(self, number: int, outcome: Outcome):
-        super().__init__(f"process {number}: {outcome.message}")
-        self.outcome = Outcome(outcome.reason, str(self))
+    def __init__(self, outcome: Outcome):
+        super().__init__(outcome.message)
+        self.outcome = outcome
 
 
 def outcome_of(error: BaseException) -> Outcome:
@@ -160,21 +159,26 @@ def forget_outcome(folder: Path) -> None:
 
 @dataclass
 class Way:
-    """How far a run has come, for `explained`: `reached` gives the optimizer steps done."""
+    """How far a run has come, for `explained`.
+
+    Attributes:
+        reached: Gives the optimizer steps done.
+        folder: Where its end is written down; None: nowhere.
+    """
 
     reached: Callable[[], int] = lambda: 0
+    folder: Path | None = None
 
 
 @contextlib.contextmanager
-def explained(folder: Path | None) -> Iterator[Way]:
-    """Writes down the error that ends the block; None: nowhere."""
-    way = Way()
+def explained(way: Way) -> Iterator[None]:
+    """Writes down the error that ends the block."""
     try:
-        yield way
+        yield
     except BaseException as error:
-        if folder is not None:
+        if way.folder is not None:
             with deaths_unheard(), contextlib.suppress(OSError):  # the error itself is what must be heard
-                write_outcome(folder, outcome_of(error), way.reached())
+                write_outcome(way.folder, outcome_of(error), way.reached())
         raise
 
 

@@ -125,8 +125,8 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def process_timeout(settings: RunSettings) -> timedelta:
-    """How long a process waits for the others."""
-    return timedelta(minutes=settings.process_timeout_minutes)
+    """How long a device's collective waits: a minute longer than the watch, which says for whom (`loop.watch`)."""
+    return timedelta(minutes=settings.process_timeout_minutes + 1)
 
 
 def check_engine(distributed_type: str) -> None:

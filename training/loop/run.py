@@ -37,6 +37,7 @@ from training.loop.checkpoint import (
 from training.loop.distributed import StopVote, check_equal_batches, rank, world_size
 from training.loop.optim import set_learning_rate
 from training.loop.outcome import (
+    OtherProcessFailed,
     Outcome,
     RunFailed,
     Way,
@@ -44,6 +45,7 @@ from training.loop.outcome import (
     forget_outcome,
     is_finished,
     is_full_disk,
+    outcome_of,
     read_outcome,
     write_outcome,
 )
@@ -53,7 +55,7 @@ from training.loop.run_folder import sole_run
 from training.loop.signals import termination_noticed
 from training.loop.task import Batch, Metrics, StepLoss, Task
 from training.loop.tracking import MetricsLog, StepWindow, start_trackers
-from training.loop.watch import Watch, doing, waiting
+from training.loop.watch import Ended, Watch, doing, waiting
 from training.settings.fields import default_identity
 from training.settings.run import RunSettings, told_processes
 
@@ -137,12 +139,14 @@ def complete_run(settings: Settings, make_task: MakeTask[Settings]) -> RunResult
         stack.enter_context(algorithms(settings.deterministic))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if settings.dry_run else settings.output_dir)
         accelerator = start_processes(settings, folder)
+        way = Way()
+        watch = stack.enter_context(watched(settings, way))
         if not settings.dry_run:
             if told := first_decides(lambda: stack.enter_context(sole_run(folder))):
                 accelerator.print(told)
             first_decides(lambda: None if is_finished(read_outcome(folder)) else forget_outcome(folder))
-        with explained(None if settings.dry_run else folder) as way:
-            stack.enter_context(watched(settings, None if settings.dry_run else folder, way))
+            way.folder = folder
+        with explained(way), end_told(watch):
             run = start(settings, make_task, folder, accelerator)
             stack.callback(run.task.reader.close)
             way.reached = lambda: run.progress.step
@@ -155,28 +159,52 @@ def complete_run(settings: Settings, make_task: MakeTask[Settings]) -> RunResult
                 raise said from error
 
 
-def watched(settings: RunSettings, folder: Path | None, way: Way) -> contextlib.AbstractContextManager[None]:
-    """Inside, the processes hear of each other; one that is silent too long ends the others.
+@contextlib.contextmanager
+def watched(settings: RunSettings, way: Way) -> Iterator[Watch | None]:
+    """Inside, the processes hear of each other; one that is silent too long ends the others, as one that fails does.
 
     Args:
         settings: Of the run.
-        folder: Where the reason is written; None: nowhere.
-        way: How far the run is.
+        way: How far the run is, and where the reason is written.
     """
     if world_size() == 1:
-        return contextlib.nullcontext()
+        yield None
+        return
 
-    def give_up(told: str) -> None:
+    def give_up(ended: Ended) -> None:
         # The main thread may wait for a device, where no exception reaches it.
-        print(f"error: {told}; the run ends at step {way.reached()}", file=sys.stderr, flush=True)
-        if folder is not None:
+        print(f"error: {ended.message}; the run ends at step {way.reached()}", file=sys.stderr, flush=True)
+        if way.folder is not None:
             with contextlib.suppress(OSError):
-                write_outcome(folder, Outcome("another process", told), way.reached())
+                write_outcome(way.folder, Outcome(*ended), way.reached())
         os._exit(EXIT_FAILED)
 
     store = torch.distributed.distributed_c10d._get_default_store()
-    patience = settings.process_timeout_minutes * 60
-    return Watch(store, rank(), world_size(), patience, give_up).at_work()
+    watch = Watch(store, rank(), world_size(), settings.process_timeout_minutes * 60, give_up)
+    with watch.at_work():
+        yield watch
+
+
+@contextlib.contextmanager
+def end_told(watch: Watch | None) -> Iterator[None]:
+    """Tells the others the error that ends the block; of a broken connection it finds out whose first.
+
+    Raises:
+        OtherProcessFailed: In place of the error of a collective that another process did not come to.
+    """
+    try:
+        yield
+    except BaseException as error:
+        outcome = outcome_of(error)
+        if watch is None:
+            raise
+        lost = outcome.reason == "another process" and not isinstance(error, OtherProcessFailed)
+        if lost:
+            outcome = Outcome(*watch.search_loss(outcome.message))
+        watch.leave(Ended(outcome.reason, outcome.message))
+        if lost:
+            raise OtherProcessFailed(outcome) from error
+        raise
 
 
 def _from_start_to_end(run: Run, stop_requested: threading.Event) -> RunResult:
@@ -342,7 +370,8 @@ def timed_batches(run: Run, stop_requested: threading.Event) -> Iterator[tuple[f
         # A loader that starts draws a number; the model's random numbers must not depend on when that is.
         with torch.random.fork_rng(devices=[]):
             try:
-                batch = next(batches, None)
+                with doing(f"reading the data of step {run.progress.step + 1}"):
+                    batch = next(batches, None)
             except WorkerDied:
                 if not stop_requested.is_set():
                     raise
@@ -377,7 +406,8 @@ def train(run: Run, stop_requested: threading.Event) -> bool:
                 started = time.perf_counter()
                 keys = batch.pop("sample_keys")
                 tensors = {name: value.to(run.accelerator.device, non_blocking=True) for name, value in batch.items()}
-                losses, norm = optimizer_step(run, tensors, task.learning_rate(progress.step))
+                with doing(f"step {progress.step + 1}"), waiting():
+                    losses, norm = optimizer_step(run, tensors, task.learning_rate(progress.step))
                 rate = run.optimizer.param_groups[0]["lr"]  # what the step was made with, and not what was wanted
                 advance(run)
                 samples = settings.global_batch_size

@@ -160,7 +160,7 @@ class RunSettings:
     )
     process_timeout_minutes: float = setting(
         30.0,
-        "a process that waits for another one gives up after so long; more than any save, index or evaluation takes",
+        "a process that is silent for so long ends the run; a collective that waits a minute longer does, too",
         section="watching",
         identity=None,
         at_least=0.1,

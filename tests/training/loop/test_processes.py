@@ -59,8 +59,8 @@ def test_the_time_out_reaches_every_group(tmp_path, monkeypatch):
     use_memory(monkeypatch)
     args = settings(tmp_path, max_steps=1, process_timeout_minutes=7.5)
     for found in run_in_processes(timeouts, 2, args, free_port()):
-        # The day is of the group for file work of the first process, see training/loop/watch.py.
-        assert set(found) == {timedelta(minutes=7.5), timedelta(days=1)} and len(found) >= 3
+        # A minute behind the watch, which knows who is missing. The day is of the group for file work of the first one.
+        assert set(found) == {timedelta(minutes=8.5), timedelta(days=1)} and len(found) >= 3
 
 
 @pytest.fixture
