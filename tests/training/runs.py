@@ -24,7 +24,14 @@ from training.settings.pretraining import PretrainingArguments
 MODEL_CONFIG = {"text_config": {**TEXT, "pooling": "eos"}, "vision_config": VIT, "projection_dim": 8}
 NO_BATCH_NORM = {**MODEL_CONFIG, "vision_config": {**VIT, "num_leff_layers": 0}}
 # Of the log: all that differs between two equal runs.
-TIMES = ("samples_per_second", "data_wait_share", "seconds")
+TIMES = (
+    "samples_per_second",
+    "data_wait_share",
+    "data_wait_share_largest",
+    "slowest_process",
+    "slowest_time",
+    "seconds",
+)
 
 
 class MemoryReader:

@@ -49,6 +49,7 @@ from training.loop.outcome import (
     read_outcome,
     write_outcome,
 )
+from training.loop.pace import Pace
 from training.loop.processes import algorithms, process_timeout, start_processes, synchronised_batch_norm
 from training.loop.resume import resume
 from training.loop.run_folder import sole_run
@@ -80,6 +81,7 @@ class Run:
         progress: Where the run is.
         log: metrics.jsonl and the trackers.
         window: The steps since the last line of the log.
+        pace: The time that they took.
         saved: The step of the newest checkpoint in `folder`, 0 where there is none.
         finished: Before it was started; then nothing is written.
     """
@@ -92,6 +94,7 @@ class Run:
     progress: Progress
     log: MetricsLog
     window: StepWindow
+    pace: Pace
     saved: int
     finished: bool
 
@@ -282,7 +285,19 @@ def start(settings: Settings, make_task: MakeTask[Settings], folder: Path, accel
         for message in first_decides(lambda: log.continue_at(begun.progress.step, begun.log)):
             accelerator.print(message)
     window = StepWindow(task.objective.terms, folder, settings.precision != "fp16", begun.progress.window)
-    return Run(task, accelerator, folder, wrapped, optimizer, begun.progress, log, window, begun.saved, begun.finished)
+    return Run(
+        task=task,
+        accelerator=accelerator,
+        folder=folder,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        progress=begun.progress,
+        log=log,
+        window=window,
+        pace=Pace(task.objective.model, accelerator.device),
+        saved=begun.saved,
+        finished=begun.finished,
+    )
 
 
 def check_processes(task: Task, state: TrainingState, progress: Progress, folder: Path) -> None:
@@ -410,8 +425,8 @@ def train(run: Run, stop_requested: threading.Event) -> bool:
                     losses, norm = optimizer_step(run, tensors, task.learning_rate(progress.step))
                 rate = run.optimizer.param_groups[0]["lr"]  # what the step was made with, and not what was wanted
                 advance(run)
-                samples = settings.global_batch_size
-                run.window.add(progress.step, losses, norm, task.logit_scale, rate, keys, samples, waited)
+                run.window.add(progress.step, losses, norm, task.logit_scale, rate, keys)
+                run.pace.add(settings.global_batch_size, waited)
                 progress.seconds += waited + time.perf_counter() - started
                 report(run, bar, batch)
                 with waiting():
@@ -446,7 +461,11 @@ def report(run: Run, bar: Any, batch: Batch) -> None:
     bar.update()
     if step % settings.log_every_steps == 0 or step == total or (settings.dry_run and step == DRY_RUN_STEPS):
         metrics = run.window.metrics() | {"epoch": step / plan.steps_per_epoch, "seconds": run.progress.seconds}
-        run.log.write(step, metrics | task.batch_metrics(batch) | task.reader.metrics())
+        of_all, lines = run.pace.metrics(task.reader.metrics())
+        metrics |= of_all
+        for line in lines:
+            run.accelerator.print(line, file=sys.stderr)
+        run.log.write(step, metrics | task.batch_metrics(batch))
         speed = f"{metrics.get('samples_per_second', 0):.0f}"
         bar.set_postfix(loss=f"{metrics['loss/total']:.3f}", samples_per_s=speed)
     # First, so that no evaluation that fails or is killed takes a checkpoint along.

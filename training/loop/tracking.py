@@ -11,8 +11,9 @@ One line of metrics.jsonl is one JSON object: `step`, and either training metric
     empty_steps/TERM            steps of the window in which fewer than two samples had both levels, where there are any
                                 (the term was 0)
     learning_rate, logit_scale, temperature (its inverse), grad_norm (before clipping), epoch        the window's last
-    samples_per_second, data_wait_share, seconds        the only ones that differ between two equal runs
-    data/bad_fraction, data/truncated_LEVEL, duplicates/LEVEL
+    samples_per_second, data_wait_share, seconds        of all processes, see `training.loop.pace`; these and the next
+    data_wait_share_largest, slowest_process, slowest_time    three alone differ between two equal runs
+    data/bad_fraction, data/bad_fraction_largest, data/truncated_LEVEL, duplicates/LEVEL
 
 or `validation/TERM/METRIC`.
 """
@@ -20,7 +21,6 @@ or `validation/TERM/METRIC`.
 import json
 import math
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -71,10 +71,6 @@ class StepWindow:
         self.check_gradients = check_gradients
         self._rows = list(rows)
         self._pending: list[_Pending] = []
-        self._start_clock()
-
-    def _start_clock(self) -> None:
-        self._started, self._waited, self._samples = time.perf_counter(), 0.0, 0
 
     def add(
         self,
@@ -84,8 +80,6 @@ class StepWindow:
         logit_scale: torch.Tensor | None,
         learning_rate: float,
         sample_keys: Sequence[str],
-        samples: int,
-        waited: float,
     ) -> None:
         """Remembers a step.
 
@@ -96,15 +90,11 @@ class StepWindow:
             logit_scale: The parameter (a logarithm) after the step, None where the objective has none.
             learning_rate: Of the step.
             sample_keys: Of this process's rows.
-            samples: In the batch of all processes.
-            waited: Seconds spent waiting for data.
         """
         scale = [] if logit_scale is None else [logit_scale.detach().float().exp()]
         values = torch.stack([grad_norm.detach().float(), *scale])
         pending = _Pending(step, losses.shares.float(), losses.counts, values, learning_rate, list(sample_keys))
         self._pending.append(pending)
-        self._waited += waited
-        self._samples += samples
 
     def rows(self) -> list[Row]:
         """One for each step of the window; all processes call it together.
@@ -177,12 +167,7 @@ class StepWindow:
         metrics |= {name: last[name] for name in ("learning_rate", "logit_scale", "grad_norm") if name in last}
         if "logit_scale" in last:
             metrics["temperature"] = 1 / last["logit_scale"]
-        seconds = time.perf_counter() - self._started
-        if self._samples:
-            metrics["samples_per_second"] = self._samples / seconds
-            metrics["data_wait_share"] = self._waited / seconds
         self._rows = []
-        self._start_clock()
         return metrics
 
 

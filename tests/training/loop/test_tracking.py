@@ -26,7 +26,7 @@ def one_norm_is_not_finite(rank, world_size, folder):
     window = StepWindow([], folder, check_gradients=True)
     for step, norm in ((1, 1.0), (2, math.nan if rank == 1 else 1.0), (3, 1.0)):
         losses = StepLoss(torch.zeros(()), torch.ones(1), torch.zeros(0, dtype=torch.int64))
-        window.add(step, losses, torch.tensor(norm), None, 1e-3, [f"key-{step}"], 8, 0.0)
+        window.add(step, losses, torch.tensor(norm), None, 1e-3, [f"key-{step}"])
     with pytest.raises(NonFiniteLoss, match="step 2: "):
         window.rows()
 
