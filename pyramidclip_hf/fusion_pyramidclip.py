@@ -114,6 +114,11 @@ def _check(model: nn.Module) -> None:
         for kind, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
                 raise ValueError(f"{name}.{kind} has no values yet (meta device): load the weights first.")
+            if type(parameter.data) is not torch.Tensor:  # torchao's layers are plain ones, their weights are not
+                raise ValueError(
+                    f"{name}.{kind} is a {type(parameter.data).__name__}: expected plain weights. A quantised or "
+                    "distributed model cannot be fused."
+                )
             if not parameter.is_floating_point():
                 raise ValueError(f"{name}.{kind} is {parameter.dtype}: only floating-point weights can be fused.")
 
@@ -336,7 +341,7 @@ class FusedLayer(PyramidCLIPEncoderLayer):
     def _add_feed_forward(
         self, hidden_states: torch.Tensor, normed: torch.Tensor, grid_size: tuple[int, int] | None
     ) -> torch.Tensor:
-        """Adds to `hidden_states` in place."""
+        """Adds to `hidden_states`, in place where no graph is recorded."""
         return hidden_states.add_(self.fc2(self.activation(self.fc1(normed))))
 
     def forward(
@@ -381,7 +386,11 @@ class FusedLeFFLayer(FusedLayer):
         grid = tokens.view(batch, *grid_size, -1).permute(0, 3, 1, 2)
         grid = self.activation(self.depthwise(grid))
         tokens = self.activation(self.fc2(grid.permute(0, 2, 3, 1).reshape(tokens.shape)))
-        hidden_states[:, 1:].add_(tokens.view(batch, -1, width), alpha=1 / self.slope)
+        tokens = tokens.view(batch, -1, width)
+        if is_traced():  # a slice that is written in place is a scatter in a graph, over which Inductor fails in bf16
+            first, patches = hidden_states.split([1, hidden_states.shape[1] - 1], dim=1)
+            return torch.cat([first + normed[:, :1], torch.add(patches, tokens, alpha=1 / self.slope)], dim=1)
+        hidden_states[:, 1:].add_(tokens, alpha=1 / self.slope)
         hidden_states[:, :1].add_(normed[:, :1])
         return hidden_states
 
