@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
-from PIL import Image, features
+from PIL import Image, ImageFile, features
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature, get_size_dict
 from transformers.image_utils import (
@@ -41,6 +41,10 @@ _READS_AVIF = "avif" in features.modules and features.check("avif")
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(["AVIF"] if _READS_AVIF else []))
 # Of pictures from elsewhere, more are not decoded unless somebody asks for it.
 MAX_IMAGE_PIXELS = 100_000_000
+# A JPEG may pass over its pixels again and again, in a few bytes each time. Encoders need ten passes or so; more than
+# these over the largest picture that is allowed are not decoded.
+_MAX_PASSES = 16
+_LEAST_PASS_BYTES = 11
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -75,7 +79,7 @@ def open_undecoded(
     Raises:
         PIL.UnidentifiedImageError: none of these formats.
         PIL.Image.DecompressionBombError: more pixels than PIL itself allows.
-        PictureTooLarge: more than `max_image_pixels`.
+        PictureTooLarge: more than `max_image_pixels`, or a JPEG of too many scans.
         OSError, SyntaxError, ValueError, TypeError, OverflowError: a damaged header.
     """
     with warnings.catch_warnings():
@@ -85,10 +89,44 @@ def open_undecoded(
         picture = Image.open(file, formats=PICTURE_FORMATS)
     try:
         check_image_pixels(picture, max_image_pixels)
+        if picture.format in ("JPEG", "MPO"):
+            _check_passes(picture, max_image_pixels or MAX_IMAGE_PIXELS)
     except PictureTooLarge:
         picture.close()
         raise
     return picture
+
+
+def _check_passes(picture: ImageFile.ImageFile, max_image_pixels: int) -> None:
+    """Refuses an opened JPEG whose scans would take longer than the largest picture of `max_image_pixels` does.
+
+    Raises:
+        PictureTooLarge: with the number of scans.
+    """
+    file, pixels, most = picture.fp, picture.width * picture.height, _MAX_PASSES * max_image_pixels
+    if file is None or pixels * _length(file) <= most * _LEAST_PASS_BYTES:
+        return
+    before, scans = file.tell(), 0
+    file.seek(0)
+    while block := file.read(1 << 20):
+        values = np.frombuffer(block, np.uint8)
+        scans += int(np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == 0xDA)))
+        if len(block) == 1 << 20:
+            file.seek(-1, io.SEEK_CUR)  # a mark may lie across the edge
+    file.seek(before)
+    if scans * pixels > most:
+        raise PictureTooLarge(
+            f"The JPEG has {scans} scans of {picture.width} x {picture.height} pixels, more than {_MAX_PASSES} of "
+            f"max_image_pixels={max_image_pixels}; save it anew or raise the limit."
+        )
+
+
+def _length(file: Any) -> int:
+    """Bytes of an open file, which stays where it is."""
+    before = file.tell()
+    end = file.seek(0, io.SEEK_END)
+    file.seek(before)
+    return int(end)
 
 
 def _encoded(source: str | os.PathLike[str]) -> str | os.PathLike[str] | bytes:

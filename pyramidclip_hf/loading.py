@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from transformers.utils import logging
 
+from .files import check_regular, read_regular
 from .modeling_pyramidclip import PyramidCLIPModel
 from .processing_pyramidclip import PyramidCLIPProcessor
 from .versions_pyramidclip import cpu_capabilities
@@ -27,6 +28,9 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 _ADVICE = "Expected a folder that save_pretrained of a PyramidCLIPModel and of its processor wrote"
 _MODEL_FILES = ["*.json", "*.safetensors", "*.txt"]
+# The largest vocabularies are a tenth of it.
+_MAX_JSON_BYTES = 256 << 20
+_MAX_LAYERS = 10_000
 _PARTS = {
     "weights": ("model.safetensors", "model.safetensors.index.json"),
     "tokenizer": ("tokenizer.json", "vocab.json"),
@@ -245,15 +249,43 @@ def _check_config(folder: Path, called: str) -> None:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{called}: no config.json there. {_ADVICE}.")
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf8")).get("model_type")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        content = json.loads(read_regular(folder / "config.json", _MAX_JSON_BYTES))
+        kind = content.get("model_type")
+    except (ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"{called}: config.json is no JSON mapping ({error}).") from error
     if kind != "pyramidclip":
         raise ValueError(f"{called}: its model_type is {kind!r}, expected 'pyramidclip'.")
+    _check_claims(folder, content, called)
+
+
+def _check_claims(folder: Path, content: dict[str, Any], called: str) -> None:
+    """ValueError where a configuration asks for a far larger model than the weights beside it are.
+
+    Building it would take all time or memory before anything could be found missing.
+    """
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
+    for tower in ("text_config", "vision_config"):
+        told = content.get(tower)
+        sizes = {name: value for name, value in (told if isinstance(told, dict) else {}).items() if type(value) is int}
+        width, layers = sizes.get("hidden_size", 1), sizes.get("num_hidden_layers", 1)
+        # Each block has at least four square matrices, and no number takes less than half a byte.
+        least = 4 * layers * width**2 + width * sizes.get("vocab_size", 0) + width * sizes.get("intermediate_size", 0)
+        if stored and (least > 2 * stored + 10**9 or layers > _MAX_LAYERS):
+            raise ValueError(
+                f"{called}: {tower} of its config.json stands for {layers} layers and {least:.3g} numbers or more, and "
+                f"its weights have {stored:,} bytes. It is not the configuration of these weights."
+            )
 
 
 def _check_parts(folder: Path, parts: Iterable[str], called: str) -> None:
     """ValueError where a part of what `save_pretrained` writes is missing, saying which."""
+    for path in folder.glob("*.json"):
+        try:
+            check_regular(path)
+        except ValueError as error:
+            raise ValueError(f"{called}: {error}") from None
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"{called}: {path.name} has more than {_MAX_JSON_BYTES} bytes, which none of ours has.")
     for part in parts:
         files = _PARTS[part]
         if not any((folder / file).is_file() for file in files):

@@ -6,6 +6,7 @@ import io
 import os
 import resource
 import threading
+import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -401,3 +402,30 @@ def test_sizes_that_name_no_crop(small):
     found = pixels(small, Image.fromarray(photograph()), size=size, do_center_crop=False)
     assert found.shape == (1, 3, 22, 30)  # 90 x 120 made to fit
     assert pixels(small, Image.fromarray(photograph()), size=size).shape == (1, 3, 32, 32)
+
+
+def jpeg_of_scans(side, more):
+    """A progressive JPEG whose last scan comes `more` times again."""
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), (90, 120, 40)).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * (1 + more) + data[-2:]
+
+
+def test_a_small_jpeg_of_very_many_scans_is_refused_before_it_is_decoded(tmp_path):
+    """At 4 ns a pixel and scan, 42 kB of 1000 x 1000 pixels hold a worker for 12 s, and larger ones for minutes."""
+    data = jpeg_of_scans(1000, 3000)
+    assert len(data) < 50_000
+    (tmp_path / "a.jpg").write_bytes(data)
+    for source in (data, str(tmp_path / "a.jpg"), io.BytesIO(data)):
+        began = time.perf_counter()
+        with pytest.raises(PictureTooLarge, match="3010 scans of 1000 x 1000 pixels"):
+            open_undecoded(source)
+        assert time.perf_counter() - began < 1
+    with pytest.raises(PictureTooLarge, match="110 scans"):  # the limit follows from that of the pixels
+        open_undecoded(jpeg_of_scans(100, 100), 60_000)
+    picture = open_undecoded(jpeg_of_scans(100, 100))
+    assert np.asarray(picture).shape == (100, 100, 3)
+    whole = open_undecoded(jpeg_of_scans(1000, 0), 1_000_000)  # ten scans, as any encoder makes them
+    assert whole.info["progressive"] and np.asarray(whole).std() < 40

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,31 @@ def test_the_settings_of_transformers_stay(saved):
     load_model(str(saved))
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
     assert json.loads((saved / "config.json").read_text())["model_type"] == "pyramidclip"
+
+
+@pytest.mark.parametrize("claim", [{"num_hidden_layers": 10**7}, {"hidden_size": 10**6}, {"vocab_size": 10**9}])
+def test_a_configuration_that_claims_far_more_than_its_weights_is_refused_at_once(copy, claim):
+    """Ten million layers took more than a minute, and were then found missing."""
+    content = json.loads((copy / "config.json").read_text())
+    content["text_config"] |= claim
+    (copy / "config.json").write_text(json.dumps(content))
+    began = time.perf_counter()
+    assert "text_config of its config.json stands for" in refusal(copy)
+    assert time.perf_counter() - began < 2
+
+
+def test_configurations_and_tokenizers_of_absurd_size_or_depth_are_refused(copy):
+    (copy / "config.json").write_text("[" * 10**6)
+    assert "config.json is no JSON mapping" in refusal(copy)
+    with open(copy / "config.json", "wb") as file:
+        file.truncate(300 << 20)
+    assert "config.json has more than" in refusal(copy)
+
+
+def test_a_tokenizer_of_absurd_size_is_refused_before_it_is_read(copy):
+    with open(copy / "tokenizer.json", "wb") as file:
+        file.truncate(300 << 20)
+    assert "tokenizer.json has more than" in refusal(copy)
+    (copy / "tokenizer.json").unlink()
+    os.mkfifo(copy / "tokenizer.json")
+    assert "tokenizer.json is a folder, device or FIFO" in refusal(copy)

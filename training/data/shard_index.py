@@ -1,16 +1,18 @@
 """Where each sample of a tar shard lies: the index beside it, or one that is built once into a cache.
 
 `NAME.tar.index.json` holds the offset and size of every member, so that a sample is read without unpacking the tar. Its
-first line is a header with the number of samples, so that counting a data set does not mean parsing every offset.
+first line is a header with the number of samples, so that counting a data set does not mean parsing every offset. The
+indexes that are written here also hold a checksum of each member, which is compared when it is read.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self, TypedDict
+from typing import Any, NamedTuple, Self, TypedDict
 
 import numpy as np
 
@@ -24,7 +26,7 @@ _ROWS_LOOKED_AT = 16
 # An index of a million samples has a tenth of it.
 _MAX_INDEX_BYTES = 512 << 20
 # Which members a new index takes in; an index that was cached under another rule is built anew.
-_MEMBERS_RULE = 2
+_MEMBERS_RULE = 3
 
 
 class Span(NamedTuple):
@@ -51,6 +53,13 @@ class IndexHeader(TypedDict):
     keys_digest: str
 
 
+def sum_of(member: bytes) -> int:
+    """32 bits of XXH3, never 0: one damaged member in four billion passes."""
+    import xxhash
+
+    return (xxhash.xxh3_64_intdigest(member) & 0xFFFFFFFF) or 1
+
+
 def index_path(shard: str | os.PathLike[str]) -> Path:
     """The path of the index beside a shard."""
     return Path(f"{os.fspath(shard)}.index.json")
@@ -67,6 +76,8 @@ class ShardIndex:
         tar_bytes: of the tar that the index was made from.
         mtime_ns: of the tar that the index was made from.
         truncated: the tar ends in the middle.
+        ctime_ns: when the file was last changed on this machine, which no program can set back; 0: not known.
+        sums: (n, S) uint32, `sum_of` each member, 0 where there is none; None: not known.
     """
 
     keys: list[str]
@@ -75,6 +86,8 @@ class ShardIndex:
     tar_bytes: int
     mtime_ns: int
     truncated: bool = False
+    ctime_ns: int = 0
+    sums: np.ndarray | None = None
 
     def keys_digest(self) -> str:
         """A hash of the keys in order: what makes two shards the same data to a run that continues."""
@@ -90,11 +103,15 @@ class ShardIndex:
             truncated=self.truncated,
             keys_digest=self.keys_digest(),
         )
-        body = {
+        body: dict[str, Any] = {
             "suffixes": self.suffixes,
             "keys": self.keys,
             "spans": self.spans.reshape(len(self.keys), 2 * len(self.suffixes)).tolist(),
         }
+        if self.ctime_ns:
+            body["ctime_ns"] = self.ctime_ns
+        if self.sums is not None:
+            body["sums"] = self.sums.astype("<u4").tobytes().hex()
         return f'{{"header": {json.dumps(header)},\n{json.dumps(body, separators=(",", ":"))[1:]}'
 
     @classmethod
@@ -113,7 +130,12 @@ class ShardIndex:
             if not all(isinstance(name, str) for names in (keys, suffixes) for name in names):
                 raise ValueError("a key or suffix that is no text")
             spans = np.array(data["spans"], np.int64).reshape(len(keys), len(suffixes), 2)
-            return cls(keys, suffixes, spans, header["tar_bytes"], header["mtime_ns"], header["truncated"])
+            found = cls(keys, suffixes, spans, header["tar_bytes"], header["mtime_ns"], header["truncated"])
+            found.ctime_ns = data.get("ctime_ns", 0)
+            if "sums" in data:
+                sums = np.frombuffer(bytes.fromhex(data["sums"]), "<u4")
+                found.sums = sums.astype(np.uint32).reshape(len(keys), len(suffixes))
+            return found
         except (KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a shard index: {error!r}") from None
 
@@ -203,7 +225,8 @@ def build_index(path: str | os.PathLike[str]) -> ShardIndex:
         truncated = True
     suffixes = sorted({suffix for sample in samples for suffix in sample})
     truncated = truncated or not _has_end(path, stat.st_size)
-    return ShardIndex(keys, suffixes, span_table(samples, suffixes), stat.st_size, stat.st_mtime_ns, truncated)
+    spans = span_table(samples, suffixes)
+    return ShardIndex(keys, suffixes, spans, stat.st_size, stat.st_mtime_ns, truncated, stat.st_ctime_ns)
 
 
 def span_table(samples: list[dict[str, Span]], suffixes: list[str]) -> np.ndarray:
@@ -223,6 +246,16 @@ def split_name(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return folder + slash + stem, suffix.lower() if stem else ""
+
+
+def differs_from_tar(path: str | os.PathLike[str], index: ShardIndex) -> str | None:
+    """What an index says otherwise than all the headers of its tar, of which opening looks at a few; None: nothing."""
+    fresh = build_index(path)
+    if fresh.keys != index.keys:
+        return f"its index has {len(index.keys)} samples, its headers {len(fresh.keys)}, and their keys differ"
+    if fresh.suffixes != index.suffixes or not np.array_equal(fresh.spans, index.spans):
+        return "members lie elsewhere in the tar than its index says"
+    return None
 
 
 def _only_zeros_from(path: str | os.PathLike[str], offset: int) -> bool:
@@ -248,8 +281,8 @@ def load_index(path: str | os.PathLike[str]) -> ShardIndex:
     some samples between lie where it says, in the sizes that it says; every other member is compared so when it is read
     (copying a data set changes times, so time does not count there). It also counts where the tar is shorter but starts
     the same: a truncated shard keeps its order, and what is cut off raises `BadSample` when read. A cached index counts
-    for exactly the size and time it was made from, where its members lie so too. Where the cache cannot be written, the
-    index is only returned.
+    for exactly the size and the times it was made from, of which one is the system's own and goes on with every change,
+    where its members lie so too. Where the cache cannot be written, the index is only returned.
 
     Raises:
         NotATar: the file is not an uncompressed tar.
@@ -274,6 +307,23 @@ def load_index(path: str | os.PathLike[str]) -> ShardIndex:
         return index  # no room, or not ours: it is built again next time
 
 
+def add_sums(path: str | os.PathLike[str], index: ShardIndex, sums: np.ndarray) -> bool:
+    """Keeps checksums with the index that `load_index` finds, beside the tar or in the cache; whether it could.
+
+    Args:
+        path: of the local tar.
+        index: of `load_index`.
+        sums: as `ShardIndex` has them.
+    """
+    beside = index_path(path)
+    target = beside if beside.exists() else _cached_path(path)
+    try:
+        write_atomically(target, dataclasses.replace(index, sums=sums).dumps().encode("utf-8", "surrogateescape"))
+    except OSError:
+        return False
+    return True
+
+
 def cached_header(path: str | os.PathLike[str]) -> IndexHeader | None:
     """The header of the index in the cache of a tar that was at `path` and need not be any more; None without one."""
     try:
@@ -289,9 +339,10 @@ def _cached_path(path: str | os.PathLike[str]) -> Path:
 
 def _cached_index(path: str | os.PathLike[str], cached: Path) -> ShardIndex | None:
     index, stat = _read_index(cached), os.stat(path)
-    if index is None or (index.tar_bytes, index.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
+    made_from = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    if index is None or (index.tar_bytes, index.mtime_ns, index.ctime_ns) != made_from:
         return None
-    # Tars that are made to be equal have equal times, whatever is in them.
+    # Some file systems have no time of their own.
     return index if _index_fits(path, index) else None
 
 

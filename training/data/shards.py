@@ -21,10 +21,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+
 from pyramidclip_hf.files import named, read_regular, visible, write_atomically, write_text
 from training.data.records import BadSample, Sample, members_from_sample
 from training.data.remote import SMALL_FILE_BYTES, NotThere, ShardCache, is_url, read_small
-from training.data.shard_index import BLOCK, NotATar, ShardIndex, Span, index_path, is_header_of, load_index, span_table
+from training.data.shard_index import (
+    BLOCK,
+    NotATar,
+    ShardIndex,
+    Span,
+    add_sums,
+    index_path,
+    is_header_of,
+    load_index,
+    span_table,
+    sum_of,
+)
 
 DATASET_FORMAT = 1
 MAX_MEMBER_BYTES = 256 << 20
@@ -48,6 +61,7 @@ class ShardWriter:
             raise ValueError(f"shard {self.path}: expected a name that ends in .tar")
         self._keys: list[str] = []
         self._spans: list[dict[str, Span]] = []
+        self._sums: list[dict[str, int]] = []
         self._seen: set[str] = set()
 
     def __enter__(self) -> Self:
@@ -103,6 +117,7 @@ class ShardWriter:
             spans[suffix] = Span(self._tar.offset - padded, len(data))
         self._keys.append(key)
         self._spans.append(spans)
+        self._sums.append({suffix: sum_of(data) for suffix, data in members.items()})
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -122,6 +137,8 @@ class ShardWriter:
         suffixes = sorted({suffix for spans in self._spans for suffix in spans})
         # Times in the index would make the same shard differ from run to run; beside a shard they do not count.
         index = ShardIndex(self._keys, suffixes, span_table(self._spans, suffixes), stat.st_size, 0)
+        table = [[sums.get(suffix, 0) for suffix in suffixes] for sums in self._sums]
+        index.sums = np.array(table, np.uint32).reshape(len(table), len(suffixes))
         index_path(self.path).unlink(missing_ok=True)
         os.replace(self._partial, self.path)
         write_atomically(index_path(self.path), index.dumps().encode())
@@ -150,6 +167,7 @@ class ShardReader:
     def __init__(self, path_or_url: str | os.PathLike[str], cache: ShardCache | None = None):
         self.name = os.fspath(path_or_url)
         self._file: int | None = None
+        self._taken: np.ndarray | None = None
         if is_url(self.name):
             self._open_fetched(cache or ShardCache())
         else:
@@ -220,12 +238,14 @@ class ShardReader:
         Raises:
             IndexError: outside the shard.
             BadSample: `truncated-shard`, `member-too-large` or `read-error`: the bytes cannot be had;
-                `stale-index`: the tar was changed after its index was made, or this header in it is damaged.
+                `stale-index`: the tar was changed after its index was made, or this header in it is damaged;
+                `damaged-member`: its bytes are not those that were written.
         """
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {self.name}, which has {len(self)}")
         members, file = {}, self._handle()
-        for suffix, (offset, size) in zip(self.index.suffixes, self.index.spans[i].tolist()):
+        known = None if self.index.sums is None else self.index.sums[i].tolist()
+        for number, (suffix, (offset, size)) in enumerate(zip(self.index.suffixes, self.index.spans[i].tolist())):
             if offset < 0 or (suffixes is not None and suffix not in suffixes):
                 continue
             if size > MAX_MEMBER_BYTES:
@@ -245,7 +265,22 @@ class ShardReader:
                 detail = f"no .{suffix} of {size} bytes where the index says: {_REMOVE_INDEX}"
                 raise BadSample(self.keys[i], self.name, "stale-index", detail)
             members[suffix] = found[BLOCK:]
+            if known is not None and known[number] and known[number] != sum_of(members[suffix]):
+                detail = f".{suffix} is not what was written, its checksum differs: copy the tar again"
+                raise BadSample(self.keys[i], self.name, "damaged-member", detail)
+            if self._taken is not None:
+                self._taken[i, number] = sum_of(members[suffix])
         return members
+
+    def take_sums(self) -> None:
+        """Begins to take a checksum of each member that is read, where the index has none."""
+        if self.index.sums is None:
+            self._taken = np.zeros(self.index.spans.shape[:2], np.uint32)
+
+    def keep_sums(self) -> bool:
+        """Keeps what `take_sums` took with the index; False: there was nothing to take, or no place."""
+        taken, self._taken = self._taken, None
+        return taken is not None and not is_url(self.name) and add_sums(self.path, self.index, taken)
 
     def close(self) -> None:
         """Closes the file; reading afterwards is an error."""

@@ -15,6 +15,7 @@ import glob
 import json
 import os
 import re
+import sys
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,12 +67,14 @@ class Unit:
         samples: how many.
         identity: what it is known by.
         first: the number of the stretch's first line in the manifest.
+        truncated: the tar ends early.
     """
 
     name: str
     samples: int
     identity: UnitIdentity
     first: int = 0
+    truncated: bool = False
 
 
 class UnitReader(Protocol):
@@ -175,6 +178,13 @@ def open_data_set(
     units = _counted(shards, described, cache, at_least)
     if not any(unit.samples for unit in units):
         raise ValueError(f"{name}: no samples in {len(units)} shards")
+    cut = [unit.name for unit in units if unit.truncated]
+    if cut and os.environ.get("RANK", "0") == "0":  # of several processes, one says it
+        print(
+            f"{name}: {len(cut)} of {len(units)} shards end early or have a damaged header, first {cut[0]}: what "
+            "followed is missing. Fetch them again",
+            file=sys.stderr,
+        )
     return DataSet(name, units, [content for content in described.values() if content])
 
 
@@ -215,9 +225,11 @@ def _unit(shard: str, described: Mapping[str, Any], cache: ShardCache | None) ->
         except (FileNotFoundError, ValueError):
             header = None
         if header is not None and header["tar_bytes"] == size:
-            return Unit(shard, header["samples"], UnitIdentity(base, size, header["keys_digest"]))
+            identity = UnitIdentity(base, size, header["keys_digest"])
+            return Unit(shard, header["samples"], identity, truncated=bool(header.get("truncated")))
         index = load_index(shard)
-        return Unit(shard, len(index.keys), UnitIdentity(base, size, index.keys_digest()))
+        cut = index.truncated or size < index.tar_bytes
+        return Unit(shard, len(index.keys), UnitIdentity(base, size, index.keys_digest()), truncated=cut)
     entry = described.get("shards", {}).get(base)
     if entry is not None:
         try:
@@ -234,7 +246,8 @@ def _unit(shard: str, described: Mapping[str, Any], cache: ShardCache | None) ->
         return Unit(shard, header["samples"], UnitIdentity(base, header["tar_bytes"], header["keys_digest"]))
     with ShardReader(shard, cache) as reader:
         index = reader.index
-        return Unit(shard, len(reader), UnitIdentity(base, index.tar_bytes, index.keys_digest()))
+        identity = UnitIdentity(base, index.tar_bytes, index.keys_digest())
+        return Unit(shard, len(reader), identity, truncated=reader.truncated)
 
 
 def shard_names(name: str) -> list[str]:

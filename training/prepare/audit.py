@@ -9,6 +9,8 @@ why, and where; how large and how long the pictures are. It is printed; with `--
 `audit.txt`, `audit.json`, `audit.png` and `bad-samples.jsonl`, and an audit that was stopped continues with the
 shards that are missing.
 
+Each member is compared with its checksum where the index has them, and each index with all headers of its tar.
+
 Memory does not grow with the data: repeated texts are counted by hashes, of which a random share is kept once there
 are too many.
 """
@@ -166,6 +168,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "--drop-repeated-tags", action="store_true", help="as in training: a tag of several objects comes once"
     )
     parser.add_argument(
+        "--add-checksums",
+        action="store_true",
+        help="keep a checksum of each member with the index of a shard that has none, so that damage is noticed later",
+    )
+    parser.add_argument(
         "--allow-unfinished", action="store_true", help="also data of which a step has begun and not ended"
     )
     return parser.parse_args(words)
@@ -196,7 +203,9 @@ def run(arguments: argparse.Namespace) -> None:
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     parts = folder / "parts" if folder else None
-    limits = AuditLimits(arguments.max_image_pixels, arguments.max_regions, arguments.drop_repeated_tags)
+    limits = AuditLimits(
+        arguments.max_image_pixels, arguments.max_regions, arguments.drop_repeated_tags, arguments.add_checksums
+    )
     tally, repeats = audit(sources, arguments.workers, parts, limits, progress=sys.stderr.isatty())
     report = summarise(sources, tally, repeats, arguments.batch_size)
     if folder:

@@ -32,7 +32,7 @@ Settings = TypeVar("Settings")
 
 _ARGUMENT = re.compile(r"^argument [^:]*: ")
 # Far more than settings are: bytes of a file, and values and letters with every alias written out.
-_MAX_YAML_BYTES, _MAX_YAML_VALUES = 1 << 20, 1 << 20
+_MAX_YAML_BYTES, _MAX_YAML_VALUES = 1 << 17, 1 << 20
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _TRUTHS = dict.fromkeys(("yes", "true", "t", "y", "1"), True)
 _TRUTHS |= dict.fromkeys(("no", "false", "f", "n", "0"), False)
@@ -290,9 +290,10 @@ def _read_mapping(path: Path, keys: str) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(read_regular(path, _MAX_YAML_BYTES).decode("utf-8")) or {}
+        content = _load_yaml(read_regular(path, _MAX_YAML_BYTES).decode("utf-8")) or {}
         _refuse_bomb(content)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # ValueError: numbers of thousands of digits, days that no month has, bytes that are no UTF-8.
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: not readable as YAML: {error}") from error
     except RecursionError:
         raise ValueError(f"{path}: nested too deep, or aliases for more than {_MAX_YAML_VALUES} values") from None
@@ -304,6 +305,27 @@ def _read_mapping(path: Path, keys: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected 'field: value' lines, got a {type(content).__name__}")
     return dict(content)
+
+
+def _load_yaml(text: str) -> Any:
+    """As `yaml.safe_load`; RecursionError where merge keys (`<<`) copy more values than settings are."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        left = _MAX_YAML_VALUES
+
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            for key, value in node.value:
+                if key.tag == "tag:yaml.org,2002:merge":
+                    for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                        if isinstance(merged, yaml.MappingNode):
+                            self.flatten_mapping(merged)
+                            self.left -= len(merged.value)
+                        if self.left < 0:
+                            raise RecursionError
+            super().flatten_mapping(node)
+
+    return yaml.load(text, Loader)
 
 
 def _refuse_bomb(content: Any) -> None:

@@ -7,9 +7,10 @@ import tarfile
 
 import numpy as np
 import pytest
+import xxhash
 
 from training.data.records import BadSample, Region, Sample
-from training.data.shard_index import build_index, index_path, load_index, read_index_header
+from training.data.shard_index import ShardIndex, build_index, index_path, load_index, read_index_header
 from training.data.shards import ShardReader, ShardWriter, read_dataset_json, write_dataset_json
 from training.data.sources import open_data_set
 
@@ -321,3 +322,72 @@ def test_a_dataset_json_of_another_form_is_refused(tmp_path):
         (tmp_path / "dataset.json").write_text(json.dumps({"format": 1, key: [1]}))
         with pytest.raises(ValueError, match=f"{key} is a list, expected a mapping"):
             read_dataset_json(tmp_path)
+
+
+def flipped(path, reader, i, suffix):
+    """Flips the last bit of a member."""
+    offset, size = reader.index.spans[i, reader.index.suffixes.index(suffix)]
+    data = bytearray(path.read_bytes())
+    data[offset + size - 1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_bit_that_flips_in_a_member_is_noticed_when_that_is_read(tmp_path):
+    path = write(tmp_path / "a.tar")
+    with ShardReader(path) as whole:
+        expected = [whole.read(i) for i in range(7)]
+        flipped(path, whole, 3, "txt")
+    with ShardReader(path) as reader:
+        assert [reader.read(i) for i in (0, 1, 2, 4, 5, 6)] == [expected[i] for i in (0, 1, 2, 4, 5, 6)]
+        assert reader.read(3, ("jpg",)) == {"jpg": expected[3]["jpg"]}
+        with pytest.raises(BadSample, match=r"\.txt is not what was written") as caught:
+            reader.read(3)
+    assert caught.value.reason == "damaged-member"
+
+
+def test_checksums_are_of_what_lies_in_the_tar(tmp_path):
+    """Against the members as tarfile reads them."""
+    path = write(tmp_path / "a.tar")
+    index = load_index(path)
+    with tarfile.open(path) as tar:
+        for i, key in enumerate(index.keys):
+            for s, suffix in enumerate(index.suffixes):
+                there = index.spans[i, s, 0] >= 0
+                data = tar.extractfile(f"{key}.{suffix}").read() if there else b""
+                assert index.sums[i, s] == (xxhash.xxh3_64(data).intdigest() % 2**32 if there else 0)
+    assert np.array_equal(ShardIndex.loads(index.dumps()).sums, index.sums)
+
+
+@pytest.mark.parametrize("sums", ["zz", "00" * 4, 7, None, ["0"]])
+def test_checksums_of_another_form_are_no_index(tmp_path, sums):
+    text = index_path(write(tmp_path / "a.tar")).read_text()
+    header, _, body = text.partition("\n")
+    with pytest.raises(ValueError):
+        ShardIndex.loads(header + "\n" + json.dumps({**json.loads("{" + body), "sums": sums})[1:])
+
+
+def test_a_tar_of_others_is_known_by_a_time_that_no_tool_sets_back(tmp_path):
+    """Other captions in the same places, with size and time of the old tar."""
+    path = write(tmp_path / "a.tar")
+    index_path(path).unlink()
+    built = load_index(path)
+    cached = next((tmp_path / "cache" / "indexes").iterdir())
+    before, stat = cached.read_bytes(), os.stat(path)
+    flipped(path, ShardReader(path), 2, "txt")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    again = load_index(path)
+    assert (again.tar_bytes, again.mtime_ns) == (built.tar_bytes, built.mtime_ns)
+    assert again.ctime_ns > built.ctime_ns and cached.read_bytes() != before
+
+
+def test_a_shard_that_ends_early_is_said_when_its_data_set_is_opened(tmp_path, capsys):
+    for name in ("a", "b", "c"):
+        write(tmp_path / f"{name}.tar")
+    assert open_data_set(tmp_path).samples == 21 and not capsys.readouterr().err
+    offset = ShardReader(tmp_path / "b.tar").index.spans[4, 0, 0]
+    os.truncate(tmp_path / "b.tar", int(offset))
+    index_path(tmp_path / "c.tar").unlink()
+    os.truncate(tmp_path / "c.tar", int(offset))
+    data = open_data_set(tmp_path)
+    assert [unit.truncated for unit in data.units] == [False, True, True]
+    assert "2 of 3 shards end early or have a damaged header, first" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import collections
 import io
 import itertools
 import json
+import os
 import sys
 
 import numpy as np
@@ -20,6 +21,8 @@ from tests.training.prepare.small_data import (
     write_shards,
     write_tar,
 )
+from training.data.shard_index import index_path, load_index
+from training.data.shards import ShardReader, ShardWriter
 from training.data.sources import open_data_set
 from training.prepare import audit as module
 from training.prepare import pack
@@ -198,3 +201,38 @@ def test_a_damaged_header_is_told_by_pack_and_audit(tmp_path):
     assert main([str(tmp_path / "in"), "--output-dir", str(tmp_path / "audit")]) == 0
     report = json.loads((tmp_path / "audit" / "audit.json").read_text())
     assert report["samples"] == 3 and report["bad"]["reasons"] == {"truncated-shard": 1}
+
+
+def test_checksums_on_demand_find_later_damage_in_a_tar_of_others(tmp_path, capsys):
+    samples = [(f"{i}", {"jpg": picture(i), "txt": b"words"}) for i in range(4)]
+    path = write_tar(tmp_path / "in" / "0.tar", samples)
+    assert main([str(tmp_path / "in"), "--json"]) == 0
+    assert ShardReader(path).index.sums is None
+    assert main([str(tmp_path / "in"), "--add-checksums", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["bad"]["count"] == 0
+    reader, stat = ShardReader(path), os.stat(path)
+    assert reader.index.sums.all()
+    at = reader.index.spans[2, reader.index.suffixes.index("txt"), 0]
+    # As a disk does it: the file system knows of no change.
+    text = next((tmp_path / "cache" / "indexes").iterdir())
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    text.write_text(
+        text.read_text().replace(f'"ctime_ns":{stat.st_ctime_ns}', f'"ctime_ns":{os.stat(path).st_ctime_ns}')
+    )
+    assert main([str(tmp_path / "in"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bad"]["reasons"] == {"damaged-member": 1}
+
+
+def test_an_index_that_differs_from_its_tar_where_opening_does_not_look_is_told(tmp_path, capsys):
+    """A sample of three members, of which the index knows two."""
+    with ShardWriter(tmp_path / "0.tar") as writer:
+        for i in range(40):
+            writer.write_members(f"{i}", {"jpg": picture(i), "txt": b"words", "json": b"{}"})
+    index = load_index(tmp_path / "0.tar")
+    index.spans[20, index.suffixes.index("json")] = (-1, -1)
+    index_path(tmp_path / "0.tar").write_text(index.dumps())
+    assert main([str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bad"]["reasons"] == {"stale-index": 1}

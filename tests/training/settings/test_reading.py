@@ -1,5 +1,6 @@
 """Reading settings: files that extend each other, both forms of flags, switches, plain dataclasses."""
 
+import time
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -139,3 +140,23 @@ def test_small_files_that_stand_for_much_are_refused(tmp_path, text):
 def test_a_settings_file_is_of_bounded_size(tmp_path):
     with pytest.raises(ValueError, match="has more than"):
         read_chain(write(tmp_path, large="#" * (2 << 20)))
+
+
+def test_merge_keys_that_copy_without_end_are_refused(tmp_path):
+    """Each line holds the one before ten times: 10 ** 9 values in 600 bytes."""
+    lines = ["a0: &a0 {x: 1, y: 2}"]
+    lines += [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 10)]
+    wide = ["a: &a {" + ", ".join(f"k{n}: 1" for n in range(3000)) + "}", f"b: {{<<: [{', '.join(['*a'] * 9000)}]}}"]
+    for text in ("\n".join(lines), "\n".join(wide)):
+        began = time.perf_counter()
+        with pytest.raises(ValueError, match="nested too deep, or aliases"):
+            read_chain(write(tmp_path, bomb=text))
+        assert time.perf_counter() - began < 10
+    name = write(tmp_path, fine="base: &base {epochs: 3}\nrow: {<<: *base, seed: 1}\n")
+    assert read_chain(f"{name}:row")[0][1] == {"epochs": 3, "seed": 1}
+
+
+@pytest.mark.parametrize("text", ["seed: " + "9" * 5000, "seed: 2001-13-45", "? [1]\n: 2", "{" * 3000, "a: !!int x"])
+def test_what_yaml_cannot_make_of_its_words_names_the_file(tmp_path, text):
+    with pytest.raises(ValueError, match="bad.yaml: (not readable as YAML|nested too deep)"):
+        read_chain(write(tmp_path, bad=text))

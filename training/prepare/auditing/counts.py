@@ -27,6 +27,8 @@ from training.data.records import (
     level_text,
     sample_from_members,
 )
+from training.data.shard_index import differs_from_tar
+from training.data.shards import ShardReader
 from training.data.sources import DataSet
 from training.data.views import BadPicture, check_decodes, open_picture, upright_size
 
@@ -96,11 +98,13 @@ class AuditLimits(NamedTuple):
         max_image_pixels: larger pictures are bad.
         max_regions: objects of a picture, whose names are its tags.
         drop_repeated_tags: a tag of several objects comes once.
+        add_checksums: indexes that have none get them.
     """
 
     max_image_pixels: int | None = 100_000_000
     max_regions: int = MAX_REGIONS
     drop_repeated_tags: bool = False
+    add_checksums: bool = False
 
 
 AS_BY_DEFAULT = AuditLimits()
@@ -213,6 +217,8 @@ def audit_unit(
     texts: dict[str, list[str]] = {level: [] for level in TEXTS}
     hashes: dict[str, list[np.ndarray]] = {level: [] for level in TEXTS}
     reader = data.open(unit)
+    if isinstance(reader, ShardReader) and limits.add_checksums:
+        reader.take_sums()
     try:
         for number in range(len(reader)):
             tally.samples += 1
@@ -232,6 +238,12 @@ def audit_unit(
             told = "the tar ends early or a header in it is damaged: what followed is not counted"
             tally.bad.append(BadEntry(None, reader.name, "truncated-shard", told))
             tally.bad_reasons["truncated-shard"] += 1
+        if isinstance(reader, ShardReader):
+            differs = None if reader.truncated else differs_from_tar(reader.path, reader.index)
+            if differs is not None:
+                tally.bad.append(BadEntry(None, reader.name, "stale-index", differs))
+                tally.bad_reasons["stale-index"] += 1
+            reader.keep_sums()
     finally:
         reader.close()
     for level in TEXTS:
