@@ -308,24 +308,30 @@ def _file_system(url: str) -> tuple["AbstractFileSystem", str]:
         ) from error
 
 
-def read_small(url: str, patience: Patience | None = None) -> bytes | None:
+def read_small(url: str, patience: Patience | None = None, first: int | None = None) -> bytes | None:
     """The bytes of a small remote file (an index, `dataset.json`), or None where there is none.
 
     Args:
         url: of the file.
         patience: how often and how long it is tried; None: `FEW_TRIES`.
+        first: only so many bytes of its beginning, or what there is.
 
     Raises:
         DownloadError: it is there and cannot be read, however often it is tried, or is larger than 512 MiB.
     """
     system, name = _file_system(url)
+    options: dict[str, Any] = {}
+    if url.startswith(("http://", "https://")):
+        options["size"] = 1  # not asked for then
+        if first is not None:
+            options["headers"] = {**system.kwargs.get("headers", {}), "Range": f"bytes=0-{first - 1}"}
     problem: Exception | None = None
     number = 0
     for one in (patience or FEW_TRIES).tries():
         number = one.number
         try:
-            with system.open(name, "rb", cache_type="none", block_size=0) as file:
-                data = file.read(SMALL_FILE_BYTES + 1)
+            with system.open(name, "rb", cache_type="none", block_size=0, **options) as file:
+                data = _read_up_to(file, SMALL_FILE_BYTES + 1 if first is None else first)
         except Exception as error:  # every file system of fsspec has its own network errors
             if (missing := _missing(error)) is not None:
                 if missing.startswith("not found"):
@@ -337,3 +343,12 @@ def read_small(url: str, patience: Patience | None = None) -> bytes | None:
             raise DownloadError(f"{url}: more than {SMALL_FILE_BYTES} bytes, which is no index and no dataset.json")
         return data
     raise DownloadError(f"{url}: {_called(problem)}; tried {number} times") from problem
+
+
+def _read_up_to(file: Any, most: int) -> bytes:
+    """So many bytes, or all that there are: a stream hands out what has arrived so far."""
+    parts: list[bytes] = []
+    while most > 0 and (part := file.read(min(most, _CHUNK))):
+        parts.append(part)
+        most -= len(part)
+    return b"".join(parts)

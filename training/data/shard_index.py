@@ -19,6 +19,8 @@ import numpy as np
 from pyramidclip_hf.files import cache_folder, locked, read_regular, write_atomically
 
 INDEX_FORMAT = 1
+# Its first line has no more.
+HEADER_BYTES = 4096
 # A tar consists of blocks of so many bytes.
 BLOCK = 512
 # An index is compared with the headers of about so many samples when it is opened, and with each one that is read.
@@ -150,7 +152,7 @@ def read_index_header(path: str | os.PathLike[str]) -> IndexHeader:
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{os.fspath(path)} is no file")
     with open(path, encoding="utf-8") as file:
-        return parse_index_header(file.readline(4096), os.fspath(path))
+        return parse_index_header(file.readline(HEADER_BYTES), os.fspath(path))
 
 
 def parse_index_header(line: str, name: str) -> IndexHeader:

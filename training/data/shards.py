@@ -323,7 +323,8 @@ def write_dataset_json(
     shards: dict[str, dict[str, Any]] = {}
     for shard in visible(folder, "*.tar"):
         index = load_index(shard)
-        shards[shard.name] = {"samples": len(index.keys), "bytes": index.tar_bytes, "keys_digest": index.keys_digest()}
+        told = {"samples": len(index.keys), "bytes": index.tar_bytes, "keys_digest": index.keys_digest()}
+        shards[shard.name] = told | ({"truncated": True} if index.truncated else {})
     content = {
         "format": DATASET_FORMAT,
         "made_by": dict(made_by),

@@ -11,6 +11,7 @@ sizes are known without opening them, and from which samples are read by number,
 """
 
 import concurrent.futures
+import contextlib
 import glob
 import json
 import os
@@ -29,6 +30,7 @@ from training.data.manifest_lines import manifest_lines
 from training.data.records import MAX_JSON_BYTES, BadSample
 from training.data.remote import LOCAL_PROCESS, SMALL_FILE_BYTES, ShardCache, is_url, read_small, remote_size
 from training.data.shard_index import (
+    HEADER_BYTES,
     cached_header,
     check_counts,
     index_path,
@@ -39,6 +41,7 @@ from training.data.shard_index import (
 from training.data.shards import MAX_MEMBER_BYTES, ShardReader, read_dataset_json, refuse_unfinished
 
 MANIFEST_UNIT = 1000
+_COUNTED_AT_ONCE = 64
 EXPECTED = (
     "a folder with shards (*.tar, as `python -m training.prepare.pack` writes them), a tar, a glob or range of tars, a "
     "URL of these, a .txt list of tars or a .jsonl manifest; for classification also a folder with one sub-folder of "
@@ -58,7 +61,7 @@ class UnitIdentity(NamedTuple):
     digest: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Unit:
     """A shard, or a stretch of a manifest.
 
@@ -171,10 +174,10 @@ def open_data_set(
         manifest = Manifest(name)
         return DataSet(name, manifest.units(), manifest=manifest)
     shards = shard_names(name)
-    described = {folder: read_dataset_json(folder) or {} for folder in dict.fromkeys(map(_folder, shards))}
+    described = {folder: _Described.of(folder) for folder in dict.fromkeys(map(_folder, shards))}
     if not allow_unfinished:
-        for folder, content in described.items():
-            refuse_unfinished(folder, content)
+        for folder, told in described.items():
+            refuse_unfinished(folder, told.content)
     units = _counted(shards, described, cache, at_least)
     if not any(unit.samples for unit in units):
         raise ValueError(f"{name}: no samples in {len(units)} shards")
@@ -185,16 +188,34 @@ def open_data_set(
             "followed is missing. Fetch them again",
             file=sys.stderr,
         )
-    return DataSet(name, units, [content for content in described.values() if content])
+    return DataSet(name, units, [told.content for told in described.values() if told.content])
+
+
+@dataclass(frozen=True)
+class _Described:
+    """The content of a `dataset.json`, empty where there is none, and when it was written, in nanoseconds."""
+
+    content: Mapping[str, Any]
+    written: int
+
+    @classmethod
+    def of(cls, folder: str) -> "_Described":
+        content = read_dataset_json(folder)
+        if content is None or is_url(folder):
+            return cls(content or {}, 0)
+        return cls(content, os.stat(f"{folder.rstrip('/')}/dataset.json").st_mtime_ns)
 
 
 def _counted(
-    shards: Sequence[str], described: Mapping[str, Any], cache: ShardCache | None, at_least: int | None
+    shards: Sequence[str], described: Mapping[str, _Described], cache: ShardCache | None, at_least: int | None
 ) -> list[Unit]:
     """The units of shards, or of the first that hold `at_least` samples."""
 
     def count(shard: str) -> Unit:
         return _unit(shard, described[_folder(shard)], cache)
+
+    def count_all(some: Sequence[str]) -> list[Unit]:
+        return [*map(count, some)]
 
     if at_least is not None:
         units: list[Unit] = []
@@ -206,8 +227,10 @@ def _counted(
     # The processes of a machine begin at different places: what one has indexed, the others find.
     local, processes = (int(os.environ.get(name, default)) for name, default in LOCAL_PROCESS.items())
     first = len(shards) * local // processes
+    turned = [*shards[first:], *shards[:first]]
+    parts = [turned[begin : begin + _COUNTED_AT_ONCE] for begin in range(0, len(turned), _COUNTED_AT_ONCE)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(count, [*shards[first:], *shards[:first]]))
+        found = [unit for units in pool.map(count_all, parts) for unit in units]
     return [*found[len(shards) - first :], *found[: len(shards) - first]]
 
 
@@ -215,11 +238,18 @@ def _folder(shard: str) -> str:
     return shard.rpartition("/")[0] or "."
 
 
-def _unit(shard: str, described: Mapping[str, Any], cache: ShardCache | None) -> Unit:
-    """Counts a shard's samples: by its index or `dataset.json` where they fit, else by reading it, once."""
+def _unit(shard: str, described: _Described, cache: ShardCache | None) -> Unit:
+    """Counts a shard's samples: by `dataset.json` or its index where they fit, else by reading it, once."""
     base = shard.rpartition("/")[2]
+    entry = described.content.get("shards", {}).get(base)
     if not is_url(shard):
-        size = os.path.getsize(shard)
+        stat = os.stat(shard)
+        size = stat.st_size
+        # One look at each shard; what another tool wrote since is counted anew.
+        if entry is not None and stat.st_mtime_ns <= described.written:
+            with contextlib.suppress(ValueError):
+                if (unit := _told(shard, entry)).identity.size == size:
+                    return unit
         try:
             header = read_index_header(index_path(shard))
         except (FileNotFoundError, ValueError):
@@ -230,14 +260,9 @@ def _unit(shard: str, described: Mapping[str, Any], cache: ShardCache | None) ->
         index = load_index(shard)
         cut = index.truncated or size < index.tar_bytes
         return Unit(shard, len(index.keys), UnitIdentity(base, size, index.keys_digest()), truncated=cut)
-    entry = described.get("shards", {}).get(base)
     if entry is not None:
-        try:
-            check_counts(entry["samples"], entry["bytes"], entry["keys_digest"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"dataset.json beside {shard}: its entry for that is damaged: {error}") from None
-        return Unit(shard, entry["samples"], UnitIdentity(base, entry["bytes"], entry["keys_digest"]))
-    if (data := read_small(f"{shard}.index.json")) is not None:
+        return _told(shard, entry)
+    if (data := read_small(f"{shard}.index.json", first=HEADER_BYTES)) is not None:
         header = parse_index_header(data.decode("utf-8", "replace").partition("\n")[0], f"{shard}.index.json")
         return Unit(shard, header["samples"], UnitIdentity(base, header["tar_bytes"], header["keys_digest"]))
     cache = cache or ShardCache()
@@ -248,6 +273,16 @@ def _unit(shard: str, described: Mapping[str, Any], cache: ShardCache | None) ->
         index = reader.index
         identity = UnitIdentity(base, index.tar_bytes, index.keys_digest())
         return Unit(shard, len(reader), identity, truncated=reader.truncated)
+
+
+def _told(shard: str, entry: Any) -> Unit:
+    """The unit of a shard by its entry in `dataset.json`; ValueError where that is damaged."""
+    try:
+        check_counts(entry["samples"], entry["bytes"], entry["keys_digest"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"dataset.json beside {shard}: its entry for that is damaged: {error}") from None
+    identity = UnitIdentity(shard.rpartition("/")[2], entry["bytes"], entry["keys_digest"])
+    return Unit(shard, entry["samples"], identity, truncated=bool(entry.get("truncated")))
 
 
 def shard_names(name: str) -> list[str]:
@@ -270,7 +305,32 @@ def shard_names(name: str) -> list[str]:
         if name.lower().endswith(TABLE_SUFFIXES):
             raise ValueError(f"{name} is a table, not shards: expected {EXPECTED}. {_PACK.format(name)}")
         return [name]
-    return sorted(path for pattern in _expand(name) for path in _matches(pattern, name))
+    folders = _Folders()
+    return sorted(path for pattern in _expand(name) for path in _matches(pattern, name, folders))
+
+
+class _Folders:
+    """What lies in folders, each listed once: whether a shard is there takes no look at the shard."""
+
+    def __init__(self) -> None:
+        self._listed: dict[str, dict[str, str]] = {}
+
+    def kind(self, path: str) -> str | None:
+        """`file`, `folder`, `device` (FIFOs too), or None where there is nothing."""
+        folder, _, base = path.rpartition("/")
+        folder = folder or ("/" if path.startswith("/") else ".")
+        if folder not in self._listed:
+            found: dict[str, str] = {}
+            with contextlib.suppress(OSError), os.scandir(folder) as entries:
+                found = {entry.name: kind for entry in entries if (kind := self._kind_of(entry))}
+            self._listed[folder] = found
+        return self._listed[folder].get(base)
+
+    @staticmethod
+    def _kind_of(entry: "os.DirEntry[str]") -> str | None:
+        # The listing says it of all but links, which have to be looked at.
+        kind = "file" if entry.is_file() else "folder" if entry.is_dir() else "device"
+        return None if kind == "device" and not os.path.exists(entry.path) else kind
 
 
 def _listed(name: str) -> list[str]:
@@ -286,7 +346,8 @@ def _listed(name: str) -> list[str]:
         if line and not line.startswith("#")
     ]
     shards = [shard for line in names for shard in _expand(line)]
-    missing = [shard for shard in shards if not is_url(shard) and not os.path.isfile(shard)]
+    folders = _Folders()
+    missing = [shard for shard in shards if not is_url(shard) and folders.kind(shard) != "file"]
     if missing:
         raise FileNotFoundError(
             f"{name}: {len(missing)} of {len(shards)} tars are not there, first {missing[0]}; expected one tar, path "
@@ -311,18 +372,19 @@ def _behind_url(name: str) -> list[str]:
     return [f"{name.rstrip('/')}/{shard}" for shard in sorted(described["shards"])]
 
 
-def _matches(pattern: str, name: str) -> list[str]:
+def _matches(pattern: str, name: str, folders: _Folders) -> list[str]:
     """The local tars that a glob matches, or the one that a plain path names; `name` is the whole string."""
     found = glob.glob(pattern, recursive=True) if glob.has_magic(pattern) else [pattern]
-    if not found or not all(map(os.path.exists, found)):
+    kinds = {path: folders.kind(path) for path in found}
+    if not found or None in kinds.values():
         what = (
             f"{name} names {pattern}, which is not there" if pattern != name else f"there is no folder or file {name}"
         )
         raise FileNotFoundError(f"{what}: expected {EXPECTED}")
-    other = [path for path in found if os.path.isdir(path) or not path.endswith(".tar")]
+    other = [path for path in found if kinds[path] != "file" or not path.endswith(".tar")]
     # A tar may be called anything; but beside others that are called so, what is not is something else.
-    if other and (len(other) < len(found) or os.path.isdir(other[0])):
-        kind = "a folder" if os.path.isdir(other[0]) else "no tar"
+    if other and (len(other) < len(found) or kinds[other[0]] != "file"):
+        kind = "no tar" if kinds[other[0]] == "file" else f"a {kinds[other[0]]}"
         raise ValueError(
             f"{name} also matches {other[0]}, which is {kind}: expected a glob of tars, as in folder/*.tar"
         )

@@ -121,6 +121,37 @@ def test_what_a_store_does_not_have_is_said_at_once(server, tmp_path, status):
         ShardCache(tmp_path, patience=Patience(5, pause=60)).fetch(f"{server.url}/a.tar")
 
 
+def test_small_files_are_read_to_their_end_and_of_an_index_its_beginning(server):
+    """Over a network what has arrived is less than what was asked for."""
+    data = bytes(range(256)) * 2000
+
+    def slowly(handler):
+        asked.append(handler.headers.get("Range"))
+        return 200, {"Content-Length": len(data)}, (_after(0.02, piece) for piece in _pieces(data, 8))
+
+    asked = []
+    server.script["/dataset.json"] = slowly
+    assert remote.read_small(f"{server.url}/dataset.json") == data and asked == [None]
+    # Also where the server knows no ranges.
+    assert remote.read_small(f"{server.url}/dataset.json", first=4096) == data[:4096] and asked[1] == "bytes=0-4095"
+
+
+def test_a_shard_is_counted_by_the_beginning_of_its_index(server, shards, tmp_path):
+    def part(handler):
+        asked.append(handler.headers["Range"])
+        return 206, {"Content-Length": 4096}, [index[:4096]]
+
+    asked, index = [], (shards / "part-000.tar.index.json").read_bytes().ljust(5000)
+    for number in range(3):
+        server.script[f"/{number}.tar.index.json"] = part
+    server.script["/dataset.json"] = refusal(404)
+    data = open_data_set(f"{server.url}/{{0..2}}.tar")
+    assert data.samples == 24 and asked == ["bytes=0-4095"] * 3
+    assert sorted(path for _, path in server.asked if path != "/dataset.json") == [
+        f"/{n}.tar.index.json" for n in range(3)
+    ]
+
+
 def test_a_slow_steady_download_may_take_its_time_and_silence_may_not(server, tar, tmp_path, monkeypatch):
     """The limit is between two pieces: here 0.5 s, of a download of more than a second."""
     monkeypatch.setattr(remote, "_SILENCE", 0.5)

@@ -1,5 +1,6 @@
 """Where training data may lie: folders, lists, URLs, manifests and the Hub give the same batches."""
 
+import collections
 import hashlib
 import io
 import json
@@ -8,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from training.data.patience import Patience
 from training.data.records import BadSample, members_from_sample
 from training.data.remote import DownloadError, ShardCache, is_on_network
 from training.data.samples import ShardSamples
-from training.data.shards import read_dataset_json
+from training.data.shards import ShardWriter, read_dataset_json
 from training.data.sources import Manifest, open_data_set, shard_names
 from training.evaluation.tasks import EvaluationArguments, open_labelled, open_samples
 from training.prepare import audit
@@ -277,3 +279,79 @@ def test_devices_and_pipes_are_no_pictures(tmp_path, column):
         with pytest.raises(BadSample, match="is not a file with contents") as caught:
             unit.read(i)
         assert caught.value.reason == f"no-{column}"
+
+
+def described_shards(folder, number):
+    """A `dataset.json` for so many shards of 1000 samples; returns their names."""
+    folder.mkdir()
+    names = [f"{n:06d}.tar" for n in range(number)]
+    entry = {"samples": 1000, "bytes": 10_240_000, "keys_digest": "0123456789abcdef"}
+    content = {"format": 1, "made_by": {}, "counts": {}, "shards": dict.fromkeys(names, entry)}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return names
+
+
+MANY = pytest.mark.parametrize("number", [1000, pytest.param(100_000, marks=pytest.mark.slow)])
+
+
+@MANY
+def test_opening_described_shards_looks_at_each_once_and_opens_none(tmp_path, monkeypatch, number):
+    for name in described_shards(tmp_path / "data", number):
+        with open(tmp_path / "data" / name, "wb") as file:
+            file.truncate(10_240_000)
+    os.utime(tmp_path / "data/dataset.json")
+    looked, original, names = collections.Counter(), os.stat, {*os.listdir(tmp_path / "data")}
+
+    def stat(path, *rest, **options):
+        looked[str(path)] += os.path.basename(path) in names and str(path).endswith(".tar")
+        return original(path, *rest, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.delattr(sources, "load_index")
+    monkeypatch.delattr(sources, "read_index_header")
+    for name in (tmp_path / "data", f"{tmp_path}/data/{{000000..{number - 1:06d}}}.tar"):
+        looked.clear()
+        tracemalloc.start()
+        data = open_data_set(name)
+        kept = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert data.samples == 1000 * number and len(data.units) == number
+        assert sum(looked.values()) == number and max(looked.values()) == 1
+        assert kept < 1000 * number  # bytes
+    open_files = [os.path.realpath(entry) for entry in Path("/proc/self/fd").iterdir()]
+    assert not [name for name in open_files if name.startswith(str(tmp_path))]
+
+
+@MANY
+def test_opening_described_shards_behind_a_url_is_one_request(tmp_path, number):
+    names = described_shards(tmp_path / "data", number)
+    with Served(tmp_path / "data") as served:
+        data = open_data_set(served.url)
+        assert [unit.name for unit in data.units] == [f"{served.url}/{name}" for name in names]
+        assert {*served.requests} == {"/dataset.json"} and len(served.requests) <= 2
+
+
+def test_a_shard_that_was_written_after_its_description_is_counted_anew(shards, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    assert open_data_set(copy).units[1].samples == 8
+    size = (copy / "part-001.tar").stat().st_size
+    with ShardWriter(copy / "part-001.tar") as writer:
+        writer.write_members("one", {"jpg": picture(0), "txt": bytes(size)})
+    with open(copy / "part-001.tar", "r+b") as file:
+        file.truncate(size)  # the size says nothing, and the copy of an index lies beside it
+    assert open_data_set(copy).units[1].samples == 1
+
+
+def test_lists_and_ranges_are_looked_for_in_their_folders(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("a/0.tar", "a/1.tar"):
+        (tmp_path / name).write_bytes(b"")
+    os.mkfifo(tmp_path / "a/2.tar")
+    (tmp_path / "list.txt").write_text("a/0.tar\na/{1..3}.tar\n")
+    with pytest.raises(FileNotFoundError, match=r"2 of 4 tars are not there, first .*a/2\.tar"):
+        shard_names(str(tmp_path / "list.txt"))
+    with pytest.raises(FileNotFoundError, match=r"names .*a/3\.tar, which is not there"):
+        shard_names(f"{tmp_path}/a/{{3..4}}.tar")
+    with pytest.raises(ValueError, match=r"a/2\.tar, which is a device"):
+        shard_names(f"{tmp_path}/a/{{0..2}}.tar")
