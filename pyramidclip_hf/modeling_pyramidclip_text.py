@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_pyramidclip import PyramidCLIPTextConfig, TowerConfig
+from .half_weights_pyramidclip import casts_weights, weights_in_half
 from .versions_pyramidclip import DEVICE_ONLY
 
 QUICK_GELU_SLOPE = 1.702
@@ -161,15 +162,17 @@ class PyramidCLIPAttention(nn.Module):
         query_states: torch.Tensor | None = None,
         *,
         packing: Packing | None = None,
+        projection: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, L, D) -> (B, L, D) and the weights (B, H, L, L), `None` where the backend has none.
 
         `query_states` (B, Q, D) are the tokens that look at all L; then Q stands in place of the first L. All L look
         where it is not given. With `packing`, all of it is packed, masks are one for each part, and the weights `None`.
+        `projection` are weight (3 D, D) and bias (3 D) of the three layers, where one product is to do their work.
         """
+        query, key, value = self._projected(hidden_states, query_states, projection)
         query_states = hidden_states if query_states is None else query_states
-        query, key, value = self.q_proj(query_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if packing is None:
             output, weights = self._attend(query, key, value, attention_mask, hidden_states.shape[0], **kwargs)
             return self.out_proj(output.reshape(query_states.shape)), weights
@@ -184,6 +187,21 @@ class PyramidCLIPAttention(nn.Module):
         )
         outputs = [self._attend(*part, **kwargs)[0].reshape(1, -1, query.shape[-1]) for part in parts]
         return self.out_proj(torch.cat(outputs, dim=1)), None
+
+    def _projected(
+        self,
+        hidden_states: torch.Tensor,
+        query_states: torch.Tensor | None,
+        projection: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> Sequence[torch.Tensor]:
+        if projection is None:
+            query = self.q_proj(hidden_states if query_states is None else query_states)
+            return query, self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if query_states is None:
+            return F.linear(hidden_states, *projection).chunk(3, dim=-1)
+        width = hidden_states.shape[-1]
+        of_query, of_others = zip(*(part.split([width, 2 * width]) for part in projection))
+        return F.linear(query_states, *of_query), *F.linear(hidden_states, *of_others).chunk(2, dim=-1)
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, rows: int, **kwargs: Any
@@ -229,7 +247,11 @@ class PyramidCLIPEncoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As `compute`: transformers puts gradient checkpointing around this, and what is compiled lies inside."""
-        return self.compute(hidden_states, *args, **kwargs)
+        if is_traced() or not casts_weights(self, hidden_states):
+            return self.compute(hidden_states, *args, **kwargs)
+        read_alike = (self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj)
+        with weights_in_half(self, hidden_states, PyramidCLIPLayerNorm, read_alike) as projection:
+            return self.compute(hidden_states, *args, projection=projection, **kwargs)
 
     def compute(
         self,

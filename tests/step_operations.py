@@ -120,14 +120,13 @@ def operations_of_step(
 
 def table() -> dict[tuple[str, str, str], tuple[int, ...]]:
     """(tower, pooling, objective) -> the numbers of `PARTS`."""
-    return {
-        (tower, pooling, objective): tuple(
-            operations_of_step(tower, pooling, objective)[part].total() for part in PARTS
-        )
-        for tower in TOWERS
-        for pooling in ("max", "eos")
-        for objective in OBJECTIVES
-    }
+    found = {}
+    for tower in TOWERS:
+        for pooling in ("max", "eos"):
+            for objective in OBJECTIVES:
+                counted = operations_of_step(tower, pooling, objective)
+                found[tower, pooling, objective] = tuple(counted[part].total() for part in PARTS)
+    return found
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ CORE_BRINGS = {"filelock", "tqdm", "yaml", "fsspec", "packaging", "regex"}
 OURS = {"pyramidclip_command", "pyramidclip_hf", "conversion", "training"}
 
 # Each module of the package and the siblings it may import. A new module gets its place here first.
-TOWERS = {"versions_pyramidclip", "configuration_pyramidclip", "loss_pyramidclip"}
+TOWERS = {"versions_pyramidclip", "configuration_pyramidclip", "loss_pyramidclip", "half_weights_pyramidclip"}
 PARTS = {"modeling_pyramidclip_text", "modeling_pyramidclip_resnet"}
 BLOCKS = TOWERS | PARTS | {"modeling_pyramidclip_vit"}
 MODEL = BLOCKS | {"fusion_pyramidclip", "modeling_pyramidclip_base"}
@@ -27,6 +27,7 @@ SIBLINGS = {
     "versions_pyramidclip": set(),
     "configuration_pyramidclip": {"versions_pyramidclip"},
     "loss_pyramidclip": {"configuration_pyramidclip", "versions_pyramidclip"},
+    "half_weights_pyramidclip": set(),
     "modeling_pyramidclip_text": TOWERS,
     "modeling_pyramidclip_resnet": TOWERS | {"modeling_pyramidclip_text"},
     "modeling_pyramidclip_vit": TOWERS | PARTS,

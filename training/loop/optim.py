@@ -93,12 +93,12 @@ class MovingAverage:
         """The average becomes decay x average + (1 - decay) x model."""
         state = model.state_dict()
         floating = [name for name, tensor in state.items() if tensor.is_floating_point()]
+        others = [name for name, tensor in state.items() if not tensor.is_floating_point()]
         torch._foreach_lerp_(
             [self.tensors[name] for name in floating], [state[name] for name in floating], 1 - self.decay
         )
-        for name, tensor in state.items():
-            if not tensor.is_floating_point():
-                self.tensors[name].copy_(tensor)
+        if others:
+            torch._foreach_copy_([self.tensors[name] for name in others], [state[name] for name in others])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """`tensors`."""

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS
 from tests.training.processes import run_in_processes
-from tests.training.tiny import RESNET, TEXT, VIT, tiny_batch, tiny_model
+from tests.training.tiny import RESNET, TEXT, VIT, rows_of, tiny_batch, tiny_model
 from training.loop.compiling import compile_blocks
 from training.loop.gradient_cache import GradientCache
 from training.loop.objective import ContrastiveObjective
@@ -25,14 +25,16 @@ def step(way, tower, pooling, compiled, batches):
         graphs.append(len(inputs))
         return graph.forward
 
-    dtype = torch.float32 if way == "bf16" else torch.float64
+    in_half = "bf16" in way
+    dtype = torch.float32 if in_half else torch.float64
     model = tiny_model(tower, dtype=dtype, pooling=pooling, num_hidden_layers=4)
     if compiled:
         compile_blocks(model, backend=counting, fullgraph=True)
     if way == "checkpointed":
         model.gradient_checkpointing_enable()
-    half = torch.bfloat16 if way == "bf16" else None
+    half = torch.bfloat16 if in_half else None
     objective = ContrastiveObjective(model, DEFAULT_LOSS_WEIGHTS, 0.2, autocast_dtype=half)
+    wrapped = Accelerator(cpu=True).prepare(objective) if "processes" in way else objective
     results, counts = [], []
     for batch in batches:
         objective.zero_grad()
@@ -40,7 +42,7 @@ def step(way, tower, pooling, compiled, batches):
         if way == "cached":
             losses = GradientCache(Accelerator(cpu=True), objective, 6).forward_backward(batch)
         else:
-            losses = objective(batch)
+            losses = wrapped(batch)
             losses.loss.backward()
         gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         results.append((losses.loss.item(), torch.cat(gradients).clone().numpy()))
@@ -64,8 +66,13 @@ def both_forms(rank, world_size, tower, pooling):
     return {way: [step(way, tower, pooling, compiled, batches) for compiled in (False, True)] for way in ways}
 
 
-def counts_over(rank, world_size, lengths):
-    return step("whole", DEEP, "eos", True, batches_of(DEEP, lengths))[1]
+def both_forms_of_rows(rank, world_size, way):
+    batches = [rows_of(batch, rank, world_size) for batch in batches_of(DEEP, [7, 6])]
+    return [step(way, DEEP, "eos", compiled, batches)[0] for compiled in (False, True)]
+
+
+def counts_over(rank, world_size, way, lengths):
+    return step(way, DEEP, "eos", True, batches_of(DEEP, lengths))[1]
 
 
 @pytest.mark.slow
@@ -81,9 +88,24 @@ def test_compiled_blocks_compute_the_same_in_every_way_of_training(tower, poolin
 
 
 @pytest.mark.slow
-def test_ten_batches_of_texts_of_other_lengths_compile_nothing_new():
+@pytest.mark.parametrize("way", ["processes", "processes, bf16"])
+def test_two_processes_under_ddp_agree_on_what_plain_blocks_compute(way):
+    found = run_in_processes(both_forms_of_rows, 2, way, timeout=500)
+    gradients = []
+    for plain, compiled in found:
+        for (loss, gradient), (wanted, expected) in zip(compiled, plain, strict=True):
+            assert loss == pytest.approx(wanted, rel=1e-2 if "bf16" in way else 1e-9)
+            cosine = gradient @ expected / np.linalg.norm(gradient) / np.linalg.norm(expected)
+            assert cosine == pytest.approx(1, abs=1e-2 if "bf16" in way else 1e-12)
+        gradients.append(compiled[-1][1])
+    assert np.array_equal(*gradients)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["whole", "bf16"])
+def test_ten_batches_of_texts_of_other_lengths_compile_nothing_new(way):
     lengths = [7, 6, 5, 8, 4, 7, 3, 8, 5, 6]
-    counts = run_in_processes(counts_over, 1, lengths, timeout=300)[0]
+    counts = run_in_processes(counts_over, 1, way, lengths, timeout=600)[0]
     # For 6 blocks of pictures, 3 of regions and 4 of texts: LeFF; pictures, regions, the last block of each; texts and
     # their last block; one more once torch has seen that regions are not as many as patches.
     assert counts[0] <= 8

@@ -18,14 +18,14 @@ BEFORE = {
 }
 # `python -m tests.step_operations`, to be written anew by whoever makes it less.
 NOW = {
-    ("ViT-B", "max", "pyramid"): (1253, 1795, 15, 28),
-    ("ViT-B", "max", "CLIP"): (933, 1256, 15, 28),
-    ("ViT-B", "eos", "pyramid"): (1364, 1866, 15, 28),
-    ("ViT-B", "eos", "CLIP"): (951, 1257, 15, 28),
-    ("RN50", "max", "pyramid"): (1167, 1427, 15, 56),
-    ("RN50", "max", "CLIP"): (784, 888, 15, 56),
-    ("RN50", "eos", "pyramid"): (1278, 1498, 15, 56),
-    ("RN50", "eos", "CLIP"): (802, 889, 15, 56),
+    ("ViT-B", "max", "pyramid"): (825, 1240, 15, 2),
+    ("ViT-B", "max", "CLIP"): (519, 725, 15, 2),
+    ("ViT-B", "eos", "pyramid"): (937, 1317, 15, 2),
+    ("ViT-B", "eos", "CLIP"): (538, 732, 15, 2),
+    ("RN50", "max", "pyramid"): (965, 1163, 15, 2),
+    ("RN50", "max", "CLIP"): (582, 624, 15, 2),
+    ("RN50", "eos", "pyramid"): (1077, 1240, 15, 2),
+    ("RN50", "eos", "CLIP"): (601, 631, 15, 2),
 }
 
 
@@ -36,8 +36,8 @@ def test_a_step_asks_for_no_more_operations(row):
         assert counted[part].total() <= 1.1 * now, counted[part].most_common(20)
 
 
-def test_the_pyramid_s_step_with_texts_of_three_lengths_is_three_fifths_of_what_it_was():
+def test_the_pyramid_s_step_with_texts_of_three_lengths_is_two_fifths_of_what_it_was():
     row = ("ViT-B", "eos", "pyramid")
     counted = operations_of_step(*row)
     step = PARTS[:3]  # the average of the weights is an option
-    assert sum(counted[part].total() for part in step) <= 0.6 * sum(BEFORE[row][: len(step)])
+    assert sum(counted[part].total() for part in step) <= 0.4 * sum(BEFORE[row][: len(step)])
