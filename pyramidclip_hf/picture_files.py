@@ -43,6 +43,7 @@ _INK, _GREY, _PALE, _ACCENT = (28, 28, 30), (120, 122, 128), (240, 241, 243), (2
 _MAX_SHEET_CELLS = 2000
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -140,21 +141,21 @@ def read_picture(path: str, max_image_pixels: int | None) -> Image.Image:
 
 
 def read_ahead(
-    items: Iterable[str], read: Callable[[str], Result], workers: int, ahead: int
-) -> Generator[tuple[str, Result | UnreadablePicture], None, None]:
+    items: Iterable[Item], read: Callable[[Item], Result], workers: int, ahead: int
+) -> Generator[tuple[Item, Result | UnreadablePicture], None, None]:
     """Yields (item, `read(item)` or the `UnreadablePicture` that it raised) in order.
 
     `workers` threads are up to `ahead` items in front of what was yielded. Pillow decodes and resizes without holding
     Python's lock, so threads are enough. Closing the iterator drops what is not begun.
     """
 
-    def attempt(item: str) -> Result | UnreadablePicture:
+    def attempt(item: Item) -> Result | UnreadablePicture:
         try:
             return read(item)
         except UnreadablePicture as error:
             return error
 
-    waiting: deque[tuple[str, Future[Result | UnreadablePicture]]] = deque()
+    waiting: deque[tuple[Item, Future[Result | UnreadablePicture]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for item in items:

@@ -76,14 +76,17 @@ def zero_shot_scores(
         names = [first_names[number] for number in numbers]
         return class_embeddings(model, processor, names, templates).float().cpu()
 
-    def encode_pictures(numbers: range) -> torch.Tensor:
+    def pixels_of(numbers: range) -> torch.Tensor:
         read = [data.read(number, max_image_pixels=max_image_pixels) for number in numbers]
-        pictures = processor.image_processor(read, return_tensors="pt")
-        return model.encode_image(pictures["pixel_values"].to(model.device, model.dtype), normalize=True).float().cpu()
+        return processor.image_processor(read, return_tensors="pt")["pixel_values"]
+
+    def encode_pictures(pixels: torch.Tensor) -> torch.Tensor:
+        return model.encode_image(pixels.to(model.device, model.dtype), normalize=True).float().cpu()
 
     classes = torch.cat(map_batches(encode_classes, len(distinct), 16, "class prompts"))
     classes = classes[[distinct.index(name) for name in folded]]
-    pictures = torch.cat(map_batches(encode_pictures, len(data), batch_size, "pictures"))
+    done = map_batches(encode_pictures, len(data), batch_size, "pictures", prepare=pixels_of, device=model.device)
+    pictures = torch.cat(done)
     return (pictures.double() @ classes.double().T).float()
 
 

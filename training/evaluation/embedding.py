@@ -6,9 +6,11 @@ decides its last bits), and the scores are equal on 1, 2 or 3 processes.
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -18,12 +20,14 @@ from transformers import BatchFeature
 from pyramidclip_hf.configuration_pyramidclip import LEVELS, TERMS, levels_of_kind
 from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+from pyramidclip_hf.picture_files import read_ahead
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.records import MAX_REGIONS, Sample, best_objects
 from training.data.samples import open_picture
 from training.evaluation.retrieval import check_pairs
 
 Result = TypeVar("Result")
+Inputs: TypeAlias = BatchFeature | dict[str, torch.Tensor]
 _AS_TENSORS: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
 
 
@@ -38,16 +42,24 @@ def processes() -> tuple[int, int]:
 
 
 def map_batches(
-    function: Callable[[range], Result], items: int, batch_size: int, what: str, alone: bool = False
+    function: Callable[[Any], Result],
+    items: int,
+    batch_size: int,
+    what: str,
+    alone: bool = False,
+    prepare: Callable[[range], Any] = lambda indices: indices,
+    device: torch.device | None = None,
 ) -> list[Result]:
     """[function(indices of batch 0), function(of batch 1), ...], on every process, computed by all of them together.
 
     Args:
-        function: a range of item numbers -> anything that pickles.
+        function: a range of item numbers, or what `prepare` made of it -> anything that pickles.
         items: how many there are.
         batch_size: items of a batch; the last may have fewer.
         what: the name of the progress bar.
         alone: this process computes all, and no other needs to take part.
+        prepare: reads and decodes, in threads that are ahead of `function`.
+        device: where `function` computes. A GPU has a thread for each core of this process, a CPU one.
 
     Raises:
         ValueError: `batch_size` is below 1.
@@ -61,10 +73,14 @@ def map_batches(
     rank, size = (0, 1) if alone else processes()
     batches = range(math.ceil(items / batch_size))
     own = batches[rank::size]
-    results = [
-        (batch, function(range(batch * batch_size, min((batch + 1) * batch_size, items))))
-        for batch in tqdm(own, desc=what, unit="batch", disable=rank != 0)
-    ]
+    numbers = [range(batch * batch_size, min((batch + 1) * batch_size, items)) for batch in own]
+    threads = 1
+    if device is not None and device.type != "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    with closing(read_ahead(numbers, prepare, threads, threads)) as prepared:
+        bar = tqdm(zip(own, prepared), total=len(own), desc=what, unit="batch", disable=rank != 0)
+        results = [(batch, function(inputs)) for batch, (_, inputs) in bar]
     by_number = dict(results if alone else gather_object(results))
     return [by_number[batch] for batch in batches]
 
@@ -137,16 +153,19 @@ def embed_levels(
     """
     levels = list(dict.fromkeys(levels))
 
-    def encode(indices: range) -> _EncodedBatch:
+    def prepare(indices: range) -> tuple[list[Sample], Inputs]:
         chosen = [samples[i] for i in indices]
         if max_regions is not None:
             chosen = [best_objects(sample, max_regions, drop_repeated_tags) for sample in chosen]
-        return _encode_batch(model, processor, chosen, levels, local_area, max_image_pixels)
+        return chosen, _seen_inputs(processor, chosen, levels, local_area, max_image_pixels)
+
+    def encode(prepared: tuple[list[Sample], Inputs]) -> _EncodedBatch:
+        return _encode_batch(model, processor, *prepared, levels)
 
     was_training = model.training
     model.eval()
     try:
-        batches = map_batches(encode, len(samples), batch_size, "embedding", alone)
+        batches = map_batches(encode, len(samples), batch_size, "embedding", alone, prepare, model.device)
     finally:
         model.train(was_training)
     offsets = np.cumsum([0] + [len(batch.keys) for batch in batches])
@@ -183,12 +202,11 @@ def _encode_batch(
     model: PyramidCLIPModel,
     processor: PyramidCLIPProcessor,
     samples: list[Sample],
+    seen: Inputs,
     levels: list[str],
-    local_area: float,
-    max_image_pixels: int,
 ) -> _EncodedBatch:
     captions = [(row, text) for row, one in enumerate(samples) for text in one.captions or (one.caption,) if text]
-    inputs = dict(_level_inputs(processor, samples, levels, local_area, max_image_pixels))
+    inputs = {**seen, **_text_inputs(processor, samples, levels)}
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     rest = [level for level in levels if level != "caption"]
     embeds = model.encode_levels(rest, **inputs) if rest else {}
@@ -210,9 +228,10 @@ def _encode_batch(
     return _EncodedBatch(as_numpy, present, owners, [sample.key for sample in samples])
 
 
-def _level_inputs(
+def _seen_inputs(
     processor: PyramidCLIPProcessor, samples: list[Sample], levels: list[str], local_area: float, max_image_pixels: int
-) -> BatchFeature | dict[str, torch.Tensor]:
+) -> Inputs:
+    """Of pictures and regions: what takes time, and may be done by several threads."""
     wanted: dict[str, Any] = {}
     if levels_of_kind("picture", levels):
         pictures = [open_picture(sample.image, sample.key, max_image_pixels) for sample in samples]
@@ -225,7 +244,11 @@ def _level_inputs(
             None if sample.roi is None else (sample.roi, np.array([region.box for region in sample.regions or ()]))
             for sample in samples
         ]
-    for level in levels_of_kind("text", levels):
-        if level != "caption":  # of which a sample may have several
-            wanted[LEVELS[level].argument] = [getattr(sample, level) for sample in samples]
+    return processor(**wanted, **_AS_TENSORS) if wanted else {}
+
+
+def _text_inputs(processor: PyramidCLIPProcessor, samples: list[Sample], levels: list[str]) -> Inputs:
+    """Of texts but captions, of which a sample may have several. A tokenizer serves one thread at a time."""
+    texts = [level for level in levels_of_kind("text", levels) if level != "caption"]
+    wanted = {LEVELS[level].argument: [getattr(sample, level) for sample in samples] for level in texts}
     return processor(**wanted, **_AS_TENSORS) if wanted else {}

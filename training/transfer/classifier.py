@@ -122,9 +122,12 @@ def classify(
         autocast_dtype: Of the model's forward, None for fp32.
     """
 
-    def scores(numbers: range) -> torch.Tensor:
-        pixels = processor.image_processor([data.read(number) for number in numbers], return_tensors="pt")
-        with torch.autocast(model.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-            return model(pixel_values=pixels["pixel_values"].to(model.device)).logits.float().cpu()
+    def pixels_of(numbers: range) -> torch.Tensor:
+        return processor.image_processor([data.read(number) for number in numbers], return_tensors="pt")["pixel_values"]
 
-    return torch.cat(map_batches(scores, len(data), batch_size, f"classifying {data.name}"))
+    def scores(pixels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(model.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+            return model(pixel_values=pixels.to(model.device)).logits.float().cpu()
+
+    what = f"classifying {data.name}"
+    return torch.cat(map_batches(scores, len(data), batch_size, what, prepare=pixels_of, device=model.device))

@@ -62,15 +62,22 @@ def picture_features(
     """
     model.eval()
 
-    def encode(numbers: range) -> tuple[torch.Tensor, dict[int, str]]:
+    def prepare(numbers: range) -> tuple[torch.Tensor, dict[int, str]]:
         pictures, problems = pictures_of(data, numbers)
         if problems:
             return torch.empty(0), problems
-        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+        return processor.image_processor(pictures, return_tensors="pt")["pixel_values"], problems
+
+    def encode(prepared: tuple[torch.Tensor, dict[int, str]]) -> tuple[torch.Tensor, dict[int, str]]:
+        pixels, problems = prepared
+        if problems:
+            return pixels, problems
+        pixels = pixels.to(model.device, model.dtype)
         pooled = model.vision_model(pixels).pooler_output if kind == "backbone" else model.encode_image(pixels)
         return pooled.float().cpu(), {}
 
-    found = map_batches(encode, len(data), batch_size, f"features of {data.name}")
+    what = f"features of {data.name}"
+    found = map_batches(encode, len(data), batch_size, what, prepare=prepare, device=model.device)
     if bad := {number: problem for _, problems in found for number, problem in problems.items()}:
         raise ValueError(f"{data.name}: {told_unreadable(bad, len(data))}. Nothing is skipped: repair or remove them")
     return torch.cat([features for features, _ in found])
