@@ -100,11 +100,13 @@ def weights_in_half(
     ]
     parameters = [part._parameters[name] for part, name in places]
     sizes = [len(group) for group in together] + [1] * len(parameters)
-    halves = _InHalf.apply(dtype, sizes, *sum(together, []), *parameters) if sizes else ()
+    halves: tuple[torch.Tensor, ...] = ()
+    if sizes:
+        halves = _InHalf.apply(dtype, sizes, *sum(together, []), *parameters)
     for (part, name), half in zip(places, halves[len(together) :], strict=True):
         part._parameters[name] = half
     try:
-        yield halves[:2] if together else None
+        yield (halves[0], halves[1]) if together else None
     finally:
         for (part, name), parameter in zip(places, parameters, strict=True):
             part._parameters[name] = parameter
