@@ -104,7 +104,7 @@ def weights_in_half(
     if sizes:
         halves = _InHalf.apply(dtype, sizes, *sum(together, []), *parameters)
     for (part, name), half in zip(places, halves[len(together) :], strict=True):
-        part._parameters[name] = half
+        part._parameters[name] = half  # type: ignore[assignment]  # what stands in is no parameter
     try:
         yield (halves[0], halves[1]) if together else None
     finally:
