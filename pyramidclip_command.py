@@ -351,6 +351,12 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", nargs="+", action="extend", default=[], metavar="QUERY", help="in words")
     parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="by example")
     parser.add_argument("--top-k", type=_at_least_one, default=10, help="hits a query (default: %(default)s)")
+    parser.add_argument(
+        "--index",
+        metavar="FILE",
+        help="search through this FAISS index, which is made if it is not there (file too "
+        "large to be read for each query); a few hits may be missed",
+    )
     parser.add_argument("--output", metavar="SHEET", help="contact sheet to write, a PNG, JPEG or WebP")
     parser.add_argument("--overwrite", action="store_true", help="take the place of a sheet that is there")
     parser.add_argument("--font", metavar="FILE", help="TrueType font of the sheet, for queries beyond Latin letters")

@@ -24,7 +24,8 @@ from PIL import Image
 from pyramidclip_command import EXIT_SKIPPED
 
 from .backends import MAX_DISAGREEMENT, ExportedModel, load_exported
-from .embedding_files import EmbeddingJob, StoredEmbeddings, check_output, read_embeddings
+from .embedding_files import EmbeddingJob, check_output, read_embeddings, read_metadata, rows_at
+from .embedding_index import build_index, search_blocks, search_index
 from .explain import explain_image
 from .export import compare_on_data, export_model, read_pairs
 from .fusion_pyramidclip import LinearBackend, OneDNNLinear
@@ -45,6 +46,7 @@ from .picture_files import (
 from .processing_pyramidclip import PyramidCLIPProcessor
 from .zero_shot import (
     IMAGENET_TEMPLATES,
+    Matches,
     class_embeddings,
     classify_embeddings,
     embeddings_ahead,
@@ -61,6 +63,9 @@ _PROMPTS_WORTH_A_BAR = 1000
 # How many are looked at to see what numbers pass through a tower.
 _CALIBRATION_PICTURES = 128
 _CALIBRATION_TEXTS = 256
+
+# Bytes from which on a file of embeddings is read block by block.
+_LARGE_FILE = 1 << 30
 
 # A picture's path, and its `pixel_values` (3, H, W) or why it has none.
 Reading = tuple[str, torch.Tensor | UnreadablePicture]
@@ -365,30 +370,30 @@ def run_search(args: argparse.Namespace) -> int:
         raise ValueError("Expected a query: --text or --image.")
     if not all(text.strip() for text in args.text):
         raise ValueError("--text: expected words to search for, got an empty text.")
-    stored = read_embeddings(args.embeddings)
+    metadata = read_metadata(args.embeddings)
     if args.output:
         check_picture_output(args.output, args.overwrite)
-        if stored.kind != "path":
+        if metadata["kind"] != "path":
             raise ValueError(f"{args.embeddings} holds texts: a contact sheet (--output) needs pictures.")
-    args.model = args.model or stored.metadata["model"]
+    args.model = args.model or metadata["model"]
     loaded = _load(args, messages)
-    if loaded.sha256() != stored.metadata["model_sha256"]:
+    if loaded.sha256() != metadata["model_sha256"]:
         raise ValueError(
-            f"{args.embeddings} was made by another model: {stored.metadata['model']} (weights "
-            f"{stored.metadata['model_sha256'][:12]}), but {args.model} has the weights {loaded.sha256()[:12]}. "
+            f"{args.embeddings} was made by another model: {metadata['model']} (weights "
+            f"{metadata['model_sha256'][:12]}), but {args.model} has the weights {loaded.sha256()[:12]}. "
             "Embeddings of two models cannot be compared: take that --model, or embed again."
         )
-    _check_engines(stored, loaded, args.embeddings)
+    _check_engines(metadata, loaded, args.embeddings)
     titles = args.text + args.image
-    found = _best(loaded, stored, args)
+    found = _best(loaded, metadata["kind"], args)
     for title, hits in zip(titles, found):
         for hit in hits:
-            row = {"query": title, "rank": hit.rank, "score": round(hit.score, 6), stored.kind: hit.name}
+            row = {"query": title, "rank": hit.rank, "score": round(hit.score, 6), metadata["kind"]: hit.name}
             messages.row(row, (title, hit.rank, f"{hit.score:.4f}", hit.name))
     if args.output:
         queries = [(text, None) for text in args.text] + [(path, path) for path in args.image]
-        model_name = "/".join(Path(stored.metadata["model"]).parts[-2:])
-        below = f"of {len(stored.names)} pictures, by {model_name}"
+        model_name = "/".join(Path(metadata["model"]).parts[-2:])
+        below = f"of {metadata['rows']} pictures, by {model_name}"
         sheet, absent = contact_sheet(queries, found, below, args.max_image_pixels, args.font)
         save_picture(sheet, args.output)
         if lacking := characters_that_lack([*args.text, *(hit.name for hits in found for hit in hits)], args.font):
@@ -402,9 +407,9 @@ def run_search(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_engines(stored: StoredEmbeddings, loaded: Loaded[Any], path: str) -> None:
+def _check_engines(metadata: dict[str, Any], loaded: Loaded[Any], path: str) -> None:
     """ValueError where embeddings of one model come from engines that are further apart than a search can bear."""
-    there = stored.metadata["settings"].get("engine")
+    there = metadata["settings"].get("engine")
     here = loaded.model.engine._asdict() if isinstance(loaded.model, ExportedModel) else None
     apart = sum(one["disagreement"] for one in (there, here) if one)
     same = {name: (there or {}).get(name) == (here or {}).get(name) for name in ("backend", "dtype")}
@@ -417,7 +422,7 @@ def _check_engines(stored: StoredEmbeddings, loaded: Loaded[Any], path: str) -> 
         )
 
 
-def _best(loaded: Loaded[Any], stored: StoredEmbeddings, args: argparse.Namespace) -> list[list[Hit]]:
+def _best(loaded: Loaded[Any], kind: str, args: argparse.Namespace) -> list[list[Hit]]:
     """The hits of each query: texts first, then pictures."""
     queries = []
     if args.text:
@@ -428,11 +433,23 @@ def _best(loaded: Loaded[Any], stored: StoredEmbeddings, args: argparse.Namespac
         raise ValueError(f"--image: a query cannot be read: {error}") from error
     if pictures:
         queries.append(image_embeddings(loaded.model, loaded.processor, pictures))
-    matches = retrieve(torch.cat(queries), torch.from_numpy(stored.embeddings), args.top_k)
+    matches = _matches(Path(args.embeddings), torch.cat(queries), args)
+    rows = np.unique(matches.indices)
+    names = dict(zip(rows.tolist(), rows_at(args.embeddings, rows, kind).tolist(), strict=True))
     return [
-        [Hit(rank, score, stored.names[place]) for rank, (score, place) in enumerate(zip(scores, places), start=1)]
+        [Hit(rank, score, names[place]) for rank, (score, place) in enumerate(zip(scores, places), start=1)]
         for scores, places in zip(matches.scores.tolist(), matches.indices.tolist())
     ]
+
+
+def _matches(path: Path, queries: torch.Tensor, args: argparse.Namespace) -> Matches:
+    """Through the index that was named, else exactly: in memory, or block by block where the file is large."""
+    if args.index:
+        build_index(path, Path(args.index))
+        return search_index(path, Path(args.index), queries, args.top_k)
+    if path.stat().st_size >= _LARGE_FILE:
+        return search_blocks(path, queries, args.top_k)
+    return retrieve(queries, torch.from_numpy(read_embeddings(path).embeddings), args.top_k)
 
 
 # explain

@@ -261,14 +261,88 @@ def read_embeddings(path: str | os.PathLike) -> StoredEmbeddings:
             f"{path}: expected embeddings (N, D) float32 for N rows, got {embeddings.shape} {embeddings.dtype} for "
             f"{len(names)}."
         )
+    _check_lengths(path, embeddings, 0)
+    return StoredEmbeddings(names, embeddings, metadata)
+
+
+def _check_lengths(path: Path, embeddings: np.ndarray, start: int) -> None:
+    """ValueError where rows, of which the first is row `start` of the file, are not unit vectors."""
     lengths = np.linalg.norm(embeddings, axis=1)
     wrong = np.flatnonzero(~(np.abs(lengths - 1) <= _LENGTH_TOLERANCE))
     if len(wrong):
         raise ValueError(
-            f"{path}: {len(wrong)} rows are not of unit length, the first is row {wrong[0]} ({names[wrong[0]]!r}) with "
-            f"length {lengths[wrong[0]]:.4g}. Make the file again."
+            f"{path}: {len(wrong)} rows are not of unit length, the first is row {start + wrong[0]} with length "
+            f"{lengths[wrong[0]]:.4g}. Make the file again."
         )
-    return StoredEmbeddings(names, embeddings, metadata)
+
+
+def embedding_blocks(path: str | os.PathLike) -> Iterator[np.ndarray]:
+    """The embeddings of a file in order, (n, D) float32 at a time; see `read_embeddings` for the errors."""
+    path, start = Path(path), 0
+    rows = read_metadata(path)["rows"]
+    blocks = _parquet_blocks(path) if path.suffix == ".parquet" else _npz_blocks(path)
+    try:
+        for block in blocks:
+            _check_lengths(path, block, start)
+            start += len(block)
+            yield block
+        if start != rows:
+            raise ValueError(f"{path}: expected {rows} rows, got {start}")
+    except (ImportError, ValueError):
+        raise
+    except Exception as error:  # as in `read_embeddings`
+        raise _not_ours(path, error) from error
+
+
+def rows_at(path: str | os.PathLike, places: np.ndarray, column: str) -> np.ndarray:
+    """What a column ("embedding" or the file's kind) has at `places` (n,), ascending: (n, D) or (n,)."""
+    path = Path(path)
+    if path.suffix == ".parquet":
+        _, parquet = _pyarrow()
+        with parquet.ParquetFile(path) as file:
+            ends = np.cumsum([file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)])
+            found = []
+            for group in np.unique(np.searchsorted(ends, places, side="right")):
+                first = ends[group - 1] if group else 0
+                own = places[(places >= first) & (places < ends[group])] - first
+                values = file.read_row_group(group, columns=[column]).column(0).combine_chunks()
+                taken = values.take(own)
+                found.append(_vectors(taken) if column == "embedding" else np.array(taken.to_pylist(), dtype=object))
+            return np.concatenate(found)
+    if column == "embedding":
+        return np.concatenate(list(_taken(embedding_blocks(path), places)))
+    with np.load(path, allow_pickle=False) as arrays:
+        return arrays[column][places]
+
+
+def _taken(blocks: Iterator[np.ndarray], places: np.ndarray) -> Iterator[np.ndarray]:
+    start = 0
+    for block in blocks:
+        yield block[places[(places >= start) & (places < start + len(block))] - start]
+        start += len(block)
+
+
+def _vectors(column: Any) -> np.ndarray:
+    return column.flatten().to_numpy(zero_copy_only=False, writable=True).reshape(len(column), -1)
+
+
+def _parquet_blocks(path: Path) -> Iterator[np.ndarray]:
+    _, parquet = _pyarrow()
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_ROW_GROUP, columns=["embedding"]):
+            yield _vectors(batch.column(0))
+
+
+def _npz_blocks(path: Path) -> Iterator[np.ndarray]:
+    with zipfile.ZipFile(path) as archive, archive.open("embedding.npy") as member:
+        np.lib.format.read_magic(member)
+        (rows, width), fortran, dtype = np.lib.format.read_array_header_1_0(member)
+        if fortran or dtype != np.float32:
+            raise ValueError(f"{path}: expected embeddings (N, D) float32, row by row, got {dtype}.")
+        for start in range(0, rows, _ROW_GROUP):
+            count = min(_ROW_GROUP, rows - start)
+            block = np.frombuffer(member.read(count * width * 4), np.float32)
+            yield block.reshape(count, width).copy()
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:

@@ -42,6 +42,7 @@ SIBLINGS = {
     "zero_shot": PREPROCESSING | {"processing_pyramidclip"},
     "files": set(),
     "embedding_files": {"files"},
+    "embedding_index": PREPROCESSING | {"processing_pyramidclip", "zero_shot", "embedding_files", "files"},
     "picture_files": {"image_processing_pyramidclip", "files"},
 }
 # These put the parts together and may import any sibling.

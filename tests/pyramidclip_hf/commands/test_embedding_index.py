@@ -1,0 +1,137 @@
+"""Search in files that are not read whole: block by block, and through an index beside them."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from pyramidclip_hf import commands, embedding_files, embedding_index
+from pyramidclip_hf.embedding_files import EmbeddingJob, embedding_blocks, read_embeddings, rows_at
+from tests.pyramidclip_hf.commands.plain import run
+
+
+def written(path, rows=1000, width=32, seed=0, model_sha256="a" * 64):
+    """A file of clustered unit vectors, as `embed` writes it."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((40, width))
+    vectors = centres[rng.integers(0, 40, rows)] + 0.5 * rng.standard_normal((rows, width))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    settings = {"kind": "path", "model_sha256": model_sha256}
+    job = EmbeddingJob(path, "model", settings, [f"{i}.jpg" for i in range(rows)], part_size=300)
+    for number in job.parts:
+        names = job.items_of(number)
+        first = number * 300
+        job.save(number, names, vectors[first : first + len(names)], [])
+    job.finish()
+    return path, vectors
+
+
+def queries_near(vectors, count=20):
+    rng = np.random.default_rng(1)
+    near = vectors[:count] + 0.1 * rng.standard_normal((count, vectors.shape[1]))
+    return torch.from_numpy((near / np.linalg.norm(near, axis=1, keepdims=True)).astype(np.float32))
+
+
+@pytest.fixture(params=[".npz", ".parquet"])
+def stored(request, tmp_path, monkeypatch):
+    if request.param == ".parquet":
+        pytest.importorskip("pyarrow", reason='needs pyarrow: pip install "pyramidclip-hf[train]"')
+    monkeypatch.setattr(embedding_files, "_ROW_GROUP", 128)
+    return written(tmp_path / f"rows{request.param}")
+
+
+def test_blocks_are_the_rows(stored):
+    path, vectors = stored
+    blocks = list(embedding_blocks(path))
+    assert len(blocks) >= 4 and np.array_equal(np.concatenate(blocks), vectors)
+    places = np.array([0, 5, 127, 128, 700, 999])
+    assert np.array_equal(rows_at(path, places, "embedding"), vectors[places])
+    assert rows_at(path, places, "path").tolist() == [f"{place}.jpg" for place in places]
+
+
+def test_block_by_block_it_finds_what_all_at_once_does(stored):
+    path, vectors = stored
+    queries = queries_near(vectors)
+    found = embedding_index.search_blocks(path, queries, 7)
+    scores = queries.double().numpy() @ vectors.astype(np.float64).T
+    best = np.argsort(-scores, axis=1)[:, :7]
+    assert found.indices.tolist() == best.tolist()
+    np.testing.assert_allclose(found.scores, np.take_along_axis(scores, best, axis=1), atol=1e-6)
+    assert embedding_index.search_blocks(path, queries, 5000).scores.shape == (20, 1000)
+
+
+def test_an_index_finds_nearly_all_and_scores_exactly(stored):
+    pytest.importorskip("faiss", reason='needs faiss-cpu: pip install "pyramidclip-hf[search]"')
+    path, vectors = stored
+    index, queries = path.with_name("rows.faiss"), queries_near(vectors)
+    embedding_index.build_index(path, index)
+    made = index.stat().st_mtime_ns
+    embedding_index.build_index(path, index)
+    assert index.stat().st_mtime_ns == made
+    found, exact = (one(5) for one in (
+        lambda k: embedding_index.search_index(path, index, queries, k),
+        lambda k: embedding_index.search_blocks(path, queries, k),
+    ))  # fmt: skip
+    recall = np.mean([len({*one} & {*two}) / 5 for one, two in zip(found.indices.tolist(), exact.indices.tolist())])
+    assert recall > 0.95
+    wanted = (queries @ torch.from_numpy(vectors).T).gather(1, found.indices)
+    torch.testing.assert_close(found.scores, wanted, atol=1e-6, rtol=0)
+
+
+def test_an_index_of_something_else_is_refused(stored, tmp_path):
+    pytest.importorskip("faiss", reason='needs faiss-cpu: pip install "pyramidclip-hf[search]"')
+    path, vectors = stored
+    index, queries = tmp_path / "rows.faiss", queries_near(vectors)
+    embedding_index.build_index(path, index)
+    (tmp_path / "other").mkdir()
+    other, _ = written(tmp_path / "other" / path.name, seed=3)
+    for call in (embedding_index.build_index, lambda *both: embedding_index.search_index(*both, queries, 5)):
+        with pytest.raises(ValueError, match="was made of another file than .*Delete it"):
+            call(other, index)
+    (tmp_path / "rows.faiss.json").unlink()
+    with pytest.raises(ValueError, match="is no index that `pyramidclip search` made"):
+        embedding_index.build_index(path, index)
+    broken = tmp_path / "broken.faiss"
+    embedding_index.build_index(path, broken)
+    broken.write_bytes(broken.read_bytes()[:50])
+    with pytest.raises(ValueError, match="cannot be read .*Delete it"):
+        embedding_index.search_index(path, broken, queries, 5)
+
+
+def test_rows_that_are_no_unit_vectors_and_too_few_are_named(stored, tmp_path):
+    path, _ = stored
+    if path.suffix == ".parquet":
+        return
+    with np.load(path) as arrays:
+        parts = dict(arrays)
+    parts["embedding"][300] *= 2
+    np.savez(tmp_path / "long.npz", **parts)
+    with pytest.raises(ValueError, match="first is row 300 with length 2"):
+        list(embedding_blocks(tmp_path / "long.npz"))
+    parts["embedding"] = parts["embedding"][:200]
+    np.savez(tmp_path / "short.npz", **parts)
+    with pytest.raises(ValueError, match="expected 1000 rows, got 200"):
+        list(embedding_blocks(tmp_path / "short.npz"))
+
+
+def test_the_command_gives_the_same_by_all_three_ways(embedded, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("faiss", reason='needs faiss-cpu: pip install "pyramidclip-hf[search]"')
+    argv = ["search", embedded, "--text", "a red bat", "fox", "--top-k", 3, "--json"]
+    whole = run(capsys, *argv)
+    monkeypatch.setattr(commands, "read_embeddings", None)
+    monkeypatch.setattr(commands, "_LARGE_FILE", 1)
+    for words in ([], ["--index", tmp_path / "new.faiss"], ["--index", tmp_path / "new.faiss"]):
+        code, out, err = run(capsys, *argv, *words)
+        assert code == 0
+        for found, wanted in zip(out.splitlines(), whole[1].splitlines(), strict=True):
+            found, wanted = json.loads(found), json.loads(wanted)
+            assert found.pop("score") == pytest.approx(wanted.pop("score"), abs=1e-5) and found == wanted
+    assert len(read_embeddings(embedded).names) == 7
+
+
+def test_without_faiss_the_extra_is_named(embedded, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    code, out, err = run(capsys, "search", embedded, "--text", "fox", "--index", tmp_path / "new.faiss")
+    assert (code, out) == (2, "") and 'pip install "pyramidclip-hf[search]"' in err
