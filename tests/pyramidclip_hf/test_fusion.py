@@ -459,6 +459,7 @@ def test_on_a_gpu_a_resnet_stays_as_it_is(monkeypatch):
         close(fused.encode_text(batch["input_ids"]), plain.encode_text(batch["input_ids"]))
 
 
+@OLD_TORCH
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no cuda tensors, not even fake ones")
 def test_where_a_model_is_decides_what_is_fused():
     model = tiny("resnet", "eos")
