@@ -3,6 +3,7 @@
 import os
 import socket
 from datetime import timedelta
+from functools import partial
 from types import SimpleNamespace
 
 import psutil
@@ -15,6 +16,8 @@ from tests.training.processes import run_in_processes
 from tests.training.runs import settings, use_memory
 from training import pretrain
 from training.loop import network
+from training.loop import run as loop
+from training.loop.distributed import hosts
 from training.loop.network import choose_gloo_interface
 from training.loop.processes import check_engine
 
@@ -61,6 +64,54 @@ def test_the_time_out_reaches_every_group(tmp_path, monkeypatch):
     for found in run_in_processes(timeouts, 2, args, free_port()):
         # A minute behind the watch, which knows who is missing. The day is of the group for file work of the first one.
         assert set(found) == {timedelta(minutes=8.5), timedelta(days=1)} and len(found) >= 3
+
+
+def groups_of_waits(rank, world_size, args):
+    """The groups over which processes wait for each other's file work: while a checkpoint or the model is written."""
+    found, names = [], ("all_gather_object", "broadcast_object_list", "all_reduce", "broadcast", "barrier")
+    calls = {name: getattr(dist, name) for name in names}
+
+    def noted(name, *arguments, group=None, **options):
+        found.append((name, group is hosts()))
+        return calls[name](*arguments, group=group, **options)
+
+    def alone(function):
+        def inside(*arguments):
+            for name in names:
+                setattr(dist, name, partial(noted, name))
+            try:
+                return function(*arguments)
+            finally:
+                for name in names:
+                    setattr(dist, name, calls[name])
+
+        return inside
+
+    loop.write_checkpoint, loop.export = alone(loop.write_checkpoint), alone(loop.export)
+    pretrain.run(args)
+    return found
+
+
+def test_file_work_of_the_first_is_waited_for_in_the_group_that_waits_a_day(tmp_path, monkeypatch):
+    """Never in the device's own group, whose time-out a checkpoint of an hour would pass."""
+    use_memory(monkeypatch)
+    for found in run_in_processes(groups_of_waits, 2, settings(tmp_path, max_steps=2, save_every_steps=1)):
+        assert len(found) >= 10 and all(of_hosts for _, of_hosts in found), found
+
+
+def seeds(rank, world_size, args):
+    result = pretrain.run(args)
+    return torch.initial_seed(), {name: value.numpy() for name, value in result.model.state_dict().items()}
+
+
+def test_each_process_has_random_numbers_of_its_own_and_the_weights_of_all(tmp_path, monkeypatch):
+    use_memory(monkeypatch)
+    given = settings(tmp_path, max_steps=1, learning_rate=0.0, save_every_steps=0, seed=3)
+    (first, weights), (second, others) = run_in_processes(seeds, 2, given)
+    assert (first, second) == (3_000_009, 3_000_010)
+    assert weights.keys() == others.keys()
+    trained = [name for name in weights if "running" not in name and "tracked" not in name]
+    assert trained and all((weights[name] == others[name]).all() for name in trained)
 
 
 @pytest.fixture
