@@ -53,6 +53,22 @@ def test_the_device_of_a_run_decides_whether_memory_is_pinned_and_how_workers_st
     assert (seen["pin_memory"], seen["multiprocessing_context"]) == (pinned, method)
 
 
+def test_all_tensors_of_a_batch_are_pinned_and_the_rest_comes_through(shards, reader, monkeypatch):
+    """What the pinning thread does on a machine with a GPU, with copies in the place of pinned memory."""
+    made = reader(shards)
+    made._start(0, 0)
+    batch, pinned = next(made._pipeline), []
+
+    def pin(tensor, *device):
+        pinned.append(tensor.data_ptr())
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    found = torch.utils.data._utils.pin_memory.pin_memory(batch)
+    assert equal([found], [batch]) and type(found["report"]) is BatchReport
+    assert sorted(pinned) == sorted(value.data_ptr() for value in batch.values() if torch.is_tensor(value))
+
+
 def test_epochs_and_seeds_differ(shards, reader):
     keys = [
         [b["sample_keys"] for b in reader(shards, seed=seed).batches(epoch)] for seed, epoch in ((0, 0), (0, 1), (1, 0))
