@@ -175,7 +175,9 @@ def _group(session: Session, backend: str, count: int) -> list[dict]:
         for rank in range(count)
     ]
     try:
-        ended = [process.communicate(timeout=max(1.0, min(60.0, session.left()))) for process in started]
+        ended = [
+            process.communicate(timeout=max(1.0, min(session.size(60.0, 900.0), session.left()))) for process in started
+        ]
     finally:
         for process in started:
             process.kill()
