@@ -76,23 +76,27 @@ _BASE_CONFIG_KEYS = {
 }  # fmt: skip
 
 
-def check_loss_weights(weights: Mapping[str, float]) -> dict[str, float]:
+def check_loss_weights(weights: Mapping[str, float], terms: Collection[str] = TERMS) -> dict[str, float]:
     """The mapping without its zero weights.
+
+    Args:
+        weights: term name -> weight.
+        terms: the names that there are.
 
     Raises:
         ValueError: a name that is no loss term, a negative or non-finite weight, or no term left.
     """
     if not isinstance(weights, Mapping):
         raise ValueError(f"loss_weights must be a mapping of term name to weight, got {type(weights).__name__}.")
-    unknown = sorted(set(weights) - set(TERMS))
+    unknown = sorted(set(weights) - set(terms))
     if unknown:
-        raise ValueError(f"loss_weights names unknown terms {unknown}; the terms are {list(TERMS)}.")
+        raise ValueError(f"loss_weights names unknown terms {unknown}; the terms are {list(terms)}.")
     wrong = {name: weight for name, weight in weights.items() if not 0 <= float(weight) < float("inf")}
     if wrong:
         raise ValueError(f"loss_weights must be finite and not negative, got {wrong}.")
     kept = {name: float(weight) for name, weight in weights.items() if weight}
     if not kept:
-        raise ValueError(f"loss_weights names no term (a weight of 0 is not named); choose among {list(TERMS)}.")
+        raise ValueError(f"loss_weights names no term (a weight of 0 is not named); choose among {list(terms)}.")
     return kept
 
 
@@ -133,10 +137,12 @@ if TYPE_CHECKING:
     TextConfig: TypeAlias = "PyramidCLIPTextConfig"
     VisionConfig: TypeAlias = "PyramidCLIPVisionConfig"
     LossWeights: TypeAlias = dict[str, float]
+    LossTerms: TypeAlias = list[str]
 else:
     Derived = int | None
     TextConfig = VisionConfig = dict | PreTrainedConfig | None
     LossWeights = dict | None
+    LossTerms = list | None
 
 
 @strict
@@ -342,6 +348,8 @@ class PyramidCLIPConfig(PreTrainedConfig):
         projection_dim: width of the shared embedding space; both towers' `projection_dim` follow it.
         logit_scale_init_value: initial logarithm of the softmax scale; ln(1 / 0.07).
         loss_weights: term name -> weight, used as given; `{"global_caption": 1.0}` with `label_smoothing` 0 is CLIP's.
+            Empty only where `further_loss_terms` says what was trained instead.
+        further_loss_terms: names of terms of the training that need more than the model, for the record.
         label_smoothing: the mass `a` of softened targets that goes to the N - 1 negatives (paper, section 3.4).
     """
 
@@ -357,6 +365,7 @@ class PyramidCLIPConfig(PreTrainedConfig):
     logit_scale_init_value: float | int = 2.6592600369327779
     loss_weights: LossWeights = _NOT_GIVEN
     label_smoothing: float | int = 0.2
+    further_loss_terms: LossTerms = _NOT_GIVEN
 
     if TYPE_CHECKING:  # the towers' configurations may be given as dictionaries
 
@@ -366,6 +375,7 @@ class PyramidCLIPConfig(PreTrainedConfig):
         _reject_unknown_keys(self, kwargs)
         if self.loss_weights is None:
             self.loss_weights = dict(DEFAULT_LOSS_WEIGHTS)
+        self.further_loss_terms = list(self.further_loss_terms or ())
         if not BUILDS_SUB_CONFIGS:
             for name, config_class in _TOWERS.items():
                 if not isinstance(given := getattr(self, name), PreTrainedConfig):
@@ -376,7 +386,8 @@ class PyramidCLIPConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Cross-field checks; run by `@strict` at construction and on saving."""
-        check_loss_weights(self.loss_weights)
+        if self.loss_weights or not self.further_loss_terms:
+            check_loss_weights(self.loss_weights)
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}.")
         if self.projection_dim < 1:

@@ -19,14 +19,14 @@ in place of the partner.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 
-from .configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS, check_loss_weights, levels_of
+from .configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS, check_loss_weights
 from .versions_pyramidclip import exact_products
 
 # Keys of a process's texts (n,) and of the global batch's (N,), int64: equal texts have equal keys.
@@ -284,6 +284,7 @@ def pyramid_loss(
     columns_present: Mapping[str, torch.Tensor | None] | None = None,
     merge: Merge | None = None,
     groups: Mapping[str, Groups] | None = None,
+    terms: Mapping[str, tuple[str, str]] = TERMS,
 ) -> PyramidLoss:
     """The weighted sum over level pairs.
 
@@ -300,6 +301,7 @@ def pyramid_loss(
             those of its own columns over the rows of all processes (terms, n), with gradient.
         groups: text level name -> keys of this process's texts (n,) and of the global batch's (N,), int64, where pairs
             with equal texts are to be each other's positives; `None` (the paper) means no two pairs are.
+        terms: term name -> (image level, text level): the pyramid's, or those of a training that has further levels.
 
     Returns:
         [`PyramidLoss`]: this process's share (its pairs, divided by the global number N_t of those that a term runs on;
@@ -310,21 +312,22 @@ def pyramid_loss(
         ValueError: weights that name no term or an unknown one, a level of a named term that is absent, levels of
             different sizes, no samples, `columns` without `merge` or the reverse.
     """
-    weights = check_loss_weights(loss_weights)
+    weights = check_loss_weights(loss_weights, terms)
+    pairs = {name: terms[name] for name in weights}
     if (columns is None) != (merge is None):
         raise ValueError("columns and merge belong together: one of them is missing.")
-    _check_levels(weights, embeds, columns or embeds)
+    levels = tuple(dict.fromkeys(level for pair in pairs.values() for level in pair))
+    _check_levels(pairs, embeds, columns or embeds)
     with torch.autocast(logit_scale.device.type, enabled=False):
-        levels = levels_of(weights)
         own = {level: _wide(embeds[level]) for level in levels}
         everyone = own if columns is None else {level: _wide(columns[level]) for level in levels}
-        own_present = _presence(present, weights, own)
-        everyone_present = own_present if columns is None else _presence(columns_present, weights, everyone)
+        own_present = _presence(present, pairs, own)
+        everyone_present = own_present if columns is None else _presence(columns_present, pairs, everyone)
         losses, counts = _losses(
             own,
             everyone,
             _wide(logit_scale),
-            list(weights),
+            list(pairs.values()),
             label_smoothing,
             own_present,
             everyone_present,
@@ -334,19 +337,21 @@ def pyramid_loss(
         if own_present is not None:
             losses = losses.where(own_present, 0)
         shares = losses.sum(1) * (counts >= 2) / (2 * counts.clamp(min=1))
-        terms = dict(zip(weights, shares.unbind(), strict=True))
-        weighted = (weight * terms[name] for name, weight in weights.items())
+        found = dict(zip(weights, shares.unbind(), strict=True))
+        weighted = (weight * found[name] for name, weight in weights.items())
         loss = sum(weighted, start=torch.zeros((), device=logit_scale.device))
-    return PyramidLoss(loss, terms, dict(zip(weights, counts.unbind(), strict=True)))
+    return PyramidLoss(loss, found, dict(zip(weights, counts.unbind(), strict=True)))
 
 
 def _check_levels(
-    weights: Mapping[str, float], embeds: Mapping[str, torch.Tensor], everyone: Mapping[str, torch.Tensor]
+    pairs: Mapping[str, tuple[str, str]],
+    embeds: Mapping[str, torch.Tensor],
+    everyone: Mapping[str, torch.Tensor],
 ) -> None:
-    absent = {name: missing for name in weights if (missing := [lv for lv in TERMS[name] if lv not in embeds])}
+    absent = {name: missing for name, pair in pairs.items() if (missing := [lv for lv in pair if lv not in embeds])}
     if absent:
         raise ValueError(f"These loss terms lack embeddings of a level: {absent}. Given: {sorted(embeds)}.")
-    sizes = {level: len(everyone[level]) for level in levels_of(weights)}
+    sizes = {level: len(everyone[level]) for pair in pairs.values() for level in pair}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"All levels must hold the same number of samples, got {sizes}.")
     total = next(iter(sizes.values()))
@@ -355,22 +360,24 @@ def _check_levels(
 
 
 def _presence(
-    masks: Mapping[str, torch.Tensor | None] | None, names: Iterable[str], embeds: Mapping[str, torch.Tensor]
+    masks: Mapping[str, torch.Tensor | None] | None,
+    pairs: Mapping[str, tuple[str, str]],
+    embeds: Mapping[str, torch.Tensor],
 ) -> torch.Tensor | None:
     """(terms, N) bool: the pairs with both levels of a term; `None` where no level has a mask."""
     given = {level: mask for level, mask in (masks or {}).items() if mask is not None}
-    if not any(level in given for name in names for level in TERMS[name]):
+    if not any(level in given for pair in pairs.values() for level in pair):
         return None
     first = next(iter(embeds.values()))
     given = dict.fromkeys(embeds, first.new_ones(len(first), dtype=torch.bool)) | given
-    return torch.stack([given[image] & given[text] for image, text in (TERMS[name] for name in names)])
+    return torch.stack([given[image] & given[text] for image, text in pairs.values()])
 
 
 def _losses(
     own: Mapping[str, torch.Tensor],
     everyone: Mapping[str, torch.Tensor],
     scale: torch.Tensor,
-    names: Sequence[str],
+    pairs: Sequence[tuple[str, str]],
     smoothing: float,
     own_present: torch.Tensor | None,
     everyone_present: torch.Tensor | None,
@@ -378,11 +385,11 @@ def _losses(
     groups: Mapping[str, Groups],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Both directions' cross-entropies of this process's pairs (terms, n), and N_t (terms,) int64."""
-    images, texts = zip(*(TERMS[name] for name in names))
+    images, texts = zip(*pairs)
     if everyone_present is not None:
         counts = everyone_present.sum(1)
     else:
-        counts = scale.new_full((len(names),), len(everyone[images[0]]), dtype=torch.int64)
+        counts = scale.new_full((len(pairs),), len(everyone[images[0]]), dtype=torch.int64)
     of_images = _partners(own, everyone, images, texts, scale, groups, everyone_present)
     of_texts = _partners(own, everyone, texts, images, scale, groups, everyone_present) if groups else of_images
     rest = (scale, smoothing, everyone_present, counts)
@@ -391,9 +398,9 @@ def _losses(
     linear = _linear_part(image_rows, [everyone[level] for level in texts], of_images, *rest)
     linear = linear + _linear_part(text_rows, [everyone[level] for level in images], of_texts, *rest)
     rows, columns = list(dict.fromkeys(images)), list(dict.fromkeys(texts))
-    pairs = [(rows.index(image), len(rows) + columns.index(text)) for image, text in zip(images, texts, strict=True)]
+    places = [(rows.index(image), len(rows) + columns.index(text)) for image, text in pairs]
     operands = [*(own[level] for level in rows), *(everyone[level] for level in columns)]
-    row_sums, column_sums = _LogSumExp.apply(pairs, scale, own_present, everyone_present, *operands)
+    row_sums, column_sums = _LogSumExp.apply(places, scale, own_present, everyone_present, *operands)
     return row_sums + (column_sums if merge is None else merge(column_sums)) - linear, counts
 
 

@@ -18,7 +18,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import PrefixChange
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -59,6 +59,8 @@ from .modeling_pyramidclip_vit import PyramidCLIPLeFFLayer, PyramidCLIPVisionEmb
 from .versions_pyramidclip import NO_CACHE
 
 MAX_LOGIT_SCALE = math.log(100.0)
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -644,6 +646,17 @@ class PyramidCLIPModel(PyramidCLIPPreTrainedModel):
         return PyramidCLIPOutput(**ordered)
 
     def _check_loss_inputs(self, given: list[str]) -> None:
+        further = ", ".join(self.config.further_loss_terms)
+        if not self.config.loss_weights:
+            raise ValueError(
+                f"return_loss=True: this model was trained with {further}, which need heads that are not part of it; "
+                'set config.loss_weights to terms that it computes by itself, e.g. {"global_caption": 1.0}.'
+            )
+        if further:
+            logger.warning_once(
+                f"The loss is that of {', '.join(self.config.loss_weights)}; the model was also trained with "
+                f"{further}, which need heads that are not part of it."
+            )
         needed = levels_of(self.config.loss_weights)
         absent = [level for level in needed if level not in given]
         if absent:

@@ -21,10 +21,12 @@ from pyramidclip_command import EXIT_STOPPED, EXIT_UNPUBLISHED, Failure, run_com
 from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES, PyramidCLIPConfig, levels_of
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.coverage import Coverage
+from training.data.inputs import in_table_order
 from training.data.loader import TrainingReader, settings_for
 from training.data.patience import Patience
 from training.data.pixels import Normalisation
 from training.data.remote import ShardCache
+from training.data.words import read_synonyms
 from training.loop.card import write_card
 from training.loop.checkpoint import Stateful
 from training.loop.compiling import compile_blocks
@@ -34,8 +36,10 @@ from training.loop.identity import Identity
 from training.loop.initial_model import initial_model
 from training.loop.objective import ContrastiveObjective
 from training.loop.optim import MovingAverage
+from training.loop.record import sum_of
 from training.loop.run import RunResult, complete_run, exit_code
 from training.loop.task import AUTOCAST, Batch, Metrics, Plan, Reader, StepLoss, Task, plan_steps
+from training.loop.terms.table import FurtherTerms, read_objective
 from training.loop.tracking import duplicate_rates
 from training.loop.validation import ValidationSet
 from training.scale import most_pairs
@@ -44,6 +48,8 @@ from training.settings.reading import parse_settings
 
 # Of a GPU's memory, what a run can have: the driver and the allocator's waste take the rest.
 USABLE = 0.95
+# Heads begin at other numbers than the model.
+HEADS_SEED = 1_000_000_007
 
 
 @dataclass
@@ -59,6 +65,7 @@ class ContrastiveTask(Task):
         validation: Retrieval while training, or None.
         average: Of the weights, or None.
         coverage: What share of the pairs each term gets.
+        synonyms: Checksum of the file of synonyms, where there is one.
     """
 
     settings: PretrainingArguments
@@ -69,6 +76,7 @@ class ContrastiveTask(Task):
     validation: ValidationSet | None
     average: MovingAverage | None
     coverage: Coverage
+    synonyms: str | None = None
 
     name = "pretrain"
 
@@ -78,23 +86,29 @@ class ContrastiveTask(Task):
             return GradientCache(accelerator, wrapped, chunk_size).forward_backward(batch)
         return super().backward(accelerator, wrapped, batch)
 
-    def after_step(self) -> None:
-        """Bounds the softmax scale, and takes the new weights into the average."""
-        self.objective.model.clamp_logit_scale_()
+    def after_step(self, stepped: bool) -> None:
+        """What the objective does, and takes the new weights into the average."""
+        self.objective.after_step(stepped)
         if self.average is not None:
             self.average.update(self.objective.model)
 
     def identity(self) -> Identity:
         """With the objective as it is; the model's config may name another."""
         known, objective = super().identity(), self.objective
-        told = {"loss_weights": dict(objective.loss_weights), "label_smoothing": objective.label_smoothing}
-        model = {name: value for name, value in known["model"].items() if name not in told}
-        return {**known, "objective": {**known["objective"], **told}, "model": model}
+        told = {
+            "loss_weights": dict(objective.loss_weights),
+            "label_smoothing": objective.label_smoothing,
+            "further": objective.options(),
+        }
+        model = {name: value for name, value in known["model"].items() if name not in (*told, "further_loss_terms")}
+        data = {**known["data"], "synonyms": self.synonyms}
+        return {**known, "data": data, "objective": {**known["objective"], **told}, "model": model}
 
     @property
     def kept(self) -> Mapping[str, Stateful]:
-        """The average."""
-        return {} if self.average is None else {"moving_average": self.average}
+        """The average; heads and what else terms of other kinds have, where there are such."""
+        average = {} if self.average is None else {"moving_average": self.average}
+        return {**average, **self.objective.kept}
 
     @property
     def logit_scale(self) -> torch.Tensor:
@@ -120,6 +134,7 @@ class ContrastiveTask(Task):
         """Each term, its weight, and its share of the pairs."""
         shares = self.coverage.shares
         told = [f"{name} {weight:.3g} ({shares[name]:.0%})" for name, weight in self.objective.loss_weights.items()]
+        told += [f"{name} {weight:.3g}" for name, weight in self.objective.weights.items() if name not in shares]
         return ", ".join(told) + f"; in brackets the share of {self.coverage.pairs} pairs that has both levels"
 
     @property
@@ -129,7 +144,7 @@ class ContrastiveTask(Task):
 
     def record(self) -> dict[str, Any]:
         """The share of the pairs that each term got."""
-        return {"shares_of_pairs": {term: self.coverage.shares[term] for term in self.objective.terms}}
+        return {"shares_of_pairs": {term: self.coverage.shares[term] for term in self.objective.loss_weights}}
 
     def write_card(self, folder: Path, record: Mapping[str, Any]) -> None:
         """README.md as it is before the model is published."""
@@ -144,7 +159,8 @@ class ContrastiveTask(Task):
 def contrastive_task(args: PretrainingArguments, accelerator: Any, folder: Path) -> ContrastiveTask:
     """The task of these settings; `accelerator` decides the device, bad samples are named in `folder`."""
     model, processor = initial_model(args)
-    reader = open_reader(args, processor, model.config, folder, accelerator.device)
+    further = further_terms(args, model.config)
+    reader = open_reader(args, processor, model.config, folder, accelerator.device, further)
     plan = plan_steps(
         reader.samples,
         args.global_batch_size,
@@ -160,10 +176,13 @@ def contrastive_task(args: PretrainingArguments, accelerator: Any, folder: Path)
         AUTOCAST[args.precision],
         args.multi_positive,
         Normalisation(processor.image_processor.image_mean, processor.image_processor.image_std),
+        further.terms,
+        further.pairs,
     ).to(accelerator.device)
     coverage = reader.look()
-    for line in coverage.check(objective.terms, args.allow_empty_terms):
-        accelerator.print(line, file=sys.stderr)
+    if objective.loss_weights:
+        for line in coverage.check(list(objective.loss_weights), args.allow_empty_terms):
+            accelerator.print(line, file=sys.stderr)
     if args.torch_compile:
         compile_blocks(model)
     validation = None
@@ -171,7 +190,7 @@ def contrastive_task(args: PretrainingArguments, accelerator: Any, folder: Path)
         validation = ValidationSet(
             args.validation_data,
             args.validation_samples,
-            objective.terms,
+            list(objective.loss_weights),
             processor,
             args.max_regions,
             args.drop_repeated_tags,
@@ -182,7 +201,28 @@ def contrastive_task(args: PretrainingArguments, accelerator: Any, folder: Path)
             told = f"{args.validation_data}: {len(validation.bad)} of {len(validation.bad) + len(validation.samples)}"
             accelerator.print(f"{told} samples cannot be read and are left out: {validation.bad[0]}", file=sys.stderr)
     average = MovingAverage(model, args.ema_decay) if args.ema_decay else None
-    return ContrastiveTask(args, objective, processor, reader, plan, validation, average, coverage)
+    synonyms = str(sum_of(Path(args.synonyms))) if args.synonyms else None
+    return ContrastiveTask(args, objective, processor, reader, plan, validation, average, coverage, synonyms)
+
+
+def further_terms(args: PretrainingArguments, config: PyramidCLIPConfig) -> FurtherTerms:
+    """The terms of `objective`; their heads' first weights depend on the seed only.
+
+    Raises:
+        ValueError: One is wrong, a queue has no room for a batch, or retrieval is to be measured of a model that no
+            term trains for it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed + HEADS_SEED)
+        further = read_objective(args.objective, config)
+    further.check_batch(args.global_batch_size)
+    if args.validation_data and not config.loss_weights and not further.trains_texts:
+        raise ValueError(
+            f"validation_data: no term of objective ({', '.join(args.objective or {})}) brings pictures and texts "
+            "together, so retrieval would measure nothing that is trained: name a level pair in loss_weights, or leave "
+            "validation_data out"
+        )
+    return further
 
 
 def open_reader(
@@ -191,11 +231,12 @@ def open_reader(
     config: PyramidCLIPConfig,
     folder: Path,
     device: torch.device,
+    further: FurtherTerms,
 ) -> TrainingReader:
     """The training data of this process for `device`; only the levels that the objective names are read."""
     settings = settings_for(
         processor,
-        levels_of(config.loss_weights),
+        in_table_order({*(levels_of(config.loss_weights) if config.loss_weights else ()), *further.levels}),
         pooling=config.text_config.pooling,
         max_length=config.text_config.max_position_embeddings,
         roi_feature_size=config.vision_config.roi_feature_size,
@@ -204,6 +245,9 @@ def open_reader(
         allow_mixed_regions=args.allow_mixed_regions,
         global_area=tuple(args.global_crop_area),
         local_area=tuple(args.local_crop_area),
+        view_area=tuple(args.view_crop_area),
+        synonyms=read_synonyms(args.synonyms) if args.synonyms else {},
+        mask_share=further.mask_share,
         max_image_pixels=args.max_image_pixels,
     )
     return TrainingReader(

@@ -76,6 +76,27 @@ def tiny_batch(size=12, image_size=16, seed=0, dtype=torch.float64, missing=True
     }
 
 
+def tiny_run_batch(size=12, image_size=16, seed=0, dtype=torch.float64, missing=True):
+    """`tiny_batch`, with the inputs that terms of other kinds read; some captions have no masked word, some three."""
+    batch = tiny_batch(size, image_size, seed, dtype, missing)
+    draw = torch.Generator().manual_seed(seed + 100)
+    for view in ("view1", "view2"):
+        batch[f"{view}_pixel_values"] = torch.randn(size, 3, image_size, image_size, generator=draw, dtype=dtype)
+    ids = batch["input_ids"].clone()
+    ids[:, 2] = torch.randint(1, 38, (size,), generator=draw)
+    ids[1::3, 4:] = 39  # shorter ones, padded with anything
+    ids[1::6, 5:] = 0
+    batch["augmented_input_ids"] = ids
+    masked, positions = batch["input_ids"].clone(), torch.zeros(size, 3, dtype=torch.int64)
+    labels = torch.full((size, 3), -100)
+    for row in range(size):
+        for place in range(row % 4):
+            at = (1, 3, 5)[place]
+            positions[row, place], labels[row, place] = at, batch["input_ids"][row, at]
+            masked[row, at] = (-1, 7, masked[row, at])[place]
+    return batch | {"masked_input_ids": masked, "masked_positions": positions, "masked_labels": labels}
+
+
 def rows_of(batch, rank, world_size):
     """The rows that a process of several has: every world_size-th, as the loader deals them."""
     return {key: value[rank::world_size] for key, value in batch.items()}

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from pyramidclip_command import Failure
-from pyramidclip_hf.configuration_pyramidclip import LEVELS, levels_of_kind
+from pyramidclip_hf.configuration_pyramidclip import LEVELS
 from pyramidclip_hf.tokenization_pyramidclip import PyramidCLIPTokenizer
+from training.data.inputs import MASKED_LABELS, MASKED_POSITIONS, NO_WORD, RUN_LEVELS, any_level, inputs_of_kind
 from training.data.order import SampleOrder, Window
 from training.data.patience import LONGEST_PAUSE, is_away
 from training.data.records import (
@@ -36,14 +37,15 @@ from training.data.remote import DownloadError, NotThere, ShardCache, is_url
 from training.data.shard_index import NotATar
 from training.data.sources import DataSet, ShardReplaced, UnitReader
 from training.data.views import BadPicture, ViewSettings, make_views
+from training.data.words import Vocabulary, changed_caption, masked_caption, padded
 
 MAX_REPLACEMENTS = 32
 # So many shards may be open, however small the windows are and the system's limit is.
 _LEAST_READERS = 16
 # Errors of a path that stay what they are while its folder can be reached.
 _NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
-# What is drawn for a sample beside its crops, whose numbers are 0 and 1.
-_CAPTION = 2
+# What is drawn for a sample beside its views, whose numbers are 0, 1, 3 and 4.
+_CAPTION, _CHANGES, _MASKS = 2, 5, 6
 
 # Tensors under the names of the model's arguments, and what is not a tensor: see `BatchMaker.batch`.
 Batch = dict[str, Any]
@@ -62,7 +64,7 @@ class BatchSettings:
     """What a batch holds.
 
     Attributes:
-        levels: those of `LEVELS` that the objective names; nothing else is read or decoded.
+        levels: those of `LEVELS` and `RUN_LEVELS` that the objective names; nothing else is read or decoded.
         views: sizes and crops.
         pooling: "max" pads texts to `max_length`, "eos" to the longest of the batch.
         max_length: of texts, in tokens.
@@ -70,6 +72,8 @@ class BatchSettings:
         drop_repeated_tags: a phrase counts once.
         roi_feature_size: F without the box.
         allow_mixed_regions: region features of another width count as missing, not as an error.
+        synonyms: for changed captions, see `training.data.words`.
+        mask_share: of a caption's tokens that are masked.
     """
 
     levels: tuple[str, ...] = tuple(LEVELS)
@@ -80,11 +84,14 @@ class BatchSettings:
     drop_repeated_tags: bool = False
     roi_feature_size: int = 2048
     allow_mixed_regions: bool = False
+    synonyms: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    mask_share: float = 0.15
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.levels) - set(LEVELS))
+        known = (*LEVELS, *RUN_LEVELS)
+        unknown = sorted(set(self.levels) - set(known))
         if unknown or not self.levels:
-            raise ValueError(f"levels {self.levels}: expected some of {', '.join(LEVELS)}, {unknown} are none")
+            raise ValueError(f"levels {self.levels}: expected some of {', '.join(known)}, {unknown} are none")
         if self.pooling not in ("max", "eos"):
             raise ValueError(f"pooling is {self.pooling!r}, expected 'max' or 'eos'")
         if self.max_regions < 1:
@@ -134,7 +141,9 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
         self.data_sets, self.order, self.settings = data_sets, order, settings
         self.tokenizer, self.cache = tokenizer, cache or ShardCache()
         self._suffixes = {"json", "txt"}
-        self._views = levels_of_kind("picture", settings.levels)
+        self._views = inputs_of_kind("picture", settings.levels)
+        special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        self._vocabulary = Vocabulary.of(len(tokenizer), special, tokenizer.eos_token_id)
         if self._views:
             self._suffixes.update(IMAGE_SUFFIXES, ("jpeg",))
         if "roi" in settings.levels:
@@ -165,6 +174,8 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
             `training.data.pixels.Normalisation`; `input_ids`, `summary_input_ids`, `tag_input_ids` (B, L) int64;
             `has_summary`, `has_tags` (B,) bool; `roi_features` (B, K, F + 4) float32 and `roi_mask` (B, K) bool, K the
             longest of the batch, at least 1.
+            Of those of a run: `view1_pixel_values`, `view2_pixel_values`, `augmented_input_ids`, `masked_input_ids`
+            likewise, with `masked_positions` and `masked_labels` (B, M) int64, see `training.data.inputs`.
             Always `sample_keys`, a list of str, and `report`, a `BatchReport`.
 
         Raises:
@@ -177,6 +188,8 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
         samples = [sample for sample, _ in loaded]
         batch: Batch = self._pixels([views for _, views in loaded])
         batch.update(self._texts(samples, report))
+        if "masked" in self.settings.levels:
+            batch.update(self._masked(epoch, samples, batch[any_level("masked").input]))
         if "roi" in self.settings.levels:
             batch["roi_features"], batch["roi_mask"] = self._regions(samples)
         batch["sample_keys"] = [sample.key for sample in samples]
@@ -207,6 +220,10 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
             if sample.captions:
                 rng = np.random.default_rng((self.order.seed, epoch, number, _CAPTION))
                 sample.caption = sample.captions[int(rng.integers(len(sample.captions)))]
+            sample.number = number
+            if "caption_aug" in self.settings.levels:
+                rng = np.random.default_rng((self.order.seed, epoch, number, _CHANGES))
+                sample.caption_aug = changed_caption(sample.caption, self.settings.synonyms, rng)
             sample = best_objects(sample, self.settings.max_regions, self.settings.drop_repeated_tags)
             self._check_regions(sample, reader.name)
             views: dict[str, torch.Tensor] = {}
@@ -246,13 +263,13 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
 
     def _pixels(self, views: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """The views of each level under the names of the model's arguments, as bytes."""
-        return {LEVELS[level].input: torch.stack([view[level] for view in views]) for level in self._views}
+        return {any_level(level).input: torch.stack([view[level] for view in views]) for level in self._views}
 
     def _texts(self, samples: Sequence[Sample], report: BatchReport) -> dict[str, torch.Tensor]:
         """Token ids and masks of the text levels; counts go into `report`."""
         batch: dict[str, torch.Tensor] = {}
-        for level in levels_of_kind("text", self.settings.levels):
-            texts = [level_text(sample, level) for sample in samples]
+        for level in inputs_of_kind("text", self.settings.levels):
+            texts = [level_text(sample, "caption" if level == "masked" else level) for sample in samples]
             encoded = self.tokenizer(
                 [text or "" for text in texts],
                 padding="max_length" if self.settings.pooling == "max" else True,
@@ -262,13 +279,31 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
                 return_truncation=True,
                 return_tensors="np",
             )
-            batch[LEVELS[level].input] = torch.from_numpy(np.asarray(encoded["input_ids"], np.int64))
+            batch[any_level(level).input] = torch.from_numpy(np.asarray(encoded["input_ids"], np.int64))
             present = [text is not None for text in texts]
-            if (mask := LEVELS[level].mask) is not None:
+            if (mask := any_level(level).mask) is not None:
                 batch[mask] = torch.tensor(present)
             report.truncated[level] = int(np.sum(encoded["truncated"]))
             report.texts[level] = sum(present)
         return batch
+
+    def _masked(self, epoch: int, samples: Sequence[Sample], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Captions' ids (B, L) with masked words, where these are, and which words."""
+        made = [
+            masked_caption(
+                row,
+                self.settings.mask_share,
+                self._vocabulary,
+                np.random.default_rng((self.order.seed, epoch, sample.number, _MASKS)),
+            )
+            for sample, row in zip(samples, ids.numpy(), strict=True)
+        ]
+        texts, positions, words = zip(*made, strict=True)
+        return {
+            any_level("masked").input: torch.from_numpy(np.stack(texts)),
+            MASKED_POSITIONS: torch.from_numpy(padded(positions, 0)),
+            MASKED_LABELS: torch.from_numpy(padded(words, NO_WORD)),
+        }
 
     def _regions(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
         """`roi_features` and `roi_mask`, see `batch`."""

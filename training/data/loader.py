@@ -84,7 +84,7 @@ def settings_for(
         ValueError: a setting out of its range.
     """
     images = processor.image_processor
-    names = ("global_area", "local_area", "aspect", "max_image_pixels")
+    names = ("global_area", "local_area", "view_area", "aspect", "max_image_pixels")
     views = {name: changes.pop(name) for name in names if name in changes}
     size = images.crop_size
     return BatchSettings(

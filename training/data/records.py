@@ -94,6 +94,8 @@ class Sample:
         roi: read-only float16 (K, F), in the order of `regions`.
         extra: the keys of `KEY.json` that are not ours.
         captions: all of them where a picture has several; `caption` is then the first.
+        caption_aug: the caption as a run changed it.
+        number: of the sample in a run's order, which random numbers hang on.
     """
 
     key: str
@@ -106,6 +108,8 @@ class Sample:
     roi: np.ndarray | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     captions: list[str] | None = None
+    caption_aug: str | None = None
+    number: int = 0
 
 
 def phrase(region: Region) -> str:

@@ -1,8 +1,9 @@
-"""The two views of a picture: a global and a local crop, independent of each other, from one decode (docs/data.md).
+"""The views of a picture: a global and a local crop, independent of each other, from one decode (docs/data.md).
 
 Global 0.9 to 1.0 and local 0.5 to 1.0 of the area, aspect 3/4 to 4/3, no flip (captions name sides, boxes have
-coordinates). The crops are a pure function of (seed, epoch, sample). What a picture is (EXIF rotation, palettes,
-CMYK, 16 bits, alpha) is decided by the image processor's own `upright_rgb`.
+coordinates). Two further ones, which only terms of a run's own read, are distorted as SLIP and DeCLIP do: smaller
+crops, colours, grey, blur, flip. All are a pure function of (seed, epoch, sample). What a picture is (EXIF rotation,
+palettes, CMYK, 16 bits, alpha) is decided by the image processor's own `upright_rgb`.
 
 Decoding dominates the time, so a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the smallest crop still has
 `REDUCED_MARGIN` pixels for each pixel of the result; what this changes is measured in the tests.
@@ -19,13 +20,18 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from pyramidclip_hf.image_processing_pyramidclip import PICTURE_FORMATS, PictureTooLarge, open_undecoded, upright_rgb
+from training.data.distortion import distorted
 from training.data.records import Box
 
+DISTORTED = ("view1", "view2")
 REDUCED_MARGIN = 1.25
 # Before the bicubic filter, larger pictures are averaged by whole factors down to this many pixels for each pixel of
 # the result.
 _REDUCING_GAP = 2.0
 ORIENTATION = 0x0112
+# Of each view, what its random numbers begin with (2 is the choice of a caption), and which setting bounds its crop.
+VIEW_NUMBERS = {"global": 0, "local": 1, "view1": 3, "view2": 4}
+VIEW_AREAS = {"global": "global_area", "local": "local_area", "view1": "view_area", "view2": "view_area"}
 _JPEGS = ("JPEG", "MPO")
 # What Pillow's readers raise on broken data.
 _DECODING_ERRORS = (
@@ -59,6 +65,7 @@ class ViewSettings:
         width: in pixels.
         global_area: least and largest share of the picture's area (paper).
         local_area: least and largest share of the picture's area (paper).
+        view_area: least and largest share of it in the two distorted views (SLIP).
         aspect: least and largest width over height of a crop.
         max_image_pixels: larger pictures are refused; None: PIL's limit.
     """
@@ -67,11 +74,12 @@ class ViewSettings:
     width: int = 224
     global_area: Sequence[float] = (0.9, 1.0)
     local_area: Sequence[float] = (0.5, 1.0)
+    view_area: Sequence[float] = (0.08, 1.0)
     aspect: Sequence[float] = (3 / 4, 4 / 3)
     max_image_pixels: int | None = 100_000_000
 
     def __post_init__(self) -> None:
-        for name in ("global_area", "local_area"):
+        for name in ("global_area", "local_area", "view_area"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 raise ValueError(
@@ -113,14 +121,26 @@ def crop_box(
     return x, y, min(x + crop_width, width), min(y + crop_height, height)
 
 
-def view_boxes(width: int, height: int, settings: ViewSettings, seed: int, epoch: int, sample: int) -> dict[str, Box]:
-    """The boxes of both views {"global", "local"} of one sample in one epoch, in pixels of the upright picture."""
+def view_boxes(
+    width: int,
+    height: int,
+    settings: ViewSettings,
+    seed: int,
+    epoch: int,
+    sample: int,
+    levels: Collection[str] = ("global", "local"),
+) -> dict[str, Box]:
+    """The boxes of the wanted views of one sample in one epoch, in pixels of the upright picture."""
     boxes = {}
-    for number, (level, area) in enumerate((("global", settings.global_area), ("local", settings.local_area))):
-        # A generator for each view: asking for one of them does not change the other.
-        rng = np.random.default_rng((seed, epoch, sample, number))
-        boxes[level] = crop_box(width, height, area, settings.aspect, rng)
+    for level in levels:
+        rng = view_generator(level, seed, epoch, sample)
+        boxes[level] = crop_box(width, height, getattr(settings, VIEW_AREAS[level]), settings.aspect, rng)
     return boxes
+
+
+def view_generator(level: str, seed: int, epoch: int, sample: int) -> np.random.Generator:
+    """A generator for each view: asking for one of them does not change the other."""
+    return np.random.default_rng((seed, epoch, sample, VIEW_NUMBERS[level]))
 
 
 @contextmanager
@@ -211,6 +231,10 @@ def make_views(
         x1, y1, x2, y2 = box
         scaled = (x1 / scale, y1 / scale, x2 / scale, y2 / scale)
         views[level] = cut_view(pixels, scaled, settings.height, settings.width)
+        if level in DISTORTED:
+            rng = view_generator(level, seed, epoch, sample)
+            rng.uniform(size=4)  # the crop's
+            views[level] = distorted(views[level], rng)
     return views
 
 
@@ -242,8 +266,7 @@ def _decode(
         # Before anything asks for metadata: reading those of a PNG decodes it and hides its errors.
         picture.load()
     width, height = upright_size(picture)
-    boxes = view_boxes(width, height, settings, seed, epoch, sample)
-    boxes = {level: boxes[level] for level in levels}
+    boxes = view_boxes(width, height, settings, seed, epoch, sample, levels)
     # The picture may be turned later: the shorter side of a crop has to do for the longer side of the view.
     least = min(min(x2 - x1, y2 - y1) for x1, y1, x2, y2 in boxes.values()) / max(settings.height, settings.width)
     scale = next((s for s in (8, 4, 2) if least >= s * REDUCED_MARGIN), 1) if picture.format in _JPEGS else 1

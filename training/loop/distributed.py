@@ -194,6 +194,11 @@ def from_first(told: Told) -> Told:
     return held[0]
 
 
+def largest_everywhere(number: int) -> int:
+    """The largest number that a process brings; a collective call between hosts, which no device is waited for in."""
+    return max(everyone(number))
+
+
 def any_process(flag: bool) -> bool:
     """True on every process when `flag` is on one of them; a collective call that waits."""
     return any(everyone(flag))

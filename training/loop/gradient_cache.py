@@ -15,9 +15,10 @@ otherwise have had. That is the statistics of a run with that many more processe
 another (slightly noisier) function, equal in both passes. Running statistics are frozen in phase 1 and updated in
 phase 3 only, once for each chunk.
 
-logit_scale gets its gradient in phase 2, outside of DDP's forward. It enters DDP with the last chunk, the only one
-that is not under `no_sync`, as `logit_scale x gradient`: so it is counted once, and averaged over processes by the
-same reduction as all other parameters.
+logit_scale and the heads of further terms get their gradients in phase 2, outside of DDP's forward. They enter DDP with
+the last chunk, the only one that is not under `no_sync`, as `parameter x gradient`: so each is counted once, and
+averaged over processes by the same reduction as all other parameters. Heads see the whole batch there, BatchNorm of
+theirs included.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,9 +82,9 @@ class GradientCache:
             ValueError: The chunk size does not divide the batch.
         """
         chunks = self._split(batch)
-        states, embeddings = self._embed(chunks)
-        losses, embedding_gradients, scale_gradient = self._differentiate(embeddings, batch)
-        self._encode_again(chunks, states, embedding_gradients, scale_gradient)
+        states, rows = self._embed(chunks)
+        losses, row_gradients, parameter_gradients = self._differentiate(rows, batch)
+        self._encode_again(chunks, states, row_gradients, parameter_gradients)
         return losses
 
     def _split(self, batch: Mapping[str, torch.Tensor]) -> list[Chunk]:
@@ -93,35 +94,41 @@ class GradientCache:
         split = {key: value.split(self.chunk_size) for key, value in batch.items()}
         return [{key: parts[i] for key, parts in split.items()} for i in range(rows // self.chunk_size)]
 
-    def _embed(self, chunks: Sequence[Chunk]) -> tuple[list[RandomState], torch.Tensor]:
+    def _embed(self, chunks: Sequence[Chunk]) -> tuple[list[RandomState], dict[str, torch.Tensor]]:
         states: list[RandomState] = []
-        embeddings: list[torch.Tensor] = []
+        rows: list[dict[str, torch.Tensor]] = []
         with torch.no_grad(), frozen_batch_norm_statistics(self.objective):
             for chunk in chunks:
                 states.append(RandomState(self.accelerator.device))
-                embeddings.append(self.objective.embed(chunk))
-        return states, torch.cat(embeddings)
+                rows.append(self.objective.embed(chunk))
+        return states, {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     def _differentiate(
-        self, embeddings: torch.Tensor, batch: Mapping[str, torch.Tensor]
-    ) -> tuple[StepLoss, tuple[torch.Tensor, ...], torch.Tensor | None]:
-        embeddings = embeddings.requires_grad_()
-        scale = self.objective.model.logit_scale
-        losses = self.objective.loss(embeddings, self.objective.present(batch), self.objective.text_keys(batch))
-        at = [embeddings, scale] if scale.requires_grad else [embeddings]
-        gradients = torch.autograd.grad(losses.loss, at)
-        scale_gradient = gradients[1] if scale.requires_grad else None
-        return losses._replace(loss=losses.loss.detach()), gradients[0].split(self.chunk_size), scale_gradient
+        self, rows: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor]
+    ) -> tuple[StepLoss, list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+        rows = {name: row.requires_grad_(row.is_floating_point()) for name, row in rows.items()}
+        outer = self.objective.outer_parameters()
+        losses = self.objective.loss(rows, batch)
+        at = {name: row for name, row in rows.items() if row.requires_grad}
+        # Heads that rows are made with get their gradient from these, in the third phase.
+        gradients = torch.autograd.grad(losses.loss, [*at.values(), *outer.values()], allow_unused=True)
+        split = {name: gradient.split(self.chunk_size) for name, gradient in zip(at, gradients) if gradient is not None}
+        of_parameters = zip(outer, gradients[len(at) :], strict=True)
+        return (
+            losses._replace(loss=losses.loss.detach()),
+            [{name: parts[i] for name, parts in split.items()} for i in range(len(next(iter(split.values()))))],
+            {name: gradient for name, gradient in of_parameters if gradient is not None},
+        )
 
     def _encode_again(
         self,
         chunks: Sequence[Chunk],
         states: Sequence[RandomState],
-        embedding_gradients: Sequence[torch.Tensor],
-        scale_gradient: torch.Tensor | None,
+        row_gradients: Sequence[dict[str, torch.Tensor]],
+        parameter_gradients: dict[str, torch.Tensor],
     ) -> None:
         for i, (chunk, state) in enumerate(zip(chunks, states)):
             last = i == len(chunks) - 1
             with state.replayed(), nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                surrogate = self.wrapped(chunk, embedding_gradients[i], scale_gradient if last else None)
+                surrogate = self.wrapped(chunk, row_gradients[i], parameter_gradients if last else None)
                 self.accelerator.backward(surrogate)

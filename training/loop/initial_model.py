@@ -26,6 +26,7 @@ def initial_model(args: PretrainingArguments) -> tuple[PyramidCLIPModel, Pyramid
             trained model is not whole.
     """
     model, processor = named_model(args.model, args.model_config, args.seed)
+    model.config.further_loss_terms = sorted(args.objective or {})
     if args.loss_weights is not None:
         model.config.loss_weights = dict(args.loss_weights)
     if args.label_smoothing is not None:

@@ -366,7 +366,7 @@ def optimizer_step(run: Run, batch: Batch, learning_rate: float) -> tuple[StepLo
     losses = task.backward(run.accelerator, run.wrapped, batch)
     norm = run.accelerator.clip_grad_norm_(task.objective.parameters(), limit)
     run.optimizer.step()
-    task.after_step()
+    task.after_step(not run.optimizer.step_was_skipped)
     return losses, torch.as_tensor(norm, device=losses.shares.device)
 
 

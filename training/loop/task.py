@@ -25,6 +25,9 @@ from training.settings.run import RunSettings, told_processes
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+# Among the `counts` of a `StepLoss`, for a term that chooses among nothing.
+NO_CHOICE = -1
+
 Batch = dict[str, torch.Tensor]
 Metrics = dict[str, float]
 
@@ -36,7 +39,8 @@ class StepLoss(NamedTuple):
         loss: Scalar with gradient, this process's share times the number of processes, by which DDP divides again.
         shares: (1 + terms,) float, without gradient: this process's share of the global loss, then of each term; their
             sums over processes are the global means.
-        counts: (terms,) int64, pairs N_t that the term ran on, global; (0,) where the terms are not over pairs.
+        counts: (terms,) int64, pairs N_t that the term ran on, global, of which the right one is to be found; of other
+            kinds, see `training.loop.terms.term.Share.answers`. (0,) where the terms are not over pairs.
     """
 
     loss: torch.Tensor
@@ -191,8 +195,8 @@ class Task(Protocol):
         accelerator.backward(losses.loss)
         return losses
 
-    def after_step(self) -> None:
-        """Called after the optimizer's step."""
+    def after_step(self, stepped: bool) -> None:
+        """Called after the optimizer's step. stepped: it was made, and not skipped by the scaler of fp16."""
         return
 
     # What must stay the same, and what is kept

@@ -7,9 +7,10 @@ finite is therefore found at the end of its window, but reported with its own st
 One line of metrics.jsonl is one JSON object: `step`, and either training metrics
 
     loss/total, loss/TERM       global means over the window's steps
-    chance/TERM                 ln N_t, what a model that knows nothing has
-    empty_steps/TERM            steps of the window in which fewer than two samples had both levels, where there are any
-                                (the term was 0)
+    chance/TERM                 ln N_t, what a model that knows nothing has; of a term that chooses among other things
+                                than pairs, the logarithm of their number
+    empty_steps/TERM            steps of the window in which fewer than two samples had both levels, or the term had
+                                nothing to choose among, where there are any (the term was 0)
     learning_rate, logit_scale, temperature (its inverse), grad_norm (before clipping), epoch        the window's last
     samples_per_second, data_wait_share, seconds        of all processes, see `training.loop.pace`; these and the next
     data_wait_share_largest, slowest_process, slowest_time    three alone differ between two equal runs
@@ -32,7 +33,7 @@ from pyramidclip_hf.configuration_pyramidclip import LEVELS, levels_of_kind
 from pyramidclip_hf.files import write_atomically
 from training.loop.distributed import everyone, rank, sum_over_processes
 from training.loop.record import sum_of
-from training.loop.task import StepLoss
+from training.loop.task import NO_CHOICE, StepLoss
 
 
 class NonFiniteLoss(Failure):
@@ -157,9 +158,9 @@ class StepWindow:
         last, metrics = rows[-1], {"loss/total": sum(row["loss"] for row in rows) / len(rows)}
         for name in self.terms:
             counts = [row["counts"].get(name, 2) for row in rows]
-            full = [row for row, count in zip(rows, counts) if count >= 2]
+            full = [row for row, count in zip(rows, counts) if count >= 2 or count == NO_CHOICE]
             metrics[f"loss/{name}"] = sum(row["terms"][name] for row in full) / len(full) if full else 0.0
-            if name in last["counts"]:
+            if last["counts"].get(name, NO_CHOICE) != NO_CHOICE:
                 chances = [math.log(count) for count in counts if count >= 2]
                 metrics[f"chance/{name}"] = sum(chances) / len(chances) if chances else 0.0
             if len(full) < len(rows):

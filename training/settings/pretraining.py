@@ -7,7 +7,7 @@ processes in `per_device_batch_size`.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pyramidclip_hf.loss_pyramidclip import check_loss_weights
 from training.settings.fields import Through, check_area, check_share_or_all, setting
@@ -51,6 +51,13 @@ class PretrainingArguments(RunSettings):
         "config's; CLIP is more than a term: training/configs/clip.yaml",
         section="trained",
         identity=Through("objective", "loss_weights"),
+    )
+    objective: dict[str, Any] | None = setting(
+        None,
+        "terms of other kinds beside them, which the saved model does not know, as {term: weight} or "
+        '{term: {"weight": 1.0, option: value}}: docs/objectives.md',
+        section="trained",
+        identity=Through("objective", "further"),
     )
     label_smoothing: float | None = setting(
         None,
@@ -122,6 +129,20 @@ class PretrainingArguments(RunSettings):
     )
     local_crop_area: list[float] = setting(
         [0.5, 1.0], "the same for the local view (paper)", section="data", identity="data", check=check_area
+    )
+    view_crop_area: list[float] = setting(
+        [0.08, 1.0],
+        "the same for the two distorted views that terms of `objective` may read (SLIP)",
+        section="data",
+        identity="data",
+        check=check_area,
+    )
+    synonyms: str | None = setting(
+        None,
+        "file of synonyms for changed captions, see training.prepare.synonyms; default: words are swapped and left out "
+        "only",
+        section="data",
+        identity=Through("data", "synonyms"),
     )
     # It says when a run stops, and nothing of what it sees until then.
     max_bad_fraction: float = setting(
@@ -224,7 +245,7 @@ class PretrainingArguments(RunSettings):
                 "is another objective (fewer negatives), not the same one with less memory. Set per_device_chunk_size "
                 "instead: it encodes so many pairs at a time and computes the loss, exactly, over global_batch_size"
             )
-        if self.loss_weights is not None:
+        if self.loss_weights or (self.loss_weights is not None and not self.objective):  # {}: those of objective alone
             self.loss_weights = check_loss_weights(self.loss_weights)
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError(

@@ -95,7 +95,7 @@ def test_random_numbers_are_replayed():
 
         def recording(batch):
             embeds = original(batch)
-            drawn.append(embeds[:, objective.levels.index("caption")].detach().clone())
+            drawn.append(embeds["pairs"][:, objective.levels.index("caption")].detach().clone())
             return embeds
 
         objective.embed = recording

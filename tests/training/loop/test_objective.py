@@ -214,12 +214,12 @@ def test_half_precision_stays_inside_the_encoders():
     model = tiny_model(dtype=torch.float32)
     objective = ContrastiveObjective(model, {"global_caption": 1}, 0.0, autocast_dtype=torch.bfloat16)
     batch = tiny_batch(dtype=torch.float32)
-    embeddings = objective.embed(batch)
+    embeddings = objective.embed(batch)["pairs"]
     assert embeddings.dtype == torch.float32
     torch.testing.assert_close(
         embeddings.norm(dim=-1), torch.ones(12, 2), atol=1e-6, rtol=0
     )  # bf16 would be off by 1e-3
-    plain = ContrastiveObjective(model, {"global_caption": 1}, 0.0).embed(batch)
+    plain = ContrastiveObjective(model, {"global_caption": 1}, 0.0).embed(batch)["pairs"]
     assert 1e-4 < (embeddings - plain).abs().max() < 0.1
     assert objective(batch).loss.dtype == torch.float32
 

@@ -62,7 +62,7 @@ class SpreadTask(Task):
     def learning_rate(self, step):
         return self.settings.learning_rate * 0.1 ** (step // 4)
 
-    def after_step(self):
+    def after_step(self, stepped):
         self.objective.queue.push()
 
     @property

@@ -1,0 +1,136 @@
+"""Token pairs in blocks against four loops."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.training.loop.terms.dense_terms import CONFIG, token_score, tokens
+from training.loop.terms import tokens as module
+from training.loop.terms.encoding import token_mask
+from training.loop.terms.term import Step
+from training.loop.terms.tokens import TokenPair, block_of, token_scores
+
+
+def rows_of_tokens(size=5, image_tokens=3, text_tokens=4, width=6, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(min(2, text_tokens), text_tokens + 1, (size,), generator=draw)
+    return {
+        "images": F.normalize(torch.randn(size, image_tokens, width, generator=draw, dtype=torch.float64), dim=-1),
+        "texts": F.normalize(torch.randn(size, text_tokens, width, generator=draw, dtype=torch.float64), dim=-1),
+        "mask": torch.arange(text_tokens) < lengths[:, None],
+        "present": torch.tensor([True] * (size - 1) + [False]),
+    }
+
+
+def step(smoothing=0.0):
+    return Step({}, torch.ones(()), smoothing)
+
+
+def found(rows, smoothing=0.0):
+    """Loss, answers, and the gradients at tokens and scale."""
+    rows = {name: row.clone().requires_grad_(row.is_floating_point()) for name, row in rows.items()}
+    term = TokenPair("global_caption_tokens", 1.0, {"width": 6}, CONFIG).double()
+    share = term.share(rows, step(smoothing))
+    share.loss.backward()
+    return share.loss.item(), int(share.answers), rows["images"].grad, rows["texts"].grad, term.logit_scale.grad
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("entries", [1, 40, 1 << 20])
+def test_values_and_gradients_are_those_of_four_loops(monkeypatch, smoothing, entries):
+    monkeypatch.setattr(module, "_CPU_ENTRIES", entries)
+    rows = rows_of_tokens()
+    loss, answers, *gradients = found(rows, smoothing)
+    images, texts = (rows[name].clone().requires_grad_() for name in ("images", "texts"))
+    scale = torch.tensor(CONFIG.logit_scale_init_value, dtype=torch.float64, requires_grad=True)
+    expected = tokens(images, texts, rows["mask"], rows["present"], scale.exp(), smoothing)
+    expected.backward()
+    assert answers == 4 and loss == pytest.approx(expected.item(), rel=1e-7)  # the parameter's start is fp32
+    for gradient, wanted in zip(gradients, (images.grad, texts.grad, scale.grad), strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-9)
+    assert not gradients[0][4].any() and not gradients[1][4].any()  # the pair without text
+
+
+def test_gradients_are_those_of_finite_differences():
+    rows = rows_of_tokens(4, 2, 3, 3)
+    rows["present"][:] = True
+    term = TokenPair("global_caption_tokens", 1.0, {"width": 3}, CONFIG).double()
+
+    def loss(images, texts):
+        return term.share({**rows, "images": images, "texts": texts}, step(0.1)).loss
+
+    assert torch.autograd.gradcheck(loss, tuple(rows[name].requires_grad_() for name in ("images", "texts")))
+
+
+def test_padding_changes_nothing_and_neither_does_the_order_of_tokens():
+    rows = rows_of_tokens()
+    expected = found(rows)
+    padded = dict(rows)
+    padded["texts"] = torch.cat([rows["texts"], torch.full((5, 2, 6), 9.0, dtype=torch.float64)], 1)
+    padded["mask"] = F.pad(rows["mask"], (0, 2))
+    loss, _, of_images, of_texts, _ = found(padded)
+    assert loss == pytest.approx(expected[0], rel=1e-12)
+    torch.testing.assert_close(of_images, expected[2])
+    torch.testing.assert_close(of_texts[:, :4], expected[3])
+    assert not of_texts[:, 4:].any()
+    order = torch.tensor([2, 0, 1])
+    assert found({**rows, "images": rows["images"][:, order]})[0] == pytest.approx(expected[0], rel=1e-12)
+
+
+def test_one_token_a_side_is_the_contrast_of_pairs():
+    rows = rows_of_tokens(6, 1, 1)
+    rows["mask"][:], rows["present"][:] = True, True
+    logits = (1 / 0.07) * rows["images"][:, 0] @ rows["texts"][:, 0].T
+    own = torch.arange(6)
+    expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    assert found(rows)[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_below_two_pairs_it_is_zero_with_zero_gradients():
+    rows = rows_of_tokens()
+    for there in (0, 1):
+        rows["present"][:] = torch.arange(5) < there
+        loss, answers, *gradients = found(rows, 0.2)
+        assert loss == 0 and answers == there and not any(gradient.any() for gradient in gradients)
+
+
+def test_real_tokens_end_with_the_first_end_token_and_id_0_is_a_word():
+    ids = torch.tensor([[38, 0, 5, 39, 0, 0], [38, 39, 39, 39, 39, 39], [38, 1, 2, 3, 4, 5]])
+    assert token_mask(ids, 39).sum(1).tolist() == [4, 2, 6]
+
+
+def test_scores_are_those_of_the_loops():
+    rows = rows_of_tokens()
+    full = torch.ones(5, 3, dtype=torch.bool)
+    scores = token_scores(rows["images"], full, rows["texts"], rows["mask"])
+    for i in range(5):
+        for j in range(5):
+            expected = token_score(rows["images"][i], full[i], rows["texts"][j], rows["mask"][j])
+            assert scores[i, j].item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_of_equal_tokens_the_first_gets_the_gradient():
+    rows = rows_of_tokens()
+    rows["mask"][:] = True
+    rows["texts"][:, 1:] = rows["texts"][:, :1]
+    term = TokenPair("global_caption_tokens", 1.0, {"width": 6}, CONFIG).double()
+    texts = rows["texts"].clone().requires_grad_()
+    scores = module._TokenScores.apply(
+        rows["images"],
+        torch.ones(5, 3, dtype=torch.bool),
+        texts,
+        rows["mask"],
+        rows["present"],
+        term.logit_scale.exp(),
+    )
+    scores[0].sum().backward()
+    assert texts.grad[:4, 0].any() and not texts.grad[:, 1:].any()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_blocks_hold_what_they_may(device):
+    most = module._CPU_ENTRIES if device == "cpu" else module._DEVICE_ENTRIES
+    for rows, columns in ((4096, 4096), (128, 4096), (3, 5)):
+        height, width = block_of(rows, columns, 49, 77, torch.device(device))
+        assert 1 <= height <= rows and 1 <= width <= columns
+        assert height * width * 49 * 77 <= max(most, 49 * 77)
