@@ -44,6 +44,7 @@ WORDS_WITH_A_MISSING_PATH = {
     "training.prepare.import_features": "--input GONE --merge-into GONE --made-by someone",
     "training.prepare.pack": "--input GONE --output-dir OUT",
     "training.prepare.summarize": "--input-dir GONE --model first-clause",
+    "training.prepare.synonyms": "--wordnet GONE --output OUT.json",
     "training.prepare.view": "GONE --output OUT.html",
     "training.pretrain": "--model GONE --train-data GONE --output-dir OUT --max-steps 1",
     "training.publish": "GONE someone/name",

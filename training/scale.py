@@ -8,7 +8,7 @@ example.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,12 +21,17 @@ from pyramidclip_command import run_command
 from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES, LEVELS, PyramidCLIPConfig
 from pyramidclip_hf.loss_pyramidclip import BYTES_PER_ENTRY, block_of
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+from training.data.inputs import MASKED_LABELS, MASKED_POSITIONS, RUN_LEVELS, any_level, inputs_of_kind
 from training.data.pixels import Normalisation
-from training.loop.objective import ContrastiveObjective
+from training.loop.objective import PAIRS, ContrastiveObjective
+from training.loop.terms.encoding import levels_in
+from training.loop.terms.table import read_objective
 from training.settings.pretraining import PretrainingArguments
 from training.settings.reading import parse_settings, read_settings
 
 GB = 1e9
+# Masked words of a caption of 24 tokens in one of a few hundred, with a share of 0.15.
+MOST_MASKED = 10
 # Both views of 512 x 384 px, regions and texts, measured (docs/scale.md).
 SAMPLES_A_CORE = 190
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,7 +70,8 @@ class Memory:
         gradients: fp32, of trained weights.
         optimizer: AdamW's two moments.
         activations: What autograd keeps of one forward pass over the GPU's pairs, or one chunk of them.
-        loss: Gathered embeddings, their gradients, and the blocks of the closed-form loss.
+        loss: Gathered embeddings, their gradients, and the blocks of the closed-form loss; what terms of other kinds
+            need, see `training.loop.terms.term.Term.loss_bytes`.
     """
 
     weights: int
@@ -89,26 +95,33 @@ def recipe_config(args: PretrainingArguments) -> PyramidCLIPConfig:
     if args.model not in ARCHITECTURES:
         raise ValueError(f"model: expected one of {', '.join(ARCHITECTURES)} to work out its needs, got {args.model!r}")
     config = PyramidCLIPConfig.from_architecture(args.model, **(args.model_config or {}))
+    config.further_loss_terms = sorted(args.objective or {})
     if args.loss_weights is not None:
         config.loss_weights = dict(args.loss_weights)
     return config
 
 
+def _text_length(config: PyramidCLIPConfig, tokens: int) -> int:
+    longest = config.text_config.max_position_embeddings
+    return min(tokens, longest) if config.text_config.pooling == "eos" else longest
+
+
 def _fake_batch(config: PyramidCLIPConfig, pairs: int, regions: int, tokens: int) -> dict[str, torch.Tensor]:
-    vision, longest = config.vision_config, config.text_config.max_position_embeddings
-    length = min(tokens, longest) if config.text_config.pooling == "eos" else longest
+    vision, length = config.vision_config, _text_length(config, tokens)
     shapes = {
         "picture": (3, vision.image_size, vision.image_size),
         "regions": (regions, vision.roi_feature_size + 4),
         "text": (length,),
     }
     batch = {}
-    for level in LEVELS.values():
+    for level in (*LEVELS.values(), *RUN_LEVELS.values()):
         dtype = {"text": torch.int64, "picture": torch.uint8, "regions": torch.float32}[level.kind]
         batch[level.input] = torch.zeros(pairs, *shapes[level.kind], dtype=dtype)
         if level.mask:
             shape = (pairs, regions) if level.kind == "regions" else (pairs,)
             batch[level.mask] = torch.ones(shape, dtype=torch.bool)
+    for name in (MASKED_POSITIONS, MASKED_LABELS):  # a caption in some has that many masked words, and pads the others
+        batch[name] = torch.zeros(pairs, min(length, MOST_MASKED), dtype=torch.int64)
     return batch
 
 
@@ -129,7 +142,13 @@ class Trace:
 
 
 def traced(
-    config: PyramidCLIPConfig, pairs: int, precision: str, checkpointing: bool, regions: int = 10, tokens: int = 24
+    config: PyramidCLIPConfig,
+    pairs: int,
+    precision: str,
+    checkpointing: bool,
+    regions: int = 10,
+    tokens: int = 24,
+    further: Mapping[str, Any] | None = None,
 ) -> Trace:
     """The forward pass of `pairs` pairs.
 
@@ -140,6 +159,7 @@ def traced(
         checkpointing: Whether activations are recomputed.
         regions: Of each picture.
         tokens: Length of texts under `pooling="eos"`; under "max" it is the longest, 77.
+        further: The run's `objective`.
     """
     kept: dict[int, int] = {}
 
@@ -155,6 +175,7 @@ def traced(
         model = PyramidCLIPModel(config)
         if checkpointing:
             model.activation_checkpointing_enable()
+        terms = read_objective(further, config)
         objective = ContrastiveObjective(
             model,
             config.loss_weights,
@@ -162,6 +183,8 @@ def traced(
             "none",
             AUTOCAST[precision],
             normalisation=Normalisation(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+            further=terms.terms,
+            run_pairs=terms.pairs,
         )
         weights = {parameter.untyped_storage()._cdata for parameter in objective.parameters()}
         weights |= {buffer.untyped_storage()._cdata for buffer in objective.buffers()}
@@ -178,22 +201,43 @@ def memory_per_gpu(args: PretrainingArguments, num_gpus: int, tokens: int = 24) 
     config = recipe_config(args)
     pairs = args.per_device_batch_size(num_gpus)
     at_once = args.per_device_chunk_size or pairs
-    trace = traced(config, at_once, args.precision, args.gradient_checkpointing, args.max_regions, tokens)
+    checkpointing = args.gradient_checkpointing
+    trace = traced(config, at_once, args.precision, checkpointing, args.max_regions, tokens, args.objective)
     objective = trace.objective
     trained = 4 * sum(p.numel() for p in objective.parameters() if p.requires_grad)
     tensors = [*objective.parameters(), *objective.buffers()]
     levels, width = len(objective.levels), config.projection_dim
     # Own and gathered embeddings and the gradients of both, fp32, and blocks of the similarity matrices.
     embeddings = 2 * 4 * levels * width * (pairs + args.global_batch_size)
-    terms = len(objective.terms)
+    terms = max(1, len(objective.pairs))
     height, width = block_of(pairs, args.global_batch_size, terms, torch.device("cuda"))
+    further = _further_bytes(args, config, objective, pairs, tokens)
     return Memory(
         weights=sum(t.numel() * t.element_size() for t in tensors),
         gradients=trained,
         optimizer=2 * trained,
         activations=trace.activations,
-        loss=embeddings + BYTES_PER_ENTRY * terms * height * width,
+        loss=embeddings + BYTES_PER_ENTRY * terms * height * width + further,
     )
+
+
+def _tokens_of_levels(config: PyramidCLIPConfig, tokens: int) -> dict[str, int]:
+    length = dict.fromkeys((*LEVELS, *RUN_LEVELS), _text_length(config, tokens))
+    return length | dict.fromkeys(inputs_of_kind("picture", length), config.vision_config.grid_size**2)
+
+
+def _further_bytes(
+    args: PretrainingArguments, config: PyramidCLIPConfig, objective: ContrastiveObjective, pairs: int, tokens: int
+) -> int:
+    """Of terms of other kinds than level pairs; with caching also the rows of all pairs, and their gradients."""
+    length = _tokens_of_levels(config, tokens)
+    found = sum(term.loss_bytes(pairs, args.global_batch_size, length) for term in objective.further)
+    if not args.per_device_chunk_size or not objective.further:
+        return found
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        rows = objective.embed(_fake_batch(config, args.per_device_chunk_size, args.max_regions, tokens))
+    kept = sum(row.nbytes for name, row in rows.items() if name != PAIRS)
+    return found + 2 * kept * pairs // args.per_device_chunk_size
 
 
 def most_pairs(args: PretrainingArguments, num_gpus: int, memory: int) -> int:
@@ -207,7 +251,9 @@ def most_pairs(args: PretrainingArguments, num_gpus: int, memory: int) -> int:
     needs = memory_per_gpu(args, num_gpus)
     config, few = recipe_config(args), 8
     one, two = (
-        traced(config, pairs, args.precision, args.gradient_checkpointing, args.max_regions).activations
+        traced(
+            config, pairs, args.precision, args.gradient_checkpointing, args.max_regions, further=args.objective
+        ).activations
         for pairs in (few, 2 * few)
     )
     left = memory - (needs.total - needs.activations)  # activations grow by so much a pair, from a constant
@@ -223,9 +269,12 @@ def flops_per_pair(args: PretrainingArguments, tokens: int = 24) -> float:
     Gradient caching and gradient checkpointing each add a forward pass.
     """
     pairs = 8
-    forward = traced(recipe_config(args), pairs, args.precision, False, args.max_regions, tokens).operations
+    config = recipe_config(args)
+    trace = traced(config, pairs, args.precision, False, args.max_regions, tokens, args.objective)
     passes = 3 + bool(args.per_device_chunk_size) + args.gradient_checkpointing
-    return passes * forward / pairs
+    length, everyone = _tokens_of_levels(config, tokens), args.global_batch_size
+    losses = sum(term.loss_operations(everyone, length) for term in trace.objective.further)
+    return passes * trace.operations / pairs + losses
 
 
 def report(args: PretrainingArguments, num_gpus: int, teraflops: float, samples: int, tokens: int) -> str:
@@ -235,11 +284,15 @@ def report(args: PretrainingArguments, num_gpus: int, teraflops: float, samples:
     pairs_per_second = teraflops * 1e12 / flops
     steps = args.max_steps or (args.epochs or 0) * (samples // args.global_batch_size)
     hours = steps * args.global_batch_size / (pairs_per_second * num_gpus) / 3600
-    objective = ContrastiveObjective(_fake_model(config), config.loss_weights, 0.0)
+    with torch.device("meta"):
+        terms = read_objective(args.objective, config)
+    objective = ContrastiveObjective(
+        _fake_model(config), config.loss_weights, 0.0, further=terms.terms, run_pairs=terms.pairs
+    )
     gathered = 4 * len(objective.levels) * config.projection_dim * args.global_batch_size
     masks = len(objective.masked_levels) * args.global_batch_size
-    sums = 4 * len(objective.terms) * args.global_batch_size
-    inputs = {LEVELS[level].input for level in objective.levels}
+    sums = 4 * len(objective.pairs) * args.global_batch_size
+    inputs = {any_level(level).input for level in levels_in(objective.wanted)}
     batch = _fake_batch(config, 1, args.max_regions, tokens)
     sent = sum(tensor.nbytes for name, tensor in batch.items() if name in inputs)
     return "\n".join(

@@ -14,6 +14,7 @@ from tests.write_tables import OUTPUT, with_outputs
 from training.loop.objective import ContrastiveObjective
 from training.scale import flops_per_pair, main, memory_per_gpu, most_pairs
 from training.settings.pretraining import PretrainingArguments
+from training.settings.reading import read_settings
 
 PAIRS = 64
 SMALL = {
@@ -140,3 +141,21 @@ def test_the_most_pairs_that_fit_do_and_one_more_does_not():
     exact = memory_per_gpu(args, 1).total
     assert most_pairs(args, 1, exact) == PAIRS and most_pairs(args, 1, exact - 1) == PAIRS - 1
     assert most_pairs(args, 1, 1 << 20) == 0
+
+
+def test_the_methods_of_table_2_have_needs_of_their_own():
+    """DeFILIP has all kinds: more memory and arithmetic than CLIP, and chunks need less than all at once."""
+    path = Path(__file__).parents[2] / "training/configs"
+    small = {"vision_config": SMALL["vision_config"] | {"num_leff_layers": 0}, "text_config": SMALL["text_config"]}
+    clip, slip, method = (
+        PretrainingArguments(
+            **read_settings(PretrainingArguments, path / "vit_b_32_15m_32_epochs.yaml", path / f"{name}.yaml")
+            | {"model_config": small, "global_batch_size": 512}
+        )
+        for name in ("clip", "slip", "defilip")
+    )
+    clips, slips, needs = (memory_per_gpu(one, 8) for one in (clip, slip, method))
+    assert clips.total < slips.total < needs.total and clips.loss < slips.loss < needs.loss
+    assert flops_per_pair(clip) < flops_per_pair(slip) < flops_per_pair(method)
+    method.per_device_chunk_size = 8
+    assert memory_per_gpu(method, 8).total < needs.total

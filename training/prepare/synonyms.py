@@ -39,9 +39,7 @@ class SynonymArguments:
 
     wordnet: str = field(
         default="/usr/share/wordnet",
-        metadata={
-            "help": "folder with data.noun, data.verb, data.adj, data.adv, as Debian's wordnet-base installs them"
-        },
+        metadata={"help": "folder with WordNet's data.noun, .verb, .adj, .adv, as Debian's wordnet-base has it"},
     )
     output: str = field(default="data/synonyms.json", metadata={"help": "file to write"})
 
@@ -81,8 +79,8 @@ def synonyms_in(folder: Path) -> dict[str, list[str]]:
     missing = [f"data.{part}" for part in PARTS if not (folder / f"data.{part}").is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{folder} has no {', '.join(missing)}: expected WordNet's files, as Debian's package wordnet-base installs "
-            "them in /usr/share/wordnet"
+            f"{folder} has no {', '.join(missing)}: expected WordNet's files, as Debian's package wordnet-base "
+            "installs them in /usr/share/wordnet"
         )
     found: dict[str, set[str]] = {}
     for part in PARTS:

@@ -16,6 +16,7 @@ from tests.training.runs import MODEL_CONFIG, MemoryReader
 from tests.training.tiny import RESNET
 from training import pretrain
 from training.loop.tracking import read_metrics
+from training.pretrain import further_terms
 from training.scale import recipe_config
 from training.settings.fields import identity_of
 from training.settings.pretraining import PretrainingArguments
@@ -64,6 +65,40 @@ def test_every_value_is_marked_and_the_papers_values_are_the_papers(path):
     assert args.loss_weights == pytest.approx(DEFAULT_LOSS_WEIGHTS)
     assert len(args.train_data) == (5 if data == "143m" else 1)
     assert args.precision == "bf16" and args.learning_rate == (1e-3 if data == "143m" else 5e-4)
+
+
+METHODS = {
+    "clip": ({"global_caption": 1.0}, {}),
+    "slip": ({"global_caption": 1.0}, {"views_simclr": 1.0}),
+    "filip": ({}, {"global_caption_tokens": 1.0}),
+    "declip": (
+        {},
+        {
+            **dict.fromkeys(("view1_caption", "view1_caption_aug", "view2_caption", "view2_caption_aug"), 0.1),
+            **dict.fromkeys(("views_simsiam", "caption_mlm", "views_nn"), 0.2),
+        },
+    ),
+    "pyramidclip": (DEFAULT_LOSS_WEIGHTS, {}),
+}
+METHODS["defilip"] = ({}, {**METHODS["declip"][1], "view1_caption_tokens": 0.2})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_methods_of_table_2_are_mappings(name):
+    """Each value marked, weights those of the sources, and each a run by one command behind any recipe."""
+    path, (pairs, further) = CONFIGS / f"{name}.yaml", METHODS[name]
+    for line in path.read_text().splitlines():
+        if line and not line.startswith("#") and not line.endswith(":"):
+            assert re.search(r"# (paper|source code|ours)\b", line), line
+    args = parse_settings(
+        PretrainingArguments, ["--config", f"{CONFIGS}/vit_b_32_15m_32_epochs.yaml", str(path), "--output-dir", "run"]
+    )
+    with torch.device("meta"):
+        found = further_terms(args, recipe_config(args))
+    assert (args.loss_weights, args.label_smoothing) == (pytest.approx(pairs), 0.2 if name == "pyramidclip" else 0.0)
+    assert {**found.pairs, **{term.name: term.weight for term in found.terms}} == pytest.approx(further)
+    leff = recipe_config(args).vision_config.num_leff_layers
+    assert leff == (9 if name == "pyramidclip" else 0)
 
 
 def fake_model(config):

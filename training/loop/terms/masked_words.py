@@ -68,6 +68,11 @@ class MaskedWords(Term):
         """The learned vector."""
         return self.masked_word
 
+    def loss_bytes(self, own: int, everyone: int, tokens: Mapping[str, int]) -> int:
+        """The logits of a block of words, their gradient and softmax."""
+        words = max(1, round(own * tokens["masked"] * self._options["share"]))
+        return 4 * 3 * min(_ENTRIES, words * self.head.out_features)
+
     def rows(self, encoded: Encoded, batch: Tensors) -> dict[str, torch.Tensor]:
         """The sum of each caption's cross-entropies (n,), so that chunks of captions need no logits of the others."""
         hidden, positions = encoded[self.wanted[0]], batch[MASKED_POSITIONS]

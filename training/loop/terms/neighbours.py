@@ -139,6 +139,13 @@ class NearestNeighbours(Term):
                 f"step, {len(self.texts)} x {global_batch_size} = {pushed}; expected at least so many"
             )
 
+    def loss_bytes(self, own: int, everyone: int, tokens: Mapping[str, int]) -> int:
+        """The queue, neighbours of everyone, a block of the search, and logits of each combination."""
+        combinations, width = len(self.images) * len(self.texts), self.queue.rows.shape[1]
+        vectors = len(self.queue.rows) + 3 * len(self.texts) * everyone
+        search = min(_ENTRIES, own * len(self.queue.rows))
+        return 4 * (vectors * width + search + 3 * combinations * own * everyone)
+
     def rows(self, encoded: Encoded, batch: Tensors) -> dict[str, torch.Tensor]:
         """Unit vectors (n, levels, D)."""
         return {

@@ -62,6 +62,15 @@ class ImageContrast(Term):
         """As given, defaults filled in."""
         return self._options
 
+    def loss_bytes(self, own: int, everyone: int, tokens: Mapping[str, int]) -> int:
+        """Activations of two passes through the head, vectors of everyone, and logits of 2 own x 2 everyone."""
+        hidden, out = self._options["hidden"], self._options["out"]
+        return 4 * (2 * own * (6 * hidden + 3 * out) + 4 * everyone * out + 4 * (2 * own) * (2 * everyone))
+
+    def loss_operations(self, everyone: int, tokens: Mapping[str, int]) -> float:
+        """Two passes through the heads and back: six for each weight and view."""
+        return 2.0 * 6 * sum(parameter.numel() for parameter in self.head.parameters() if parameter.dim() > 1)
+
     def rows(self, encoded: Encoded, batch: Tensors) -> dict[str, torch.Tensor]:
         """What the head reads: its BatchNorm has to see the whole batch."""
         return {one.level: wide(encoded[one]) for one in self.wanted}

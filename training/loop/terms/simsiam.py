@@ -66,6 +66,14 @@ class ImageLikeness(Term):
         """As given, defaults filled in."""
         return self._options
 
+    def loss_bytes(self, own: int, everyone: int, tokens: Mapping[str, int]) -> int:
+        """Activations of two passes through both perceptrons."""
+        return 4 * 2 * own * (9 * self._options["width"] + 3 * self._options["bottleneck"])
+
+    def loss_operations(self, everyone: int, tokens: Mapping[str, int]) -> float:
+        """Two passes through the heads and back: six for each weight and view."""
+        return 2.0 * 6 * sum(parameter.numel() for parameter in self.parameters() if parameter.dim() > 1)
+
     def rows(self, encoded: Encoded, batch: Tensors) -> dict[str, torch.Tensor]:
         """What the projector reads: its BatchNorm has to see the whole batch."""
         return {one.level: wide(encoded[one]) for one in self.wanted}

@@ -94,6 +94,20 @@ class Term(nn.Module):
         """The term over the batch of all processes; they call it together. Outside of autocast."""
         raise NotImplementedError
 
+    def loss_bytes(self, own: int, everyone: int, tokens: Mapping[str, int]) -> int:
+        """What `share` needs in memory beside the rows, fp32: gathered rows, heads' activations, similarities, a queue.
+
+        Args:
+            own: Pairs of this process.
+            everyone: Pairs of all.
+            tokens: Of each level.
+        """
+        raise NotImplementedError
+
+    def loss_operations(self, everyone: int, tokens: Mapping[str, int]) -> float:
+        """Floating-point operations of `share` and its backward pass for each pair, of products that matter."""
+        return 0.0
+
     def after_step(self, stepped: bool) -> None:
         """Called after the optimizer's step, once. stepped: it was made, and not skipped by the scaler of fp16."""
 

@@ -201,6 +201,15 @@ class TokenPair(Term):
         """As given, defaults filled in."""
         return self._options
 
+    def loss_bytes(self, own: int, everyone: int, tokens: Mapping[str, int]) -> int:
+        """Tokens of everyone and the gradients of all, for either direction, and what a block takes."""
+        vectors = (tokens[self.image] + tokens[self.text]) * self._options["width"]
+        return 4 * (vectors * (everyone + 2 * (own + everyone)) + 3 * _DEVICE_ENTRIES)
+
+    def loss_operations(self, everyone: int, tokens: Mapping[str, int]) -> float:
+        """Four products of a pair's tokens with those of everyone, in either direction."""
+        return 2.0 * 4 * 2 * everyone * tokens[self.image] * tokens[self.text] * self._options["width"]
+
     def rows(self, encoded: Encoded, batch: Tensors) -> dict[str, torch.Tensor]:
         """Unit vectors of tokens, and which are real."""
         with self.autocast(self.logit_scale.device):

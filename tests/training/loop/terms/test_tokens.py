@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 
 from tests.training.loop.terms.dense_terms import CONFIG, token_score, tokens
 from training.loop.terms import tokens as module
@@ -134,3 +136,30 @@ def test_blocks_hold_what_they_may(device):
         height, width = block_of(rows, columns, 49, 77, torch.device(device))
         assert 1 <= height <= rows and 1 <= width <= columns
         assert height * width * 49 * 77 <= max(most, 49 * 77)
+
+
+def peak_above_inputs(pairs):
+    """(bytes of the inputs, bytes at the peak of a step above them), of pictures of 49 and texts of 77 tokens."""
+    with FakeTensorMode():
+        images, texts = (torch.empty(pairs, length, 256, requires_grad=True) for length in (49, 77))
+        mask, present = torch.ones(pairs, 77, dtype=torch.bool), torch.ones(pairs, dtype=torch.bool)
+        term, tracker = TokenPair("global_caption_tokens", 1.0, {}, CONFIG), MemTracker()
+        tracker.track_external(images, texts, mask, present)
+        with tracker:
+            rows = {"images": images, "texts": texts, "mask": mask, "present": present}
+            term.share(rows, step(0.1)).loss.backward()
+        (peak,) = (found["Total"] for found in tracker.get_tracker_snapshot("peak").values())
+        inputs = images.nbytes + texts.nbytes
+        return inputs, peak - inputs
+
+
+@pytest.mark.slow
+def test_4096_pairs_need_less_than_3_gb_above_their_tokens(monkeypatch):
+    """Where dense similarities are 236 GB: a multiple of the inputs, measured, and a constant, the blocks."""
+    monkeypatch.setattr(module, "_CPU_ENTRIES", module._DEVICE_ENTRIES)
+    (small, first), (large, second) = peak_above_inputs(256), peak_above_inputs(512)
+    slope = (second - first) / (large - small)
+    inputs = 4 * 4096 * (49 + 77) * 256
+    assert 0 < slope < 2.5 and first + slope * (inputs - small) < 3e9, (slope, first, second)
+    term = TokenPair("global_caption_tokens", 1.0, {}, CONFIG)
+    assert term.loss_bytes(512, 512, {"global": 49, "caption": 77}) == pytest.approx(second + large, rel=0.25)
