@@ -71,7 +71,9 @@ IDENTITY = {
 THROUGH = {
     PretrainingArguments: {
         ("data", "fingerprint"): {"train_data"},
+        ("data", "synonyms"): {"synonyms"},
         ("objective", "loss_weights"): {"loss_weights"},
+        ("objective", "further"): {"objective"},
         ("objective", "label_smoothing"): {"label_smoothing"},
         ("schedule", "total_steps"): {"epochs", "max_steps"},
         ("model", ""): {"model", "model_config"},
