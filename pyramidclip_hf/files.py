@@ -8,11 +8,13 @@ kill or a loss of power leaves what was there before, and a reader sees the old 
 import errno
 import glob
 import inspect
+import json
+import math
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -143,6 +145,24 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     escapes them.
     """
     write_atomically(path, text.encode(errors="backslashreplace"))
+
+
+def json_text(value: Any, **layout: Any) -> str:
+    """JSON that any reader takes: what it has no number for is text, which Python's `float` reads back.
+
+    Args:
+        value: of dicts, lists, numbers, texts, booleans and None.
+        **layout: of `json.dumps`.
+    """
+    return json.dumps(_with_spelled_numbers(value), allow_nan=False, **layout)
+
+
+def _with_spelled_numbers(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _with_spelled_numbers(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_spelled_numbers(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

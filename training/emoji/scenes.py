@@ -39,7 +39,7 @@ import numpy as np
 from PIL import Image
 
 from pyramidclip_command import run_command
-from pyramidclip_hf.files import write_atomically
+from pyramidclip_hf.files import write_atomically, written_aside
 from training.data.records import Region, Sample
 from training.data.shard_index import index_path
 from training.data.shards import ShardWriter, read_dataset_json, write_dataset_json
@@ -336,7 +336,8 @@ def draw_contact_sheet(recipe: Recipe, path: str | Path) -> None:
     samples.append(make_sample(recipe, "validation", 0, plan_validation(recipe)[0]))
     sheet = pictures.contact_sheet(samples)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.quantize(192, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
+    with written_aside(path) as aside:
+        sheet.quantize(192, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(aside, "PNG", optimize=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

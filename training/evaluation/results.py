@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
-from pyramidclip_hf.files import read_utf8, write_atomically
+from pyramidclip_hf.files import json_text, read_utf8, write_atomically
 from training.data.labelled import LabelledPictures
 
 COLUMNS = ("task", "dataset", "config", "split", "metric", "note", "value")
@@ -109,7 +109,7 @@ def write_json(
 ) -> None:
     """The results as JSON: `model-index` (the form of model cards) and `details`, any further plain values."""
     document = {"model-index": eval_results_to_model_index(model_name, list(results)), "details": details or {}}
-    _write(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    _write(path, json_text(document, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: str | Path) -> tuple[str, list[EvalResult], dict[str, Any]]:

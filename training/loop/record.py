@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyramidclip_command import Failure
+from pyramidclip_hf.files import json_text
 
 FORMAT = 2
 WITHOUT_CHECKSUMS = 1
@@ -54,7 +55,8 @@ def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Writes run.json, with the checksum of itself."""
-    text = json.dumps(sealed({"format": FORMAT, **record}), indent=1)
+    content = json.loads(json_text({"format": FORMAT, **record}))  # the checksum is of what is read
+    text = json.dumps(sealed(content), indent=1)
     (folder / NAME).write_text(text + "\n", encoding="utf-8")
 
 

@@ -30,7 +30,7 @@ import torch
 
 from pyramidclip_command import Failure
 from pyramidclip_hf.configuration_pyramidclip import LEVELS, levels_of_kind
-from pyramidclip_hf.files import write_atomically
+from pyramidclip_hf.files import json_text, write_atomically
 from training.loop.distributed import everyone, rank, sum_over_processes
 from training.loop.record import sum_of
 from training.loop.task import NO_CHOICE, StepLoss
@@ -70,7 +70,8 @@ class StepWindow:
         self.terms = tuple(terms)
         self.run_dir = Path(run_dir)
         self.check_gradients = check_gradients
-        self._rows = list(rows)
+        # A checkpoint spells what JSON has no number for: a norm that overflowed in fp16.
+        self._rows = [row | {"grad_norm": float(row["grad_norm"])} for row in rows]
         self._pending: list[_Pending] = []
 
     def add(
@@ -137,7 +138,7 @@ class StepWindow:
         folder = self.run_dir / "nonfinite"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step-{row['step']:08d}-process-{rank():05d}.json"
-        path.write_text(json.dumps(row | {"sample_keys": sample_keys}, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json_text(row | {"sample_keys": sample_keys}, indent=1) + "\n", encoding="utf-8")
         everyone(None)  # every process has written its keys before one of them ends the run
         terms = ", ".join(f"{name} {value:.4g}" for name, value in row["terms"].items())
         scale = f"softmax scale {row['logit_scale']:.4g}, " if "logit_scale" in row else ""

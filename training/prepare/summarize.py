@@ -27,6 +27,7 @@ from pyramidclip_hf.files import cache_folder
 from training.data.records import BadSample, sample_from_members
 from training.data.shards import ShardReader
 from training.prepare.steps.checkpoints import checkpoint_config, checkpoint_content, checkpoint_expected
+from training.prepare.steps.databases import errors_of
 from training.prepare.steps.first_clause import first_clause
 from training.prepare.steps.flags import parse_dataclasses
 from training.prepare.steps.rewriting import (
@@ -214,10 +215,11 @@ class SummaryCache:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.connection = sqlite3.connect(self.path, timeout=120)
-        self.connection.execute(
-            "create table if not exists summaries (key blob primary key, summary text not null) without rowid"
-        )
+        with errors_of(self.path):
+            self.connection = sqlite3.connect(self.path, timeout=120)
+            self.connection.execute(
+                "create table if not exists summaries (key blob primary key, summary text not null) without rowid"
+            )
 
     def get(self, keys: Iterable[bytes]) -> dict[bytes, str]:
         """{key: summary} of those keys that are there."""
@@ -226,12 +228,14 @@ class SummaryCache:
         for start in range(0, len(keys), 500):
             some = keys[start : start + 500]
             marks = ",".join("?" * len(some))
-            found.update(self.connection.execute(f"select key, summary from summaries where key in ({marks})", some))
+            with errors_of(self.path):
+                query = f"select key, summary from summaries where key in ({marks})"
+                found.update(self.connection.execute(query, some))
         return found
 
     def put(self, pairs: Sequence[tuple[bytes, str]]) -> None:
         """Stores (key, summary) pairs; one that is there stays."""
-        with self.connection:
+        with errors_of(self.path), self.connection:
             self.connection.executemany("insert or ignore into summaries values (?, ?)", pairs)
 
 

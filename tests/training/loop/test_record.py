@@ -1,6 +1,7 @@
 """Every byte of a checkpoint is watched: a flipped bit or a missing end anywhere in it is found and the file named."""
 
 import json
+import math
 import random
 import shutil
 
@@ -8,8 +9,19 @@ import pytest
 
 from tests.training.runs import resumable_settings, use_memory
 from training import pretrain
-from training.loop.record import CheckpointError, DamagedCheckpoint, find_damage, is_whole, read_record, sealed, sum_of
+from training.loop.record import (
+    FORMAT,
+    CheckpointError,
+    DamagedCheckpoint,
+    find_damage,
+    is_whole,
+    read_record,
+    sealed,
+    sum_of,
+    write_record,
+)
 from training.loop.run_folder import list_checkpoints
+from training.loop.tracking import StepWindow
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +105,13 @@ def test_a_record_of_a_later_version_is_no_damage(checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match="written in format 3, this version reads format 2") as caught:
         read_record(copy)
     assert not isinstance(caught.value, DamagedCheckpoint)
+
+
+def test_a_norm_that_overflowed_is_json_for_everybody_and_comes_back(tmp_path):
+    rows = [{"step": 3, "loss": 1.5, "terms": {"a": 1.0}, "counts": {"a": 4}, "grad_norm": math.inf}]
+    write_record(tmp_path, {"progress": {"window": rows}})
+    json.loads((tmp_path / "run.json").read_text(), parse_constant=pytest.fail)
+    assert StepWindow(["a"], tmp_path, False, read_record(tmp_path)["progress"]["window"]).rows() == rows
+    # One that an earlier version wrote.
+    (tmp_path / "run.json").write_text(json.dumps(sealed({"format": FORMAT, "progress": {"window": rows}})))
+    assert StepWindow(["a"], tmp_path, False, read_record(tmp_path)["progress"]["window"]).rows() == rows

@@ -68,7 +68,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_terms_and_keys(tm
     with pytest.raises(NonFiniteLoss, match=r"step 5: loss nan .*local_caption \d.*roi_summary nan.*keys of this"):
         pretrain.run(settings(tmp_path, log_every_steps=8, save_every_steps=4))
     (record,) = (tmp_path / "nonfinite").glob("*.json")
-    record = json.loads(record.read_text())
+    record = json.loads(record.read_text(), parse_constant=pytest.fail)  # NaN and Infinity are no JSON
+    assert math.isnan(float(record["terms"]["roi_summary"]))
     assert record["step"] == 5 and len(record["sample_keys"]) == 8
     assert record["sample_keys"] == list(MemoryReader(settings(tmp_path)).batches(0, 0))[4]["sample_keys"]
     (kept,) = list_checkpoints(tmp_path)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pyramidclip_hf.files import written_aside
 from training.prepare.auditing.counts import LEVELS, MAX_TOKENS, TEXTS
 from training.prepare.auditing.report import AuditReport
 
@@ -50,7 +51,8 @@ def draw(report: AuditReport, path: Path) -> None:
     if not reasons:
         axes[1, 2].set_axis_off()
     figure.suptitle(", ".join(source["name"] for source in report["sources"])[:150])
-    figure.savefig(path, dpi=110)
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png", dpi=110)
 
 
 def _draw_levels(axis: "Axes", report: AuditReport) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from pyramidclip_hf.files import cache_folder, check_regular, written_aside
+from training.prepare.steps.databases import errors_of
 
 MAX_ROW_BYTES = 256 << 20
 _VERSION = 2
@@ -66,7 +67,7 @@ class TsvIndex:
         file = cache_folder().absolute() / "tsv" / f"{name}.sqlite"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            with written_aside(file) as aside:
+            with errors_of(file), written_aside(file) as aside:
                 _build(self.path, key_pattern, aside)
         # Nobody writes it any more: no locks, which network file systems lack.
         self._rows = sqlite3.connect(f"{file.as_uri()}?immutable=1", uri=True)
