@@ -33,6 +33,7 @@ OPEN_ENDED = "..."
 # Why a command does not run here; all parse, and the file named runs it in small.
 LONG = {
     "conversion.convert_vinvl": "wants the released checkpoint; tests/conversion/test_convert_vinvl.py",
+    "tests.bench.engines": "twenty minutes",
     "tests.bench.growth": "quarter of an hour",
     "tests.gpu": "a program of its own; tests/gpu/test_gpu.py",
     "training.ablations": "hours; tests/training/test_ablations.py",

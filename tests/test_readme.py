@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.chart import markdown_table
+from tests.bench.engines import PAGE, RESULT, engines_table
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 README = (CHECKOUT / "README.md").read_text(encoding="utf8")
@@ -65,6 +66,11 @@ def test_the_speed_table_is_the_committed_result():
     ratios = re.findall(r"\d+\.\d\d x", README)
     assert ratios
     assert set(ratios) <= set(re.findall(r"\d+\.\d\d x", table))
+
+
+def test_the_table_of_engines_is_the_committed_result():
+    table = re.search(r"(^\|.*\n)+", PAGE.read_text(encoding="utf8"), re.MULTILINE)[0]
+    assert table == engines_table(json.loads(RESULT.read_text(encoding="utf8")))
 
 
 def test_every_path_of_the_tree_exists():
