@@ -195,7 +195,7 @@ def open_data_set(
 class _Described:
     """The content of a `dataset.json`, empty where there is none, and when it was written, in nanoseconds."""
 
-    content: Mapping[str, Any]
+    content: dict[str, Any]
     written: int
 
     @classmethod
