@@ -27,6 +27,7 @@ from training.data.patience import Patience
 from training.data.pixels import Normalisation
 from training.data.remote import ShardCache
 from training.data.words import read_synonyms
+from training.loop.agreement import RunCrew
 from training.loop.card import write_card
 from training.loop.checkpoint import Stateful
 from training.loop.compiling import compile_blocks
@@ -263,6 +264,7 @@ def open_reader(
             max_bytes=int(args.cache_gigabytes * 1e9), patience=Patience(args.fetch_attempts, args.fetch_seconds)
         ),
         allow_unfinished=args.allow_unfinished,
+        crew=RunCrew(),
         workers=args.workers,
         max_bad_fraction=args.max_bad_fraction,
         overfit_batches=args.overfit_batches,

@@ -30,7 +30,7 @@ from training.data.coverage import Coverage, look_at
 from training.data.order import FEW_BATCHES, SampleOrder, batch_positions, default_window
 from training.data.records import Fault
 from training.data.remote import ShardCache
-from training.data.sources import DataSet, open_data_set
+from training.data.sources import Alone, Crew, DataSet, open_data_set
 from training.data.views import ViewSettings
 from training.data.workers import live_as_long_as_the_parent, started_untouched_by_termination
 
@@ -351,6 +351,7 @@ class TrainingReader(BatchReader):
             manifest, which need not be read in pieces, `MANIFEST_WINDOW`.
         cache: for remote shards.
         allow_unfinished: also data of which a step of preparation has begun and not ended.
+        crew: processes that open the data together, see `training.data.sources`; None: this one alone.
         **options: see `BatchReader`.
 
     Attributes:
@@ -375,13 +376,15 @@ class TrainingReader(BatchReader):
         window_samples: int | None = None,
         cache: ShardCache | None = None,
         allow_unfinished: bool = False,
+        crew: Crew | None = None,
         **options: Any,
     ):
         if not data:
             raise ValueError("no training data named: expected at least one folder, shard list or manifest")
         cache = self._cache = cache or ShardCache()
         self._roi_feature_size, self._levels = settings.roi_feature_size, settings.levels
-        self.data_sets = [open_data_set(name, cache, allow_unfinished) for name in data]
+        self._crew = crew or Alone()
+        self.data_sets = [open_data_set(name, cache, allow_unfinished, crew=crew) for name in data]
         check_regions(self.data_sets, settings)
         sizes = [[unit.samples for unit in one.units] for one in self.data_sets]
         windows = [window_samples or _default_window(one, global_batch_size) for one in self.data_sets]
@@ -394,8 +397,18 @@ class TrainingReader(BatchReader):
         self.fingerprint = fingerprint_of(self.data_sets)
 
     def look(self) -> Coverage:
-        """Which share of the pairs each loss term gets; raises ValueError where none can be used."""
-        return look_at(self.data_sets, self._roi_feature_size, self._cache, self._levels)
+        """Which share of the pairs each loss term gets; the first process looks, all of the crew call it together.
+
+        Raises:
+            ValueError: none can be used.
+        """
+
+        def look() -> Coverage | None:
+            if self._crew.number:
+                return None
+            return look_at(self.data_sets, self._roi_feature_size, self._cache, self._levels)
+
+        return cast(Coverage, self._crew.share(look)[0])
 
     @property
     def description(self) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, NamedTuple, Self, TypedDict
 
 import numpy as np
@@ -149,7 +150,7 @@ def read_index_header(path: str | os.PathLike[str]) -> IndexHeader:
         ValueError: the file is no index.
         FileNotFoundError: it is absent.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
+    if not S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait
         raise ValueError(f"{os.fspath(path)} is no file")
     with open(path, encoding="utf-8") as file:
         return parse_index_header(file.readline(HEADER_BYTES), os.fspath(path))

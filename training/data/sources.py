@@ -13,15 +13,16 @@ sizes are known without opening them, and from which samples are read by number,
 import concurrent.futures
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import re
 import sys
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -51,6 +52,37 @@ EXPECTED = (
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".ndjson", ".json")
 _PACK = "Shards of it are made by `python -m training.prepare.pack --input {} --output-dir DIR`"
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+Found = TypeVar("Found")
+
+
+class Crew(Protocol):
+    """Processes that do something together; `training.loop.agreement` has those of a run.
+
+    Attributes:
+        number: of this process.
+        processes: how many there are.
+        first_of_machine: whether this is the one of its machine that looks for all; process 0 is.
+    """
+
+    number: int
+    processes: int
+    first_of_machine: bool
+
+    def share(self, work: Callable[[], Found]) -> list[Found]:
+        """What each process found, in all of them, which all call this; where one fails, all do."""
+        ...
+
+
+class Alone:
+    """A crew of one."""
+
+    number, processes, first_of_machine = 0, 1, True
+
+    def share(self, work: Callable[[], Found]) -> list[Found]:
+        """What `work` gives."""
+        return [work()]
 
 
 class UnitIdentity(NamedTuple):
@@ -155,6 +187,7 @@ def open_data_set(
     cache: ShardCache | None = None,
     allow_unfinished: bool = False,
     at_least: int | None = None,
+    crew: Crew | None = None,
 ) -> DataSet:
     """The data that a string names, see the module.
 
@@ -163,22 +196,23 @@ def open_data_set(
         cache: for shards behind a URL that have to be fetched before their samples can be counted.
         allow_unfinished: also data of which a step of preparation has begun and not ended.
         at_least: only the first shards, as many as hold so many samples; the others are not looked at.
+        crew: processes that call this together and count each shard once; None: this process alone. The lines of a
+            manifest are found once a machine all the same.
 
     Raises:
         FileNotFoundError: there is nothing.
-        ValueError: it is not what is expected, has no samples, or is unfinished.
+        ValueError: it is not what is expected, has no samples, is unfinished, or not the same on all machines.
         DownloadError: a URL cannot be read.
     """
-    name = os.fspath(name)
+    name, crew = os.fspath(name), crew or Alone()
     if name.endswith(".jsonl"):
         manifest = Manifest(name)
         return DataSet(name, manifest.units(), manifest=manifest)
-    shards = shard_names(name)
-    described = {folder: _Described.of(folder) for folder in dict.fromkeys(map(_folder, shards))}
+    shards, described = _listed_once(name, crew)
     if not allow_unfinished:
         for folder, told in described.items():
             refuse_unfinished(folder, told.content)
-    units = _counted(shards, described, cache, at_least)
+    units = _counted(shards, described, cache, at_least, crew)
     if not any(unit.samples for unit in units):
         raise ValueError(f"{name}: no samples in {len(units)} shards")
     cut = [unit.name for unit in units if unit.truncated]
@@ -206,8 +240,56 @@ class _Described:
         return cls(content, os.stat(f"{folder.rstrip('/')}/dataset.json").st_mtime_ns)
 
 
+class _Listed(NamedTuple):
+    """The shards that a string names, and what is said of them, by folder."""
+
+    shards: list[str]
+    described: dict[str, _Described]
+
+    @classmethod
+    def of(cls, name: str) -> "_Listed":
+        """Without a look at any shard."""
+        shards = shard_names(name)
+        return cls(shards, {folder: _Described.of(folder) for folder in dict.fromkeys(map(_folder, shards))})
+
+    def digest(self) -> str:
+        """Equal where these are, whatever the folder is called."""
+        names = [shard.rpartition("/")[2] for shard in self.shards]
+        told = json.dumps([names, [dict(one.content) for one in self.described.values()]])
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def _listed_once(name: str, crew: Crew) -> _Listed:
+    """What the first process lists; the first of each other machine compares.
+
+    Raises:
+        ValueError: in all processes, where a machine has others.
+    """
+
+    def look() -> tuple[_Listed | None, int, str]:
+        if not crew.first_of_machine:
+            return None, 0, ""
+        own = _Listed.of(name)
+        return (own if crew.number == 0 else None), len(own.shards), own.digest()
+
+    told = crew.share(look)
+    seen = {number: (shards, digest) for number, (_, shards, digest) in enumerate(told) if digest}
+    if other := next((number for number, one in seen.items() if one != seen[0]), None):
+        raise ValueError(
+            f"{name} is not the same on all machines: process 0 sees {seen[0][0]} shards, process {other} "
+            f"{seen[other][0]}, with other names or another dataset.json. Copy it anew, or name a place that all share"
+        )
+    if (listed := told[0][0]) is None:
+        raise RuntimeError("process 0 is the first of its machine")
+    return listed
+
+
 def _counted(
-    shards: Sequence[str], described: Mapping[str, _Described], cache: ShardCache | None, at_least: int | None
+    shards: Sequence[str],
+    described: Mapping[str, _Described],
+    cache: ShardCache | None,
+    at_least: int | None,
+    crew: Crew,
 ) -> list[Unit]:
     """The units of shards, or of the first that hold `at_least` samples."""
 
@@ -224,14 +306,20 @@ def _counted(
             if sum(unit.samples for unit in units) >= at_least:
                 break
         return units
-    # The processes of a machine begin at different places: what one has indexed, the others find.
-    local, processes = (int(os.environ.get(name, default)) for name, default in LOCAL_PROCESS.items())
-    first = len(shards) * local // processes
-    turned = [*shards[first:], *shards[:first]]
-    parts = [turned[begin : begin + _COUNTED_AT_ONCE] for begin in range(0, len(turned), _COUNTED_AT_ONCE)]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        found = [unit for units in pool.map(count_all, parts) for unit in units]
-    return [*found[len(shards) - first :], *found[: len(shards) - first]]
+
+    def shared() -> list[Unit]:
+        own = shards[crew.number :: crew.processes]
+        # Processes of a machine that each count all begin at different places: what one has indexed, the others find.
+        local, processes = (int(os.environ.get(name, default)) for name, default in LOCAL_PROCESS.items())
+        first = len(own) * local // processes if crew.processes == 1 else 0
+        turned = [*own[first:], *own[:first]]
+        parts = [turned[begin : begin + _COUNTED_AT_ONCE] for begin in range(0, len(turned), _COUNTED_AT_ONCE)]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            found = [unit for units in pool.map(count_all, parts) for unit in units]
+        return [*found[len(own) - first :], *found[: len(own) - first]]
+
+    told = crew.share(shared)
+    return [told[number % crew.processes][number // crew.processes] for number in range(len(shards))]
 
 
 def _folder(shard: str) -> str:

@@ -3,6 +3,7 @@
 Nothing here waits behind a condition that processes evaluate on their own.
 """
 
+import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +30,18 @@ def together(work: Callable[[], Result]) -> Result:
         if outcome is not None:
             raise _failed(number, outcome)
     return cast(Result, result)
+
+
+class RunCrew:
+    """The processes of a run, as those who open data together (`training.data.sources.Crew`)."""
+
+    def __init__(self) -> None:
+        self.number, self.processes = rank(), world_size()
+        self.first_of_machine = self.number == 0 or os.environ.get("LOCAL_RANK", "0") == "0"
+
+    def share(self, work: Callable[[], Result]) -> list[Result]:
+        """What each process found, in all; raises as `together`."""
+        return everyone(together(work))
 
 
 def first_decides(work: Callable[[], Result]) -> Result:
