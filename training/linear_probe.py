@@ -14,10 +14,12 @@ among equals, the held-out share where a data set has no validation set, fp32.
 Features are computed once, by all processes, and kept under `cache_dir`; fitting is done by the first process alone.
 """
 
+import contextlib
+import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -163,6 +165,23 @@ def fit(features: Features, labels: Numbers, c: float, max_iterations: int = 100
     return Fit(scores, int(np.max(regression.n_iter_)), converged)
 
 
+@contextlib.contextmanager
+def all_cores(processes: int) -> Iterator[int]:
+    """Inside, the numerical libraries use all cores, where a launcher left each of several processes one.
+
+    Yields:
+        How many that are; 0: as it was.
+    """
+    if processes == 1 or os.environ.get("OMP_NUM_THREADS") != "1":
+        yield 0
+        return
+    from threadpoolctl import threadpool_limits  # which scikit-learn needs
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with threadpool_limits(cores):
+        yield cores
+
+
 def c_of(step: int) -> float:
     """C at a step of the sweep, from 0."""
     return 10.0 ** (DECADES[0] + step / STEPS_PER_DECADE)
@@ -240,15 +259,16 @@ def probe(args: LinearProbeArguments) -> list[EvalResult] | None:
     if not state.is_main_process:
         return None
     labels = {name: part.labels for name, part in parts.items()}
-    c, swept = (args.c, []) if args.c else chosen_c(found, labels, args)
     learnt = [name for name in ("train", "validation") if name in parts]
-    fitted = fit(
-        np.concatenate([found[name] for name in learnt]),
-        np.concatenate([labels[name] for name in learnt]),
-        c,
-        args.max_iterations,
-        args.standardize,
-    )
+    with all_cores(state.num_processes):  # the other processes are at their end
+        c, swept = (args.c, []) if args.c else chosen_c(found, labels, args)
+        fitted = fit(
+            np.concatenate([found[name] for name in learnt]),
+            np.concatenate([labels[name] for name in learnt]),
+            c,
+            args.max_iterations,
+            args.standardize,
+        )
     metrics = metrics_of(fitted, found["test"], labels["test"])
     report_doubts(fitted, c, swept, args)
     results = metric_results(

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info
 
 from tests.training.processes import run_in_processes
 from tests.training.to_evaluate import COUNTS, write_pictures
-from training.linear_probe import LinearProbeArguments, c_of, fit, main, probe, sweep
+from training.linear_probe import LinearProbeArguments, all_cores, c_of, fit, main, probe, sweep
 from training.transfer import features as kept
 
 
@@ -89,6 +90,19 @@ def test_two_processes_give_what_one_gives(probe_args, tmp_path):
     kept = [sorted((tmp_path / f"cache-{n}").iterdir()) for n in (1, 2)]
     assert [path.name for path in kept[0]] == [path.name for path in kept[1]] and len(kept[0]) == 2
     assert all(one.read_bytes() == two.read_bytes() for one, two in zip(*kept))
+
+
+def test_fitting_has_all_cores_of_a_launcher_s_single_thread(monkeypatch):
+    def threads():
+        return [pool["num_threads"] for pool in threadpool_info()]
+
+    monkeypatch.setattr("training.linear_probe.os.sched_getaffinity", lambda process: range(3))
+    before = threads()
+    for processes, told, expected in ((1, "1", 0), (2, "4", 0), (2, "1", 3)):
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+        with all_cores(processes) as cores:
+            assert cores == expected and (threads() == before if not cores else 3 in threads())
+        assert threads() == before
 
 
 def test_a_fit_that_did_not_converge_is_said(probe_args, tmp_path, capsys):

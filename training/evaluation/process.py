@@ -1,7 +1,8 @@
 """This process of an evaluation, and where it computes."""
 
 import os
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -53,3 +54,18 @@ def check_own_gpu() -> None:
             f"{here} processes were started on this machine, which shows {gpus} GPUs: NCCL refuses two processes on "
             f"one. Start {gpus} (--num_processes {gpus}, or --nproc-per-node {gpus}), or look at CUDA_VISIBLE_DEVICES"
         )
+
+
+# The default group that it belongs to, and the group.
+_hosts: list[tuple[Any, Any]] = []
+
+
+def hosts() -> Any:
+    """The gloo group in which hosts tell each other things; the first call makes it, on all processes together.
+
+    Not the devices' group: what takes the first process an hour would end that, and what is told would lie on devices.
+    """
+    world = dist.group.WORLD
+    if not _hosts or _hosts[-1][0] is not world:
+        _hosts[:] = [(world, dist.new_group(backend="gloo", timeout=timedelta(days=1)))]
+    return _hosts[-1][1]

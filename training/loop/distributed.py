@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from training.evaluation.process import hosts
 from training.loop.watch import waiting
 
 
@@ -153,22 +154,6 @@ class StopVote:
         self._work.wait()
         self._work = None
         return bool(self._pending.item())
-
-
-# The default group that it belongs to, and the group.
-_hosts: list[tuple[Any, Any]] = []
-
-
-def hosts() -> Any:
-    """The gloo group in which hosts tell each other small things; the first call makes it, on all processes together.
-
-    It waits for whoever is heard (`training.loop.watch`): a file that takes the first process an hour ends nobody, as a
-    device's group would.
-    """
-    world = dist.group.WORLD
-    if not _hosts or _hosts[-1][0] is not world:
-        _hosts[:] = [(world, dist.new_group(backend="gloo", timeout=timedelta(days=1)))]
-    return _hosts[-1][1]
 
 
 Told = TypeVar("Told")

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from accelerate import PartialState
 
-from training.evaluation import process
+from tests.training.processes import run_in_processes
+from training.evaluation import embedding, process
 
 
 @pytest.mark.parametrize(("backend", "gpus", "refused"), [("nccl", 1, True), ("nccl", 2, False), ("gloo", 1, False)])
@@ -19,3 +21,21 @@ def test_two_processes_on_one_gpu_are_refused_where_nccl_would(monkeypatch, back
         ValueError, match=r"2 processes were started .* shows 1 GPUs: NCCL refuses .*\(--num_processes 1"
     ):
         process.check_own_gpu()
+
+
+def gathered_in_pieces(rank, world_size):
+    """The results of 11 batches, and how many of them any gather held."""
+    PartialState(cpu=True)  # as an evaluation does first
+    largest, original = [], embedding.dist.all_gather_object
+
+    def gather(found, own, group):
+        original(found, own, group=group)
+        largest.append(sum(map(len, found)))
+
+    embedding.PIECE, embedding.dist.all_gather_object = 2, gather
+    return embedding.map_batches(lambda rows: rows[0], 22, 2, "rows"), largest
+
+
+def test_results_of_all_processes_are_gathered_in_pieces():
+    expected = list(range(0, 22, 2)), [6, 5]
+    assert run_in_processes(gathered_in_pieces, 3) == [expected] * 3
