@@ -47,8 +47,9 @@ test-all: $(VENV)/installed  ## every test, the long ones too
 	$(PYTEST) -n $(WORKERS)
 	$(MAKE) test-core test-versions
 
-RANKS_TESTS := tests/training/test_launched.py tests/training/test_slurm.py $(addprefix tests/training/loop/test_,agreement.py watch.py)
-test-ranks: $(VENV)/installed  ## faults of several processes: signals, a stopped, dead or disagreeing one, slurm.sh
+RANKS_TESTS := tests/training/test_launched.py tests/training/test_slurm.py tests/training/data/test_start_up.py \
+	$(addprefix tests/training/loop/test_,agreement.py nodes.py pace.py watch.py)
+test-ranks: $(VENV)/installed  ## faults of several processes: signals, a stopped, dead or disagreeing one, other machines, slurm.sh
 	$(PYTEST) -n $(WORKERS) $(RANKS_TESTS)
 
 # A capability that the processor lacks ends the process, so the highest is forced only where it is there: without the
