@@ -143,6 +143,7 @@ def test_the_most_pairs_that_fit_do_and_one_more_does_not():
     assert most_pairs(args, 1, 1 << 20) == 0
 
 
+@pytest.mark.slow
 def test_the_methods_of_table_2_have_needs_of_their_own():
     """DeFILIP has all kinds: more memory and arithmetic than CLIP, and chunks need less than all at once."""
     path = Path(__file__).parents[2] / "training/configs"

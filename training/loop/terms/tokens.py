@@ -204,7 +204,7 @@ class TokenPair(Term):
     def loss_bytes(self, own: int, everyone: int, tokens: Mapping[str, int]) -> int:
         """Tokens of everyone and the gradients of all, for either direction, and what a block takes."""
         vectors = (tokens[self.image] + tokens[self.text]) * self._options["width"]
-        return 4 * (vectors * (everyone + 2 * (own + everyone)) + 3 * _DEVICE_ENTRIES)
+        return 4 * (vectors * (everyone + 5 * (own + everyone) // 3) + 2 * _DEVICE_ENTRIES)
 
     def loss_operations(self, everyone: int, tokens: Mapping[str, int]) -> float:
         """Four products of a pair's tokens with those of everyone, in either direction."""

@@ -160,6 +160,6 @@ def test_4096_pairs_need_less_than_3_gb_above_their_tokens(monkeypatch):
     (small, first), (large, second) = peak_above_inputs(256), peak_above_inputs(512)
     slope = (second - first) / (large - small)
     inputs = 4 * 4096 * (49 + 77) * 256
-    assert 0 < slope < 2.5 and first + slope * (inputs - small) < 3e9, (slope, first, second)
+    assert 0 < slope < 4 and first + slope * (inputs - small) < 3e9, (slope, first, second)
     term = TokenPair("global_caption_tokens", 1.0, {}, CONFIG)
-    assert term.loss_bytes(512, 512, {"global": 49, "caption": 77}) == pytest.approx(second + large, rel=0.25)
+    assert term.loss_bytes(512, 512, {"global": 49, "caption": 77}) == pytest.approx(second + large, rel=0.1)
