@@ -34,6 +34,8 @@ WORDS_WITH_A_MISSING_PATH = {
     "pyramidclip_command": "embed GONE --model GONE --output OUT.npz",
     "training.ablations": None,
     "training.demo": None,
+    "training.detection": "--model RN50 --train-data GONE:trainval --output-dir OUT",
+    "training.detection_table": "--recipe GONE --output-dir OUT --models a=RN50",
     "training.emoji.scenes": None,
     "training.evaluate": "--model GONE --data GONE",
     "training.figures": "check --model GONE --data GONE",
@@ -190,6 +192,8 @@ def test_each_exit_code_means_the_same(name, capsys, monkeypatch):
 # What comes beside 0, 1, 2 and 130, which all have.
 FURTHER = {
     "pyramidclip_command": {EXIT_SKIPPED},
+    "training.detection": {EXIT_STOPPED},
+    "training.detection_table": {EXIT_STOPPED},
     "training.finetune": {EXIT_STOPPED},
     "training.pretrain": {EXIT_UNPUBLISHED, EXIT_STOPPED},
 }

@@ -37,6 +37,8 @@ LONG = {
     "tests.bench.growth": "quarter of an hour",
     "tests.gpu": "a program of its own; tests/gpu/test_gpu.py",
     "training.ablations": "hours; tests/training/test_ablations.py",
+    "training.detection": "trains; tests/training/test_detection.py",
+    "training.detection_table": "trains; tests/training/test_detection.py",
     "training.emoji.scenes": "draws thousands of scenes; tests/training/emoji/test_scenes.py",
     "training.finetune": "trains; tests/training/test_finetune.py",
     "training.prepare.detect": "a detector of gigabytes; tests/training/prepare/test_detect.py",
@@ -322,6 +324,7 @@ def python_block(page):
 ELSEWHERE = {
     "MODEL_CARD.md": "tests/pyramidclip_hf/test_hub.py",
     "README.md": "tests/test_readme.py",
+    "docs/detection.md": "tests/training/test_detection.py",
     "docs/ecosystem.md": "tests/pyramidclip_hf/test_ecosystem.py",
 }
 HERE = {"docs/command.md", "docs/explain.md", "docs/transfer.md"}

@@ -35,6 +35,9 @@ SIBLINGS = {
     "modeling_pyramidclip_base": BLOCKS | {"fusion_pyramidclip"},
     "modeling_pyramidclip": MODEL,
     "modeling_pyramidclip_backbone": BLOCKS | {"modeling_pyramidclip_base"},
+    "configuration_detection": TOWERS,
+    "modeling_detection": BLOCKS
+    | {"modeling_pyramidclip_base", "configuration_detection", "image_processing_pyramidclip"},
     "explain": MODEL | {"modeling_pyramidclip", "image_processing_pyramidclip"},
     "image_processing_pyramidclip": {"configuration_pyramidclip"},
     "tokenization_pyramidclip": {"configuration_pyramidclip"},
@@ -67,6 +70,7 @@ DEPTH = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 RUNS_ANOTHER = {
     ("training.demo", "training.pretrain"),
     ("training.ablations", "training.pretrain"),
+    ("training.detection_table", "training.detection"),
     ("training.pretrain", "training.scale"),  # where a GPU's memory is too small
 }
 

@@ -108,6 +108,7 @@ def place_sprite(
     centre: tuple[float, float],
     angle: float,
     mirrored: bool,
+    masks: list[np.ndarray] | None = None,
 ) -> tuple[int, int, int, int]:
     """Pastes one emoji into an RGB picture, moved where it would leave it.
 
@@ -119,6 +120,7 @@ def place_sprite(
         centre: its middle in pixels.
         angle: degrees.
         mirrored: left to right.
+        masks: (height, width) bool, of what was pasted before: loses what is covered now, and gets this one's.
 
     Returns:
         The box of its visible pixels: x1, y1, x2, y2.
@@ -136,6 +138,12 @@ def place_sprite(
     x = round(min(max(centre[0] - drawn.width / 2, 0), picture.width - drawn.width))
     y = round(min(max(centre[1] - drawn.height / 2, 0), picture.height - drawn.height))
     picture.paste(drawn, (x, y), drawn)
+    if masks is not None:
+        visible = np.zeros((picture.height, picture.width), bool)
+        visible[y : y + drawn.height, x : x + drawn.width] = np.asarray(drawn.getchannel("A").point(_VISIBLE)) > 0
+        for mask in masks:
+            mask &= ~visible
+        masks.append(visible)
     return x, y, x + drawn.width, y + drawn.height
 
 

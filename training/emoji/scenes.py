@@ -16,6 +16,9 @@ the training captions or summaries); the web-like one is in `KEY.json` as `web_c
 `objects`: single objects for zero-shot classification, `--per-object` pictures of each; `KEY.json` has `class_name`
 and `class_index`, the folder has `classes.txt`, one name a line.
 
+`--format coco` or `voc` writes the first two splits as `training.detection` reads them instead, for a detector: the
+same pictures, with exact boxes and, in COCO's file, masks.
+
 The pictures contain OpenMoji artwork (CC BY-SA 4.0); `dataset.json` carries the attribution. Each scene is a function
 of (seed, split, number): the same settings give the same bytes with any number of workers, and a build that was
 stopped continues with the shards that are missing.
@@ -33,7 +36,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -44,6 +47,7 @@ from training.data.records import Region, Sample
 from training.data.shard_index import index_path
 from training.data.shards import ShardWriter, read_dataset_json, write_dataset_json
 from training.emoji import pictures, words
+from training.emoji.annotated import WRITERS, Drawn
 from training.prepare.steps.flags import parse_dataclasses
 
 SCENES_VERSION = 3
@@ -74,6 +78,10 @@ class SceneArguments:
         metadata={"help": "Share of its objects that it misses, and again of those that it calls by another name."},
     )
     workers: int = field(default=2, metadata={"help": "Processes that draw."})
+    format: Literal["shards", "coco", "voc"] = field(
+        default="shards",
+        metadata={"help": "coco, voc: the scenes with exact boxes (coco: and masks) for training.detection."},
+    )
     contact_sheet: str | None = field(default=None, metadata={"help": "Draw some samples into this PNG file."})
 
 
@@ -146,18 +154,58 @@ def detect(
     return [thing for thing, _ in found], [box for _, box in found]
 
 
+def _chosen(
+    recipe: Recipe, split: str, number: int, things: Sequence[words.Thing] | None, rng: random.Random
+) -> tuple[Sequence[words.Thing], str]:
+    """The things of a sample and its background, the first numbers that `rng` gives."""
+    if split == "objects":
+        things = [words.dress(words.OBJECTS[number % len(words.OBJECTS)], rng)]
+    elif split == "train":
+        things = words.training_things(rng)
+    return things or [], rng.choice(sorted(pictures.BACKGROUNDS))
+
+
+def make_annotated(recipe: Recipe, split: str, number: int, things: Sequence[words.Thing] | None = None) -> Drawn:
+    """What a detector learns of sample `number`: its bytes as in the shards, names, exact boxes and masks."""
+    rng = scene_rng(recipe, split, number)
+    chosen, scene = _chosen(recipe, split, number, things, rng)
+    masks: list[np.ndarray] = []
+    picture, shown, boxes = draw_scene(chosen, scene, recipe.picture_size, rng, masks)
+    kept = [i for i, mask in enumerate(masks) if mask.any()]  # what later ones cover whole is not to be seen
+    return as_jpeg(picture), [shown[i].name for i in kept], [boxes[i] for i in kept], [masks[i] for i in kept]
+
+
+def as_jpeg(picture: Image.Image) -> bytes:
+    """Encoded as everywhere here."""
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def build_annotated(recipe: Recipe, folder: str | Path, form: str) -> None:
+    """Draws the training and validation scenes into the folders of VOC or COCO, boxes and masks with them.
+
+    Raises:
+        ValueError: it holds scenes of another recipe, or the recipe has a detector that errs: boxes here are exact.
+    """
+    if recipe.detector_names < len(words.OBJECTS) or recipe.detector_mistakes:
+        raise ValueError("boxes are exact here: leave out --detector-names and --detector-mistakes")
+    claim_folder(recipe, folder)
+    for split in SPLITS[:2]:
+        plan = plan_validation(recipe) if split == "validation" else None
+        scenes = [make_annotated(recipe, split, n, plan[n] if plan else None) for n in range(recipe.count(split))]
+        WRITERS[form](Path(folder), split, scenes, recipe.picture_size)
+
+
 def make_sample(recipe: Recipe, split: str, number: int, things: Sequence[words.Thing] | None = None) -> Sample:
     """Sample `number` of a split; `things` from `plan_validation` for validation scenes."""
     rng = scene_rng(recipe, split, number)
     extra: dict[str, str | int] = {}
     if split == "objects":
         index = number % len(words.OBJECTS)
-        things = [words.dress(words.OBJECTS[index], rng)]
         extra = {"class_name": words.OBJECTS[index], "class_index": index}
-    elif split == "train":
-        things = words.training_things(rng)
-    scene = rng.choice(sorted(pictures.BACKGROUNDS))
-    picture, things, boxes = draw_scene(things or [], scene, recipe.picture_size, rng)
+    chosen, scene = _chosen(recipe, split, number, things, rng)
+    picture, things, boxes = draw_scene(chosen, scene, recipe.picture_size, rng)
     if split == "train":
         caption = words.web_caption(things, scene, rng)
     else:
@@ -174,11 +222,9 @@ def make_sample(recipe: Recipe, split: str, number: int, things: Sequence[words.
         )
         for thing, b in zip(found, boxes)
     ]
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=90)
     return Sample(
         key=f"{split}-{number:07d}",
-        image=file.getvalue(),
+        image=as_jpeg(picture),
         image_suffix="jpg",
         caption=caption,
         summary=words.summary(things, scene),
@@ -190,7 +236,11 @@ def make_sample(recipe: Recipe, split: str, number: int, things: Sequence[words.
 
 
 def draw_scene(
-    things: Sequence[words.Thing], scene: str, size: int, rng: random.Random
+    things: Sequence[words.Thing],
+    scene: str,
+    size: int,
+    rng: random.Random,
+    masks: list[np.ndarray] | None = None,
 ) -> tuple[Image.Image, list[words.Thing], list[PixelBox]]:
     """Draws the objects on a background.
 
@@ -199,6 +249,7 @@ def draw_scene(
         scene: the background.
         size: side of the picture in pixels.
         rng: decides places and pixels.
+        masks: gets (size, size) bool of each thing, what later ones cover left out, in the order of the result.
 
     Returns:
         The picture, the things and their boxes in pixels, largest first.
@@ -209,17 +260,20 @@ def draw_scene(
     things = sorted(things, key=lambda thing: -sides[thing.name])
     taken: list[tuple[tuple[float, float], float]] = []
     boxes: list[PixelBox] = []
+    drawn: list[np.ndarray] = []
     for thing in things:
         side = sides[thing.name]
         centre = _free_place(side, size, taken, rng)
         box = pictures.place_sprite(
-            picture, thing.name, thing.tint, side, centre, rng.uniform(-15, 15), rng.random() < 0.5
+            picture, thing.name, thing.tint, side, centre, rng.uniform(-15, 15), rng.random() < 0.5, drawn
         )
         taken.append((centre, side))
         boxes.append(box)
         x1, y1, x2, y2 = (round(v / size, 4) for v in box)
         thing.box = (x1, y1, x2, y2)
     order = sorted(range(len(things)), key=lambda i: -max(boxes[i][2] - boxes[i][0], boxes[i][3] - boxes[i][1]))
+    if masks is not None:
+        masks.extend(drawn[i] for i in order)
     return picture, [things[i] for i in order], [boxes[i] for i in order]
 
 
@@ -358,8 +412,12 @@ def run(arguments: SceneArguments) -> None:
     recipe = Recipe(**{name.name: getattr(arguments, name.name) for name in fields(Recipe) if name.name != "version"})
     if arguments.output_dir:
         start = time.monotonic()
-        build(recipe, arguments.output_dir, arguments.workers)
-        counts = ", ".join(f"{recipe.count(split)} {split}" for split in SPLITS)
+        if arguments.format == "shards":
+            build(recipe, arguments.output_dir, arguments.workers)
+        else:
+            build_annotated(recipe, arguments.output_dir, arguments.format)
+        splits = SPLITS if arguments.format == "shards" else SPLITS[:2]
+        counts = ", ".join(f"{recipe.count(split)} {split}" for split in splits)
         print(f"{arguments.output_dir}: {counts}; {time.monotonic() - start:.1f} s")
     if arguments.contact_sheet:
         draw_contact_sheet(recipe, arguments.contact_sheet)

@@ -1,4 +1,4 @@
-"""Parameter groups, AdamW, the learning rate as a function of the step, and the moving average of the weights."""
+"""Parameter groups, AdamW and SGD, the learning rate of a step, and the moving average of the weights."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 # Besides every parameter with at most one axis (norms, biases, class embedding, logit_scale), these keep their size
 # by design.
@@ -51,6 +52,23 @@ def build_optimizer(
     return torch.optim.AdamW(
         parameter_groups(model, weight_decay), lr=learning_rate, betas=betas, eps=epsilon, fused=fused
     )
+
+
+def build_sgd(model: nn.Module, learning_rate: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    """SGD with momentum; weight decay on all but norms, biases of other layers included, as detectron2 has it.
+
+    Raises:
+        ValueError: No parameter is left to train.
+    """
+    norms = {id(p) for m in model.modules() if isinstance(m, (_NormBase, nn.LayerNorm)) for p in m.parameters(False)}
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[id(parameter) not in norms].append(parameter)
+    if not any(groups.values()):
+        raise ValueError("no parameter is left to train")
+    both = [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+    return torch.optim.SGD([group for group in both if group["params"]], lr=learning_rate, momentum=momentum)
 
 
 def learning_rate_at(

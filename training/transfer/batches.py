@@ -84,7 +84,21 @@ class LabelledBatches(torch.utils.data.Dataset):
         return view.flip(-1) if self.flip and draws[_FLIP].random() < 0.5 else view
 
 
-class LabelledReader(BatchReader):
+class StrictReader(BatchReader):
+    """Batches of which a picture that cannot be read ends the run with its name."""
+
+    def _account(self, report: BatchReport, samples: int, epoch: int) -> None:
+        if report.bad:
+            self.close()
+            number, name, _, detail = report.bad[0]
+            raise DataError(
+                f"picture {number} of {name}: {detail}. Training on labelled pictures replaces none of them: repair or "
+                "remove it, and continue with --resume latest where only its pixels change"
+            )
+        self._counts["samples"] += samples
+
+
+class LabelledReader(StrictReader):
     """The training batches of this process; a picture that cannot be read ends the run with its name."""
 
     def __init__(self, part: Part, processor: PyramidCLIPProcessor, args: FinetuneArguments, device: torch.device):
@@ -101,13 +115,3 @@ class LabelledReader(BatchReader):
         )
         self.fingerprint = fingerprint(part)
         self.description = [{"name": part.source, "samples": len(data), "classes": len(data.class_names)}]
-
-    def _account(self, report: BatchReport, samples: int, epoch: int) -> None:
-        if report.bad:
-            self.close()
-            number, name, _, detail = report.bad[0]
-            raise DataError(
-                f"picture {number} of {name}: {detail}. Training on labelled pictures replaces none of them: repair or "
-                "remove it, and continue with --resume latest where only its pixels change"
-            )
-        self._counts["samples"] += samples

