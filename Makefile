@@ -73,7 +73,7 @@ VERSIONS_TESTS := tests/pyramidclip_hf tests/test_accelerate_files.py --ignore t
 .venv-oldest/passed: PACKAGES := torch==2.6.0 torchvision==0.21.0 transformers==5.11.0 numpy==2.0.0 pillow==11.0.0 \
 	ftfy==6.3.0 accelerate==1.10.0
 .venv-middle/passed: PACKAGES := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 accelerate==1.15.0 pyarrow \
-	pyyaml tensorboard matplotlib scikit-learn timm $(GPU_WHEELS)
+	pyyaml tensorboard matplotlib scikit-learn timm xxhash $(GPU_WHEELS)
 .venv-newest/passed: PACKAGES := torch torchvision transformers huggingface_hub numpy pillow accelerate
 .venv-middle/passed: MORE_TESTS := tests/gpu
 # Other Pythons too, where they are installed.
