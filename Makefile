@@ -8,7 +8,7 @@ CORE_TORCH := 2.13.0
 CORE_TESTS := tests/pyramidclip_hf --ignore tests/pyramidclip_hf/vinvl tests/test_core_environment.py
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-main test-core test-all test-ranks test-kernels test-upstream bench gpu gpu-wheels test-versions lint clean
+.PHONY: help setup demo test test-main test-core test-all test-ranks test-faults test-kernels test-upstream bench gpu gpu-wheels test-versions lint clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -46,6 +46,10 @@ $(CORE)/installed: setup.cfg pyproject.toml constraints.txt
 test-all: $(VENV)/installed  ## every test, the long ones too
 	$(PYTEST) -n $(WORKERS)
 	$(MAKE) test-core test-versions
+
+test-faults: $(VENV)/installed  ## runs killed at each file operation, on a full disk, with damaged files; hostile bytes
+	$(PYTEST) -n $(WORKERS) tests/faults tests/test_fuzz.py tests/training/data/test_faults.py \
+		tests/training/loop/test_resume.py tests/training/prepare/steps/test_work.py
 
 RANKS_TESTS := tests/training/test_launched.py tests/training/test_slurm.py tests/training/data/test_start_up.py \
 	$(addprefix tests/training/loop/test_,agreement.py nodes.py pace.py watch.py)

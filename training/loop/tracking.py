@@ -222,6 +222,8 @@ class MetricsLog:
         if not self.accelerator.is_main_process:
             return []
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in self.path.parent.glob(f".{self.path.name}.*.partial"):  # of a run that was killed here
+            leftover.unlink()
         if not step or not self.path.is_file():
             write_atomically(self.path, b"")
             return []

@@ -33,6 +33,7 @@ Settings = TypeVar("Settings")
 _ARGUMENT = re.compile(r"^argument [^:]*: ")
 # Far more than settings are: bytes of a file, and values and letters with every alias written out.
 _MAX_YAML_BYTES, _MAX_YAML_VALUES = 1 << 17, 1 << 20
+_MAX_YAML_DEPTH = 100
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _TRUTHS = dict.fromkeys(("yes", "true", "t", "y", "1"), True)
 _TRUTHS |= dict.fromkeys(("no", "false", "f", "n", "0"), False)
@@ -308,8 +309,14 @@ def _read_mapping(path: Path, keys: str) -> dict[str, Any]:
 
 
 def _load_yaml(text: str) -> Any:
-    """As `yaml.safe_load`; RecursionError where merge keys (`<<`) copy more values than settings are."""
+    """As `yaml.safe_load`; RecursionError where nesting, or what merge keys (`<<`) copy, is beyond all settings."""
     import yaml
+
+    depth = 0
+    for mark in re.findall(r"[][{}]", text):  # PyYAML takes seconds for a thousand of them
+        depth += -1 if mark in "]}" else 1
+        if depth > _MAX_YAML_DEPTH:
+            raise RecursionError
 
     class Loader(yaml.SafeLoader):
         left = _MAX_YAML_VALUES

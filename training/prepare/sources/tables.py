@@ -21,6 +21,8 @@ TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 # Of Parquet, so much is unpacked at a time, or one row.
 _BATCH_BYTES = 256 << 20
+# Beside the first two, which are pyarrow's own: text that is not UTF-8, kinds that it does not know.
+_PARQUET_ERRORS = (ValueError, OSError, NotImplementedError, KeyError, TypeError, OverflowError)
 
 
 class TableRow(NamedTuple):
@@ -224,12 +226,28 @@ def _parquet(path: str) -> "ParquetFile":
         raise ImportError('Parquet tables need pyarrow: pip install -e ".[train]"') from error
     try:
         return ParquetFile(path)
-    except (ValueError, OSError) as error:  # pyarrow's own are among these
+    except _PARQUET_ERRORS as error:
         raise ValueError(f"{path} is no Parquet table that can be read: {error}") from error
 
 
 def _part_of_parquet(part: SourcePart, columns: Sequence[str | None] | None) -> Iterator[TableRow]:
-    """Only the row groups that hold the part are read, a few rows at a time."""
+    """Only the row groups that hold the part are read, a few rows at a time.
+
+    Raises:
+        ValueError: the table is damaged.
+    """
+    rows = _rows_of_parquet(part, columns)
+    while True:
+        try:
+            row = next(rows, None)
+        except _PARQUET_ERRORS as error:
+            raise ValueError(f"{part.path} is no Parquet table that can be read: {error}") from error
+        if row is None:
+            return
+        yield row
+
+
+def _rows_of_parquet(part: SourcePart, columns: Sequence[str | None] | None) -> Iterator[TableRow]:
     table, stop = _parquet(part.path), part.start + (part.rows or 0)
     position = 0
     for group in range(table.num_row_groups):
