@@ -166,7 +166,7 @@ class ClassificationTask(Task):
 
 def classification_task(args: FinetuneArguments, accelerator: Any, folder: Path) -> ClassificationTask:
     """The task of these settings; `accelerator` decides the device."""
-    parts = together(lambda: open_parts(args))  # before the processes share the looking at pictures
+    parts = together(lambda: open_parts(args, args.dataset))  # before the processes share the looking at pictures
     parts, bad = measurable(parts)
     if bad:
         told = f"{parts['validation'].source}: {len(bad)} of {len(bad) + len(parts['validation'].numbers)}"

@@ -1,7 +1,7 @@
 """Linear probe: logistic regression on the features of a frozen picture encoder (paper, sections 4.4, B.2 and D).
 
     python -m training.linear_probe --model DIR --train-data FOLDER --test-data FOLDER [--features backbone|projected]
-    python -m training.linear_probe --model DIR --train-data ROOT --dataset pets
+    python -m training.linear_probe --model DIR --train-data ROOT --dataset pets cars
     accelerate launch --num_processes 4 -m training.linear_probe ...
 
 From the paper (appendix B.2): scikit-learn's logistic regression by L-BFGS, at most 1000 iterations, the strength of
@@ -32,12 +32,12 @@ from pyramidclip_command import run_command
 from pyramidclip_hf.loading import load_model
 from training.evaluation.classification import classification_metrics
 from training.evaluation.process import this_process
-from training.evaluation.results import metric_results, results_table, write_csv, write_json
+from training.evaluation.results import average_results, metric_results, results_table, write_csv, write_json
 from training.evaluation.sets import TABLE_7
 from training.settings.parts import check_part_settings
 from training.settings.reading import parse_settings
 from training.transfer.features import FeatureKind, Features, cached_features
-from training.transfer.parts import Numbers, open_parts
+from training.transfer.parts import Numbers, Part, open_parts
 
 Metric = Literal["top_1", "mean_per_class"]
 Scores = np.ndarray[Any, np.dtype[np.floating[Any]]]
@@ -57,9 +57,12 @@ class LinearProbeArguments:
     train_data: str = field(metadata={"help": "folder with a sub-folder a class, or labelled shards"})
     validation_data: str | None = field(default=None, metadata={"help": "the same, for the sweep of C"})
     test_data: str | None = field(default=None, metadata={"help": "the same, for the result"})
-    dataset: str | None = field(
-        default=None,
-        metadata={"help": f"train and test part of {', '.join(TABLE_7)}; train_data is the folder that holds it"},
+    dataset: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": f"train and test part of {', '.join(TABLE_7)}; several at once; train_data is the folder that "
+            "holds them"
+        },
     )
     validation_fraction: float | None = field(
         default=None,
@@ -103,8 +106,12 @@ class LinearProbeArguments:
         """What can be refused before anything is loaded."""
         if self.validation_fraction is None:
             self.validation_fraction = 0.0 if self.validation_data or self.c else 0.2
-        check_part_settings(self)
-        self.metric = self.metric or (cast(Metric, TABLE_7[self.dataset].metric) if self.dataset else "top_1")
+        check_part_settings(self, self.dataset)
+        several = [name for name in ("validation_data", "classes", "dataset_name") if getattr(self, name)]
+        if len(self.dataset) > 1 and several:
+            raise ValueError(f"{several[0]} is for one data set, dataset names {self.dataset}")
+        if repeated := [name for name in self.dataset if self.dataset.count(name) > 1]:
+            raise ValueError(f"dataset names {repeated[0]} more than once")
         for name in ("batch_size", "max_iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number of at least 1, got {getattr(self, name)}")
@@ -114,6 +121,10 @@ class LinearProbeArguments:
             raise ValueError("nothing to measure on: give test_data, or test_fraction to hold out a share, or dataset")
         if self.c is None and not self.validation_data and not self.validation_fraction:
             raise ValueError("sweeping C needs validation data: give validation_data, validation_fraction or c")
+
+    def metric_of(self, dataset: str | None) -> Metric:
+        """What the sweep of C maximises on one of the data sets; None: on the data that `train_data` are."""
+        return self.metric or (cast(Metric, TABLE_7[dataset].metric) if dataset else "top_1")
 
 
 @dataclass(frozen=True)
@@ -211,19 +222,19 @@ def metrics_of(fitted: Fit, features: Features, labels: Numbers) -> dict[str, fl
 
 
 def chosen_c(
-    found: Mapping[str, Features], labels: Mapping[str, Numbers], args: LinearProbeArguments
+    found: Mapping[str, Features], labels: Mapping[str, Numbers], metric: Metric, args: LinearProbeArguments
 ) -> tuple[float, list[dict[str, Any]]]:
     """The C that the sweep finds, and what it saw: of each C `c`, the metric, `converged`.
 
     Args:
         found: Part -> its features.
         labels: Part -> its labels.
+        metric: What is maximised.
         args: The settings.
     """
     from tqdm.auto import tqdm
 
     rows: list[dict[str, Any]] = []
-    metric = args.metric or "top_1"
     with tqdm(desc="sweep of C", unit="fit") as bar:
 
         def score(step: int) -> float:
@@ -238,7 +249,7 @@ def chosen_c(
 
 
 def probe(args: LinearProbeArguments) -> list[EvalResult] | None:
-    """The whole probe.
+    """The whole probe, of each data set that is named, and their mean.
 
     Returns:
         In the first process the results, which it writes and prints too; None in the others, which end as soon as the
@@ -251,51 +262,65 @@ def probe(args: LinearProbeArguments) -> list[EvalResult] | None:
     """
     state, device = this_process(args.device, args.cpu)
     started = time.perf_counter()
-    parts = open_parts(args)
+    parts = {name: open_parts(args, name) for name in args.dataset or (None,)}
     loaded = load_model(args.model, dtype=args.dtype, device=device)
     # Train last: a bad picture among those to measure on must not be found after the hours that the others take.
-    order = sorted(parts, key="train".__eq__)
-    found = {name: cached_features(loaded.model, loaded.processor, parts[name], args) for name in order}
+    order = [(name, part) for part in ("test", "validation", "train") for name in parts if part in parts[name]]
+    found: dict[str | None, dict[str, Features]] = {name: {} for name in parts}
+    for name, part in order:
+        found[name][part] = cached_features(loaded.model, loaded.processor, parts[name][part], args)
     if not state.is_main_process:
         return None
+    config = f"linear probe, {args.features}"
+    results, main_values, told = [], dict[str, float](), dict[str, dict[str, Any]]()
+    for name in parts:
+        data = parts[name]["test"].data
+        with all_cores(state.num_processes):  # the other processes are at their end
+            metrics, one = fitted_to(parts[name], found.pop(name), args.metric_of(name), args)
+        results += metric_results("image-classification", data, args.split, metrics, config, args.dataset_name)
+        if name and data.main_metric:
+            main_values[name] = metrics[data.main_metric[0]]
+        told[name or data.name] = one
+    results += average_results("image-classification", main_values, config)
+    details = vars(args) | (one if len(told) == 1 else {"data_sets": told})
+    details |= {"seconds": round(time.perf_counter() - started, 2), "processes": state.num_processes}
+    if args.output:
+        write_json(results, args.output, Path(args.model).name, details)
+    if args.csv:
+        write_csv(results, args.csv)
+    print(results_table(results))
+    for name, one in told.items():
+        of = f"{name}: " if len(told) > 1 else ""
+        print(f"{of}C {one['c']:.4g}, {one['iterations']} iterations, features of width {one['feature_size']}")
+    return results
+
+
+def fitted_to(
+    parts: Mapping[str, Part], found: Mapping[str, Features], metric: Metric, args: LinearProbeArguments
+) -> tuple[dict[str, float | int], dict[str, Any]]:
+    """The metrics of one data set's test part, and what a result file tells of how they came about.
+
+    Args:
+        parts: Of the data set.
+        found: Part -> its features.
+        metric: What the sweep of C maximises.
+        args: The settings.
+    """
     labels = {name: part.labels for name, part in parts.items()}
     learnt = [name for name in ("train", "validation") if name in parts]
-    with all_cores(state.num_processes):  # the other processes are at their end
-        c, swept = (args.c, []) if args.c else chosen_c(found, labels, args)
-        fitted = fit(
-            np.concatenate([found[name] for name in learnt]),
-            np.concatenate([labels[name] for name in learnt]),
-            c,
-            args.max_iterations,
-            args.standardize,
-        )
-    metrics = metrics_of(fitted, found["test"], labels["test"])
+    c, swept = (args.c, []) if args.c else chosen_c(found, labels, metric, args)
+    features, numbers = (np.concatenate([of[name] for name in learnt]) for of in (found, labels))
+    fitted = fit(features, numbers, c, args.max_iterations, args.standardize)
     report_doubts(fitted, c, swept, args)
-    results = metric_results(
-        "image-classification",
-        parts["test"].data,
-        args.split,
-        metrics,
-        config=f"linear probe, {args.features}",
-        dataset_name=args.dataset_name,
-    )
-    details = vars(args) | {
+    return metrics_of(fitted, found["test"], labels["test"]), {
+        "metric": metric,
         "c": c,
         "sweep": swept,
         "iterations": fitted.iterations,
         "converged": fitted.converged,
         "pictures": {name: len(part.numbers) for name, part in parts.items()},
         "feature_size": found["train"].shape[1],
-        "seconds": round(time.perf_counter() - started, 2),
-        "processes": state.num_processes,
     }
-    if args.output:
-        write_json(results, args.output, Path(args.model).name, details)
-    if args.csv:
-        write_csv(results, args.csv)
-    print(results_table(results))
-    print(f"C {c:.4g}, {fitted.iterations} iterations, features of width {details['feature_size']}")
-    return results
 
 
 def report_doubts(fitted: Fit, c: float, swept: Sequence[Mapping[str, Any]], args: LinearProbeArguments) -> None:

@@ -1,5 +1,6 @@
 """The linear probe against a plain solver, one picture at a time, and one process against two."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -123,26 +124,35 @@ def test_features_that_hardly_differ_are_said_and_standardised_on_demand(probe_a
     assert "hardly differ" not in capsys.readouterr().err
 
 
+def lay_out_pets_and_food(root, train, test):
+    """Pictures of classes as Oxford-IIIT Pets, and the same as Food-101."""
+    pets, food = root / "oxford-iiit-pet", root / "food-101"
+    for folder in (pets / "annotations", pets / "images", food / "meta"):
+        folder.mkdir(parents=True)
+    classes = {name: number for number, name in enumerate(sorted(COUNTS), 1)}
+    for split, of_food, folder in (("trainval", "train", train), ("test", "test", test)):
+        lines, listed = [], {name: [] for name in COUNTS}
+        for path in sorted(Path(folder).rglob("*.png")):
+            kind, name = path.parent.name, f"{path.parent.name}_{split}{path.stem}"
+            lines.append(f"{name} {classes[kind]} 1 1")
+            listed[kind].append(f"{kind}/{name}")
+            (food / "images" / kind).mkdir(parents=True, exist_ok=True)
+            for copy in (pets / "images" / f"{name}.jpg", food / "images" / kind / f"{name}.jpg"):
+                copy.write_bytes(path.read_bytes())
+        (pets / "annotations" / f"{split}.txt").write_text("\n".join(lines) + "\n")
+        (food / "meta" / f"{of_food}.json").write_text(json.dumps(listed))
+
+
 def test_the_paper_s_data_sets(probe_args, tmp_path):
-    base = tmp_path / "data/oxford-iiit-pet"
-    for split, folder in (("trainval", probe_args.train_data), ("test", probe_args.test_data)):
-        paths = sorted(Path(folder).rglob("*.png"))
-        names = [f"{path.parent.name}_{split}{path.stem}" for path in paths]
-        classes = {name: number for number, name in enumerate(sorted(COUNTS), 1)}
-        lines = [f"{name} {classes[path.parent.name]} 1 1" for name, path in zip(names, paths)]
-        (base / "annotations").mkdir(parents=True, exist_ok=True)
-        (base / "annotations" / f"{split}.txt").write_text("\n".join(lines) + "\n")
-        for name, path in zip(names, paths):
-            (base / "images").mkdir(exist_ok=True)
-            (base / "images" / f"{name}.jpg").write_bytes(path.read_bytes())
+    lay_out_pets_and_food(tmp_path / "data", probe_args.train_data, probe_args.test_data)
     named = LinearProbeArguments(
         model=probe_args.model,
         train_data=str(tmp_path / "data"),
-        dataset="pets",
+        dataset=["pets"],
         cpu=True,
         cache_dir=probe_args.cache_dir,
     )
-    assert named.metric == "mean_per_class" and probe_args.metric == "top_1"
+    assert named.metric_of("pets") == "mean_per_class" and probe_args.metric_of(None) == "top_1"
     found = probe(named)
     assert "Oxford-IIIT Pets (not the paper's split: found 24 in 3 classes" in found[0].dataset_name
     plain = LinearProbeArguments(
@@ -152,6 +162,27 @@ def test_the_paper_s_data_sets(probe_args, tmp_path):
     )  # fmt: skip
     for metric in ("top_1", "mean_per_class"):
         assert value_of(found, metric) == pytest.approx(value_of(probe(plain), metric), abs=1e-6)
+
+
+def test_several_data_sets_end_with_the_mean_of_the_metrics_they_are_known_by(probe_args, tmp_path, capsys):
+    for number in range(4):  # what a classifier gets wrong, so that the two metrics differ
+        (tmp_path / "test/blue" / f"{number:02d}.png").rename(tmp_path / "test/green" / f"1{number}.png")
+    lay_out_pets_and_food(tmp_path / "data", probe_args.train_data, probe_args.test_data)
+    changes = {"train_data": str(tmp_path / "data"), "test_data": None}
+    several = dataclasses.replace(probe_args, **changes, dataset=["pets", "food101"])
+    found = probe(several)
+    assert "2 data sets" in capsys.readouterr().out
+    told = json.loads((tmp_path / "probe.json").read_text())["details"]["data_sets"]
+    assert {name: one["metric"] for name, one in told.items()} == {"pets": "mean_per_class", "food101": "top_1"}
+    alone = []
+    for name, metric in (("pets", "mean_per_class"), ("food101", "top_1")):
+        one = probe(dataclasses.replace(several, dataset=[name]))
+        assert json.loads((tmp_path / "probe.json").read_text())["details"]["c"] == told[name]["c"]
+        of_it = [result.metric_value for result in found if result.dataset_name == one[0].dataset_name]
+        assert of_it == [result.metric_value for result in one]
+        alone.append(value_of(one, metric))
+    assert alone[0] != alone[1]
+    assert value_of(found, "mean_of_main_metrics") == pytest.approx(sum(alone) / 2)
 
 
 def test_what_is_wrong_is_said(probe_args, tmp_path, capsys, monkeypatch):
@@ -169,6 +200,8 @@ def test_what_is_wrong_is_said(probe_args, tmp_path, capsys, monkeypatch):
     assert "no folder" in error_of("--test-data", str(tmp_path / "nowhere"))
     assert "dataset: expected one of cifar10, " in error_of("--dataset", "mnist")
     assert "pets has its own test part: leave out" in error_of("--dataset", "pets", "--test-fraction", "0.2")
+    assert "classes is for one data set" in error_of("--dataset", "pets", "cars", "--classes", "names")
+    assert "dataset names pets more than once" in error_of("--dataset", "pets", "pets")
     assert "--device cuda:0 and --cpu contradict" in error_of("--test-fraction", "0.2", "--device", "cuda:0")
     assert "lacks Oxford-IIIT Pets" in error_of("--dataset", "pets")
     (tmp_path / "test" / "green" / "03.png").write_bytes(b"no picture")

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def metric_results(
     config: str | None = None,
     dataset_name: str | None = None,
 ) -> list[EvalResult]:
-    """One result for each metric of a task on data.
+    """One result for each metric of a task on data; that which the data set is known by is marked.
 
     Args:
         task: its name on the Hub.
@@ -90,6 +91,7 @@ def metric_results(
     """
     kind = data.described.get("dataset_type") if dataset_name is None else None
     name = dataset_name or data.name
+    main, note = data.main_metric or (None, None)
     return [
         EvalResult(
             task_type=task,
@@ -98,9 +100,47 @@ def metric_results(
             dataset_config=config,
             dataset_split=split,
             metric_type=metric,
+            metric_name=note if metric == main else None,
             metric_value=value,
         )
         for metric, value in metrics.items()
+    ]
+
+
+def averages(main_values: Mapping[str, float]) -> dict[str, float]:
+    """What tables of several data sets end with: {"11 data sets": mean of the metric that each is known by}.
+
+    Args:
+        main_values: name of a data set -> its value. Where ImageNet is among more than two, the mean of the others is
+            there as well, as in the paper's Tables 4, 11 and 12.
+    """
+    found = {}
+    if len(main_values) > 1:
+        found[f"{len(main_values)} data sets"] = statistics.fmean(main_values.values())
+    others = [value for name, value in main_values.items() if name != "imagenet"]
+    if len(main_values) > len(others) > 1:
+        found[f"{len(others)} data sets without ImageNet"] = statistics.fmean(others)
+    return found
+
+
+def average_results(task: str, main_values: Mapping[str, float], config: str | None = None) -> list[EvalResult]:
+    """The lines of `averages` behind the results of several data sets.
+
+    Args:
+        task: its name on the Hub.
+        main_values: see `averages`.
+        config: what was measured there, where there are several.
+    """
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=hub_identifier(name),
+            dataset_name=name,
+            dataset_config=config,
+            metric_type="mean_of_main_metrics",
+            metric_value=value,
+        )
+        for name, value in averages(main_values).items()
     ]
 
 

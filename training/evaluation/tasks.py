@@ -3,8 +3,7 @@
 A task is a function `(model, processor, args) -> list of EvalResult` in `TASKS`.
 """
 
-import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -22,7 +21,7 @@ from training.evaluation.captions import CAPTION_SETS, CaptionedPictures, captio
 from training.evaluation.classification import classification_metrics, read_templates, zero_shot_scores
 from training.evaluation.embedding import embed_levels, levels_of_pairs
 from training.evaluation.hub import CaptionedRows, is_hub_data, labelled_hub
-from training.evaluation.results import hub_identifier
+from training.evaluation.results import average_results, hub_identifier
 from training.evaluation.retrieval import check_pairs, level_metrics
 from training.evaluation.sets import TABLE_7, open_set
 
@@ -223,33 +222,7 @@ def evaluate_zero_shot(
             )
             for metric, value in metrics.items()
         ]
-    results += [
-        EvalResult(
-            task_type="zero-shot-image-classification",
-            dataset_type=hub_identifier(name),
-            dataset_name=name,
-            metric_type="mean_of_main_metrics",
-            metric_value=value,
-        )
-        for name, value in averages(main_values).items()
-    ]
-    return results
-
-
-def averages(main_values: Mapping[str, float]) -> dict[str, float]:
-    """What tables of several data sets end with: {"11 data sets": mean of the metric that each is known by}.
-
-    Args:
-        main_values: name of a data set -> its value. Where ImageNet is among more than two, the mean of the others is
-            there as well, as in the paper's Tables 4, 11 and 12.
-    """
-    found = {}
-    if len(main_values) > 1:
-        found[f"{len(main_values)} data sets"] = statistics.fmean(main_values.values())
-    others = [value for name, value in main_values.items() if name != "imagenet"]
-    if len(main_values) > len(others) > 1:
-        found[f"{len(others)} data sets without ImageNet"] = statistics.fmean(others)
-    return found
+    return results + average_results("zero-shot-image-classification", main_values)
 
 
 def _result(

@@ -115,6 +115,6 @@ class FinetuneArguments(RunSettings):
         super().__post_init__()
         if not self.model:
             raise ValueError("model: expected a folder with saved weights, a Hub id, or an architecture")
-        check_part_settings(self)
+        check_part_settings(self, [self.dataset] if self.dataset else [])
         if self.head_epochs > self.epochs:
             raise ValueError(f"head_epochs {self.head_epochs} are part of all epochs, of which there are {self.epochs}")

@@ -1,5 +1,6 @@
 """What settings say about labelled parts of data: the one to train on, and those to validate and test on."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from training.evaluation.sets import TABLE_7
@@ -10,13 +11,12 @@ class PartSettings(Protocol):
     """The settings from which the parts "train", "validation" and "test" are opened.
 
     Attributes:
-        train_data: A folder with a sub-folder of pictures for each class, or labelled shards; with `dataset`, the
-            folder that holds it.
+        train_data: A folder with a sub-folder of pictures for each class, or labelled shards; with named data sets, the
+            folder that holds them.
         validation_data: The same, or None.
         test_data: The same, or None.
         validation_fraction: Share of each class held out of the training data where no `validation_data` are named.
         test_fraction: The same for `test_data`; it is taken first.
-        dataset: One of `TABLE_7`, which has a test part of its own, or None.
         classes: A file with class names, or None.
         seed: Of what is held out.
     """
@@ -25,7 +25,6 @@ class PartSettings(Protocol):
     validation_data: str | None
     test_data: str | None
     test_fraction: float
-    dataset: str | None
     classes: str | None
     seed: int
 
@@ -34,8 +33,12 @@ class PartSettings(Protocol):
         """None as 0."""
 
 
-def check_part_settings(settings: PartSettings) -> None:
+def check_part_settings(settings: PartSettings, datasets: Sequence[str] = ()) -> None:
     """Refuses what can be refused before anything is opened.
+
+    Args:
+        settings: To check.
+        datasets: Those that are named beside them, each of `TABLE_7`, which have test parts of their own.
 
     Raises:
         ValueError: The message names the setting, what was expected and what came.
@@ -44,8 +47,8 @@ def check_part_settings(settings: PartSettings) -> None:
     check_share("test_fraction", settings.test_fraction)
     if not settings.train_data:
         raise ValueError("train_data: expected a folder with a sub-folder of pictures for each class, or shards")
-    if settings.dataset:
-        if settings.dataset not in TABLE_7:
-            raise ValueError(f"dataset: expected one of {', '.join(TABLE_7)}, got {settings.dataset!r}")
+    for name in datasets:
+        if name not in TABLE_7:
+            raise ValueError(f"dataset: expected one of {', '.join(TABLE_7)}, got {name!r}")
         if settings.test_data or settings.test_fraction:
-            raise ValueError(f"dataset {settings.dataset} has its own test part: leave out test_data and test_fraction")
+            raise ValueError(f"dataset {name} has its own test part: leave out test_data and test_fraction")

@@ -118,14 +118,18 @@ class Part:
         )
 
 
-def open_parts(args: PartSettings) -> dict[str, Part]:
+def open_parts(args: PartSettings, dataset: str | None = None) -> dict[str, Part]:
     """The parts "train", "validation" and "test" that settings name; one that they do not name is absent.
+
+    Args:
+        args: The settings.
+        dataset: One of `TABLE_7` under the folder `train_data`; None: `train_data` are the pictures.
 
     Raises:
         ValueError: Classes differ, or both a source and a share are named.
     """
-    if args.dataset:
-        data, test = open_both_splits(args.dataset, args.train_data, args.classes)
+    if dataset:
+        data, test = open_both_splits(dataset, args.train_data, args.classes)
         parts = {"train": Part(args.train_data, data, np.arange(len(data)))}
         parts["test"] = Part(args.train_data, with_classes_of(test, data), np.arange(len(test)))
     else:

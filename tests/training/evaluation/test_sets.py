@@ -11,8 +11,8 @@ import torchvision.datasets
 from PIL import Image
 from scipy.io import savemat
 
+from training.evaluation.results import averages
 from training.evaluation.sets import PAPER_METRIC, TABLE_7, open_both_splits, open_set
-from training.evaluation.tasks import averages
 
 pytest.importorskip("clip_benchmark")
 

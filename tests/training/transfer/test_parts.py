@@ -24,11 +24,11 @@ from training.transfer.parts import (
 COUNTS = {"blue": 8, "green": 5, "dark_red": 3}
 
 
-def parts_of(train, **changes):
-    chosen = {"train_data": train, "dataset": None, "classes": None, "seed": 0}
+def parts_of(train, dataset=None, **changes):
+    chosen = {"train_data": train, "classes": None, "seed": 0}
     for name in ("validation", "test"):
         chosen |= {f"{name}_data": None, f"{name}_fraction": 0.0}
-    return open_parts(SimpleNamespace(**chosen | changes))
+    return open_parts(SimpleNamespace(**chosen | changes), dataset)
 
 
 def test_a_held_out_share_has_every_class_and_depends_on_the_seed_alone():
