@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+TRAINING = CHECKOUT / "tests/training"
 TOPS = ("pyramidclip_hf", "training", "conversion", "tests", "docs")
 # Paths that a command makes, and words that stand for many paths.
 MADE = {"tests/bench/results/gpu.json"}
@@ -85,6 +86,27 @@ def test_pages_name_what_is_there(page):
         if name not in targets
     ]
     assert not faults, "\n".join(faults)
+
+
+def is_test(path, name):
+    """Whether a file of tests has a test of that name."""
+    tree = ast.parse(path.read_text(encoding="utf8")) if path.is_file() else ast.Module([], [])
+    return any(isinstance(node, ast.FunctionDef) and node.name == name for node in tree.body)
+
+
+def rows_of_faults(page):
+    """(What happens, the tests that it names, each as (file, name)) of each row of the table of faults."""
+    table = page.partition("## What can go wrong")[2].partition("\n#")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    return [(row[0], re.findall(r"`([\w/]+\.py)::(\w+)`", row[-1])) for row in rows]
+
+
+def test_every_row_of_the_table_of_faults_names_tests_that_are_there():
+    rows = rows_of_faults((CHECKOUT / "docs/training.md").read_text(encoding="utf8"))
+    assert len(rows) > 20 and not [what for what, named in rows if not named]
+    gone = [f"{path}::{name}" for _, named in rows for path, name in named if not is_test(TRAINING / path, name)]
+    assert not gone, gone
+    assert not is_test(TRAINING / "test_launched.py", "test_nothing") and not is_test(TRAINING / "none.py", "test_a")
 
 
 @pytest.mark.parametrize("page", ["speed.md", "ablations.md"])
