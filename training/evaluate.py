@@ -31,7 +31,8 @@ from pyramidclip_hf.loading import Loaded, load_model, told_slow_type
 from training.evaluation.clip_benchmark import run_clip_benchmark
 from training.evaluation.process import this_process
 from training.evaluation.results import results_table, write_csv, write_json
-from training.evaluation.tasks import TASKS, EvaluationArguments
+from training.evaluation.tasks import TASKS, EmbeddingScoring, EvaluationArguments, Scoring
+from training.loop.token_scoring import TokenScoring
 from training.settings.reading import parse_settings
 
 
@@ -49,7 +50,7 @@ def evaluate(args: EvaluationArguments) -> list[EvalResult]:
     state, device = this_process(args.device, args.cpu)
     started = time.perf_counter()
     loaded = _load(args, device, state.is_main_process)
-    results = TASKS[args.task](loaded.model, loaded.processor, args)
+    results = TASKS[args.task](_scoring(args, loaded), args)
     if state.is_main_process:
         details = vars(args) | {"seconds": round(time.perf_counter() - started, 2), "processes": state.num_processes}
         if args.output:
@@ -67,6 +68,12 @@ def _load(args: EvaluationArguments, device: torch.device, is_main: bool) -> Loa
             print(f"--dtype {args.dtype}: {slow}", file=sys.stderr)
         return load_model(args.model, device=device, dtype=args.dtype)
     return load_exported(args.model, backend=args.backend, dtype=args.dtype)
+
+
+def _scoring(args: EvaluationArguments, loaded: Loaded[Any]) -> Scoring:
+    if args.scoring == "tokens":
+        return TokenScoring.of_folder(loaded.folder, loaded.model, loaded.processor, f"--model {loaded.name}")
+    return EmbeddingScoring(loaded.model, loaded.processor)
 
 
 def parse(argv: Sequence[str]) -> EvaluationArguments | list[str]:

@@ -41,6 +41,7 @@ from training.loop.record import sum_of
 from training.loop.run import RunResult, complete_run, exit_code
 from training.loop.task import AUTOCAST, Batch, Metrics, Plan, Reader, StepLoss, Task, plan_steps
 from training.loop.terms.table import FurtherTerms, read_objective
+from training.loop.token_scoring import save_token_heads, token_pairs
 from training.loop.tracking import duplicate_rates
 from training.loop.validation import ValidationSet
 from training.scale import most_pairs
@@ -147,6 +148,10 @@ class ContrastiveTask(Task):
         """The share of the pairs that each term got."""
         return {"shares_of_pairs": {term: self.coverage.shares[term] for term in self.objective.loss_weights}}
 
+    def write_beside(self, folder: Path) -> None:
+        """The heads of token terms, without which a model that they trained cannot be asked."""
+        save_token_heads(folder, token_pairs(self.objective.further))
+
     def write_card(self, folder: Path, record: Mapping[str, Any]) -> None:
         """README.md as it is before the model is published."""
         write_card(folder, record)
@@ -197,6 +202,7 @@ def contrastive_task(args: PretrainingArguments, accelerator: Any, folder: Path)
             args.drop_repeated_tags,
             args.allow_unfinished,
             args.max_image_pixels,
+            token_heads=() if objective.pairs else token_pairs(objective.further),
         )
         if validation.bad:
             told = f"{args.validation_data}: {len(validation.bad)} of {len(validation.bad) + len(validation.samples)}"

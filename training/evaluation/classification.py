@@ -40,6 +40,13 @@ def read_templates(path: str | None) -> list[str] | None:
     return templates
 
 
+def distinct_classes(names: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Class names that are not the same but for case and blanks, and for each of `names` the number of its own."""
+    folded = [" ".join(name.lower().split()) for name in names]
+    distinct = list(dict.fromkeys(folded))
+    return [names[folded.index(name)] for name in distinct], [distinct.index(name) for name in folded]
+
+
 @torch.inference_mode()
 def zero_shot_scores(
     model: PyramidCLIPModel,
@@ -68,9 +75,7 @@ def zero_shot_scores(
         ValueError: a picture cannot be read.
     """
     templates = IMAGENET_TEMPLATES if templates is None else templates
-    folded = [" ".join(name.lower().split()) for name in data.class_names]
-    distinct = list(dict.fromkeys(folded))
-    first_names = [data.class_names[folded.index(name)] for name in distinct]
+    first_names, columns = distinct_classes(data.class_names)
 
     def encode_classes(numbers: range) -> torch.Tensor:
         names = [first_names[number] for number in numbers]
@@ -83,8 +88,7 @@ def zero_shot_scores(
     def encode_pictures(pixels: torch.Tensor) -> torch.Tensor:
         return model.encode_image(pixels.to(model.device, model.dtype), normalize=True).float().cpu()
 
-    classes = torch.cat(map_batches(encode_classes, len(distinct), 16, "class prompts"))
-    classes = classes[[distinct.index(name) for name in folded]]
+    classes = torch.cat(map_batches(encode_classes, len(first_names), 16, "class prompts"))[columns]
     done = map_batches(encode_pictures, len(data), batch_size, "pictures", prepare=pixels_of, device=model.device)
     pictures = torch.cat(done)
     return (pictures.double() @ classes.double().T).float()

@@ -173,7 +173,7 @@ def embed_levels(
         chosen = [samples[i] for i in indices]
         if max_regions is not None:
             chosen = [best_objects(sample, max_regions, drop_repeated_tags) for sample in chosen]
-        return chosen, _seen_inputs(processor, chosen, levels, local_area, max_image_pixels)
+        return chosen, seen_inputs(processor, chosen, levels, local_area, max_image_pixels)
 
     def encode(prepared: tuple[list[Sample], Inputs]) -> _EncodedBatch:
         return _encode_batch(model, processor, *prepared, levels)
@@ -244,10 +244,14 @@ def _encode_batch(
     return _EncodedBatch(as_numpy, present, owners, [sample.key for sample in samples])
 
 
-def _seen_inputs(
-    processor: PyramidCLIPProcessor, samples: list[Sample], levels: list[str], local_area: float, max_image_pixels: int
+def seen_inputs(
+    processor: PyramidCLIPProcessor,
+    samples: list[Sample],
+    levels: Sequence[str],
+    local_area: float,
+    max_image_pixels: int,
 ) -> Inputs:
-    """Of pictures and regions: what takes time, and may be done by several threads."""
+    """The model's inputs of pictures and regions: what takes time, and may be done by several threads."""
     wanted: dict[str, Any] = {}
     if levels_of_kind("picture", levels):
         pictures = [open_picture(sample.image, sample.key, max_image_pixels) for sample in samples]

@@ -9,7 +9,7 @@ that has collapsed to one vector therefore scores exactly chance, k / N, where "
 called it perfect.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,12 +83,37 @@ def rank_counts(
     Raises:
         ValueError: a query without a right candidate, NaN or infinity, or `chunk_size` below 1.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     for what, rows in (("query", queries), ("candidate", candidates)):
         bad = int((~rows.isfinite()).any(dim=1).sum())
         if bad:  # a comparison with NaN is never true, so no right answer would seem to be beaten
             raise ValueError(f"expected finite numbers, got NaN or infinity in {bad} of {len(rows)} {what} rows")
+    transposed = candidates.to(torch.float64).T.contiguous()
+
+    def scores_of(chunk: slice) -> torch.Tensor:
+        return (queries[chunk].to(torch.float64) @ transposed).to(torch.float32)
+
+    return counts_of_scores(scores_of, query_ids, candidate_ids, chunk_size)
+
+
+def counts_of_scores(
+    scores_of: Callable[[slice], torch.Tensor],
+    query_ids: torch.Tensor,
+    candidate_ids: torch.Tensor,
+    chunk_size: int = 256,
+) -> RankCounts:
+    """Where the right candidate of each query stands by scores of any kind; else as `rank_counts`.
+
+    Args:
+        scores_of: which queries -> (queries, C) float32, equal whatever the chunk size.
+        query_ids: (Q,) int64.
+        candidate_ids: (C,) int64.
+        chunk_size: queries scored at a time.
+
+    Raises:
+        ValueError: a query without a right candidate, or `chunk_size` below 1.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     by_id = candidate_ids.argsort()
     sorted_ids = candidate_ids[by_id]
     first, last = torch.searchsorted(sorted_ids, query_ids), torch.searchsorted(sorted_ids, query_ids, right=True)
@@ -97,11 +122,10 @@ def rank_counts(
         raise ValueError(
             f"the query with id {lost} has no candidate with the same id; every query needs a right answer"
         )
-    transposed = candidates.to(torch.float64).T.contiguous()
-    counts = torch.zeros(3, len(queries), dtype=torch.int64, device=queries.device)
-    for start in range(0, len(queries), chunk_size):
+    counts = torch.zeros(3, len(query_ids), dtype=torch.int64, device=query_ids.device)
+    for start in range(0, len(query_ids), chunk_size):
         chunk = slice(start, start + chunk_size)
-        scores = (queries[chunk].to(torch.float64) @ transposed).to(torch.float32)
+        scores = scores_of(chunk)
         owned = (last - first)[chunk]
         query = torch.arange(len(scores), device=scores.device).repeat_interleave(owned)
         nth = torch.arange(len(query), device=scores.device) - (owned.cumsum(0) - owned)[query]
@@ -168,12 +192,18 @@ def retrieval_metrics(
         "image_to_text": rank_counts(images[named], texts, image_ids[named], owner, chunk_size),
         "text_to_image": rank_counts(texts, images, owner, image_ids, chunk_size),
     }
+    counted = {"images": len(images), "texts": len(texts), "images_without_text": int((~named).sum())}
+    return metrics_of_counts(directions, ks) | counted
+
+
+def metrics_of_counts(directions: Mapping[str, RankCounts], ks: Sequence[int] = DEFAULT_KS) -> dict[str, float | int]:
+    """`DIRECTION_R@k` for each k of `ks` and `DIRECTION_mean_rank`, see `retrieval_metrics`."""
     metrics: dict[str, float | int] = {}
     for direction, counts in directions.items():
         for k in ks:
             metrics[f"{direction}_R@{k}"] = float(counts.recall(k).mean())
         metrics[f"{direction}_mean_rank"] = float(counts.rank().mean())
-    return metrics | {"images": len(images), "texts": len(texts), "images_without_text": int((~named).sum())}
+    return metrics
 
 
 def check_pairs(pairs: Iterable[str]) -> list[str]:

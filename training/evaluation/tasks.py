@@ -1,9 +1,10 @@
 """What `python -m training.evaluate` measures: its settings, the data that they name, and one function a task.
 
-A task is a function `(model, processor, args) -> list of EvalResult` in `TASKS`.
+A task is a function `(scoring, args) -> list of EvalResult` in `TASKS`. A scoring says how pictures and texts are
+compared: by their embeddings, as here, or by their tokens (`training.loop.token_scoring`).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -72,6 +73,13 @@ class EvaluationArguments:
     classes: str | None = field(
         default=None, metadata={"help": "zero-shot: file with class names, one a line (folders also: folder<TAB>name)"}
     )
+    scoring: Literal["embeddings", "tokens"] = field(
+        default="embeddings",
+        metadata={
+            "help": "how pictures and texts are compared; tokens: as FILIP, with the heads.safetensors that a run with "
+            "a token term leaves beside the model"
+        },
+    )
     templates: str | None = field(
         default=None,
         metadata={"help": "zero-shot: file with prompts, one a line, {} for the name; default: 80 templates"},
@@ -129,6 +137,10 @@ class EvaluationArguments:
             raise ValueError(
                 f"--device {self.device}: --backend {self.backend} computes on the processor; leave it out"
             )
+        if self.scoring == "tokens" and self.backend != "torch":
+            raise ValueError(
+                f"--scoring tokens needs --backend torch: what --backend {self.backend} runs has no tokens"
+            )
         several = [name for name in ("split_file", "classes", "dataset_name") if getattr(self, name)]
         if len(self.dataset) > 1 and several:
             raise ValueError(f"--{several[0].replace('_', '-')} is for one data set, --dataset names {self.dataset}")
@@ -154,29 +166,65 @@ def open_samples(args: EvaluationArguments, dataset: str | None = None) -> Sampl
     return ShardSamples(args.data, args.max_samples, args.allow_unfinished)
 
 
-def evaluate_retrieval(
-    model: PyramidCLIPModel, processor: PyramidCLIPProcessor, args: EvaluationArguments
-) -> list[EvalResult]:
-    """Recall at 1, 5, 10 and mean rank, both directions, for each data set and level pair of the arguments."""
-    results = []
-    for samples in [open_samples(args, name) for name in args.dataset or (None,)]:
-        if isinstance(samples, (CaptionedPictures, CaptionedRows)):
-            _check_levels_of_captions(args.levels, samples.name)
-        levels = levels_of_pairs(args.levels)
+class Scoring(Protocol):
+    """How pictures and texts are compared; all processes call it together and get the same.
+
+    Attributes:
+        name: what results say beside a level pair; "" for embeddings.
+    """
+
+    name: str
+
+    def retrieval(self, samples: Samples, args: EvaluationArguments) -> Mapping[str, Mapping[str, float | int]]:
+        """Pair of `args.levels` -> its metrics, see `retrieval_metrics`."""
+        ...
+
+    def zero_shot(
+        self, data: LabelledPictures, templates: Sequence[str] | None, args: EvaluationArguments
+    ) -> torch.Tensor:
+        """(N, C) float32, scores of pictures and classes; `templates` as `zero_shot_scores`."""
+        ...
+
+
+@dataclass
+class EmbeddingScoring:
+    """By the cosine of two embeddings."""
+
+    model: PyramidCLIPModel
+    processor: PyramidCLIPProcessor
+    name: str = ""
+
+    def retrieval(self, samples: Samples, args: EvaluationArguments) -> Mapping[str, Mapping[str, float | int]]:
+        """See `Scoring`."""
         embedded = embed_levels(
-            model,
-            processor,
+            self.model,
+            self.processor,
             samples,
-            levels,
+            levels_of_pairs(args.levels),
             args.batch_size,
             args.local_view_area,
             max_regions=args.max_regions,
             drop_repeated_tags=args.drop_repeated_tags,
             max_image_pixels=args.max_image_pixels,
         )
-        metrics = level_metrics(embedded.embeds, args.levels, embedded.present, embedded.owners, args.chunk_size)
+        return level_metrics(embedded.embeds, args.levels, embedded.present, embedded.owners, args.chunk_size)
+
+    def zero_shot(
+        self, data: LabelledPictures, templates: Sequence[str] | None, args: EvaluationArguments
+    ) -> torch.Tensor:
+        """See `Scoring`."""
+        return zero_shot_scores(self.model, self.processor, data, templates, args.batch_size, args.max_image_pixels)
+
+
+def evaluate_retrieval(scoring: Scoring, args: EvaluationArguments) -> list[EvalResult]:
+    """Recall at 1, 5, 10 and mean rank, both directions, for each data set and level pair of the arguments."""
+    results = []
+    for samples in [open_samples(args, name) for name in args.dataset or (None,)]:
+        if isinstance(samples, (CaptionedPictures, CaptionedRows)):
+            _check_levels_of_captions(args.levels, samples.name)
+        metrics = scoring.retrieval(samples, args)
         results += [
-            _result(args, samples, "image-text-retrieval", metric, value, dataset_config=pair)
+            _result(args, samples, "image-text-retrieval", metric, value, dataset_config=f"{pair}{scoring.name}")
             for pair, values in metrics.items()
             for metric, value in values.items()
         ]
@@ -203,14 +251,12 @@ def open_labelled(args: EvaluationArguments, dataset: str | None = None) -> Labe
     return open_pictures(args.data, args.classes, args.max_samples, args.allow_unfinished)
 
 
-def evaluate_zero_shot(
-    model: PyramidCLIPModel, processor: PyramidCLIPProcessor, args: EvaluationArguments
-) -> list[EvalResult]:
+def evaluate_zero_shot(scoring: Scoring, args: EvaluationArguments) -> list[EvalResult]:
     """Top-1, top-5 and the mean over classes of top-1 for each data set, with each class the mean of its prompts."""
     results, main_values = [], dict[str, float]()
     templates = read_templates(args.templates)
     for data in [open_labelled(args, name) for name in args.dataset or (None,)]:
-        scores = zero_shot_scores(model, processor, data, templates, args.batch_size, args.max_image_pixels)
+        scores = scoring.zero_shot(data, templates, args)
         metrics = classification_metrics(scores, torch.tensor(data.labels))
         main, note = data.main_metric or (None, None)
         if main is not None:
@@ -242,11 +288,9 @@ def _result(
 
 
 class Task(Protocol):
-    """What a task does with a model and the settings."""
+    """What a task does with a scoring and the settings."""
 
-    def __call__(
-        self, model: PyramidCLIPModel, processor: PyramidCLIPProcessor, args: EvaluationArguments
-    ) -> list[EvalResult]:
+    def __call__(self, scoring: Scoring, args: EvaluationArguments) -> list[EvalResult]:
         """The results; every process calls it and gets the same."""
         ...
 

@@ -573,6 +573,7 @@ def _export(run: Run, folder: Path, record: dict[str, Any]) -> None:
             with quiet_transformers():
                 run.task.objective.model.save_pretrained(aside)
             run.task.processor.save_pretrained(aside)
+            run.task.write_beside(aside)
             (aside / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             run.task.write_card(aside, record)
     except Exception as error:

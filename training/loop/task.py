@@ -266,6 +266,10 @@ class Task(Protocol):
         """What `training.json` holds beside settings, length, data and metrics."""
         return {}
 
+    def write_beside(self, folder: Path) -> None:
+        """Writes what belongs beside a saved model and is no part of it."""
+        return
+
     def write_card(self, folder: Path, record: Mapping[str, Any]) -> None:
         """Writes README.md beside a saved model. record: what its `training.json` holds."""
         ...

@@ -1,6 +1,6 @@
 """Retrieval on a small fixed set while training, for each level pair; the same numbers on any number of processes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -13,6 +13,8 @@ from training.data.samples import ShardSamples, open_picture
 from training.evaluation.embedding import embed_levels, levels_of_pairs
 from training.evaluation.retrieval import level_metrics
 from training.loop.distributed import broadcast_buffers
+from training.loop.terms.tokens import SUFFIX, TokenPair
+from training.loop.token_scoring import TokenScoring, pairs_of_heads
 
 # What any dual encoder can be asked, whatever it was trained on.
 ALWAYS = ("global_caption",)
@@ -34,6 +36,7 @@ class ValidationSet:
         drop_repeated_tags: As in training.
         allow_unfinished: See `ShardSamples`.
         max_image_pixels: As in training.
+        token_heads: Where tokens alone were trained: these are scored, and no embeddings.
 
     Attributes:
         bad: For each sample that was left out, what is wrong with it.
@@ -52,8 +55,11 @@ class ValidationSet:
         drop_repeated_tags: bool = False,
         allow_unfinished: bool = False,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
+        token_heads: Sequence[TokenPair] = (),
     ):
-        samples = ShardSamples(data, max_samples, allow_unfinished, levels_of_pairs((*ALWAYS, *pairs)))
+        self.token_heads = tuple(token_heads)
+        wanted = pairs_of_heads(token_heads) if token_heads else tuple(dict.fromkeys((*ALWAYS, *pairs)))
+        samples = ShardSamples(data, max_samples, allow_unfinished, levels_of_pairs(wanted))
         self.samples: list[Sample] = []
         self.bad: list[str] = []
         for number in range(len(samples)):
@@ -70,7 +76,7 @@ class ValidationSet:
         self.processor, self.max_image_pixels = processor, max_image_pixels
         self.pairs = tuple(
             name
-            for name in dict.fromkeys((*ALWAYS, *pairs))
+            for name in wanted
             if sum(all(has_level(sample, level) for level in TERMS[name]) for sample in self.samples) >= 2
         )
 
@@ -91,18 +97,26 @@ class ValidationSet:
         broadcast_buffers(model)
         device_type = model.logit_scale.device.type
         with torch.autocast(device_type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-            found = embed_levels(
-                model,
-                self.processor,
-                self.samples,
-                levels_of_pairs(self.pairs),
-                max_regions=None,
-                max_image_pixels=self.max_image_pixels,
-            )
-        results = level_metrics(found.embeds, self.pairs, found.present, owners=found.owners)
+            results = self._by_tokens(model) if self.token_heads else self._by_embeddings(model)
         return bad | {
             f"validation/{name}/{metric}": value
             for name, values in results.items()
             for metric, value in values.items()
             if metric.endswith(KEPT_METRICS)
         }
+
+    def _by_embeddings(self, model: PyramidCLIPModel) -> Mapping[str, Mapping[str, float | int]]:
+        found = embed_levels(
+            model,
+            self.processor,
+            self.samples,
+            levels_of_pairs(self.pairs),
+            max_regions=None,
+            max_image_pixels=self.max_image_pixels,
+        )
+        return level_metrics(found.embeds, self.pairs, found.present, owners=found.owners)
+
+    def _by_tokens(self, model: PyramidCLIPModel) -> Mapping[str, Mapping[str, float | int]]:
+        scoring = TokenScoring(model, self.processor, self.token_heads)
+        found = {pair: scoring.pair_metrics(self.samples, pair, self.max_image_pixels) for pair in self.pairs}
+        return {f"{pair}{SUFFIX}": metrics for pair, metrics in found.items()}

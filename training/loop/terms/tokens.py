@@ -78,15 +78,21 @@ class _Block(NamedTuple):
 
 
 def _blocks(
-    rows: torch.Tensor, row_mask: torch.Tensor, columns: torch.Tensor, column_mask: torch.Tensor
+    rows: torch.Tensor,
+    row_mask: torch.Tensor,
+    columns: torch.Tensor,
+    column_mask: torch.Tensor,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[_Block]:
+    """dtype: what the similarities are computed in; None: that of the rows."""
+    dtype = dtype or rows.dtype
     height, width = block_of(len(rows), len(columns), rows.shape[1], columns.shape[1], rows.device)
-    shares = row_mask.to(rows.dtype) / row_mask.sum(1, keepdim=True).clamp(min=1)
+    shares = row_mask.to(dtype) / row_mask.sum(1, keepdim=True).clamp(min=1)
     for top in range(0, len(rows), height):
         part = slice(top, min(top + height, len(rows)))
         for left in range(0, len(columns), width):
             others = slice(left, min(left + width, len(columns)))
-            similar = rows[part].flatten(0, 1) @ columns[others].flatten(0, 1).T
+            similar = rows[part].flatten(0, 1).to(dtype) @ columns[others].flatten(0, 1).to(dtype).T
             similar = similar.view(part.stop - top, -1, others.stop - left, columns.shape[1])
             similar = similar.masked_fill_(~column_mask[others], float("-inf"))
             best, places = similar.max(3)
@@ -156,13 +162,21 @@ class _TokenScores(torch.autograd.Function):
 
 
 def token_scores(
-    rows: torch.Tensor, row_mask: torch.Tensor, columns: torch.Tensor, column_mask: torch.Tensor
+    rows: torch.Tensor,
+    row_mask: torch.Tensor,
+    columns: torch.Tensor,
+    column_mask: torch.Tensor,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """(n, N): the mean over a row's real tokens of the largest similarity among a column's, without gradient."""
+    """(n, N): the mean over a row's real tokens of the largest similarity among a column's, without gradient.
+
+    dtype: what is computed in, block by block; None: that of the rows, which the scores have in any case.
+    """
     found = rows.new_empty(len(rows), len(columns))
-    with torch.no_grad(), exact_products(rows.device.type):
-        for block in _blocks(rows, row_mask, columns, column_mask):
-            found[block.rows, block.columns] = block.scores
+    device = rows.device.type
+    with torch.no_grad(), torch.autocast(device, enabled=False), exact_products(device):
+        for block in _blocks(rows, row_mask, columns, column_mask, dtype):
+            found[block.rows, block.columns] = block.scores.to(rows.dtype)
     return found
 
 
@@ -212,20 +226,29 @@ class TokenPair(Term):
 
     def rows(self, encoded: Encoded, batch: Tensors) -> dict[str, torch.Tensor]:
         """Unit vectors of tokens, and which are real."""
-        with self.autocast(self.logit_scale.device):
-            images = self.image_projection(encoded[self.wanted[0]])
-            texts = self.text_projection(encoded[self.wanted[1]])
-        ids = batch[any_level(self.text).input]
-        mask = token_mask(ids, self._end_id)
-        if mask.shape[1] < texts.shape[1]:  # a tower that takes the maximum over all positions fills them up
-            mask = F.pad(mask, (0, texts.shape[1] - mask.shape[1]))
+        texts, mask = self.text_rows(encoded[self.wanted[1]], batch[any_level(self.text).input])
         present = batch.get(any_level(self.text).mask or "")
         return {
-            "images": F.normalize(wide(images), dim=-1),
-            "texts": F.normalize(wide(texts), dim=-1),
+            "images": self.image_rows(encoded[self.wanted[0]]),
+            "texts": texts,
             "mask": mask,
             "present": mask.new_ones(len(mask)) if present is None else present,
         }
+
+    def image_rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(n, L, d) unit vectors of pictures' tokens (n, L, W)."""
+        with self.autocast(self.logit_scale.device):
+            projected = self.image_projection(tokens)
+        return F.normalize(wide(projected), dim=-1)
+
+    def text_rows(self, tokens: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n, L, d) unit vectors of texts' tokens (n, L, W), and (n, L) bool, which are real by `ids`."""
+        with self.autocast(self.logit_scale.device):
+            projected = self.text_projection(tokens)
+        mask = token_mask(ids, self._end_id)
+        if mask.shape[1] < projected.shape[1]:  # a tower that takes the maximum over all positions fills them up
+            mask = F.pad(mask, (0, projected.shape[1] - mask.shape[1]))
+        return F.normalize(wide(projected), dim=-1), mask
 
     def share(self, rows: Rows, step: Step) -> Share:
         """See the module; pairs whose text is missing are no part of it."""
