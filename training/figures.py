@@ -51,6 +51,9 @@ class FigureArguments:
 
     data: str = field(metadata={"help": "folder of shards or one shard; tsne, retrieval: what training.evaluate takes"})
     max_samples: int | None = field(default=None, metadata={"help": "use so many samples only"})
+    allow_unfinished: bool = field(
+        default=False, metadata={"help": "also shards of which a step of preparation has begun and not ended"}
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "of the model"})
     device: str = field(default="auto", metadata={"help": "where the model runs: auto, cpu, cuda, mps"})
 
@@ -82,7 +85,13 @@ class SetArguments(FigureArguments):
         """
         sets = [self.dataset] if self.dataset else []
         return EvaluationArguments(
-            model=model, data=self.data, dataset=sets, split=self.split, max_samples=self.max_samples, **settings
+            model=model,
+            data=self.data,
+            dataset=sets,
+            split=self.split,
+            max_samples=self.max_samples,
+            allow_unfinished=self.allow_unfinished,
+            **settings,
         )
 
 
@@ -380,7 +389,9 @@ def print_check(args: CheckArguments) -> str:
     """Runs the check and returns its table."""
     loaded = load_model(args.model, dtype=args.dtype, device=args.device)
     model, processor = loaded.model, loaded.processor
-    found = localisation(model, processor, ShardSamples(args.data, args.max_samples), args.prompt)
+    found = localisation(
+        model, processor, ShardSamples(args.data, args.max_samples, args.allow_unfinished), args.prompt
+    )
     mass, area = np.array(found.mass), np.array(found.area)
     asked = [one for one in found.found if one is not None]
     lines = [

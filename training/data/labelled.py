@@ -103,7 +103,7 @@ def spread_evenly(items: int, wanted: int) -> list[int]:
 
 
 def open_pictures(
-    data: str, classes_file: str | None = None, max_samples: int | None = None, allow_unfinished: bool = False
+    data: str, classes_file: str | None = None, max_samples: int | None = None, allow_unfinished: bool | None = None
 ) -> LabelledPictures:
     """The pictures of a folder of classes, or of shards; see `labelled_folder` and `labelled_shards`."""
     if os.path.isdir(data) and not visible(data, "*.tar"):
@@ -197,7 +197,7 @@ def names_from_file(classes_file: str, folders: list[str]) -> list[str]:
 
 
 def labelled_shards(
-    data: str, classes_file: str | None = None, max_samples: int | None = None, allow_unfinished: bool = False
+    data: str, classes_file: str | None = None, max_samples: int | None = None, allow_unfinished: bool | None = None
 ) -> LabelledPictures:
     """Pictures of shards whose `KEY.json` has `class_name`, as the split "objects" of the emoji scenes.
 
@@ -206,7 +206,7 @@ def labelled_shards(
             class names are `classes` of its `dataset.json`; else those met, sorted.
         classes_file: gives other names, in lines `class_name<TAB>name`, or lists the `class_name`s, one a line.
         max_samples: so many, spread evenly over the samples.
-        allow_unfinished: see `ShardSamples`.
+        allow_unfinished: see `open_data_set`.
 
     Raises:
         FileNotFoundError: there is nothing, or no such file.

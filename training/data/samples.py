@@ -61,7 +61,7 @@ class ShardSamples(Samples):
     Args:
         data: the string that names it, see `training.data.sources`.
         max_samples: only the first so many.
-        allow_unfinished: also data of which a step of preparation has begun and not ended.
+        allow_unfinished: see `open_data_set`.
         levels: that are wanted, see `sample_from_members`.
 
     Raises:
@@ -74,7 +74,7 @@ class ShardSamples(Samples):
         self,
         data: str,
         max_samples: int | None = None,
-        allow_unfinished: bool = False,
+        allow_unfinished: bool | None = None,
         levels: Collection[str] = tuple(LEVELS),
     ):
         self.name, self._levels = data, levels

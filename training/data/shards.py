@@ -337,7 +337,7 @@ def write_dataset_json(
     return content
 
 
-def refuse_unfinished(folder: str | os.PathLike[str], described: Mapping[str, Any]) -> None:
+def refuse_unfinished(folder: str | os.PathLike[str], described: Mapping[str, Any], may_be_set: bool = False) -> None:
     """Refuses a folder of which a step of preparation has begun and not ended.
 
     Its levels are of two makers, or some of its shards are missing.
@@ -345,6 +345,7 @@ def refuse_unfinished(folder: str | os.PathLike[str], described: Mapping[str, An
     Args:
         folder: in the message.
         described: the content of its `dataset.json`.
+        may_be_set: whoever asked has a setting `allow_unfinished`, which the message names then.
 
     Raises:
         ValueError: it lists steps under `unfinished`.
@@ -353,8 +354,8 @@ def refuse_unfinished(folder: str | os.PathLike[str], described: Mapping[str, An
         names = ", ".join(map(str, steps)) if isinstance(steps, list) else str(steps)
         raise ValueError(
             f"{os.fspath(folder)}: {names} has begun and not ended, says its dataset.json: some shards are as before, "
-            "others as after. Run that step again, which goes on where it was; or, to use the data as they are, set "
-            "allow_unfinished (training.pretrain), --allow-unfinished (training.evaluate, training.prepare.audit)"
+            "others as after. Run that step again, which goes on where it was"
+            + ("; or, to use the data as they are, set --allow-unfinished" if may_be_set else "")
         )
 
 

@@ -185,7 +185,7 @@ class DataSet:
 def open_data_set(
     name: str | os.PathLike[str],
     cache: ShardCache | None = None,
-    allow_unfinished: bool = False,
+    allow_unfinished: bool | None = None,
     at_least: int | None = None,
     crew: Crew | None = None,
 ) -> DataSet:
@@ -194,7 +194,8 @@ def open_data_set(
     Args:
         name: the string.
         cache: for shards behind a URL that have to be fetched before their samples can be counted.
-        allow_unfinished: also data of which a step of preparation has begun and not ended.
+        allow_unfinished: also data of which a step of preparation has begun and not ended; None: no, and whoever asks
+            has no setting for it.
         at_least: only the first shards, as many as hold so many samples; the others are not looked at.
         crew: processes that call this together and count each shard once; None: this process alone. The lines of a
             manifest are found once a machine all the same.
@@ -211,7 +212,7 @@ def open_data_set(
     shards, described = _listed_once(name, crew)
     if not allow_unfinished:
         for folder, told in described.items():
-            refuse_unfinished(folder, told.content)
+            refuse_unfinished(folder, told.content, allow_unfinished is not None)
     units = _counted(shards, described, cache, at_least, crew)
     if not any(unit.samples for unit in units):
         raise ValueError(f"{name}: no samples in {len(units)} shards")

@@ -34,7 +34,7 @@ class ValidationSet:
         processor: Of the model.
         max_regions: Objects used of each sample, as in training.
         drop_repeated_tags: As in training.
-        allow_unfinished: See `ShardSamples`.
+        allow_unfinished: See `open_data_set`.
         max_image_pixels: As in training.
         token_heads: Where tokens alone were trained: these are scored, and no embeddings.
 
@@ -53,7 +53,7 @@ class ValidationSet:
         processor: PyramidCLIPProcessor,
         max_regions: int,
         drop_repeated_tags: bool = False,
-        allow_unfinished: bool = False,
+        allow_unfinished: bool | None = None,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         token_heads: Sequence[TokenPair] = (),
     ):

@@ -1,0 +1,34 @@
+"""Data that a step of preparation left half done: each command refuses it, and names a flag only where it has one."""
+
+import json
+
+import pytest
+
+from tests.training.prepare.small_data import write_shards
+from tests.training.to_evaluate import save_tiny_model
+from training import evaluate, figures, finetune, linear_probe
+from training.data.shards import read_dataset_json
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "advice"),
+    [
+        (linear_probe, "--train-data DATA --test-fraction 0.5 --cpu", "where it was"),
+        (finetune, "--train-data DATA --test-fraction 0.5 --precision fp32 --output-dir RUN", "where it was"),
+        (figures, "tsne --data DATA --output x.png", "set --allow-unfinished"),
+        (figures, "retrieval --data DATA --output x.png", "set --allow-unfinished"),
+        (figures, "check --data DATA", "set --allow-unfinished"),
+        (evaluate, "--data DATA", "set --allow-unfinished"),
+    ],
+)
+def test_unfinished_data_is_refused_by_commands_with_the_flag_that_they_have(command, words, advice, tmp_path, capsys):
+    folder = write_shards(tmp_path / "scenes", range(8))
+    (folder / "dataset.json").write_text(json.dumps(read_dataset_json(folder) | {"unfinished": ["regions"]}))
+    model = ["--models" if "retrieval" in words else "--model", save_tiny_model(tmp_path / "model")]
+    given = [{"DATA": str(folder), "RUN": str(tmp_path / "run")}.get(word, word) for word in words.split()]
+    assert command.main([*given, *model]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and "scenes: regions has begun and not ended" in said and said.endswith(advice)
+    if "allow" in advice:
+        command.main([*given, *model, "--allow-unfinished"])
+        assert "begun and not ended" not in capsys.readouterr().err
