@@ -4,6 +4,7 @@ import argparse
 import ast
 import functools
 import importlib
+import itertools
 import json
 import os
 import re
@@ -113,7 +114,8 @@ def documented_commands():
 
 def module_and_words(command):
     """The module that a command runs, and its words; brackets, ellipses and placeholders of usage lines removed."""
-    words = [word.strip("[]") for word in shlex.split(command, comments=True) if not re.fullmatch(r"\w+=.*", word)]
+    given = (word.strip("[]") for word in shlex.split(command, comments=True))
+    words = list(itertools.dropwhile(lambda word: re.fullmatch(r"\w+=.*", word), given))  # without variables in front
     if words[0] == "pyramidclip":
         module, words = "pyramidclip_command", words[1:]
     else:

