@@ -268,11 +268,6 @@ def _group_means(
     return sums[of_row] / sizes[of_row, None], sizes[of_row]
 
 
-def _pair_presence(masks: Mapping[str, torch.Tensor | None] | None, image: str, text: str) -> torch.Tensor | None:
-    found = [mask for mask in ((masks or {}).get(image), (masks or {}).get(text)) if mask is not None]
-    return found[0] & found[1] if len(found) == 2 else found[0] if found else None
-
-
 def pyramid_loss(
     embeds: Mapping[str, torch.Tensor],
     logit_scale: torch.Tensor,

@@ -15,8 +15,8 @@ from training.data.shards import read_dataset_json
     [
         (linear_probe, "--train-data DATA --test-fraction 0.5 --cpu", "where it was"),
         (finetune, "--train-data DATA --test-fraction 0.5 --precision fp32 --output-dir RUN", "where it was"),
-        (figures, "tsne --data DATA --output x.png", "set --allow-unfinished"),
-        (figures, "retrieval --data DATA --output x.png", "set --allow-unfinished"),
+        (figures, "tsne --data DATA --output PNG", "set --allow-unfinished"),
+        (figures, "retrieval --data DATA --output PNG", "set --allow-unfinished"),
         (figures, "check --data DATA", "set --allow-unfinished"),
         (evaluate, "--data DATA", "set --allow-unfinished"),
     ],
@@ -25,7 +25,8 @@ def test_unfinished_data_is_refused_by_commands_with_the_flag_that_they_have(com
     folder = write_shards(tmp_path / "scenes", range(8))
     (folder / "dataset.json").write_text(json.dumps(read_dataset_json(folder) | {"unfinished": ["regions"]}))
     model = ["--models" if "retrieval" in words else "--model", save_tiny_model(tmp_path / "model")]
-    given = [{"DATA": str(folder), "RUN": str(tmp_path / "run")}.get(word, word) for word in words.split()]
+    places = {"DATA": str(folder), "RUN": str(tmp_path / "run"), "PNG": str(tmp_path / "x.png")}
+    given = [places.get(word, word) for word in words.split()]
     assert command.main([*given, *model]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: ") and "scenes: regions has begun and not ended" in said and said.endswith(advice)
