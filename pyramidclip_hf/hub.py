@@ -165,16 +165,25 @@ def _facts(config: PyramidCLIPConfig) -> dict[str, Any]:
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in PyramidCLIPModel(config).parameters())
     pooling = "maximum over all positions" if text.pooling == "max" else "end-of-text token"
-    weights = ", ".join(f"{name} {weight:.4g}" for name, weight in config.loss_weights.items())
     return {
         "projection_dim": config.projection_dim,
         "vision": tower,
         "text": f"causal transformer, {text.num_hidden_layers} blocks of width {text.hidden_size}, pooling: {pooling}",
-        "objective": f"softened contrastive terms ({weights}), label smoothing {config.label_smoothing:g}",
+        "objective": _objective(config),
         "parameters": f"{parameters / 1e6:.1f} million",
         "max_tokens": text.max_position_embeddings,
         "image_size": vision.image_size,
     }
+
+
+def _objective(config: PyramidCLIPConfig) -> str:
+    """What the model was trained with: pairs of levels, and terms that needed more than the model."""
+    weights = ", ".join(f"{name} {weight:.4g}" for name, weight in config.loss_weights.items())
+    further = ", ".join(config.further_loss_terms)
+    parts = [f"softened contrastive terms ({weights})"] if weights else []
+    parts += [f"terms of other kinds ({further}), whose heads are no part of the model"] if further else []
+    alone = "" if weights else "; no pair of levels of the model's own"
+    return f"{' and '.join(parts)}{alone}, label smoothing {config.label_smoothing:g}"
 
 
 def _result_row(result: EvalResult) -> dict[str, str]:

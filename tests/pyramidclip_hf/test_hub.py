@@ -139,6 +139,19 @@ def test_card_without_facts_says_so():
     assert "trust_remote_code" not in text and "## Training\n" not in text
 
 
+def test_card_says_which_terms_of_other_kinds_were_trained():
+    config = tiny_config()
+    assert "other kinds" not in str(build_model_card(config, model_name="x"))
+    config.further_loss_terms = ["caption_mlm", "global_caption_tokens"]
+    both = str(build_model_card(config, model_name="x"))
+    told = "terms of other kinds (caption_mlm, global_caption_tokens), whose heads are no part of the model"
+    assert f") and {told}, label smoothing" in both
+    config.loss_weights = {}
+    alone = str(build_model_card(config, model_name="x"))
+    assert f"| objective | {told}; no pair of levels of the model's own, label smoothing" in alone
+    assert "()" not in alone.split("| objective |")[1].splitlines()[0]
+
+
 def test_card_of_a_named_architecture_counts_its_parameters():
     assert "151.6 million" in str(build_model_card(PyramidCLIPConfig.from_architecture("ViT-B-16"), model_name="x"))
 

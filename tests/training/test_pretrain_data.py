@@ -14,13 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from pyramidclip_hf.loading import load_model
 from tests.training.prepare.small_data import FEATURES, write_pictures, write_shards
 from tests.training.processes import run_in_processes
 from tests.training.runs import after_step, assert_equal_runs, expect_killed, run_settings
 from tests.training.tiny import VIT
 from training import pretrain
 from training.data.batches import DataError
+from training.data.inputs import MASKED_ID
 from training.data.loader import WorkerDied
+from training.data.samples import ShardSamples
 from training.data.shard_index import index_path
 from training.data.shards import ShardReader, ShardWriter
 from training.loop.run_folder import list_checkpoints
@@ -67,6 +70,41 @@ def test_a_killed_run_continues_bit_for_bit_with_the_real_loader(tmp_path, shard
     again = settings(disturbed, shards, dataloader_workers=2 - workers, resume="latest")
     run_in_processes(run_settings, world_size, again)
     assert_equal_runs(undisturbed, disturbed)
+
+
+def test_what_terms_of_other_kinds_read_is_made_from_shards(tmp_path, shards, monkeypatch):
+    """Distorted views, changed and masked captions, from the file to each term's loss."""
+    words = {word.lower() for sample in ShardSamples(str(shards)) for word in sample.caption.split()}
+    (tmp_path / "synonyms.json").write_text(json.dumps({word: [f"{word}ish"] for word in words}))
+    seen, backward = [], pretrain.ContrastiveTask.backward
+
+    def watched(self, accelerator, wrapped, batch):
+        seen.append(batch)
+        return backward(self, accelerator, wrapped, batch)
+
+    monkeypatch.setattr(pretrain.ContrastiveTask, "backward", watched)
+    objective = {
+        "views_simclr": {"hidden": 8, "out": 4},
+        "views_simsiam": {"width": 8, "bottleneck": 4},
+        "views_nn": {"size": 64},
+        "caption_mlm": 1.0,
+        "global_caption_tokens": {"width": 4, "keep": 0.5},
+        "view2_caption_aug": 1.0,
+    }
+    changes = {"objective": objective, "synonyms": str(tmp_path / "synonyms.json"), "max_steps": 3}
+    pretrain.run(settings(tmp_path / "run", shards, loss_weights={}, log_every_steps=1, **changes))
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss/total" in line]
+    assert all(0 < abs(lines[-1][f"loss/{name}"]) < float("inf") for name in objective)
+    for batch in seen:
+        first, second = batch["view1_pixel_values"], batch["view2_pixel_values"]
+        assert first.shape == second.shape == batch["pixel_values"].shape
+        assert all((one != other).any() for one, other in zip(first, second))
+        assert batch["masked_input_ids"].shape[0] == len(first) and "masked_labels" in batch
+    assert any((batch["masked_input_ids"] == MASKED_ID).any() for batch in seen)
+    decode = load_model(str(tmp_path / "run" / "final")).processor.tokenizer.batch_decode
+    texts = [(decode(batch["input_ids"]), decode(batch["augmented_input_ids"])) for batch in seen]
+    changed = [new for olds, news in texts for old, new in zip(olds, news, strict=True) if old != new]
+    assert len(changed) > 6 and any("ish" in text for text in changed)
 
 
 @pytest.fixture

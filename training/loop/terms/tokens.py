@@ -5,6 +5,10 @@ these maxima; a text does likewise, and the two are not each other's transpose. 
 picture all but the global one, of a text begin and end too and padding never. Tokens go through projections of their
 own, and the two contrasts have a scale of their own.
 
+`keep` below 1 is the paper's cut, an approximation that lets less be gathered and compared: of each picture and text
+that share of its tokens, those with the largest similarity to any token of the texts, or pictures, of the same process.
+Which those are has no gradient, and hangs on the number of processes.
+
 All similarities of N pictures and texts would be N x N x L x L numbers. They are computed in blocks of rows and
 columns, streamed into one log-sum-exp a row, and computed again in the backward pass, where each maximum sends its
 gradient to the token that had it (of equals the first). That is four products of one direction's similarities, for each
@@ -67,12 +71,14 @@ class _Block(NamedTuple):
     Attributes:
         rows: Where it lies.
         columns: Where it lies.
+        best: (rows, row tokens, columns), the largest similarities; 0 where a row's token is padding.
         places: (rows, row tokens, columns), for each token of a row the column's token that is most similar.
         scores: (rows, columns), the means of these similarities, not scaled.
     """
 
     rows: slice
     columns: slice
+    best: torch.Tensor
     places: torch.Tensor
     scores: torch.Tensor
 
@@ -98,7 +104,7 @@ def _blocks(
             best, places = similar.max(3)
             del similar
             scores = (best.masked_fill_(~row_mask[part, :, None], 0) * shares[part, :, None]).sum(1)
-            yield _Block(part, others, places, scores)
+            yield _Block(part, others, best, places, scores)
 
 
 class _TokenScores(torch.autograd.Function):
@@ -189,21 +195,54 @@ def _own_scores(
     return best.sum(1) / row_mask.sum(1).clamp(min=1)
 
 
+def _share_of(keep: float, tokens: torch.Tensor) -> torch.Tensor:
+    """int64, how many of so many tokens are kept: rounded up, so at least one of any."""
+    return (tokens.double() * keep).round(decimals=6).ceil().long()
+
+
+@torch.no_grad()
+def _kept(
+    keep: float,
+    rows: torch.Tensor,
+    row_mask: torch.Tensor,
+    columns: torch.Tensor,
+    column_mask: torch.Tensor,
+    present: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens are kept of rows (n, L, d): numbers (n, K) and which of them are real (n, K) bool.
+
+    The most similar to any token of the columns (m, M, d) that are `present` (m,) come first, of equals the first.
+    """
+    strongest = rows.new_full(row_mask.shape, float("-inf"))
+    with exact_products(rows.device.type):
+        for block in _blocks(rows, row_mask, columns, column_mask):
+            best = block.best.masked_fill(~present[block.columns], float("-inf")).amax(2)
+            strongest[block.rows] = torch.maximum(strongest[block.rows], best)
+    # Below any cosine: real tokens come before padding even where no column is present.
+    strongest = strongest.clamp(min=-2).masked_fill(~row_mask, float("-inf"))
+    counts = _share_of(keep, row_mask.sum(1))
+    most = int(_share_of(keep, torch.tensor(row_mask.shape[1])))
+    order = strongest.argsort(dim=1, descending=True, stable=True)[:, :most]
+    return order, torch.arange(most, device=rows.device) < counts[:, None]
+
+
 class TokenPair(Term):
     """`IMAGE_TEXT_tokens`.
 
     Args:
         name: Of the term, one of `TOKEN_PAIRS`.
         weight: In the objective.
-        options: `width` of the projected tokens.
+        options: `width` of the projected tokens; `keep`, the share of the tokens that take part.
         config: Of the model.
     """
 
     def __init__(self, name: str, weight: float, options: Mapping[str, Any], config: PyramidCLIPConfig):
         super().__init__()
         self.name, self.weight = name, weight
-        self._options = read_options(name, options, width=256)
+        self._options = read_options(name, options, width=256, keep=1.0)
         at_least(name, self._options, width=1)
+        if not 0 < self._options["keep"] <= 1:
+            raise ValueError(f"objective: {name}: keep: expected a share in (0, 1], got {self._options['keep']}")
         self.image, self.text = TOKEN_PAIRS[name]
         self.wanted = (Wanted(self.image, "tokens"), Wanted(self.text, "tokens"))
         self.image_projection = nn.Linear(config.vision_config.hidden_size, self._options["width"])
@@ -217,12 +256,17 @@ class TokenPair(Term):
 
     def loss_bytes(self, own: int, everyone: int, tokens: Mapping[str, int]) -> int:
         """Tokens of everyone and the gradients of all, for either direction, and what a block takes."""
-        vectors = (tokens[self.image] + tokens[self.text]) * self._options["width"]
-        return 4 * (vectors * (everyone + 5 * (own + everyone) // 3) + 2 * _DEVICE_ENTRIES)
+        vectors = (tokens[self.image] + tokens[self.text]) * self._options["width"] * self._options["keep"]
+        return int(4 * (vectors * (everyone + 5 * (own + everyone) // 3) + 2 * _DEVICE_ENTRIES))
 
     def loss_operations(self, everyone: int, tokens: Mapping[str, int]) -> float:
-        """Four products of a pair's tokens with those of everyone, in either direction."""
-        return 2.0 * 4 * 2 * everyone * tokens[self.image] * tokens[self.text] * self._options["width"]
+        """Four products of a pair's tokens with those of everyone, in either direction.
+
+        With a cut, one of all tokens in either direction before it, counted as on one process, which is the most.
+        """
+        keep = self._options["keep"]
+        product = 2.0 * 2 * everyone * tokens[self.image] * tokens[self.text] * self._options["width"]
+        return product * (4 * keep**2 + (keep < 1))
 
     def rows(self, encoded: Encoded, batch: Tensors) -> dict[str, torch.Tensor]:
         """Unit vectors of tokens, and which are real."""
@@ -255,6 +299,12 @@ class TokenPair(Term):
         images, texts, mask, present = rows["images"], rows["texts"], rows["mask"], rows["present"]
         scale = self.logit_scale.to(images.dtype).exp()
         all_of_image = mask.new_ones(images.shape[:2])
+        keep = self._options["keep"]
+        if keep < 1:
+            of_images, all_of_image = _kept(keep, images, all_of_image, texts, mask, present)
+            of_texts, kept_mask = _kept(keep, texts, mask, images, mask.new_ones(images.shape[:2]), present)
+            images = images.take_along_dim(of_images[..., None], 1)
+            texts, mask = texts.take_along_dim(of_texts[..., None], 1), kept_mask
         more = largest_everywhere(texts.shape[1]) - texts.shape[1]  # processes pad to the longest text of their own
         everyone_mask, everyone_present = gather_rows(F.pad(mask, (0, more))), gather_rows(present)
         everyone_texts = gather_rows(F.pad(texts, (0, 0, 0, more)))

@@ -1,5 +1,7 @@
 """Token pairs in blocks against four loops."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,10 +30,10 @@ def step(smoothing=0.0):
     return Step({}, torch.ones(()), smoothing)
 
 
-def found(rows, smoothing=0.0):
+def found(rows, smoothing=0.0, **options):
     """Loss, answers, and the gradients at tokens and scale."""
     rows = {name: row.clone().requires_grad_(row.is_floating_point()) for name, row in rows.items()}
-    term = TokenPair("global_caption_tokens", 1.0, {"width": 6}, CONFIG).double()
+    term = TokenPair("global_caption_tokens", 1.0, {"width": 6, **options}, CONFIG).double()
     share = term.share(rows, step(smoothing))
     share.loss.backward()
     return share.loss.item(), int(share.answers), rows["images"].grad, rows["texts"].grad, term.logit_scale.grad
@@ -163,3 +165,46 @@ def test_4096_pairs_need_less_than_3_gb_above_their_tokens(monkeypatch):
     assert 0 < slope < 4 and first + slope * (inputs - small) < 3e9, (slope, first, second)
     term = TokenPair("global_caption_tokens", 1.0, {}, CONFIG)
     assert term.loss_bytes(512, 512, {"global": 49, "caption": 77}) == pytest.approx(second + large, rel=0.1)
+
+
+def strongest(row, mask, columns, column_masks, keep):
+    """Numbers of the tokens of a row that a cut keeps, by loops."""
+    best = {
+        place: max((token @ other).item() for one, real in zip(columns, column_masks) for other in one[real])
+        for place, token in enumerate(row)
+        if mask[place]
+    }
+    return sorted(best, key=lambda place: -best[place])[: math.ceil(keep * len(best))]
+
+
+@pytest.mark.parametrize("entries", [1, 1 << 20])
+@pytest.mark.parametrize("keep", [0.25, 0.5])
+def test_a_cut_is_the_term_on_the_tokens_that_are_most_similar_to_any_of_the_other_side(monkeypatch, entries, keep):
+    monkeypatch.setattr(module, "_CPU_ENTRIES", entries)
+    rows = rows_of_tokens(5, 6, 8)
+    loss, answers, *gradients = found(rows, 0.1, keep=keep)
+    images, texts = (rows[name].clone().requires_grad_() for name in ("images", "texts"))
+    there, full = rows["present"].nonzero()[:, 0], torch.ones(5, 6, dtype=torch.bool)
+    of_images = [strongest(images[i], full[i], texts[there], rows["mask"][there], keep) for i in range(5)]
+    of_texts = [strongest(texts[i], rows["mask"][i], images[there], full[there], keep) for i in range(5)]
+    assert {len(one) for one in of_images} == {math.ceil(keep * 6)} and len({len(one) for one in of_texts}) > 1
+    left = torch.zeros(5, 8, dtype=torch.bool)
+    for number, own in enumerate(of_texts):
+        left[number, own] = True
+    cut = torch.stack([images[number, own] for number, own in enumerate(of_images)])
+    scale = torch.tensor(CONFIG.logit_scale_init_value, dtype=torch.float64, requires_grad=True)
+    expected = tokens(cut, texts, left, rows["present"], scale.exp(), 0.1)
+    expected.backward()
+    assert answers == 4 and loss == pytest.approx(expected.item(), rel=1e-7)
+    for gradient, wanted in zip(gradients, (images.grad, texts.grad, scale.grad), strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-9)
+    assert not gradients[1][~left].any()
+
+
+def test_a_cut_keeps_one_token_at_least_and_has_a_range():
+    rows = rows_of_tokens()
+    rows["present"][:] = False
+    assert found(rows, keep=0.01)[0] == 0
+    for keep in (0, 1.5):
+        with pytest.raises(ValueError, match=r"keep: expected a share in \(0, 1\]"):
+            TokenPair("global_caption_tokens", 1.0, {"keep": keep}, CONFIG)
