@@ -32,6 +32,7 @@ DESCRIPTIONS = {
     "docs/growth.png": "time and memory of a training step, in docs/speed.md",
     "pyramidclip_hf/clip_bpe_merges.txt.gz": "CLIP's vocabulary, as merges",
     "pyramidclip_hf/py.typed": "says that the package has types",
+    "training/configs/emoji_synonyms.json": "words of the scenes' captions and their synonyms",
     "training/configs/accelerate/fsdp2_refused.yaml": "FSDP2, which training.pretrain refuses, and why",
     "*.html": "the page's form, filled by the module of its name",
     "tests/bench/results/*.json": "numbers of one machine",
