@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
+from training.prepare.sources import parquet_pages
 from training.prepare.sources.columns import Columns, choose_columns, fill, key_text
 from training.prepare.sources.pairs import Fault, RawPair, SourceArguments, SourcePart
 
@@ -21,8 +22,8 @@ TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 # Of Parquet, so much is unpacked at a time, or one row.
 _BATCH_BYTES = 256 << 20
-# Beside the first two, which are pyarrow's own: text that is not UTF-8, kinds that it does not know.
-_PARQUET_ERRORS = (ValueError, OSError, NotImplementedError, KeyError, TypeError, OverflowError)
+# Beside the first two, which are pyarrow's own: text that is not UTF-8, kinds that it does not know, no memory.
+_PARQUET_ERRORS = (ValueError, OSError, NotImplementedError, KeyError, TypeError, OverflowError, MemoryError)
 
 
 class TableRow(NamedTuple):
@@ -225,7 +226,9 @@ def _parquet(path: str) -> "ParquetFile":
     except ImportError as error:
         raise ImportError('Parquet tables need pyarrow: pip install -e ".[train]"') from error
     try:
-        return ParquetFile(path)
+        table = ParquetFile(path)
+        parquet_pages.check_rows(table, Path(path).stat().st_size)
+        return table
     except _PARQUET_ERRORS as error:
         raise ValueError(f"{path} is no Parquet table that can be read: {error}") from error
 
@@ -253,7 +256,7 @@ def _rows_of_parquet(part: SourcePart, columns: Sequence[str | None] | None) -> 
     for group in range(table.num_row_groups):
         size = table.metadata.row_group(group).num_rows
         if position < stop and part.start < position + size:
-            step = _rows_at_once(table, group)
+            step = _rows_at_once(part.path, table, group)
             for batch in table.iter_batches(step, row_groups=[group], columns=columns):
                 first = max(part.start - position, 0)
                 rows = batch.slice(min(first, len(batch)), max(stop - position - first, 0))
@@ -263,11 +266,11 @@ def _rows_of_parquet(part: SourcePart, columns: Sequence[str | None] | None) -> 
             position += size
 
 
-def _rows_at_once(table: "ParquetFile", group: int) -> int:
+def _rows_at_once(path: str, table: "ParquetFile", group: int) -> int:
     """How many rows of a row group stay below `_BATCH_BYTES` even where each holds its column's longest value.
 
     Parquet writes equal values once, so a few bytes of a file may stand for any number of long rows.
     """
-    described = table.metadata.row_group(group)
-    largest = sum(described.column(i).total_uncompressed_size for i in range(described.num_columns))
+    with open(path, "rb") as file:
+        largest = parquet_pages.unpacked_bytes(file, table, group)
     return min(max(_BATCH_BYTES // max(largest, 1), 1), 256)

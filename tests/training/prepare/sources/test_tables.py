@@ -16,6 +16,7 @@ from tests.training.prepare.small_data import (
 )
 from training.data.shards import read_dataset_json
 from training.prepare import pack, sources
+from training.prepare.sources import parquet_pages
 
 
 def run(output, *flags):
@@ -58,19 +59,101 @@ def test_key_column_of_a_part_is_listed_as_it_is_read(tmp_path):
     assert [source.keys(part) for part in source.parts()] == [["5", None, None], ["x"]]
 
 
-def test_equal_rows_of_parquet_are_not_all_unpacked_at_once(tmp_path):
-    """A file of kilobytes, in which one value of 4 MB stands in 256 rows."""
-    captions = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 256), pyarrow.array(["c" * (4 << 20)]))
+def write_equal_rows(path, caption=4 << 20):
+    """A file of kilobytes, in which one long value stands in 256 rows."""
+    captions = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 256), pyarrow.array(["c" * caption]))
     table = pyarrow.table({"image": ["x.jpg"] * 256, "caption": captions})
     pyarrow.parquet.write_table(
-        table, tmp_path / "a.parquet", compression="zstd", dictionary_pagesize_limit=1 << 30, store_schema=False
+        table, path, compression="zstd", dictionary_pagesize_limit=1 << 30, store_schema=False, write_statistics=False
     )
-    assert (tmp_path / "a.parquet").stat().st_size < 100_000
-    source = sources.open_source(sources.SourceArguments(input=[str(tmp_path / "a.parquet")]))
+    assert path.stat().st_size < 100_000
+    return pyarrow.parquet.read_metadata(path).row_group(0).column(1)
+
+
+def varint(value, length=None):
+    """As Thrift's compact protocol writes a number; to a length of bytes where one is asked for."""
+    value = value << 1
+    digits = []
+    while value or len(digits) < (length or 1):
+        digits.append(value & 127)
+        value >>= 7
+    return bytes(digit | 128 for digit in digits[:-1]) + bytes(digits[-1:])
+
+
+def lie(path, value, said):
+    """Puts `said` wherever a file says `value`."""
+    data, true = path.read_bytes(), varint(value)
+    assert true in data
+    path.write_bytes(data.replace(true, varint(said, len(true))))
+
+
+def first_row(path):
+    source = sources.open_source(sources.SourceArguments(input=[str(path)]))
+    return next(source.read(source.parts()[0]))
+
+
+@pytest.mark.parametrize("lies", [False, True])
+def test_equal_rows_of_parquet_are_not_all_unpacked_at_once(tmp_path, lies):
+    column = write_equal_rows(tmp_path / "a.parquet")
+    if lies:
+        lie(tmp_path / "a.parquet", column.total_uncompressed_size, 1)
     before, pool = pyarrow.default_memory_pool(), pyarrow.system_memory_pool()
     pyarrow.set_memory_pool(pool)
     try:
-        next(source.read(source.parts()[0]))
+        first_row(tmp_path / "a.parquet")
     finally:
         pyarrow.set_memory_pool(before)
     assert pool.max_memory() < 600 << 20
+
+
+def test_a_page_that_unpacks_to_far_more_than_it_is_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_pages, "ALWAYS_BYTES", 1 << 20)
+    write_equal_rows(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet.*column caption, row group 0: \d+ bytes unpack to more than"):
+        first_row(tmp_path / "a.parquet")
+
+
+def test_a_list_of_more_values_than_its_bytes_can_hold_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_pages, "ALWAYS_BYTES", 1 << 20)
+    kind = pyarrow.list_(pyarrow.int8())
+    table = pyarrow.table({"image": ["x"], "caption": ["c"], "more": pyarrow.array([[None] * 2_000_000], kind)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"column more\.list\.element"):
+        first_row(tmp_path / "a.parquet")
+
+
+def test_columns_outside_of_the_file_are_refused(tmp_path):
+    column = write_equal_rows(tmp_path / "a.parquet")
+    lie(tmp_path / "a.parquet", column.total_compressed_size, (1 << 13) - 1)
+    with pytest.raises(ValueError, match="column caption says to lie at .* to 8|goes beyond|no end"):
+        first_row(tmp_path / "a.parquet")
+
+
+def test_more_rows_than_a_file_can_tell_apart_are_refused(tmp_path):
+    """Each of them would be a part of a job, and a fault in its list."""
+    equal = pyarrow.DictionaryArray.from_arrays(np.zeros(10_000_000, np.int8), pyarrow.array(["x"]))
+    pyarrow.parquet.write_table(pyarrow.table({"image": equal, "caption": equal}), tmp_path / "a.parquet")
+    source = sources.open_source(sources.SourceArguments(input=[str(tmp_path / "a.parquet")]))
+    with pytest.raises(ValueError, match="10000000 rows in"):
+        source.parts()
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+def test_unpacked_bytes_are_those_that_an_honest_footer_says(tmp_path, version, compression):
+    """The footer's count the headers of the pages with them."""
+    rng = np.random.default_rng(0)
+    words = [None if i % 7 == 0 else "w" * int(rng.integers(1, 300)) for i in range(3000)]
+    more = [[{"box": [0.5, i], "on": True}] * (i % 4) for i in range(3000)]
+    table = pyarrow.table({"image": [f"{i}.jpg" for i in range(3000)], "caption": words, "more": more})
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(
+        table, path, compression=compression, data_page_version=version, row_group_size=1100, data_page_size=2000,
+        use_dictionary=["caption"], column_encoding={"image": "DELTA_BYTE_ARRAY"},
+    )  # fmt: skip
+    read = pyarrow.parquet.ParquetFile(path)
+    with open(path, "rb") as file:
+        for group in range(3):
+            described = read.metadata.row_group(group)
+            said = sum(described.column(i).total_uncompressed_size for i in range(described.num_columns))
+            assert 0.5 * said < parquet_pages.unpacked_bytes(file, read, group) <= said
