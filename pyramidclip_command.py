@@ -16,6 +16,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -178,8 +179,9 @@ def run_command(
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A name of a file that is not UTF-8 must not end a command when it is told; stderr is like this already.
         sys.stdout.reconfigure(errors="backslashreplace")
+    words = sys.argv[1:] if argv is None else argv
     try:
-        settings = parse(sys.argv[1:] if argv is None else argv)
+        settings = parse(words)
     except KeyboardInterrupt:
         return _say("\nstopped.", "", EXIT_INTERRUPTED)
     except (*WRONG_USAGE, Failure) as error:
@@ -195,26 +197,65 @@ def run_command(
     except KeyboardInterrupt:
         return _say("\nstopped.", advice(settings), EXIT_INTERRUPTED)
     except WRONG_USAGE as error:
-        return _say(f"error: {_line(error)}", "", EXIT_WRONG_USAGE)
+        return _say(f"error: {_line(error, settings, words)}", "", EXIT_WRONG_USAGE)
     except Failure as error:
-        return _say(f"error: {_line(error)}", "", EXIT_FAILED)
+        return _say(f"error: {_line(error, settings, words)}", "", EXIT_FAILED)
     except OSError as error:
         full = " The disk is full." if error.errno == errno.ENOSPC else ""
-        return _say(f"error: {_line(error)}.{full}", advice(settings), EXIT_FAILED)
+        return _say(f"error: {_line(error, settings, words)}.{full}", advice(settings), EXIT_FAILED)
     except (RuntimeError, MemoryError) as error:
         # torch's error is known by its name, so that it need not be imported.
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
             raise
-        return _say(f"error: {_line(error)}.{_smaller(settings)}", advice(settings), EXIT_FAILED)
+        return _say(f"error: {_line(error, settings, words)}.{_smaller(settings)}", advice(settings), EXIT_FAILED)
 
 
-def _line(error: BaseException) -> str:
+def _line(error: BaseException, settings: Any = None, words: Sequence[str] = ()) -> str:
     """The message without line breaks, or the error's kind where it has none."""
+    told = str(error)
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        told = _about_a_path(error, settings, words)
     text = ""
-    for part in filter(None, map(str.strip, str(error).splitlines())):
+    for part in filter(None, map(str.strip, told.splitlines())):
         between = "" if not text else " " if text[-1] in ".:;," else "; "
         text += between + part
     return text or type(error).__name__
+
+
+def _about_a_path(error: OSError, settings: Any, words: Sequence[str]) -> str:
+    """What the system says of a path, behind the flag that named it; a folder on the way that is none is named."""
+    if not isinstance(error.filename, (str, bytes)):
+        return error.strerror or ""
+    path = _without_marks(os.fsdecode(error.filename))
+    flag, given = _named_by(path, settings, words)
+    what = error.strerror if given == path else f"{path}: {error.strerror}"
+    folder = os.path.dirname(path)
+    while error.errno == errno.ENOTDIR and folder and not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if folder and not os.path.isdir(folder):
+        what = f"{folder} is a file, expected a folder" if os.path.exists(folder) else f"there is no folder {folder}"
+    return f"{flag} {given}: {what}".lstrip()
+
+
+def _without_marks(path: str) -> str:
+    """The name that a file will have which is written aside, see `pyramidclip_hf.files.written_aside`."""
+    folder, name = os.path.split(path)
+    aside = re.fullmatch(r"\.(.+)\.[0-9a-f]{12}\.partial", name)
+    return os.path.join(folder, aside[1]) if aside else path
+
+
+def _named_by(path: str, settings: Any, words: Sequence[str]) -> tuple[str, str]:
+    """The flag whose value is `path` or a folder above it, and that value; without one "" and the path."""
+    flags = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+    found = ("", path)
+    for part in (settings, *getattr(settings, "__dict__", {}).values()):
+        for name, value in getattr(part, "__dict__", {}).items():
+            flag = f"--{name.replace('_', '-')}"
+            for one in (value if isinstance(value, (list, tuple)) else [value]) if flag in flags else []:
+                is_path = isinstance(one, (str, os.PathLike)) and os.fspath(one) not in ("", os.sep)
+                if is_path and f"{path}{os.sep}".startswith(os.path.join(os.fspath(one), "")):
+                    found = max(found, (flag, os.fspath(one)), key=lambda pair: (pair[0] != "", len(pair[1])))
+    return found
 
 
 def _smaller(settings: Any) -> str:

@@ -11,6 +11,7 @@ import torch
 
 import pyramidclip_command
 from pyramidclip_command import CommandParser, Failure, run_command
+from pyramidclip_hf.files import write_text
 
 
 class OwnFailure(Failure):
@@ -27,13 +28,13 @@ def words(argv):
         (ValueError("expected a,\ngot b"), 2, "error: expected a, got b"),
         (ValueError("It differs:\n  a: 1, not 2\n\n  b: 3, not 4\n"), 2, "error: It differs: a: 1, not 2; b: 3, not 4"),
         (ImportError("pip install x"), 2, "error: pip install x"),
-        (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "error: x: No such file"),
         (FileExistsError("x holds a model"), 2, "error: x holds a model"),
         (NotADirectoryError("x is a file"), 2, "error: x is a file"),
         (IsADirectoryError("x is a folder"), 2, "error: x is a folder"),
         (PermissionError("x"), 2, "error: x"),
         (OwnFailure("the loss is not finite"), 1, "error: the loss is not finite"),
-        (OSError(28, "No space left"), 1, "error: [Errno 28] No space left. The disk is full. Go on."),
+        (OSError(28, "No space left"), 1, "error: No space left. The disk is full. Go on."),
         (ConnectionError("reset"), 1, "error: reset. Go on."),
         (MemoryError(), 1, "error: MemoryError. Go on."),
         (torch.OutOfMemoryError("no more"), 1, "error: no more. Go on."),
@@ -46,6 +47,52 @@ def test_what_is_expected_to_go_wrong_is_one_line(error, code, line, capsys):
 
     assert run_command(words, run, [], advice=lambda settings: "Go on.") == code
     assert capsys.readouterr() == ("", f"{line}\n" if code != 130 else f"\n{line}\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ("--labels-file gone.txt", "--labels-file gone.txt: No such file or directory"),
+        ("--labels_file=gone.txt", "--labels-file gone.txt: No such file or directory"),
+        ("--labels-file gone/labels.txt", "--labels-file gone/labels.txt: there is no folder gone"),
+        ("--labels-file file/labels.txt", "--labels-file file/labels.txt: file is a file, expected a folder"),
+        ("--labels-file folder", "--labels-file folder: Is a directory"),
+        ("--labels-file fold/x", "--labels-file fold/x: there is no folder fold"),
+        ("gone.txt", "gone.txt: No such file or directory"),
+        ("gone.txt --input-dir folder", "gone.txt: No such file or directory"),
+        ("folder/x --input-dir folder", "--input-dir folder: folder/x: No such file or directory"),
+        ("folder/x --input-dir other folder", "--input-dir folder: folder/x: No such file or directory"),
+    ],
+)
+def test_what_the_system_says_of_a_path_names_the_flag(argv, line, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    parser = CommandParser(prog="name")
+    parser.add_argument("--labels-file", "--labels_file")
+    parser.add_argument("--input-dir", nargs="+", default=[])
+    parser.add_argument("picture", nargs="?")
+
+    assert (
+        run_command(parser.parse_args, lambda settings: open(settings.labels_file or settings.picture), argv.split())
+        == 2
+    )
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize("place", ["file/out.json", "gone/out.json", "folder"])
+def test_a_file_that_cannot_be_written_is_called_by_its_own_name(place, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    argv = ["--output", place]
+    assert run_command(lambda words: argparse.Namespace(output=words[1]), write, argv) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: --output {place}: ") and "partial" not in line and "Errno" not in line
+
+
+def write(settings):
+    write_text(settings.output, "text")
 
 
 @dataclass
