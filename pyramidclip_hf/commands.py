@@ -35,6 +35,7 @@ from .picture_files import (
     Hit,
     UnreadablePicture,
     characters_that_lack,
+    check_font,
     check_picture_output,
     contact_sheet,
     find_pictures,
@@ -373,6 +374,7 @@ def run_search(args: argparse.Namespace) -> int:
     metadata = read_metadata(args.embeddings)
     if args.output:
         check_picture_output(args.output, args.overwrite)
+        check_font(args.font)
         if metadata["kind"] != "path":
             raise ValueError(f"{args.embeddings} holds texts: a contact sheet (--output) needs pictures.")
     args.model = args.model or metadata["model"]
@@ -427,10 +429,7 @@ def _best(loaded: Loaded[Any], kind: str, args: argparse.Namespace) -> list[list
     queries = []
     if args.text:
         queries.append(text_embeddings(loaded.model, loaded.processor, args.text))
-    try:
-        pictures = [read_picture(path, args.max_image_pixels) for path in args.image]
-    except UnreadablePicture as error:
-        raise ValueError(f"--image: a query cannot be read: {error}") from error
+    pictures = [_picture_of("--image", path, args.max_image_pixels) for path in args.image]
     if pictures:
         queries.append(image_embeddings(loaded.model, loaded.processor, pictures))
     matches = _matches(Path(args.embeddings), torch.cat(queries), args)
@@ -440,6 +439,14 @@ def _best(loaded: Loaded[Any], kind: str, args: argparse.Namespace) -> list[list
         [Hit(rank, score, names[place]) for rank, (score, place) in enumerate(zip(scores, places), start=1)]
         for scores, places in zip(matches.scores.tolist(), matches.indices.tolist())
     ]
+
+
+def _picture_of(flag: str, path: str, max_image_pixels: int) -> Image.Image:
+    """`read_picture` of what a flag names; ValueError where that does not work."""
+    try:
+        return read_picture(path, max_image_pixels)
+    except UnreadablePicture as error:
+        raise ValueError(f"{flag} {path}: cannot be read: {error}".lstrip()) from error
 
 
 def _matches(path: Path, queries: torch.Tensor, args: argparse.Namespace) -> Matches:
@@ -461,10 +468,7 @@ def run_explain(args: argparse.Namespace) -> int:
     check_picture_output(args.output, args.overwrite)
     if os.path.isdir(args.picture):
         raise ValueError(f"{args.picture} is a folder: expected the file of one picture.")
-    try:
-        picture = read_picture(args.picture, args.max_image_pixels)
-    except UnreadablePicture as error:
-        raise ValueError(f"{args.picture}: cannot be read: {error}") from error
+    picture = _picture_of("", args.picture, args.max_image_pixels)
 
     # The relevance is read off the plain modules, which the fused form does not have.
     loaded = _load(args, messages, fuse=False)
@@ -507,11 +511,8 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def _calibration(args: argparse.Namespace, messages: _Messages) -> list[Image.Image]:
-    try:
-        paths = _found(args.calibration, sys.stdin, messages) if args.calibration else []
-        return [read_picture(path, args.max_image_pixels) for path in paths[:_CALIBRATION_PICTURES]]
-    except UnreadablePicture as error:
-        raise ValueError(f"--calibration: a picture cannot be read: {error}") from error
+    paths = _found(args.calibration, sys.stdin, messages) if args.calibration else []
+    return [_picture_of("--calibration", path, args.max_image_pixels) for path in paths[:_CALIBRATION_PICTURES]]
 
 
 def _pictures_of_classes(folder: str, messages: _Messages) -> dict[str, list[str]]:

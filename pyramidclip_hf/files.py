@@ -132,6 +132,11 @@ def named(error: OSError, path: str | os.PathLike[str]) -> OSError:
     return OSError(error.errno, error.strerror, os.fspath(path))
 
 
+def reason_of(error: BaseException) -> str:
+    """What went wrong, for a sentence that has the path: the words of the system without their number and the path."""
+    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+
+
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a whole file, see `written_aside`."""
     with written_aside(path) as aside:

@@ -233,6 +233,8 @@ def model_folder(name: str, revision: str | None, called: str, files: Sequence[s
 def _local_folder(name: str, revision: str | None, called: str, files: Sequence[str]) -> Path:
     if os.path.isdir(name):
         return Path(name)
+    if os.path.exists(name):
+        raise ValueError(f"{called}: that is a file, expected the folder of a saved model.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"{called}: there is no such folder.")
     try:

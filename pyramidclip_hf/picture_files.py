@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .files import is_hidden, written_aside
+from .files import is_hidden, reason_of, written_aside
 from .image_processing_pyramidclip import PICTURE_FORMATS, open_undecoded, upright_rgb
 
 _SUFFIXES = {
@@ -137,7 +137,7 @@ def read_picture(path: str, max_image_pixels: int | None) -> Image.Image:
     except Exception as error:  # on damaged data, Pillow's readers raise almost anything
         suffix = Path(path).suffix.lower()
         known = f" ({_NOT_READ[suffix]})" if suffix in _NOT_READ and suffix not in PICTURE_SUFFIXES else ""
-        raise UnreadablePicture((str(error) or type(error).__name__) + known) from error
+        raise UnreadablePicture(reason_of(error) + known) from error
 
 
 def read_ahead(
@@ -287,13 +287,18 @@ def _paste_thumbnail(
     return True
 
 
+def check_font(file: str | None) -> None:
+    """ValueError unless a sheet can be written with this font, see `contact_sheet`."""
+    _font(file, 12)
+
+
 def _font(file: str | None, size: int) -> Font:
     if file is None:
         return ImageFont.load_default(size)
     try:
         return ImageFont.truetype(file, size)
     except OSError as error:
-        raise ValueError(f"--font {file}: expected a TrueType or OpenType file ({error}).") from error
+        raise ValueError(f"--font {file}: expected a TrueType or OpenType file ({reason_of(error)}).") from error
 
 
 def _wrapped(text: str, font: Font, width: int) -> list[str]:

@@ -113,6 +113,10 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch):
     for name in (str(tmp_path / "nowhere"), "./nowhere", "~/nowhere", "a/b/c"):
         assert "there is no such folder" in refusal(name)
     assert "the Hub did not give one of that id" in refusal("someone/nothing")
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    for name in ("model.safetensors", str(tmp_path / "model.safetensors")):
+        assert f"--model {name}: that is a file, expected the folder" in refusal(name)
     with pytest.raises(ValueError, match="^--teacher a/b/c: there is no such folder"):
         load_model("a/b/c", flag="--teacher")
 

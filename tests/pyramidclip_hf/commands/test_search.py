@@ -48,6 +48,18 @@ def test_search_refuses_another_model(embedded, model_dir, other_model_dir, caps
     assert run(capsys, "search", embedded, "--model", tmp_path, "--text", "fox")[0] == 0
 
 
+def test_what_is_wrong_is_said_before_anything_is_printed(embedded, pictures, capsys, tmp_path):
+    (tmp_path / "font.txt").write_text("no font")
+    for words, message in [
+        (["--text", "fox", "--output", tmp_path / "a.png", "--font", tmp_path / "font.txt"], "TrueType"),
+        (["--text", "fox", "--output", tmp_path / "a.png", "--font", tmp_path / "gone.ttf"], "gone.ttf"),
+        (["--text", "fox", "--image", tmp_path / "gone.jpg"], "gone.jpg: cannot be read: No such file or directory"),
+        (["--text", "fox", "--image", pictures], f"{pictures}: cannot be read: Is a directory"),
+    ]:
+        code, out, err = run(capsys, "search", embedded, *words)
+        assert (code, out) == (2, "") and message in err and "Errno" not in err and err.count("\n") == 1, err
+
+
 def test_files_that_are_no_embeddings(embedded, capsys, tmp_path):
     def refused(name, message):
         code, out, err = run(capsys, "search", tmp_path / name, "--text", "fox")

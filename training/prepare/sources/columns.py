@@ -7,6 +7,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import NamedTuple
 
+from pyramidclip_hf.files import reason_of
 from training.data.records import BadSample
 from training.data.remote import is_url
 from training.prepare.sources.pairs import MAX_PICTURE_BYTES, Fault, RawPair, SourceArguments
@@ -134,7 +135,7 @@ def _read_file(root: Path | None, name: str, what: str) -> bytes:
             raise BadSample(None, str(path), f"{what}-too-large", f"{size} bytes, at most {MAX_PICTURE_BYTES}")
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise BadSample(None, str(path), f"no-{what}", f"{name}: {error}") from None
+        raise BadSample(None, str(path), f"no-{what}", f"{name}: {reason_of(error)}") from None
 
 
 def _plain(value: object) -> object:
