@@ -35,12 +35,15 @@ def _child(function, rank, world_size, store, arguments, queue):
         raise
 
 
-def run_in_processes(function, world_size, *arguments, timeout=120):
+def run_in_processes(function, world_size, *arguments, timeout=120, grace=4):
     """[function(rank, world_size, *arguments) of each rank]. Forked: no new interpreter has to import torch, and no
     device can have been touched, as tests/conftest.py hides them.
 
     Results travel through a queue, so they should be numpy arrays and plain values. A failure raises with the child's
-    traceback.
+    traceback, or the signal or exit code of a child that ended without a word.
+
+    Args:
+        grace: Seconds that the others have when one has failed, before they are killed.
     """
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
@@ -52,19 +55,20 @@ def run_in_processes(function, world_size, *arguments, timeout=120):
         ]
         for child in children:
             child.start()
-        results, failures = {}, {}
+        results, failures, failed = {}, {}, False
         try:
             end = time.monotonic() + timeout
             while len(results) + len(failures) < world_size and time.monotonic() < end:
+                codes = [child.exitcode for child in children]  # before the queue: what they told lies there by then
                 try:
                     rank, fine, result = queue.get(timeout=0.2)
                     (results if fine else failures)[rank] = result
                 except Empty:
-                    for rank, child in enumerate(children):
-                        if child.exitcode is not None and child.exitcode < 0:
-                            failures.setdefault(rank, f"ended by signal {-child.exitcode}")
-                if failures:  # the others fail too, or wait for it in vain
-                    end = min(end, time.monotonic() + 4)
+                    for rank, code in enumerate(codes):
+                        if code and rank not in results:
+                            failures.setdefault(rank, f"ended by signal {-code}" if code < 0 else f"exit code {code}")
+                if failures and not failed:  # the others fail too, or wait for it in vain
+                    failed, end = True, min(end, time.monotonic() + grace)
         finally:
             for child in children:
                 child.join(timeout=0 if failures else 20)

@@ -1,4 +1,4 @@
-"""Machines that differ: how all end, what is left, and that the run continues once they do not.
+"""Machines that differ, a process that dies in the wrong moment: how all end, what is left, and that it continues.
 
 Two machines are forked here, each with its own environment, caches and copy of the data; of one process where runs are
 compared to the bit, as sums of more than two run in any order, else of two.
@@ -8,19 +8,25 @@ import errno
 import os
 import shutil
 import time
+import traceback
+from collections import Counter
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.training.prepare.small_data import FEATURES, write_shards
 from tests.training.processes import run_in_processes
-from tests.training.runs import assert_equal_runs, resumable_settings, run_settings, use_memory
+from tests.training.runs import assert_equal_runs, die, resumable_settings, run_settings, use_memory
 from tests.training.tiny import VIT
 from training import pretrain
-from training.loop import checkpoint
+from training.loop import checkpoint, distributed, watch
 from training.loop import run as loop
 from training.loop.outcome import read_outcome
 from training.loop.record import is_whole
 from training.loop.run_folder import list_checkpoints
+from training.loop.watch import GONE
 
 
 def machine_of(rank, world_size):
@@ -55,7 +61,8 @@ def undisturbed(tmp_path, monkeypatch):
     use_memory(monkeypatch)
 
     def compare():
-        run_in_processes(run_settings, 2, resumable_settings(tmp_path / "undisturbed"), timeout=300)
+        if not (tmp_path / "undisturbed").exists():
+            run_in_processes(run_settings, 2, resumable_settings(tmp_path / "undisturbed"), timeout=300)
         assert_equal_runs(tmp_path / "undisturbed", tmp_path / "run")
 
     return compare
@@ -136,8 +143,82 @@ def test_another_list_of_shards_on_one_machine_ends_all(tmp_path):
     (tmp_path / "machine-1" / "scenes" / "part-003.tar").unlink()
     args = resumable_settings(tmp_path / "run", train_data=[str(tmp_path)], dataloader_workers=0)
     args.model_config["vision_config"] = {**VIT, "roi_feature_size": FEATURES}
+    for name in ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id"):
+        del args.model_config["text_config"][name]  # the tokenizer's own
     for told in told_by_all(args, own_copy, 4):
         assert "scenes is not the same on all machines: process 0 sees 6 shards, process 2 5" in told
     assert read_outcome(tmp_path / "run")["exit_code"] == 2 and not list_checkpoints(tmp_path / "run")
     shutil.copy(tmp_path / "machine-0/scenes/part-003.tar", tmp_path / "machine-1/scenes/part-003.tar")
     assert told_by_all(args, own_copy, 4) == [9] * 4
+
+
+# What calls all processes: torch's functions, both gathers by the names that torch 2.13 and 2.14 know, DDP's copy of
+# the weights and its sums of gradients.
+CALLS = [
+    *((dist, name) for name in ("all_reduce", "all_gather", "all_gather_object", "all_to_all_single", "barrier")),
+    *((dist, name) for name in ("broadcast", "broadcast_object_list", "gather_object", "new_group")),
+    *((distributed, name) for name in ("_all_gather", "_reduce_scatter")),
+    (DistributedDataParallel, "__init__"),
+    (torch.Tensor, "backward"),
+]
+
+
+def noting(before):
+    """From here on `before(place, time)` is called in front of each collective: the lines that make it, how often."""
+    times = Counter()
+
+    def wrapped(owner, name):
+        original = getattr(owner, name)
+
+        def call(*given, **options):
+            stack = [line for line in traceback.extract_stack()[:-1] if "/training/" in line.filename]
+            own = [line for line in stack if "/tests/" not in line.filename][-3:]
+            place = f"{name} " + " < ".join(f"{line.filename.rpartition('/')[2]}:{line.lineno}" for line in own[::-1])
+            times[place] += 1
+            before(place, times[place])
+            return original(*given, **options)
+
+        setattr(owner, name, call)
+
+    for owner, name in CALLS:
+        wrapped(owner, name)
+
+
+def places(rank, world_size, args):
+    """Every place where a process of a whole run meets the others -> how often, in the order of their first time."""
+    found = {}
+    noting(found.__setitem__)
+    pretrain.run(args)
+    return found
+
+
+def dying(rank, world_size, args, place, moment):
+    watch.BEAT = 0.3
+    if rank == 1:
+        noting(lambda here, time: die() if (here, time) == (place, moment) else None)
+    pretrain.run(args)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_a_process_that_dies_before_any_of_its_collectives_ends_the_other(tmp_path, undisturbed):
+    """At the middle one of the times that each place is come to."""
+    found = run_in_processes(places, 2, resumable_settings(tmp_path / "all"), timeout=300)[1]
+    assert len(found) > 25 and max(found.values()) >= 9
+    heard = False
+    for place, times in found.items():
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        args = resumable_settings(tmp_path / "run", process_timeout_minutes=0.2)
+        began = time.monotonic()
+        with pytest.raises(AssertionError, match="process 1:\nended by signal 9"):
+            run_in_processes(dying, 2, args, place, (times + 1) // 2, timeout=120, grace=60)
+        assert time.monotonic() - began < 12 + 40, place  # the set time, and a busy machine
+        if outcome := read_outcome(tmp_path / "run"):
+            heard = True
+            if place == list(found)[-1]:  # the model is there; that this was written is what it died before hearing
+                assert outcome["reason"] == "finished"
+            else:
+                assert (outcome["message"], outcome["exit_code"]) == (f"process 1 {GONE}", 1), place
+        assert outcome or not heard, place  # at first the run has no folder yet
+        continued(tmp_path)
+        undisturbed()
