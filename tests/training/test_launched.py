@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests.training.prepare.small_data import FEATURES, write_shards
+from tests.training.runs import assert_equal_runs
 from tests.training.tiny import VIT
 from training import pretrain
 from training.loop.outcome import read_outcome
@@ -134,18 +135,24 @@ def test_sigterm_saves_whoever_gets_it(tmp_path, launch, send):
 
 
 @pytest.mark.parametrize("kind", [signal.SIGSTOP, signal.SIGKILL])
-def test_a_process_that_is_stopped_or_dead_ends_the_others_with_its_number(tmp_path, launch, kind):
-    launcher = launch(process_timeout_minutes=0.25, save_every_steps=5)
+def test_a_process_that_is_stopped_or_dead_ends_the_others_with_its_number(tmp_path, launch, shards, kind):
+    whole = {"max_steps": 60, "save_every_steps": 5}
+    launcher = launch(process_timeout_minutes=0.25, **whole)
     wait_for_steps(launcher, tmp_path, 12)
     first, second = (
         next(p for p in processes_below(launcher.pid) if p.environ().get("RANK") == number) for number in "01"
     )
     second.send_signal(kind)
     first.wait(timeout=15 + 45)  # the set time, and a busy machine
-    second.kill()  # the launcher would give what is stopped its 120 s
+    with contextlib.suppress(psutil.NoSuchProcess):  # the launcher has seen the dead one
+        second.kill()  # the launcher would give what is stopped its 120 s
     assert launcher.wait(timeout=120) != 0
     said, outcome = (tmp_path / "output").read_text(), read_outcome(tmp_path / "run")
     assert (outcome["reason"], outcome["try_again"]) == ("another process", True), said[-3000:]
     assert outcome["message"] == f"process 1 {GONE}" and outcome["message"] in said, said[-3000:]
     saved = list_checkpoints(tmp_path / "run")
     assert saved and all(map(is_whole, saved))
+    (tmp_path / "other").mkdir()
+    for again in (launch(**whole), launched(tmp_path / "other", shards, **whole)):
+        assert again.wait(timeout=300) == 0, (tmp_path / "output").read_text()[-3000:]
+    assert_equal_runs(tmp_path / "run", tmp_path / "other" / "run", kept=())
