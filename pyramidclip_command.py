@@ -229,7 +229,8 @@ def _about_a_path(error: OSError, settings: Any, words: Sequence[str]) -> str:
     path = _without_marks(os.fsdecode(error.filename))
     flag, given = _named_by(path, settings, words)
     what = error.strerror if given == path else f"{path}: {error.strerror}"
-    folder = os.path.dirname(path)
+    is_below = given.startswith(os.path.join(path, ""))  # the folder of what is written could not be made
+    folder = path if is_below else os.path.dirname(path)
     while error.errno == errno.ENOTDIR and folder and not os.path.lexists(folder):
         folder = os.path.dirname(folder)
     if folder and not os.path.isdir(folder):
@@ -253,7 +254,8 @@ def _named_by(path: str, settings: Any, words: Sequence[str]) -> tuple[str, str]
             flag = f"--{name.replace('_', '-')}"
             for one in (value if isinstance(value, (list, tuple)) else [value]) if flag in flags else []:
                 is_path = isinstance(one, (str, os.PathLike)) and os.fspath(one) not in ("", os.sep)
-                if is_path and f"{path}{os.sep}".startswith(os.path.join(os.fspath(one), "")):
+                ends = os.path.join(path, ""), os.path.join(os.fspath(one), "") if is_path else ""
+                if is_path and (ends[0].startswith(ends[1]) or ends[1].startswith(ends[0])):
                     found = max(found, (flag, os.fspath(one)), key=lambda pair: (pair[0] != "", len(pair[1])))
     return found
 

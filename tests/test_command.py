@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +57,7 @@ def test_what_is_expected_to_go_wrong_is_one_line(error, code, line, capsys):
         ("--labels_file=gone.txt", "--labels-file gone.txt: No such file or directory"),
         ("--labels-file gone/labels.txt", "--labels-file gone/labels.txt: there is no folder gone"),
         ("--labels-file file/labels.txt", "--labels-file file/labels.txt: file is a file, expected a folder"),
+        ("--labels-file file/deep/labels.txt", "--labels-file file/deep/labels.txt: file is a file, expected a folder"),
         ("--labels-file folder", "--labels-file folder: Is a directory"),
         ("--labels-file fold/x", "--labels-file fold/x: there is no folder fold"),
         ("gone.txt", "gone.txt: No such file or directory"),
@@ -89,6 +91,18 @@ def test_a_file_that_cannot_be_written_is_called_by_its_own_name(place, capsys, 
     assert run_command(lambda words: argparse.Namespace(output=words[1]), write, argv) == 2
     line = capsys.readouterr().err
     assert line.startswith(f"error: --output {place}: ") and "partial" not in line and "Errno" not in line
+
+
+def test_a_folder_that_cannot_be_made_is_said_of_what_was_to_lie_in_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+
+    def run(settings):
+        Path(settings.output).parent.mkdir(exist_ok=True)
+
+    words = ["--output", "file/out.json"]
+    assert run_command(lambda words: argparse.Namespace(output=words[1]), run, words) == 2
+    assert capsys.readouterr().err == "error: --output file/out.json: file is a file, expected a folder\n"
 
 
 def write(settings):

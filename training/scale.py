@@ -60,6 +60,14 @@ class ScaleArguments:
     samples: int = field(default=143_000_000, metadata={"help": "samples in the data"})
     tokens: int = field(default=24, metadata={"help": "length of texts under pooling: eos"})
 
+    def __post_init__(self) -> None:
+        """Refuses what nothing can be worked out for."""
+        for name in ("gpus", "samples", "tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number of at least 1, got {getattr(self, name)}")
+        if not self.teraflops > 0:
+            raise ValueError(f"teraflops: expected a number above 0, got {self.teraflops}")
+
 
 @dataclass(frozen=True)
 class Memory:

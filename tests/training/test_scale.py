@@ -129,6 +129,14 @@ def test_the_page_has_three_blocks():
     assert len(blocks_of_the_page()) == 3
 
 
+@pytest.mark.parametrize(
+    "words", ["--gpus 0", "--gpus 8 --samples 0", "--gpus 8 --tokens -1", "--gpus 8 --teraflops 0"]
+)
+def test_numbers_that_nothing_can_be_worked_out_for_are_refused(words, capsys):
+    assert main(["--config", "training/configs/rn50_143m_32_epochs.yaml", *words.split()]) == 2
+    assert f"error: {words.split()[-2].removeprefix('--')}: expected a number" in capsys.readouterr().err
+
+
 def test_batches_that_do_not_divide_are_refused(capsys):
     assert main(["--config", "training/configs/rn50_143m_32_epochs.yaml", "--gpus", "63"]) == 2
     assert "63" in capsys.readouterr().err

@@ -321,6 +321,17 @@ def _load_yaml(text: str) -> Any:
     class Loader(yaml.SafeLoader):
         left = _MAX_YAML_VALUES
 
+        def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+            """PyYAML takes the last of several values of a key."""
+            node = super().compose_mapping_node(anchor)
+            seen = set()
+            for key, _ in node.value:
+                own = (key.tag, key.value if isinstance(key, yaml.ScalarNode) else id(key))
+                if own in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands there twice", problem_mark=key.start_mark)
+                seen.add(own)
+            return node
+
         def flatten_mapping(self, node: yaml.MappingNode) -> None:
             for key, value in node.value:
                 if key.tag == "tag:yaml.org,2002:merge":

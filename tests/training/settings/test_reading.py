@@ -85,6 +85,11 @@ def test_several_files_are_one_after_another_and_changes_to_the_model_add_up(tmp
         ({"a": "precision: fp8"}, "/a.yaml: precision: invalid choice: 'fp8'"),
         ({"a": "model: [b, c]"}, r"/a.yaml: model: expected a single value, got \['b', 'c'\]"),
         ({"a": "sync_batch_norm: maybe"}, "/a.yaml: sync_batch_norm: expected true or false, got 'maybe'"),
+        (
+            {"a": "max_steps: 1\nmodel: b\nmax_steps: 2"},
+            "/a.yaml: not readable as YAML: 'max_steps' stands there twice",
+        ),
+        ({"a": "model_config: {b: 1, b: 1}"}, "/a.yaml: not readable as YAML: 'b' stands there twice"),
         ({"a": "a: [", "b": "extends: a.yaml"}, "/a.yaml: not readable as YAML"),
     ],
 )
