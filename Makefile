@@ -78,7 +78,7 @@ VERSIONS_TESTS := tests/pyramidclip_hf tests/test_accelerate_files.py --ignore t
 	ftfy==6.3.0 accelerate==1.10.0
 .venv-middle/passed: PACKAGES := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 accelerate==1.15.0 pyarrow \
 	pyyaml tensorboard matplotlib scikit-learn timm xxhash $(GPU_WHEELS)
-.venv-newest/passed: PACKAGES := torch torchvision transformers huggingface_hub numpy pillow accelerate
+.venv-newest/passed: PACKAGES := torch torchvision transformers huggingface_hub numpy pillow accelerate torchao
 .venv-middle/passed: MORE_TESTS := tests/gpu
 # Other Pythons too, where they are installed.
 .venv-middle/passed: PYTHON := $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo $(PYTHON))

@@ -321,7 +321,7 @@ def _load_yaml(text: str) -> Any:
     class Loader(yaml.SafeLoader):
         left = _MAX_YAML_VALUES
 
-        def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
             """PyYAML takes the last of several values of a key."""
             node = super().compose_mapping_node(anchor)
             seen = set()
