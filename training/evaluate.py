@@ -30,7 +30,7 @@ from pyramidclip_hf.backends import load_exported
 from pyramidclip_hf.loading import Loaded, load_model, told_slow_type
 from training.evaluation.clip_benchmark import run_clip_benchmark
 from training.evaluation.process import this_process
-from training.evaluation.results import results_table, write_csv, write_json
+from training.evaluation.results import make_place, results_table, write_csv, write_json
 from training.evaluation.tasks import TASKS, EmbeddingScoring, EvaluationArguments, Scoring
 from training.loop.token_scoring import TokenScoring
 from training.settings.reading import parse_settings
@@ -44,9 +44,7 @@ def evaluate(args: EvaluationArguments) -> list[EvalResult]:
         FileNotFoundError: there is no such data.
         ImportError: a package is absent; the message names the extra.
     """
-    for path in filter(None, (args.output, args.csv)):
-        if Path(path).is_dir():
-            raise IsADirectoryError(f"{path} is a folder: expected the name of a file to write the results to")
+    make_place(args.output, args.csv)
     state, device = this_process(args.device, args.cpu)
     started = time.perf_counter()
     loaded = _load(args, device, state.is_main_process)

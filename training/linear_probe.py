@@ -32,7 +32,14 @@ from pyramidclip_command import run_command
 from pyramidclip_hf.loading import load_model
 from training.evaluation.classification import classification_metrics
 from training.evaluation.process import this_process
-from training.evaluation.results import average_results, metric_results, results_table, write_csv, write_json
+from training.evaluation.results import (
+    average_results,
+    make_place,
+    metric_results,
+    results_table,
+    write_csv,
+    write_json,
+)
 from training.evaluation.sets import TABLE_7
 from training.settings.parts import check_part_settings
 from training.settings.reading import parse_settings
@@ -260,6 +267,7 @@ def probe(args: LinearProbeArguments) -> list[EvalResult] | None:
         FileNotFoundError: There is no such data.
         ImportError: A package is absent; the message names the extra.
     """
+    make_place(args.output, args.csv)
     state, device = this_process(args.device, args.cpu)
     started = time.perf_counter()
     parts = {name: open_parts(args, name) for name in args.dataset or (None,)}

@@ -186,7 +186,9 @@ def test_sentence_transformers(names):
 
 
 def test_weights_in_int8(names):
-    pytest.importorskip("torchao", reason="needs torchao, which makes torch warn at every start: make test-versions has it")
+    pytest.importorskip(
+        "torchao", reason="needs torchao, which makes torch warn at every start: make test-versions has it"
+    )
     exec(block("Quantised weights"), names)
     assert type(names["small"].vision_model.encoder.layers[0].self_attn.q_proj.weight.data) is not torch.Tensor
     pixels = make_batch(tiny())["pixel_values"]

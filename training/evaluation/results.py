@@ -52,6 +52,18 @@ def results_table(results: Sequence[EvalResult]) -> str:
     return "\n".join(f"{line}  {cell[-1].rjust(widths[-1])}" for line, cell in zip(lines, cells))
 
 
+def make_place(*paths: str | Path | None) -> None:
+    """Makes the folders of result files before the work that fills them.
+
+    Raises:
+        OSError: A path is a folder, or its folder cannot be made.
+    """
+    for path in (Path(path) for path in paths if path):
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder: expected the name of a file to write the results to")
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def write_csv(results: Iterable[EvalResult], path: str | Path) -> None:
     """The results as CSV with the columns of `COLUMNS`; values unrounded. The file appears whole or not at all."""
     lines = io.StringIO(newline="")

@@ -8,7 +8,8 @@ import pytest
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from training.evaluation.results import hub_identifier, read_json, results_table, write_csv, write_json
+from training import evaluate, linear_probe
+from training.evaluation.results import hub_identifier, make_place, read_json, results_table, write_csv, write_json
 
 
 def results():
@@ -60,3 +61,20 @@ def test_other_json_is_refused(tmp_path):
     (tmp_path / "other.json").write_text("[1]")
     with pytest.raises(ValueError, match="expected a result file"):
         read_json(tmp_path / "other.json")
+
+
+def test_files_that_cannot_be_are_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    make_place(None, tmp_path / "new" / "r.json", tmp_path / "file")
+    assert (tmp_path / "new").is_dir()
+    for path in (tmp_path, tmp_path / "file" / "r.json"):
+        with pytest.raises(OSError, match="folder|exists|directory"):
+            make_place(path)
+
+
+@pytest.mark.parametrize("module", [evaluate, linear_probe])
+def test_commands_say_it_before_a_model_is_loaded(tmp_path, module, capsys):
+    (tmp_path / "file").write_text("")
+    data = ["--data", "D"] if module is evaluate else ["--train-data", "D", "--test-data", "E"]
+    assert module.main(["--model", "no-such-model", *data, "--output", str(tmp_path / "file" / "r.json")]) == 2
+    assert "--output" in capsys.readouterr().err
