@@ -108,12 +108,20 @@ def _row_starts(path: str) -> Iterator[tuple[int, int]]:
             return
         lines = _CountedLines(file)
         reader = csv.reader(lines, delimiter=_delimiter(path))
-        next(reader, None)
+        _header(reader, path)
         before = (lines.offset, lines.number)
         for row in _csv_rows(reader):
             if row != []:
                 yield before[0], before[1] + 1
             before = (lines.offset, lines.number)
+
+
+def _header(reader: Iterator[list[str]], path: str) -> list[str]:
+    """The first row; empty where there is none."""
+    try:
+        return next(reader, [])
+    except csv.Error as error:
+        raise ValueError(f"{path}: its first row cannot be read as CSV: {error}") from error
 
 
 def _csv_rows(reader: Iterator[list[str]]) -> Iterator[list[str] | csv.Error]:
@@ -185,7 +193,7 @@ def _part_of_jsonl(part: SourcePart) -> Iterator[TableRow]:
 def _part_of_csv(part: SourcePart) -> Iterator[TableRow]:
     delimiter = _delimiter(part.path)
     with open(part.path, "rb") as file:
-        header = next(csv.reader(_CountedLines(file), delimiter=delimiter))
+        header = _header(csv.reader(_CountedLines(file), delimiter=delimiter), part.path)
         if any("\0" in name or not _is_utf8(name) for name in header):
             raise ValueError(f"{part.path}: its first row is not UTF-8 text; save the table as UTF-8")
         file.seek(part.start)

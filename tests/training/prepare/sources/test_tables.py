@@ -157,3 +157,9 @@ def test_unpacked_bytes_are_those_that_an_honest_footer_says(tmp_path, version, 
             described = read.metadata.row_group(group)
             said = sum(described.column(i).total_uncompressed_size for i in range(described.num_columns))
             assert 0.5 * said < parquet_pages.unpacked_bytes(file, read, group) <= said
+
+
+def test_a_csv_whose_first_row_cannot_be_read_is_said(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b"image\rcaption\na.jpg,some words\n")
+    with pytest.raises(ValueError, match=r"t\.csv: its first row cannot be read as CSV: new-line"):
+        first_row(tmp_path / "t.csv")
