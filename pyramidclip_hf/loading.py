@@ -268,7 +268,9 @@ def _check_claims(folder: Path, content: dict[str, Any], called: str) -> None:
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
     for tower in ("text_config", "vision_config"):
         told = content.get(tower)
-        sizes = {name: value for name, value in (told if isinstance(told, dict) else {}).items() if type(value) is int}
+        told = told if isinstance(told, dict) else {}
+        # Bounded, as the message shows what they come to as a float.
+        sizes = {name: min(value, 10**18) for name, value in told.items() if type(value) is int}
         width, layers = sizes.get("hidden_size", 1), sizes.get("num_hidden_layers", 1)
         # Each block has at least four square matrices, and no number takes less than half a byte.
         least = 4 * layers * width**2 + width * sizes.get("vocab_size", 0) + width * sizes.get("intermediate_size", 0)

@@ -173,7 +173,9 @@ def test_the_settings_of_transformers_stay(saved):
     assert json.loads((saved / "config.json").read_text())["model_type"] == "pyramidclip"
 
 
-@pytest.mark.parametrize("claim", [{"num_hidden_layers": 10**7}, {"hidden_size": 10**6}, {"vocab_size": 10**9}])
+@pytest.mark.parametrize(
+    "claim", [{"num_hidden_layers": 10**7}, {"hidden_size": 10**6}, {"hidden_size": 10**400}, {"vocab_size": 10**9}]
+)
 def test_a_configuration_that_claims_far_more_than_its_weights_is_refused_at_once(copy, claim):
     """Ten million layers took more than a minute, and were then found missing."""
     content = json.loads((copy / "config.json").read_text())
