@@ -25,9 +25,9 @@ remove, rmdir) below the folder of the run; what safetensors and tokenizers writ
 |---|---|---|
 """
 _REST = """
-These were {done} of the {there} faults that the table has: before each file operation of the run, from every third one
-on that needs room, and twelve flips. A full disk ends a run with exit code 1 and one line that names the file and says
-how to go on.
+These were {done} of the {there} faults that the table has: before each file operation of the run, from each one on that
+needs room, and twelve flips. A full disk ends a run with exit code 1 and one line that names the file and says how to
+go on.
 
 Others have their tests where their subject is:
 

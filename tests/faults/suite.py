@@ -17,8 +17,6 @@ from training.loop.run import exit_code
 from training.loop.run_folder import list_checkpoints
 from training.settings.pretraining import PretrainingArguments
 
-# Of the operations that need room.
-FILL_EVERY = 3
 FLIPS = 12
 
 
@@ -112,9 +110,7 @@ class Suite:
         """Every fault of the table: its kind, and its number from 1."""
         growing = [number for number, (event, _) in enumerate(self.operations, 1) if event in GROWING]
         kills = [("kill", number) for number in range(1, len(self.operations) + 1)]
-        return (
-            kills + [("fill", number) for number in growing[::FILL_EVERY]] + [("flip", n) for n in range(1, FLIPS + 1)]
-        )
+        return kills + [("fill", number) for number in growing] + [("flip", n) for n in range(1, FLIPS + 1)]
 
     def do(self, job: tuple[str, int]) -> str:
         """What became of the run."""

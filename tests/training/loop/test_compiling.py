@@ -31,7 +31,7 @@ def step(way, tower, pooling, compiled, batches):
     if compiled:
         compile_blocks(model, backend=counting, fullgraph=True)
     if way == "checkpointed":
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     half = torch.bfloat16 if in_half else None
     objective = ContrastiveObjective(model, DEFAULT_LOSS_WEIGHTS, 0.2, autocast_dtype=half)
     wrapped = Accelerator(cpu=True).prepare(objective) if "processes" in way else objective
