@@ -228,9 +228,14 @@ class PyramidCLIPMLP(nn.Module):
 
 
 class PyramidCLIPEncoderLayer(GradientCheckpointingLayer):
-    """A pre-LN transformer block. Subclasses change the feed-forward part only."""
+    """A pre-LN transformer block. Subclasses change the feed-forward part only.
+
+    Attributes:
+        casts_ahead: under autocast, its weights are cast together before it computes.
+    """
 
     mlp: nn.Module
+    casts_ahead = True
 
     def __init__(self, config: TowerConfig):
         super().__init__()
@@ -247,7 +252,7 @@ class PyramidCLIPEncoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As `compute`: transformers puts gradient checkpointing around this, and what is compiled lies inside."""
-        if is_traced() or not casts_weights(self, hidden_states):
+        if is_traced() or not (self.casts_ahead and casts_weights(self, hidden_states)):
             return self.compute(hidden_states, *args, **kwargs)
         read_alike = (self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj)
         with weights_in_half(self, hidden_states, PyramidCLIPLayerNorm, read_alike) as projection:

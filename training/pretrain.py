@@ -30,13 +30,14 @@ from training.data.words import read_synonyms
 from training.loop.agreement import RunCrew
 from training.loop.card import write_card
 from training.loop.checkpoint import Stateful
-from training.loop.compiling import compile_blocks
+from training.loop.compiling import begin_step, compile_blocks
 from training.loop.distributed import rank, world_size
 from training.loop.gradient_cache import GradientCache
 from training.loop.identity import Identity
 from training.loop.initial_model import initial_model
 from training.loop.objective import ContrastiveObjective
 from training.loop.optim import MovingAverage
+from training.loop.processes import synchronised_batch_norm
 from training.loop.record import sum_of
 from training.loop.run import RunResult, complete_run, exit_code
 from training.loop.task import AUTOCAST, Batch, Metrics, Plan, Reader, StepLoss, Task, plan_steps
@@ -84,6 +85,8 @@ class ContrastiveTask(Task):
 
     def backward(self, accelerator: Any, wrapped: nn.Module, batch: Batch) -> StepLoss:
         """All pairs at once, or in chunks of `per_device_chunk_size` with the same gradients."""
+        if self.settings.replays_graphs:
+            begin_step()
         if chunk_size := self.settings.per_device_chunk_size:
             return GradientCache(accelerator, wrapped, chunk_size).forward_backward(batch)
         return super().backward(accelerator, wrapped, batch)
@@ -164,7 +167,13 @@ class ContrastiveTask(Task):
 
 def contrastive_task(args: PretrainingArguments, accelerator: Any, folder: Path) -> ContrastiveTask:
     """The task of these settings; `accelerator` decides the device, bad samples are named in `folder`."""
+    if args.replays_graphs and synchronised_batch_norm(args):
+        raise ValueError(
+            "torch_compile_mode: reduce-overhead with sync_batch_norm on several GPUs is not possible: in a CUDA graph "
+            "a block cannot wait for the other processes. Set sync_batch_norm: false, or leave torch_compile_mode out"
+        )
     model, processor = initial_model(args)
+    check_text_lengths(args, model.config)
     further = further_terms(args, model.config)
     reader = open_reader(args, processor, model.config, folder, accelerator.device, further)
     plan = plan_steps(
@@ -190,7 +199,7 @@ def contrastive_task(args: PretrainingArguments, accelerator: Any, folder: Path)
         for line in coverage.check(list(objective.loss_weights), args.allow_empty_terms):
             accelerator.print(line, file=sys.stderr)
     if args.torch_compile:
-        compile_blocks(model)
+        compile_blocks(model, graphs=args.replays_graphs)
     validation = None
     if args.validation_data:
         validation = ValidationSet(
@@ -255,6 +264,8 @@ def open_reader(
         view_area=tuple(args.view_crop_area),
         synonyms=read_synonyms(args.synonyms) if args.synonyms else {},
         mask_share=further.mask_share,
+        text_lengths=tuple(args.text_lengths),
+        all_regions=args.replays_graphs,
         max_image_pixels=args.max_image_pixels,
     )
     return TrainingReader(
@@ -277,6 +288,24 @@ def open_reader(
         bad_log=folder / f"bad-samples-{rank():05d}.jsonl",
         device=device,
     )
+
+
+def check_text_lengths(args: PretrainingArguments, config: PyramidCLIPConfig) -> None:
+    """Refuses lengths that texts cannot have, and graphs for texts of any length.
+
+    Raises:
+        ValueError: With the setting to change.
+    """
+    pooling, context = config.text_config.pooling, config.text_config.max_position_embeddings
+    if args.text_lengths and pooling == "max":
+        raise ValueError(f"text_lengths: under pooling max each text has {context} tokens; leave it out")
+    if args.text_lengths and args.text_lengths[-1] > context:
+        raise ValueError(f"text_lengths: the model's texts have at most {context} tokens, got {args.text_lengths}")
+    if args.replays_graphs and pooling == "eos" and not args.text_lengths:
+        raise ValueError(
+            "torch_compile_mode: reduce-overhead records a CUDA graph for each length of texts, and under pooling eos "
+            f"each batch has another: set text_lengths, e.g. 32 {context}"
+        )
 
 
 def parse(words: Sequence[str]) -> PretrainingArguments:

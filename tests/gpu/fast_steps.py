@@ -176,9 +176,10 @@ def compiled_steps_of(name: str, *objectives: str) -> Callable[[Session], None]:
         for words in objectives:
             objective, pooling = words.split()
             weights = OBJECTIVES[objective]
-            makers[f"{words}, compiled"] = lambda p=pooling, w=weights: OurStep(
-                session, name, p, w, pairs, compiled=backend
-            )
+            for told, graphs in (("compiled", False), ("compiled, CUDA graphs", True)):
+                makers[f"{words}, {told}"] = lambda p=pooling, w=weights, g=graphs: OurStep(
+                    session, name, p, w, pairs, compiled=backend, graphs=g
+                )
         for way in list(makers)[: session.size(len(makers), 2)]:
             # One at a time, so that those which are there are on record when the seconds are over.
             start = time.monotonic()
@@ -197,7 +198,7 @@ PARTS = (
 )
 LAST = (
     Part(
-        "fast: compiled steps of ViT-B-32", 150, compiled_steps_of("ViT-B-32", "CLIP max", "pyramid max", "pyramid eos")
+        "fast: compiled steps of ViT-B-32", 170, compiled_steps_of("ViT-B-32", "CLIP max", "pyramid max", "pyramid eos")
     ),
     Part("fast: compiled steps of ViT-B-16", 90, compiled_steps_of("ViT-B-16", "pyramid max")),
     Part("fast: compiled steps of RN50", 90, compiled_steps_of("RN50", "pyramid max")),

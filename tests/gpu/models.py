@@ -10,7 +10,7 @@ from pyramidclip_hf import PyramidCLIPConfig, PyramidCLIPModel
 from pyramidclip_hf.loss_pyramidclip import DEFAULT_LOSS_WEIGHTS
 from tests.bench.bench_training import LEARNING_RATE, SMOOTHING, TOKENS, WEIGHT_DECAY, training_batch
 from tests.gpu.session import Session, Skipped
-from training.loop.compiling import compile_blocks
+from training.loop.compiling import begin_step, compile_blocks
 from training.loop.gradient_cache import GradientCache
 from training.loop.objective import ContrastiveObjective
 from training.loop.optim import build_optimizer
@@ -92,6 +92,7 @@ class OurStep:
         chunk: pairs encoded at a time (gradient caching); None: all.
         channels_last: pictures and their convolutions' weights are stored channels-last.
         compiled: the blocks are, as under `--torch-compile`, by this backend.
+        graphs: their steps replay CUDA graphs.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class OurStep:
         chunk: int | None = None,
         channels_last: bool = False,
         compiled: str | None = None,
+        graphs: bool = False,
     ):
         model = our_model(session, name, pooling)
         self.batch = our_batch(session, model.config, pairs)
@@ -117,13 +119,16 @@ class OurStep:
         smoothing = SMOOTHING if len(weights) > 1 else 0.0
         self.objective = ContrastiveObjective(model, weights, smoothing, autocast_dtype=torch.bfloat16)
         if compiled:
-            compile_blocks(model, backend=compiled)
+            compile_blocks(model, graphs=graphs, backend=compiled)
+        self.graphs = graphs
         self.optimizer = build_optimizer(self.objective, LEARNING_RATE, WEIGHT_DECAY, BETAS, EPSILON)
         self.cache = GradientCache(plain_accelerator(session), self.objective, chunk) if chunk else None
 
     def __call__(self) -> torch.Tensor:
         """Takes the step; returns the loss, on the device."""
         self.optimizer.zero_grad()
+        if self.graphs:
+            begin_step()
         if self.cache is not None:
             loss = self.cache.forward_backward(self.batch).loss
         else:

@@ -72,6 +72,8 @@ def ways(session: Session) -> None:
     }
     if not session.dry:
         chosen |= {"fp16": {"precision": "fp16"}, "fp32": {"precision": "fp32"}, "compiled": {"torch_compile": True}}
+        graphs = {"torch_compile_mode": "reduce-overhead", "text_lengths": 32}
+        chosen |= {"CUDA graphs": {"torch_compile": True, **graphs}}
     calls: dict[str, Callable[[], Finished]] = {
         name: lambda name=name, settings=settings: session.command(
             "training.pretrain", *pretraining_words(session, f"way-{name}", **settings)

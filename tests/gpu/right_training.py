@@ -187,6 +187,19 @@ def _group(session: Session, backend: str, count: int) -> list[dict]:
     return [json.loads(line) for line in ended[0][0].splitlines() if line.startswith("{")]
 
 
+def replayed(session: Session) -> None:
+    """Compiled steps that replay CUDA graphs against plain ones: losses of each, and the weights after them."""
+    losses, weights = [], []
+    for backend in (None, session.size("inductor", "eager")):
+        torch._dynamo.reset()
+        step = OurStep(session, "ViT-B-32", "eos", PYRAMID, session.size(32, 4), compiled=backend, graphs=bool(backend))
+        losses.append(torch.stack([step().clone() for _ in range(session.size(6, 3))]))
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in step.objective.parameters()]))
+    # AdamW's first steps go by the signs of gradients, and those of nothing but rounding have either.
+    session.check("losses of the steps", apart(losses[1], losses[0]), at_most=2e-2)
+    session.check("weights after them, cosine", F.cosine_similarity(*weights, dim=0).item(), at_least=0.999)
+
+
 def checkpointing_memory(session: Session) -> None:
     """Gradient checkpointing: the same gradients for less memory, of a tower of its real size."""
     if session.dry:
@@ -210,6 +223,7 @@ PARTS = (
     Part("right: tests marked gpu", 60, gpu_tests),
     Part("right: loss against the dense form", 15, loss),
     Part("right: gradient caching", 15, caching),
+    Part("right: CUDA graphs", 60, replayed),
     Part("right: checkpointing", 20, checkpointing_memory),
     Part("right: average of weights", 5, average),
     Part("right: fp16 scaler", 15, scaler),

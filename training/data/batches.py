@@ -67,6 +67,8 @@ class BatchSettings:
         levels: those of `LEVELS` and `RUN_LEVELS` that the objective names; nothing else is read or decoded.
         views: sizes and crops.
         pooling: "max" pads texts to `max_length`, "eos" to the longest of the batch.
+        text_lengths: rising; under "eos" texts are padded to the first that holds the longest, else to `max_length`.
+        all_regions: regions are padded to `max_regions` and not to the most of the batch.
         max_length: of texts, in tokens.
         max_regions: the most confident objects that are kept, see `best_objects`.
         drop_repeated_tags: a phrase counts once.
@@ -86,6 +88,8 @@ class BatchSettings:
     allow_mixed_regions: bool = False
     synonyms: Mapping[str, Sequence[str]] = field(default_factory=dict)
     mask_share: float = 0.15
+    text_lengths: tuple[int, ...] = ()
+    all_regions: bool = False
 
     def __post_init__(self) -> None:
         known = (*LEVELS, *RUN_LEVELS)
@@ -279,13 +283,22 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
                 return_truncation=True,
                 return_tensors="np",
             )
-            batch[any_level(level).input] = torch.from_numpy(np.asarray(encoded["input_ids"], np.int64))
+            ids = self._lengthened(np.asarray(encoded["input_ids"], np.int64))
+            batch[any_level(level).input] = torch.from_numpy(ids)
             present = [text is not None for text in texts]
             if (mask := any_level(level).mask) is not None:
                 batch[mask] = torch.tensor(present)
             report.truncated[level] = int(np.sum(encoded["truncated"]))
             report.texts[level] = sum(present)
         return batch
+
+    def _lengthened(self, ids: np.ndarray) -> np.ndarray:
+        """Token ids (B, L) padded to the next of the fixed lengths, where there are such."""
+        settings, longest = self.settings, ids.shape[1]
+        if not settings.text_lengths:
+            return ids
+        length = next((fixed for fixed in settings.text_lengths if fixed >= longest), settings.max_length)
+        return np.pad(ids, ((0, 0), (0, length - longest)), constant_values=self.tokenizer.pad_token_id)
 
     def _masked(self, epoch: int, samples: Sequence[Sample], ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Captions' ids (B, L) with masked words, where these are, and which words."""
@@ -308,6 +321,7 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
     def _regions(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
         """`roi_features` and `roi_mask`, see `batch`."""
         count = max(1, *(0 if sample.roi is None else len(sample.roi) for sample in samples))
+        count = self.settings.max_regions if self.settings.all_regions else count
         width = self.settings.roi_feature_size
         features = np.zeros((len(samples), count, width + 4), np.float32)
         mask = np.zeros((len(samples), count), bool)

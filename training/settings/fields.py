@@ -133,6 +133,12 @@ def check_share_or_all(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a share from 0 to 1, got {value}")
 
 
+def check_lengths(name: str, lengths: Sequence[int]) -> None:
+    """Raises ValueError where `lengths` are no rising numbers of tokens, two at least: a text has its start and end."""
+    if list(lengths) != sorted(set(lengths)) or (lengths and lengths[0] < 2):
+        raise ValueError(f"{name}: expected rising numbers of tokens from 2 on, each once, got {lengths}")
+
+
 def check_area(name: str, area: Sequence[float]) -> None:
     """Raises ValueError where `area` is not the smallest and largest share of a picture."""
     if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pyramidclip_hf.loss_pyramidclip import check_loss_weights
-from training.settings.fields import Through, check_area, check_share_or_all, setting
+from training.settings.fields import Through, check_area, check_lengths, check_share_or_all, setting
 from training.settings.run import RunSettings, changed, told_processes
 
 
@@ -210,6 +210,20 @@ class PretrainingArguments(RunSettings):
     torch_compile: bool = setting(
         False, "compile the towers with torch.compile, block by block", section="precision", identity="how"
     )
+    torch_compile_mode: Literal["default", "reduce-overhead"] = setting(
+        "default",
+        "reduce-overhead replays CUDA graphs of the compiled blocks, for batches of fixed shapes (`text_lengths`)",
+        section="precision",
+        identity="how",
+    )
+    text_lengths: list[int] = setting(
+        [],
+        "tokens, e.g. 32: texts of a level are padded to the smallest of these that holds the longest of the batch, "
+        "else to the context; default: to the longest. Only under pooling eos, and it changes no text",
+        section="precision",
+        identity="how",
+        check=check_lengths,
+    )
 
     log_duplicate_rates: bool = setting(
         False,
@@ -245,12 +259,33 @@ class PretrainingArguments(RunSettings):
                 "is another objective (fewer negatives), not the same one with less memory. Set per_device_chunk_size "
                 "instead: it encodes so many pairs at a time and computes the loss, exactly, over global_batch_size"
             )
+        self._check_graphs()
         if self.loss_weights or (self.loss_weights is not None and not self.objective):  # {}: those of objective alone
             self.loss_weights = check_loss_weights(self.loss_weights)
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError(
                 f"give exactly one of epochs and max_steps (the length of the run), got epochs={self.epochs} "
                 f"and max_steps={self.max_steps}"
+            )
+
+    @property
+    def replays_graphs(self) -> bool:
+        """Whether steps replay CUDA graphs, which needs batches of fixed shapes."""
+        return self.torch_compile_mode == "reduce-overhead"
+
+    def _check_graphs(self) -> None:
+        if not self.replays_graphs:
+            return
+        if not self.torch_compile:
+            raise ValueError("torch_compile_mode: reduce-overhead needs torch_compile, which is off")
+        again = {
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "per_device_chunk_size": self.per_device_chunk_size,
+        }
+        if refused := [name for name, value in again.items() if value]:
+            raise ValueError(
+                f"torch_compile_mode: reduce-overhead with {' and '.join(refused)} is not possible: blocks that run a "
+                "second time in a step would overwrite what their CUDA graphs left before. Leave one of them out"
             )
 
     def per_device_batch_size(self, num_processes: int) -> int:

@@ -118,6 +118,23 @@ def test_eos_pooling_pads_to_the_longest(shards, reader):
     assert short["input_ids"].shape[1] == 4 and (short["input_ids"].max(1).values == 49407).all()
 
 
+def test_fixed_lengths_and_all_regions_only_add_padding(shards, reader):
+    usual = next(reader(shards, settings={"pooling": "eos"}).batches(0))
+    longest = {name: usual[name].shape[1] for name in ("input_ids", "summary_input_ids", "tag_input_ids")}
+    lengths = (min(longest.values()), max(longest.values()) + 3)
+    assert min(longest.values()) < max(longest.values())
+    fixed = next(reader(shards, settings={"pooling": "eos", "text_lengths": lengths, "all_regions": True}).batches(0))
+    for name, length in longest.items():
+        assert fixed[name].shape[1] == lengths[length > lengths[0]]
+        assert torch.equal(fixed[name][:, :length], usual[name]) and not fixed[name][:, length:].any()
+    count = usual["roi_mask"].shape[1]
+    assert fixed["roi_mask"].shape[1] == 10 > count
+    for name in ("roi_features", "roi_mask"):
+        assert torch.equal(fixed[name][:, :count], usual[name]) and not fixed[name][:, count:].any()
+    beyond = next(reader(shards, settings={"pooling": "eos", "text_lengths": (4,), "max_length": 30}).batches(0))
+    assert beyond["input_ids"].shape[1] == 30
+
+
 def test_most_confident_regions_are_kept_and_their_tags(shards, reader, processor):
     full, two = (next(reader(shards, settings={"max_regions": n}).batches(0)) for n in (10, 2))
     assert two["roi_features"].shape[1] == 2

@@ -57,7 +57,8 @@ IDENTITY = {
         "schedule": "global_batch_size learning_rate warmup_fraction final_learning_rate_fraction",
         "optimizer": "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm ema_decay",
         "model": "",
-        "how": "precision per_device_chunk_size sync_batch_norm gradient_checkpointing deterministic torch_compile",
+        "how": "precision per_device_chunk_size sync_batch_norm gradient_checkpointing deterministic torch_compile "
+        "torch_compile_mode text_lengths",
     },
     FinetuneArguments: {
         "data": "seed crop_area flip",

@@ -24,11 +24,13 @@ FIELDS = """
     allow_unfinished global_crop_area local_crop_area view_crop_area synonyms max_bad_fraction fetch_attempts
     fetch_seconds cache_gigabytes max_image_pixels per_device_chunk_size gradient_accumulation_steps
     warmup_fraction final_learning_rate_fraction weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm ema_decay
-    gradient_checkpointing sync_batch_norm deterministic torch_compile
+    gradient_checkpointing sync_batch_norm deterministic torch_compile torch_compile_mode text_lengths
     log_every_steps trackers save_every_steps accept_identity process_timeout_minutes keep_checkpoints dry_run
     log_duplicate_rates eval_every_steps push_to_hub
     overfit_batches
 """.split()
+
+GRAPHS = ["--torch-compile", "--torch-compile-mode", "reduce-overhead"]
 
 
 def test_the_list_of_settings_is_frozen_and_every_one_is_explained():
@@ -81,6 +83,11 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
         (["--warmup-fraction", "1.5"], "warmup_fraction: expected a share from 0 to below 1, got 1.5"),
         (["--local-crop-area", "0.9", "0.5"], r"local_crop_area: expected two shares .* got \[0.9, 0.5\]"),
         (["--gradient-accumulation-steps", "4"], "only 1 is possible, got 4.*fewer negatives.*per_device_chunk_size"),
+        (["--torch-compile-mode", "reduce-overhead"], "reduce-overhead needs torch_compile, which is off"),
+        ([*GRAPHS, "--gradient-checkpointing"], "reduce-overhead with gradient_checkpointing is not possible"),
+        ([*GRAPHS, "--per-device-chunk-size", "8"], "reduce-overhead with per_device_chunk_size is not possible"),
+        (["--text-lengths", "32", "16"], r"text_lengths: expected rising numbers .* got \[32, 16\]"),
+        (["--text-lengths", "1"], r"text_lengths: expected .* from 2 on, each once, got \[1\]"),
         (["--config", "nowhere.yaml"], "expected a YAML file, and nowhere.yaml is not one"),
     ],
 )
