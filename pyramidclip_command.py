@@ -156,6 +156,50 @@ def _program() -> str | None:
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec is not None else None
 
 
+def looks_like_a_folder(model: str) -> bool:
+    """Whether a name can only be a folder's: an id of the Hub has one slash at most, and begins otherwise."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1
+
+
+def check_there(flag: str, named: Any, expected: str = "", kind: str = "path") -> None:
+    """Looks whether what a flag names is there, before torch is imported, which takes seconds.
+
+    Of several processes each leaves it to the run, whose RUN/stopped.json says why it ended; so does what this cannot
+    know: globs, ranges, URLs, ids of the Hub.
+
+    Args:
+        flag: for the message.
+        named: a path or a list of them; None: nothing.
+        expected: what belongs there, for the message.
+        kind: "path"; "data": or a glob, a range, a URL; "id": or an id of the Hub, or the name of an architecture.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    if "RANK" in os.environ:
+        return
+    for one in named if isinstance(named, (list, tuple)) else [named]:
+        name = "" if one is None else os.fspath(one)
+        if not name or (kind == "id" and not looks_like_a_folder(name)):
+            continue
+        if kind != "path" and ("://" in name or any(mark in name for mark in "*?[{")):
+            continue
+        if _is_missing(name):
+            told = f". Expected: {expected}" if expected else ""
+            raise FileNotFoundError(f"{flag} {name}: there is no such file or folder{told}".lstrip())
+
+
+def _is_missing(path: str) -> bool:
+    """Whether there is nothing; what may not be looked at is left to whoever reads it."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        pass
+    return False
+
+
 def run_command(
     parse: Callable[[Sequence[str]], Settings],
     run: Callable[[Settings], int | None],
@@ -291,7 +335,7 @@ def _tell_launcher(said: str) -> None:
 
 
 def _at_least_one(text: str) -> int:
-    number = int(text)
+    number = int(text) if text.strip().isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
     return number
@@ -445,8 +489,18 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no notes")
 
 
+# What the subcommands read, beside models and pictures.
+_READ = ("labels_file", "templates", "texts", "font", "image", "embeddings", "picture", "pairs", "classes")
+
+
 def _run(args: argparse.Namespace) -> int:
-    # torch and transformers take seconds to import: help and wrong flags answer without them.
+    # torch and transformers take seconds to import: help, wrong flags and what is missing answer without them.
+    check_there("--model", args.model, "folder of a saved model, or Hub id", "id")
+    for name in _READ:
+        flag = "" if name in ("embeddings", "picture") else f"--{name.replace('_', '-')}"
+        check_there(flag, getattr(args, name, None))
+    for flag, name in (("", "pictures"), ("--calibration", "calibration")):
+        check_there(flag, [one for one in getattr(args, name, ()) if one != "-"], kind="data")
     from pyramidclip_hf.commands import COMMANDS
 
     return COMMANDS[args.command](args)

@@ -29,7 +29,7 @@ from conversion.model_folder import (
     make_processor,
     model_written_aside,
 )
-from pyramidclip_command import CommandParser, run_command
+from pyramidclip_command import CommandParser, check_there, run_command
 from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES, PyramidCLIPConfig
 from pyramidclip_hf.hub import AUTHORS_WEIGHTS_LICENSE, build_model_card
 from pyramidclip_hf.loading import load_dual_encoder
@@ -86,6 +86,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} is {'not for' if arguments.reverse else 'only for'} --reverse")
     if arguments.architecture and (arguments.vision_heads or arguments.text_heads):
         parser.error("--architecture fixes the heads; give it or --vision-heads and --text-heads")
+    check_there("--checkpoint", arguments.checkpoint, "the released checkpoint")
+    check_there("--model", arguments.model, "folder or Hub id", "id")
     return arguments
 
 

@@ -18,7 +18,7 @@ import torch
 
 from conversion.checkpoint_file import as_float32, read_checkpoint, state_dict_of
 from conversion.model_folder import check_output_folder, model_written_aside
-from pyramidclip_command import CommandParser, run_command
+from pyramidclip_command import CommandParser, check_there, run_command
 from pyramidclip_hf.files import read_utf8
 from pyramidclip_hf.vinvl import VinVLConfig, VinVLForObjectAttributeDetection, VinVLImageProcessor
 from pyramidclip_hf.vinvl.boxes_vinvl import cell_anchors
@@ -48,7 +48,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--labelmap", type=Path, required=True, help="VG-SGG-dicts-vgoi6-clipped.json")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is already in the folder")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    check_there("--checkpoint", arguments.checkpoint, "vinvl_vg_x152c4.pth")
+    check_there("--labelmap", arguments.labelmap, "VG-SGG-dicts-vgoi6-clipped.json")
+    return arguments
 
 
 def convert(

@@ -23,7 +23,7 @@ from conversion.architecture import make_config
 from conversion.clip_sources import ClipSource, read_clip
 from conversion.leff_start import leff_from_mlp
 from conversion.model_folder import check_output_folder, make_processor, model_written_aside
-from pyramidclip_command import CommandParser, run_command
+from pyramidclip_command import CommandParser, check_there, run_command
 from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
 from pyramidclip_hf.hub import build_model_card
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
@@ -59,7 +59,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--roi-feature-size", type=int, default=2048, help="width of region features without the box")
     parser.add_argument("--seed", type=int, default=0, help="of the new parameters")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is already in the folder")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    check_there("--model", arguments.model, "a folder, a Hub id, or a file of weights", "id")
+    check_there("--config", arguments.config, "open_clip's JSON configuration")
+    return arguments
 
 
 def start_model(

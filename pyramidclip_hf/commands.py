@@ -153,6 +153,17 @@ def _lines_of(path: str, what: str) -> list[str]:
     return lines
 
 
+def _templates_of(path: str) -> list[str]:
+    """The prompts of a file, one a line; ValueError where one has no place, or several, for the label."""
+    templates = _lines_of(path, "prompts")
+    for number, template in enumerate(templates, start=1):
+        if template.count("{}") != 1:
+            raise ValueError(
+                f"{path}, line {number}: expected a prompt with {{}} once, where the label goes, got {template!r}."
+            )
+    return templates
+
+
 # The model
 
 
@@ -178,7 +189,7 @@ def run_classify(args: argparse.Namespace) -> int:
     """Prints the `--top-k` labels of each picture, batch by batch."""
     messages = _Messages(args)
     labels = _lines_of(args.labels_file, "labels") if args.labels_file else args.labels
-    templates = _lines_of(args.templates, "templates") if args.templates else IMAGENET_TEMPLATES
+    templates = _templates_of(args.templates) if args.templates else IMAGENET_TEMPLATES
     paths = _found(args.pictures, sys.stdin, messages)
 
     loaded = _load(args, messages)

@@ -19,6 +19,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from transformers.utils import logging
 
+from pyramidclip_command import looks_like_a_folder
+
 from .files import check_regular, read_regular
 from .modeling_pyramidclip import PyramidCLIPModel
 from .processing_pyramidclip import PyramidCLIPProcessor
@@ -235,7 +237,7 @@ def _local_folder(name: str, revision: str | None, called: str, files: Sequence[
         return Path(name)
     if os.path.exists(name):
         raise ValueError(f"{called}: that is a file, expected the folder of a saved model.")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if looks_like_a_folder(name):
         raise ValueError(f"{called}: there is no such folder.")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
@@ -249,7 +251,9 @@ def _local_folder(name: str, revision: str | None, called: str, files: Sequence[
 def _check_config(folder: Path, called: str) -> None:
     """ValueError where there is no configuration of this kind of model."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{called}: no config.json there. {_ADVICE}.")
+        inside = [name for name in ("final", "model") if (folder / name / "config.json").is_file()]
+        instead = f" {folder / inside[0]} is such a one." if inside else ""
+        raise ValueError(f"{called}: no config.json there. {_ADVICE}.{instead}")
     try:
         content = json.loads(read_regular(folder / "config.json", _MAX_JSON_BYTES))
         kind = content.get("model_type")

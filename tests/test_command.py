@@ -240,3 +240,10 @@ def test_the_way_in_needs_the_standard_library_alone(checkout):
     tops = {name.split(".")[0] for name in shown.stdout.split()}
     assert tops - sys.stdlib_module_names == {"pyramidclip_command"}
     assert pyramidclip_command.EXIT_SKIPPED == 3 and pyramidclip_command.EXIT_STOPPED == 75
+
+
+@pytest.mark.parametrize("word", ["many", "1e3", "-1", "", "0", "²"])
+def test_a_number_that_is_none_is_told_in_words(word, capsys):
+    argv = ["classify", "x.png", "--model", "m", "--labels", "a", "--top-k", word]
+    assert pyramidclip_command.main(argv) == 2
+    assert f"--top-k: expected a whole number of at least 1, got {word} " in capsys.readouterr().err

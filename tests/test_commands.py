@@ -4,6 +4,7 @@ import ast
 import errno
 import importlib
 import re
+import sys
 from argparse import Namespace
 from pathlib import Path
 from unittest.mock import Mock
@@ -138,6 +139,49 @@ def test_a_path_that_is_not_there_is_one_line(name, capsys, tmp_path):
     )
     assert main_of(name)(words.split()) == 2
     assert str(tmp_path / "gone") in error_line(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if WORDS_WITH_A_MISSING_PATH.get(name)])
+def test_what_is_missing_is_said_before_the_work(name, tmp_path, monkeypatch):
+    """While the words are parsed, so that no model need be imported for it; a launched run says it in its folder."""
+    parse, _ = parts_of(name)
+    if name == "pyramidclip_command":
+        pytest.skip("below, in a process of its own")
+    gone = str(tmp_path / "gone")
+    words = WORDS_WITH_A_MISSING_PATH[name].replace("GONE", gone).replace("OUT", str(tmp_path / "out")).split()
+    with pytest.raises(FileNotFoundError, match=f"{gone}: there is no such file or folder"):
+        getattr(importlib.import_module(name), parse)(words)
+    monkeypatch.setenv("RANK", "0")
+    getattr(importlib.import_module(name), parse)(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "classify GONE --model MODEL --labels a",
+        "classify --model GONE THERE --labels a",
+        "classify --model MODEL THERE --labels-file GONE",
+        "classify --model MODEL THERE --labels a --templates GONE",
+        "embed --model MODEL THERE GONE --output OUT.npz",
+        "embed --model MODEL --texts GONE --output OUT.npz",
+        "search GONE --text a",
+        "search THERE --image GONE",
+        "explain GONE --model MODEL --text a --output OUT.png",
+        "export --model MODEL --pairs GONE",
+    ],
+)
+def test_what_is_missing_is_said_without_torch(words, tmp_path, monkeypatch, capsys):
+    """What begins to import the models fails here, and not on a path that is there or could be."""
+    (tmp_path / "there").touch()
+    monkeypatch.setitem(sys.modules, "pyramidclip_hf.commands", None)
+    gone, there = str(tmp_path / "gone"), str(tmp_path / "there")
+    words = words.replace("GONE", gone).replace("THERE", there).replace("OUT", str(tmp_path / "out"))
+    assert main_of("pyramidclip_command")(words.replace("MODEL", "owner/name").split()) == 2
+    assert f"{gone}: there is no such file or folder" in error_line(capsys)
+    words = words.replace(gone, there).replace("MODEL", str(tmp_path))
+    assert main_of("pyramidclip_command")(words.split()) == 2
+    assert "pyramidclip_hf.commands" in error_line(capsys)
 
 
 def parts_of(name):

@@ -51,7 +51,7 @@ SIBLINGS = {
 # These put the parts together and may import any sibling.
 ASSEMBLERS = {"__init__", "hub", "loading", "backends", "export", "commands"}
 # Installed with the package, for these modules: what else is copied to the Hub with a model must not need them.
-HELPERS = {"filelock": {"files"}, "pyramidclip_command": {"commands", "export"}}
+HELPERS = {"filelock": {"files"}, "pyramidclip_command": {"commands", "export", "loading"}}
 
 # The layers of `training/` from the top: an import leads to a lower line or stays in its room. What lies directly in
 # `training/` is a command, and so is what lies directly in `training/prepare/`, whose rooms hold what it is made of.

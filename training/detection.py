@@ -39,6 +39,7 @@ from training.loop.run import RunResult, complete_run, exit_code
 from training.loop.task import AUTOCAST, Metrics, Plan, Reader, Task, plan_steps
 from training.reports.detections_page import write_page
 from training.settings.detecting import DetectionArguments
+from training.settings.fields import check_named
 from training.settings.reading import parse_settings
 from training.transfer.detection_batches import DetectionReader
 from training.transfer.detector import (
@@ -215,6 +216,8 @@ def open_parts(args: DetectionArguments) -> dict[str, AnnotatedPictures]:
             f"with_masks: objects of {parts['train'].name} have no masks (VOC's boxes have none). Leave the mask head "
             "out, or take COCO's annotations with segmentation"
         )
+    for part in parts.values():
+        part.max_image_pixels = args.max_image_pixels
     refuse_shared_pictures(parts["train"], [part for name, part in parts.items() if name != "train"])
     return parts
 
@@ -234,7 +237,7 @@ def detection_task(args: DetectionArguments, accelerator: Any, folder: Path) -> 
 
 def parse(words: Sequence[str]) -> DetectionArguments:
     """The settings that the words of a command line stand for."""
-    return parse_settings(DetectionArguments, words, __doc__, exit_codes=(EXIT_STOPPED,))
+    return check_named(parse_settings(DetectionArguments, words, __doc__, exit_codes=(EXIT_STOPPED,)))
 
 
 def run(args: DetectionArguments) -> RunResult:

@@ -20,6 +20,7 @@ from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES
 from pyramidclip_hf.files import write_atomically
 from training import detection
 from training.settings.detecting import DetectionArguments
+from training.settings.fields import check_named
 from training.settings.reading import parse_settings
 
 COLUMNS = ("voc_ap", "voc_ap50", "voc_ap75", "box_ap", "box_ap50", "box_ap75")
@@ -33,7 +34,9 @@ class TableArguments:
         ValueError: A value cannot be; the message names the field.
     """
 
-    recipe: str = field(metadata={"help": "settings of training.detection, with train_data and test_data"})
+    recipe: str = field(
+        metadata={"names": "path", "help": "settings of training.detection, with train_data and test_data"}
+    )
     output_dir: str = field(metadata={"help": "folder of all runs and of the table"})
     models: list[str] = field(metadata={"help": "NAME=MODEL, as --model of training.detection"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of each model"})
@@ -102,7 +105,7 @@ def run(args: TableArguments) -> int:
 
 def parse(words: Sequence[str]) -> TableArguments:
     """The settings that the words of a command line stand for."""
-    return parse_settings(TableArguments, words, __doc__, config=False, exit_codes=(EXIT_STOPPED,))
+    return check_named(parse_settings(TableArguments, words, __doc__, config=False, exit_codes=(EXIT_STOPPED,)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,6 +33,7 @@ from training.evaluation.process import this_process
 from training.evaluation.results import make_place, results_table, write_csv, write_json
 from training.evaluation.tasks import TASKS, EmbeddingScoring, EvaluationArguments, Scoring
 from training.loop.token_scoring import TokenScoring
+from training.settings.fields import check_named
 from training.settings.reading import parse_settings
 
 
@@ -78,7 +79,7 @@ def parse(argv: Sequence[str]) -> EvaluationArguments | list[str]:
     """The settings, or the words themselves where they are for clip-benchmark."""
     if "--bench" in argv:
         return list(argv)
-    return parse_settings(EvaluationArguments, argv, __doc__, config=False)
+    return check_named(parse_settings(EvaluationArguments, argv, __doc__, config=False))
 
 
 def run(settings: EvaluationArguments | list[str]) -> int:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 from pyramidclip_command import CommandParser, run_command
 from pyramidclip_hf.explain import explain_image, explain_regions
 from pyramidclip_hf.files import write_atomically
+from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
 from pyramidclip_hf.loading import load_model
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
@@ -40,6 +41,7 @@ from training.data.shards import read_dataset_json
 from training.evaluation.classification import read_templates
 from training.evaluation.tasks import EvaluationArguments, open_labelled, open_samples
 from training.reports.plots import INK, SOFT
+from training.settings.fields import check_named
 from training.settings.reading import parse_settings
 
 RIGHT_COLOUR = "#17804a"
@@ -49,10 +51,15 @@ RIGHT_COLOUR = "#17804a"
 class FigureArguments:
     """What every figure takes."""
 
-    data: str = field(metadata={"help": "folder of shards or one shard; tsne, retrieval: what training.evaluate takes"})
+    data: str = field(
+        metadata={"names": "id", "help": "folder of shards or one shard; tsne, retrieval: what training.evaluate takes"}
+    )
     max_samples: int | None = field(default=None, metadata={"help": "use so many samples only"})
     allow_unfinished: bool = field(
         default=False, metadata={"help": "also shards of which a step of preparation has begun and not ended"}
+    )
+    max_image_pixels: int = field(
+        default=MAX_IMAGE_PIXELS, metadata={"help": "a picture with more is an error, by its header"}
     )
     dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "of the model"})
     device: str = field(default="auto", metadata={"help": "where the model runs: auto, cpu, cuda, mps"})
@@ -91,6 +98,7 @@ class SetArguments(FigureArguments):
             split=self.split,
             max_samples=self.max_samples,
             allow_unfinished=self.allow_unfinished,
+            max_image_pixels=self.max_image_pixels,
             **settings,
         )
 
@@ -99,13 +107,15 @@ class SetArguments(FigureArguments):
 class TsneArguments(SetArguments):
     """Settings of `python -m training.figures tsne`."""
 
-    model: str = field(metadata={"help": "folder of a saved model, or Hub id"})
+    model: str = field(metadata={"names": "id", "help": "folder of a saved model, or Hub id"})
     output: str = field(metadata={"help": "the PNG file"})
     classes: str | None = field(
-        default=None, metadata={"help": "file with class names, one a line (folders also: folder<TAB>name)"}
+        default=None,
+        metadata={"names": "path", "help": "file with class names, one a line (folders also: folder<TAB>name)"},
     )
     templates: str | None = field(
-        default=None, metadata={"help": "file with prompts, one a line, {} for the name; default: 80 templates"}
+        default=None,
+        metadata={"names": "path", "help": "file with prompts, one a line, {} for the name; default: 80 templates"},
     )
     shown_classes: int = field(
         default=10, metadata={"help": "classes shown, spread evenly over those there are (10 as in the paper)"}
@@ -122,9 +132,9 @@ class RetrievalArguments(SetArguments):
     """Settings of `python -m training.figures retrieval`."""
 
     captions: str | None = field(
-        default=None, metadata={"help": "captions of the pictures in --data, as in training.evaluate"}
+        default=None, metadata={"names": "path", "help": "captions of the pictures in --data, as in training.evaluate"}
     )
-    models: list[str] = field(metadata={"help": "one or more folders of saved models, or Hub ids"})
+    models: list[str] = field(metadata={"names": "id", "help": "one or more folders of saved models, or Hub ids"})
     output: str = field(metadata={"help": "the PNG file"})
     titles: list[str] | None = field(default=None, metadata={"help": "names of the models in the picture"})
     queries: list[int] = field(
@@ -143,7 +153,7 @@ class RetrievalArguments(SetArguments):
 class CheckArguments(FigureArguments):
     """Settings of `python -m training.figures check`."""
 
-    model: str = field(metadata={"help": "folder of a saved model, or Hub id"})
+    model: str = field(metadata={"names": "id", "help": "folder of a saved model, or Hub id"})
     prompt: str = field(
         default="a {phrase}",
         metadata={
@@ -165,10 +175,10 @@ def attribution_of(data: str) -> str | None:
     return (read_dataset_json(folder) or {}).get("attribution")
 
 
-def _picture(sample: Sample) -> Image.Image:
+def _picture(sample: Sample, max_image_pixels: int) -> Image.Image:
     if sample.image is None:
         raise ValueError(f"sample {sample.key} has no picture")
-    return open_picture(sample.image, sample.key)
+    return open_picture(sample.image, sample.key, max_image_pixels)
 
 
 ##################################################################################################
@@ -280,7 +290,7 @@ def draw_retrieval(args: RetrievalArguments) -> str:
     for row, name in enumerate(args.models):
         loaded = load_model(name, dtype=args.dtype, device=args.device)
         model, processor = loaded.model, loaded.processor
-        pictures = (_picture(sample) for sample in samples)
+        pictures = (_picture(sample, args.max_image_pixels) for sample in samples)
         matches = retrieve(
             text_embeddings(model, processor, captions),
             image_embeddings(model, processor, pictures, progress=True),
@@ -291,7 +301,7 @@ def draw_retrieval(args: RetrievalArguments) -> str:
             hits[-1] += query in found
             grid[row, 0].set_ylabel(args.titles[row] if args.titles else _title(name), fontsize=10, color=INK)
             for axes, number in zip(grid[row], found):
-                picture = _picture(samples[number])
+                picture = _picture(samples[number], args.max_image_pixels)
                 explanation = explain_image(model, processor, picture, caption)
                 _draw_hit(axes, explanation.overlay(picture), explanation.score, number == query)
     _save(figure, args.output)
@@ -335,7 +345,11 @@ class Localisation:
 
 
 def localisation(
-    model: PyramidCLIPModel, processor: PyramidCLIPProcessor, samples: Sequence[Sample], prompt: str = "a {phrase}"
+    model: PyramidCLIPModel,
+    processor: PyramidCLIPProcessor,
+    samples: Sequence[Sample],
+    prompt: str = "a {phrase}",
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Localisation:
     """How well heat maps and region relevances find the objects of samples with labelled boxes.
 
@@ -346,6 +360,7 @@ def localisation(
         processor: Its processor.
         samples: With pictures, and with regions that have labels.
         prompt: Text for an object, see `CheckArguments`.
+        max_image_pixels: Of a picture, at most.
 
     Raises:
         ValueError: No sample has such a region.
@@ -359,7 +374,7 @@ def localisation(
         for place, region in enumerate(regions):
             if not region.label or labels.count(region.label) > 1:
                 continue
-            picture = picture or _picture(sample)
+            picture = picture or _picture(sample, max_image_pixels)
             text = prompt.replace("{label}", region.label).replace("{phrase}", phrase(region))
             heat = explain_image(model, processor, picture, text).heat
             inside = _inside(region.box, heat.shape)
@@ -389,9 +404,8 @@ def print_check(args: CheckArguments) -> str:
     """Runs the check and returns its table."""
     loaded = load_model(args.model, dtype=args.dtype, device=args.device)
     model, processor = loaded.model, loaded.processor
-    found = localisation(
-        model, processor, ShardSamples(args.data, args.max_samples, args.allow_unfinished), args.prompt
-    )
+    samples = ShardSamples(args.data, args.max_samples, args.allow_unfinished)
+    found = localisation(model, processor, samples, args.prompt, args.max_image_pixels)
     mass, area = np.array(found.mass), np.array(found.area)
     asked = [one for one in found.found if one is not None]
     lines = [
@@ -460,7 +474,7 @@ def parse(argv: Sequence[str]) -> FigureArguments:
         raise ValueError(f"expected one of {', '.join(FIGURES)}, as in `python -m training.figures tsne`, got {got}")
     name, *words = argv
     kind, _ = FIGURES[name]
-    return parse_settings(kind, words, kind.__doc__, config=False, command=name)
+    return check_named(parse_settings(kind, words, kind.__doc__, config=False, command=name))
 
 
 def run(args: FigureArguments) -> None:

@@ -32,6 +32,7 @@ from training.loop.distributed import broadcast_buffers, sum_over_processes, wor
 from training.loop.identity import Identity
 from training.loop.run import RunResult, complete_run, exit_code
 from training.loop.task import AUTOCAST, Batch, Metrics, Plan, Reader, StepLoss, Task, plan_steps
+from training.settings.fields import check_named
 from training.settings.finetuning import FinetuneArguments
 from training.settings.reading import parse_settings
 from training.transfer.batches import LabelledReader
@@ -180,7 +181,7 @@ def classification_task(args: FinetuneArguments, accelerator: Any, folder: Path)
 
 def parse(words: Sequence[str]) -> FinetuneArguments:
     """The settings that the words of a command line stand for."""
-    return parse_settings(FinetuneArguments, words, __doc__, exit_codes=(EXIT_STOPPED,))
+    return check_named(parse_settings(FinetuneArguments, words, __doc__, exit_codes=(EXIT_STOPPED,)))
 
 
 def run(args: FinetuneArguments) -> RunResult:

@@ -29,6 +29,7 @@ import torch
 from huggingface_hub import EvalResult
 
 from pyramidclip_command import run_command
+from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
 from pyramidclip_hf.loading import load_model
 from training.evaluation.classification import classification_metrics
 from training.evaluation.process import this_process
@@ -41,6 +42,7 @@ from training.evaluation.results import (
     write_json,
 )
 from training.evaluation.sets import TABLE_7
+from training.settings.fields import check_named
 from training.settings.parts import check_part_settings
 from training.settings.reading import parse_settings
 from training.transfer.features import FeatureKind, Features, cached_features
@@ -60,10 +62,12 @@ class LinearProbeArguments:
         ValueError: A value cannot be, or two together; the message names the field.
     """
 
-    model: str = field(metadata={"help": "folder of a saved model, or Hub id"})
-    train_data: str = field(metadata={"help": "folder with a sub-folder a class, or labelled shards"})
-    validation_data: str | None = field(default=None, metadata={"help": "the same, for the sweep of C"})
-    test_data: str | None = field(default=None, metadata={"help": "the same, for the result"})
+    model: str = field(metadata={"names": "id", "help": "folder of a saved model, or Hub id"})
+    train_data: str = field(metadata={"names": "data", "help": "folder with a sub-folder a class, or labelled shards"})
+    validation_data: str | None = field(
+        default=None, metadata={"names": "data", "help": "the same, for the sweep of C"}
+    )
+    test_data: str | None = field(default=None, metadata={"names": "data", "help": "the same, for the result"})
     dataset: list[str] = field(
         default_factory=list,
         metadata={
@@ -79,7 +83,8 @@ class LinearProbeArguments:
     )
     test_fraction: float = field(default=0.0, metadata={"help": "share of each class held out in place of test_data"})
     classes: str | None = field(
-        default=None, metadata={"help": "file with class names, one a line (folders also: folder<TAB>name)"}
+        default=None,
+        metadata={"names": "path", "help": "file with class names, one a line (folders also: folder<TAB>name)"},
     )
     features: FeatureKind = field(
         default="backbone", metadata={"help": "pooled vector before the projection, or the embedding behind it"}
@@ -95,6 +100,9 @@ class LinearProbeArguments:
     max_iterations: int = field(default=1000, metadata={"help": "of L-BFGS (paper: 1000)"})
     seed: int = field(default=0, metadata={"help": "of what is held out"})
     batch_size: int = field(default=64, metadata={"help": "pictures encoded at a time by each process"})
+    max_image_pixels: int = field(
+        default=MAX_IMAGE_PIXELS, metadata={"help": "a picture with more is an error, by its header"}
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "of the model"})
     cache_dir: str | None = field(
         default=None, metadata={"help": "folder of kept features, or none; default: features/ in the project's cache"}
@@ -119,7 +127,7 @@ class LinearProbeArguments:
             raise ValueError(f"{several[0]} is for one data set, dataset names {self.dataset}")
         if repeated := [name for name in self.dataset if self.dataset.count(name) > 1]:
             raise ValueError(f"dataset names {repeated[0]} more than once")
-        for name in ("batch_size", "max_iterations"):
+        for name in ("batch_size", "max_iterations", "max_image_pixels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number of at least 1, got {getattr(self, name)}")
         if self.c is not None and not self.c > 0:
@@ -357,7 +365,7 @@ def report_doubts(fitted: Fit, c: float, swept: Sequence[Mapping[str, Any]], arg
 
 def parse(words: Sequence[str]) -> LinearProbeArguments:
     """The settings that the words of a command line stand for."""
-    return parse_settings(LinearProbeArguments, words, __doc__, config=False)
+    return check_named(parse_settings(LinearProbeArguments, words, __doc__, config=False))
 
 
 def run(args: LinearProbeArguments) -> None:

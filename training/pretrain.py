@@ -46,6 +46,7 @@ from training.loop.token_scoring import save_token_heads, token_pairs
 from training.loop.tracking import duplicate_rates
 from training.loop.validation import ValidationSet
 from training.scale import most_pairs
+from training.settings.fields import check_named
 from training.settings.pretraining import PretrainingArguments
 from training.settings.reading import parse_settings
 
@@ -310,7 +311,9 @@ def check_text_lengths(args: PretrainingArguments, config: PyramidCLIPConfig) ->
 
 def parse(words: Sequence[str]) -> PretrainingArguments:
     """The settings that the words of a command line stand for."""
-    return parse_settings(PretrainingArguments, words, __doc__, exit_codes=(EXIT_UNPUBLISHED, EXIT_STOPPED))
+    return check_named(
+        parse_settings(PretrainingArguments, words, __doc__, exit_codes=(EXIT_UNPUBLISHED, EXIT_STOPPED))
+    )
 
 
 def run(args: PretrainingArguments) -> RunResult:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyramidclip_command import CommandParser, Failure, run_command
+from pyramidclip_command import CommandParser, check_there, run_command
 from training.loop.card import publish
 
 
@@ -24,15 +24,15 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("repo_id", help="owner/name on the Hub")
     parser.add_argument("--results", type=Path, nargs="+", default=(), help="result files of training.evaluate")
     parser.add_argument("--private", action="store_true", default=None, help="make the repository private if it is new")
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    check_there("", args.run, "the folder of a finished run, or of a model")
+    check_there("--results", args.results, "result files of training.evaluate")
+    return args
 
 
 def run(args: argparse.Namespace) -> None:
     """Publishes and prints the address of the commit."""
-    try:
-        print(publish(args.run, args.repo_id, args.private, args.results))
-    except (OSError, Failure) as error:  # nothing was published
-        raise ValueError(str(error)) from error
+    print(publish(args.run, args.repo_id, args.private, args.results))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

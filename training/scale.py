@@ -26,6 +26,7 @@ from training.data.pixels import Normalisation
 from training.loop.objective import PAIRS, ContrastiveObjective
 from training.loop.terms.encoding import levels_in
 from training.loop.terms.table import read_objective
+from training.settings.fields import check_named
 from training.settings.pretraining import PretrainingArguments
 from training.settings.reading import parse_settings, read_settings
 
@@ -48,7 +49,7 @@ def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, out_shape: An
 class ScaleArguments:
     """Settings of `python -m training.scale`."""
 
-    config: list[str] = field(metadata={"help": "recipe; several as for training.pretrain"})
+    config: list[str] = field(metadata={"names": "source", "help": "recipe; several as for training.pretrain"})
     gpus: int = field(metadata={"help": "number of GPUs"})
     teraflops: float = field(
         default=133.0,
@@ -331,7 +332,7 @@ def _fake_model(config: PyramidCLIPConfig) -> PyramidCLIPModel:
 
 def parse(argv: Sequence[str]) -> ScaleArguments:
     """The settings that the words of the command line stand for."""
-    return parse_settings(ScaleArguments, argv, __doc__, config=False)
+    return check_named(parse_settings(ScaleArguments, argv, __doc__, config=False))
 
 
 def run(args: ScaleArguments) -> None:

@@ -471,5 +471,5 @@ def test_reverse_refuses_a_model_that_is_not_whole(small_file, tmp_path, refused
     weights = load_file(path)
     save_file({name: tensor for name, tensor in weights.items() if name != "logit_scale"}, path, {"format": "pt"})
     refused(main, ["--reverse", "--model", tmp_path / "model", "--output", tmp_path / "x.pt"], "logit_scale")
-    refused(main, ["--reverse", "--model", tmp_path / "gone", "--output", tmp_path / "x.pt"], "no such folder")
+    refused(main, ["--reverse", "--model", tmp_path / "gone", "--output", tmp_path / "x.pt"], "no such file or folder")
     assert not (tmp_path / "x.pt").exists()

@@ -225,7 +225,7 @@ def test_label_maps_that_do_not_fit(small_checkpoint, labelmap, tmp_path, refuse
 def test_other_files_are_named(small_checkpoint, labelmap, tmp_path, refused):
     torch.save({"visual.proj": torch.zeros(2, 2)}, tmp_path / "clip.pth")
     refused(main, words(tmp_path / "clip.pth", labelmap, tmp_path / "out"), "no VinVL detector")
-    refused(main, words(tmp_path / "absent.pth", labelmap, tmp_path / "out"), "nothing")
+    refused(main, words(tmp_path / "absent.pth", labelmap, tmp_path / "out"), "no such file or folder")
     torch.save(small_checkpoint, tmp_path / "vinvl.pth")
     (tmp_path / "labels.txt").write_text("zebra")
     refused(main, words(tmp_path / "vinvl.pth", tmp_path / "labels.txt", tmp_path / "out"), "no JSON")

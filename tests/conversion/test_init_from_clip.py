@@ -291,8 +291,8 @@ def test_what_is_no_clip_model(tmp_path, not_started):
     torch.save(state_dict | {"visual.extra": torch.ones(2)}, tmp_path / "x.pt")
     not_started(["--model", tmp_path / "x.pt", "--text-heads", "3"], r"unused \['visual.extra'\]")
     not_started(["--model", tmp_path / "bert", "--hidden-act", "gelu"], "are for a file of weights")
-    not_started(["--model", tmp_path / "nowhere.pt"], "found nothing")
-    not_started(["--model", tmp_path / "nowhere"], "no file or folder")
+    not_started(["--model", tmp_path / "nowhere.pt"], "no such file or folder")
+    not_started(["--model", tmp_path / "nowhere"], "no such file or folder")
     not_started(["--model", "some/model"], "the Hub cannot be asked")
 
 

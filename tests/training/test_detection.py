@@ -216,6 +216,8 @@ def test_a_picture_of_another_size_ends_the_run_with_its_name(tmp_path):
     Image.new("RGB", (60, 48)).save(tmp_path / "own" / "pictures" / "2.png")
     with pytest.raises(DataError, match="2.png is 60 x 48, its annotation says 64 x 48"):
         detection.run(settings(tmp_path / "run", {"train": source}, global_batch_size=2))
+    with pytest.raises(DataError, match="more than max_image_pixels=99"):
+        detection.run(settings(tmp_path / "few", {"train": source}, global_batch_size=2, max_image_pixels=99))
 
 
 @pytest.mark.parametrize(

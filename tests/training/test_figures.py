@@ -172,7 +172,7 @@ def test_check_measures_heat_in_the_boxes(model_folder, shards, monkeypatch, cap
 
 
 def test_wrong_settings_end_with_code_2(model_folder, shards, classes, tmp_path, capsys):
-    png = ["--output", str(tmp_path / "x.png")]
+    png, limit = ["--output", str(tmp_path / "x.png")], ["--max-image-pixels", "99"]
     for words, message in (
         ([], "python -m training.figures tsne"),
         (["plot"], "python -m training.figures tsne"),
@@ -184,6 +184,9 @@ def test_wrong_settings_end_with_code_2(model_folder, shards, classes, tmp_path,
         (["retrieval", "--models", model_folder, "--titles", "a", "b", "--data", shards, *png], "--titles: expected 1"),
         (["check", "--model", model_folder, "--data", shards, "--prompt", "a {name}"], "{label} or {phrase}"),
         (["check", "--model", str(tmp_path), "--data", shards], "no config.json"),
+        (["check", "--model", model_folder, "--data", shards, *limit], "more than max_image_pixels=99"),
+        (["retrieval", "--models", model_folder, "--data", shards, *limit, *png], "more than max_image_pixels=99"),
+        (["tsne", "--model", model_folder, "--data", classes, *limit, *png], "more than max_image_pixels=99"),
     ):
         assert main(words) == 2
         assert message in capsys.readouterr().err

@@ -221,6 +221,8 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, data, workers):
     (tmp_path / "own" / "green" / "03.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match="03.png cannot be read.*replaces none of them"):
         finetune.run(settings(tmp_path / "run", own, dataloader_workers=workers))
+    with pytest.raises(DataError, match="more than max_image_pixels=99"):
+        finetune.run(settings(tmp_path / "other", data, dataloader_workers=workers, max_image_pixels=99))
 
 
 def test_pictures_to_measure_on_are_looked_at_before_the_first_step(tmp_path, data, capsys):

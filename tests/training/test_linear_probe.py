@@ -198,6 +198,9 @@ def test_what_is_wrong_is_said(probe_args, tmp_path, capsys, monkeypatch):
     other = write_pictures(tmp_path / "other", {"blue": 2, "green": 2})
     assert "not in it: ['dark red']" in error_of("--test-data", other)
     assert "no folder" in error_of("--test-data", str(tmp_path / "nowhere"))
+    told = error_of("--test-fraction", "0.2", "--max-image-pixels", "99")
+    assert "24 of 24 pictures cannot be read: " in told and "more than max_image_pixels=99" in told
+    assert "max_image_pixels: expected a number of at least 1" in error_of("--max-image-pixels", "0")
     assert "dataset: expected one of cifar10, " in error_of("--dataset", "mnist")
     assert "pets has its own test part: leave out" in error_of("--dataset", "pets", "--test-fraction", "0.2")
     assert "classes is for one data set" in error_of("--dataset", "pets", "cars", "--classes", "names")

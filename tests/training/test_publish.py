@@ -90,7 +90,7 @@ def test_run_is_published_in_one_commit_and_loads_back(run_folder, tmp_path, che
     assert contents(run_folder) == before, "the run is only read"
     # The server is gone: nothing is sent, and the folder stays.
     ran = run_module(command, tmp_path, checkout, environment)
-    assert ran.returncode == 2 and "no connection to the Hub" in ran.stderr
+    assert ran.returncode == 1 and "no connection to the Hub" in ran.stderr
     assert contents(run_folder) == before
     assert environment["HF_TOKEN"] not in ran.stdout + ran.stderr
 

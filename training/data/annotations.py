@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
 from training.data.records import Fault
 
 # A box may leave its picture by rounding, so far.
@@ -83,6 +84,7 @@ class AnnotatedPictures:
         class_ids: COCO's numbers of them, of a VOC folder from 1.
         pictures: in the file's order.
         faults: what was found, and passed over.
+        max_image_pixels: of a picture, at most.
     """
 
     name: str
@@ -91,6 +93,7 @@ class AnnotatedPictures:
     class_ids: list[int]
     pictures: list[AnnotatedPicture]
     faults: list[Fault] = field(default_factory=list)
+    max_image_pixels: int = MAX_IMAGE_PIXELS
 
     def __len__(self) -> int:
         return len(self.pictures)

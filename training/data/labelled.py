@@ -4,6 +4,7 @@ Nothing is shuffled, skipped or replaced here: picture i is the same one in ever
 error, because a score over fewer pictures than the data set has is another score.
 """
 
+import dataclasses
 import functools
 import os
 import sys
@@ -31,7 +32,7 @@ class LabelledPictures:
         name: the data set, as results call it.
         class_names: the C names that prompts are made of.
         labels: one class number a picture.
-        read: picture number -> PIL picture; takes `max_image_pixels` too, see `open_picture`. It can be pickled, for
+        read: picture number -> PIL picture; takes `max_image_pixels` too, see `limited`. It can be pickled, for
             processes that are started.
         described: fields of `EvalResult` that say which data this is.
         main_metric: the metric that this data set is reported by, and a word on it; None where there is no such custom.
@@ -49,6 +50,10 @@ class LabelledPictures:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def limited(self, max_image_pixels: int) -> "LabelledPictures":
+        """The same, where a picture with more pixels cannot be read, by its header."""
+        return dataclasses.replace(self, read=functools.partial(self.read, max_image_pixels=max_image_pixels))
 
 
 def check_class_names(names: Sequence[str], source: str) -> list[str]:

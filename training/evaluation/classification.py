@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from pyramidclip_hf.files import read_utf8
-from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES, class_embeddings
@@ -54,7 +53,6 @@ def zero_shot_scores(
     data: LabelledPictures,
     templates: Sequence[str] | None,
     batch_size: int,
-    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> torch.Tensor:
     """Cosines of pictures and classes, the same on any number of processes, which all call it.
 
@@ -66,7 +64,6 @@ def zero_shot_scores(
         data: N pictures, C classes.
         templates: prompts with `{}` for the class name; None: the 80 of the zero-shot module.
         batch_size: pictures encoded at a time.
-        max_image_pixels: see `open_picture`.
 
     Returns:
         (N, C) float32.
@@ -82,7 +79,7 @@ def zero_shot_scores(
         return class_embeddings(model, processor, names, templates).float().cpu()
 
     def pixels_of(numbers: range) -> torch.Tensor:
-        read = [data.read(number, max_image_pixels=max_image_pixels) for number in numbers]
+        read = [data.read(number) for number in numbers]
         return processor.image_processor(read, return_tensors="pt")["pixel_values"]
 
     def encode_pictures(pixels: torch.Tensor) -> torch.Tensor:

@@ -31,12 +31,13 @@ from training.evaluation.sets import TABLE_7, open_set
 class EvaluationArguments:
     """Settings of `python -m training.evaluate`."""
 
-    model: str = field(metadata={"help": "folder of a saved model, or Hub id"})
+    model: str = field(metadata={"names": "id", "help": "folder of a saved model, or Hub id"})
     data: str = field(
         metadata={
+            "names": "id",
             "help": "shards or a manifest as in training (folder, tar, glob, range, URL, .txt list, .jsonl), a folder "
             "with a sub-folder a class, a data set of the Hub (hf://datasets/OWNER/NAME), or with --dataset the folder "
-            "that holds the data sets"
+            "that holds the data sets",
         }
     )
     task: Literal["retrieval", "zero-shot"] = field(default="retrieval", metadata={"help": "what to measure"})
@@ -45,12 +46,17 @@ class EvaluationArguments:
         metadata={"help": f"zero-shot: {', '.join(TABLE_7)}; retrieval: {', '.join(CAPTION_SETS)}; several at once"},
     )
     split_file: str | None = field(
-        default=None, metadata={"help": "with one --dataset: the pictures that count, lines relative/path<TAB>label"}
+        default=None,
+        metadata={
+            "names": "path",
+            "help": "with one --dataset: the pictures that count, lines relative/path<TAB>label",
+        },
     )
     captions: str | None = field(
         default=None,
         metadata={
-            "help": "retrieval: captions of the pictures in --data (Karpathy's or COCO's JSON, or picture,caption)"
+            "names": "path",
+            "help": "retrieval: captions of the pictures in --data (Karpathy's or COCO's JSON, or picture,caption)",
         },
     )
     subset: str | None = field(default=None, metadata={"help": "Hub data sets: the configuration"})
@@ -71,7 +77,11 @@ class EvaluationArguments:
         default=False, metadata={"help": "retrieval: a tag that names several objects of a picture comes once"}
     )
     classes: str | None = field(
-        default=None, metadata={"help": "zero-shot: file with class names, one a line (folders also: folder<TAB>name)"}
+        default=None,
+        metadata={
+            "names": "path",
+            "help": "zero-shot: file with class names, one a line (folders also: folder<TAB>name)",
+        },
     )
     scoring: Literal["embeddings", "tokens"] = field(
         default="embeddings",
@@ -82,7 +92,10 @@ class EvaluationArguments:
     )
     templates: str | None = field(
         default=None,
-        metadata={"help": "zero-shot: file with prompts, one a line, {} for the name; default: 80 templates"},
+        metadata={
+            "names": "path",
+            "help": "zero-shot: file with prompts, one a line, {} for the name; default: 80 templates",
+        },
     )
     batch_size: int = field(default=64, metadata={"help": "samples encoded at a time by each process"})
     chunk_size: int = field(
@@ -213,7 +226,7 @@ class EmbeddingScoring:
         self, data: LabelledPictures, templates: Sequence[str] | None, args: EvaluationArguments
     ) -> torch.Tensor:
         """See `Scoring`."""
-        return zero_shot_scores(self.model, self.processor, data, templates, args.batch_size, args.max_image_pixels)
+        return zero_shot_scores(self.model, self.processor, data, templates, args.batch_size)
 
 
 def evaluate_retrieval(scoring: Scoring, args: EvaluationArguments) -> list[EvalResult]:
@@ -244,11 +257,13 @@ def open_labelled(args: EvaluationArguments, dataset: str | None = None) -> Labe
     """The pictures and class names that `dataset`, or else `--data`, names; raises as `open_samples`."""
     if dataset:
         split = args.split or "test"
-        return open_set(dataset, args.data, split, args.split_file, args.classes, args.max_samples)
-    if is_hub_data(args.data):
+        data = open_set(dataset, args.data, split, args.split_file, args.classes, args.max_samples)
+    elif is_hub_data(args.data):
         columns = (args.image_column, args.label_column)
-        return labelled_hub(args.data, args.split, args.subset, *columns, args.classes, args.max_samples)
-    return open_pictures(args.data, args.classes, args.max_samples, args.allow_unfinished)
+        data = labelled_hub(args.data, args.split, args.subset, *columns, args.classes, args.max_samples)
+    else:
+        data = open_pictures(args.data, args.classes, args.max_samples, args.allow_unfinished)
+    return data.limited(args.max_image_pixels)
 
 
 def evaluate_zero_shot(scoring: Scoring, args: EvaluationArguments) -> list[EvalResult]:

@@ -58,8 +58,9 @@ def resume(settings: RunSettings, accelerator: Any, state: TrainingState, folder
         total_steps: After which it is finished.
 
     Raises:
-        ValueError: The folder holds a run, and none is to be continued; or the checkpoint is another run's.
-        CheckpointError: There is no such checkpoint, or none that can be read.
+        ValueError: The folder holds a run, and none is to be continued; there is no such checkpoint, or it is another
+            run's.
+        CheckpointError: No checkpoint can be read.
     """
     found = first_decides(lambda: _look(settings, folder))
     for path in found.taken_back:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pyramidclip_command import Failure
 from pyramidclip_hf.files import NoLocks, locked
-from training.loop.record import NAME, CheckpointError, is_whole
+from training.loop.record import NAME, is_whole
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
 # A run that was killed a moment ago may have processes that still end.
@@ -41,7 +41,7 @@ def find_checkpoints(resume: str, run_dir: Path) -> list[Path]:
     """The checkpoints that `--resume` means, best first; none for "latest" of a run that has none yet.
 
     Raises:
-        CheckpointError: A folder was named that is no complete checkpoint.
+        ValueError: What was named is no folder of a complete checkpoint.
     """
     complete = list_checkpoints(run_dir)
     if resume == "latest":
@@ -49,8 +49,9 @@ def find_checkpoints(resume: str, run_dir: Path) -> list[Path]:
     path = Path(resume)
     if not (path / NAME).is_file():
         names = ", ".join(found.name for found in complete) or "none"
-        raise CheckpointError(
-            f"--resume: expected 'latest' or the folder of a complete checkpoint, and {path} has no {NAME}; "
+        raise ValueError(
+            f"--resume {path}: expected 'latest' or the folder of a complete checkpoint, and "
+            f"{f'that has no {NAME}' if path.is_dir() else 'that is no folder'}; "
             f"complete in {run_dir}: {names}"
         )
     return [path]

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from pyramidclip_command import CommandParser, run_command
+from pyramidclip_command import CommandParser, check_there, run_command
 from pyramidclip_hf import PyramidCLIPTokenizer
 from pyramidclip_hf.files import write_text
 from training.data.records import MAX_REGIONS
@@ -175,7 +175,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--allow-unfinished", action="store_true", help="also data of which a step has begun and not ended"
     )
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    check_there("", arguments.sources, "shards or a manifest", "data")
+    return arguments
 
 
 def keep(report: AuditReport, bad: Sequence[BadEntry], folder: Path) -> None:

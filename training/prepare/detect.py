@@ -15,7 +15,7 @@ from itertools import islice
 
 from PIL import Image
 
-from pyramidclip_command import run_command
+from pyramidclip_command import Failure, check_there, run_command
 from training.data.shards import ShardReader
 from training.data.views import BadPicture, decoded_picture
 from training.prepare.steps.detectors import Detector, DetectorArguments, open_detector
@@ -72,6 +72,10 @@ def parse(words: Sequence[str]) -> DetectSettings:
     for name in ("batch_size", "decode_threads", "max_image_pixels"):
         if getattr(settings.detect, name) < 1:
             raise ValueError(f"{name} is {getattr(settings.detect, name)}, expected 1 or more")
+    check_there("--input-dir", settings.detect.input_dir, "a folder of shards, as training.prepare.pack writes them")
+    check_there("--detector", settings.detector.detector, "a folder or Hub name", "id")
+    for name in ("names", "attributes"):
+        check_there(f"--{name}", getattr(settings.detector, name), "a file, one a line")
     return settings
 
 
@@ -120,7 +124,7 @@ def run(
     if total is not None:
         sizes = [int(name.removeprefix("feature_size_")) for name in total.counts if name.startswith("feature_size_")]
         if len(sizes) > 1:
-            raise RuntimeError(f"the detector gave features of different widths: {sorted(sizes)}")
+            raise Failure(f"the detector gave features of different widths: {sorted(sizes)}")
         describe_dataset(
             stage,
             arguments.input_dir,
@@ -195,7 +199,7 @@ class Change:
                 return [pair for one in wanted for pair in self._found([one], tally)]
             self.refused += 1
             if self.refused >= _REFUSALS_IN_A_ROW:
-                raise RuntimeError(
+                raise Failure(
                     f"the detector refused {self.refused} pictures in a row; the last one: {error}"
                 ) from error
             self._without(wanted[0][0], tally, "refused-by-detector", str(error))

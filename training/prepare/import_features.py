@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pyramidclip_command import run_command
+from pyramidclip_command import check_there, run_command
 from training.data.records import Sample
 from training.data.shards import ShardReader, ShardWriter
 from training.prepare.formats import BadRow, FormatFlags, RegionFormat, Size, format_flags, open_formats
@@ -112,6 +112,8 @@ def parse(words: Sequence[str]) -> ImportSettings:
         )
     if rows.rows_per_shard < 1:
         raise ValueError(f"rows_per_shard is {rows.rows_per_shard}, expected 1 or more")
+    check_there("--merge-into", places.merge_into, "a folder of shards, as training.prepare.pack writes them")
+    check_there("--input", places.input, "files of features", "data")
     return ImportSettings(places, formats, rows, work)
 
 

@@ -21,12 +21,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pyramidclip_command import run_command
+from pyramidclip_command import check_there, run_command
 from pyramidclip_hf.files import write_atomically
 from training.data.records import IMAGE_SUFFIXES, BadSample, sample_from_members
 from training.data.remote import is_url
 from training.data.shards import ShardWriter
-from training.prepare.sources import PairSource, RawPair, SourceArguments, SourcePart, open_source
+from training.prepare.sources import TABLE_SUFFIXES, PairSource, RawPair, SourceArguments, SourcePart, open_source
 from training.prepare.steps.flags import parse_dataclasses
 from training.prepare.steps.pictures import picture_suffix
 from training.prepare.steps.rewriting import MadeBy, describe_dataset, mark_unfinished
@@ -83,7 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(words: Sequence[str]) -> PackSettings:
     """The words of the command as settings. Raises `ValueError`."""
-    return PackSettings(*parse_dataclasses(words, __doc__, SourceArguments, PackArguments, WorkArguments))
+    settings = PackSettings(*parse_dataclasses(words, __doc__, SourceArguments, PackArguments, WorkArguments))
+    for one in settings.source.input:
+        kind = "data" if one.endswith((".tar", *TABLE_SUFFIXES)) else "id"
+        check_there("--input", one, "tars, tables, folders of either, or the name of a Hub dataset", kind)
+    return settings
 
 
 def run(settings: PackSettings) -> None:

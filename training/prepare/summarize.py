@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pyramidclip_command import run_command
+from pyramidclip_command import check_there, run_command
 from pyramidclip_hf.files import cache_folder
 from training.data.records import BadSample, sample_from_members
 from training.data.shards import ShardReader
@@ -128,6 +128,8 @@ def parse(words: Sequence[str]) -> SummarizeSettings:
     """The words of the command as settings. Raises `ValueError`."""
     settings = SummarizeSettings(*parse_dataclasses(words, __doc__, SummarizeArguments, SummaryConfig, WorkArguments))
     _check(settings.summary)
+    check_there("--input-dir", settings.places.input_dir, "a folder of shards, as training.prepare.pack writes them")
+    check_there("--model", settings.summary.model, f"a folder, a Hub name, or {NO_MODEL}", "id")
     return settings
 
 
@@ -249,7 +251,13 @@ class ModelSummarizer:
     """
 
     def __init__(self, config: SummaryConfig, device: str | torch.device, cache: SummaryCache):
-        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+        from transformers import (
+            MODEL_FOR_CAUSAL_LM_MAPPING,
+            MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+            AutoModelForCausalLM,
+            AutoModelForSeq2SeqLM,
+            AutoTokenizer,
+        )
 
         self.config, self.device, self.cache = config, torch.device(device), cache
         dtype = config.dtype
@@ -258,6 +266,12 @@ class ModelSummarizer:
         described = checkpoint_config(config.model, config.revision, "--model")
         self.is_seq2seq = bool(described.is_encoder_decoder)
         loader = AutoModelForSeq2SeqLM if self.is_seq2seq else AutoModelForCausalLM
+        kinds = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if self.is_seq2seq else MODEL_FOR_CAUSAL_LM_MAPPING
+        if type(described) not in kinds:  # transformers would name all that are
+            raise ValueError(
+                f"--model {config.model} is of the kind {described.model_type!r}, which writes no text: expected a "
+                f"sequence-to-sequence or causal language model, as t5-base is, or {NO_MODEL}"
+            )
         # Any: their classes are typed for one kind of model or another, and for batches as well as for single texts.
         self.model: Any = loader.from_pretrained(config.model, revision=config.revision, dtype=getattr(torch, dtype))
         self.model.eval().to(self.device)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyramidclip_command import run_command
+from pyramidclip_command import check_there, run_command
 from pyramidclip_hf.files import read_regular, write_atomically
 from training.prepare.steps.flags import parse_dataclasses
 
@@ -98,6 +98,7 @@ def parse(argv: Sequence[str]) -> SynonymArguments:
     """The settings that the words of the command line stand for."""
     args: Any
     (args,) = parse_dataclasses(argv, __doc__, SynonymArguments)
+    check_there("--wordnet", args.wordnet, "WordNet's files, as Debian's package wordnet-base has them")
     return args
 
 

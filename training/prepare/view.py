@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from pyramidclip_command import CommandParser, run_command
+from pyramidclip_command import CommandParser, check_there, run_command
 from pyramidclip_hf.files import write_text
 from training.data.records import BadSample, Region, Sample, phrase, sample_from_members
 from training.data.shards import ShardReader, read_dataset_json
@@ -50,7 +50,9 @@ def parse(words: Sequence[str]) -> Namespace:
     parser.add_argument(
         "--max-image-pixels", type=int, default=100_000_000, help="larger pictures are not shown (default: %(default)s)"
     )
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    check_there("", arguments.shard, "a shard", "data")
+    return arguments
 
 
 def run(arguments: Namespace) -> None:

@@ -41,12 +41,17 @@ class DetectionArguments(RunSettings):
         "from new weights",
     )
     train_data: list[str] = changed(
-        "train_data", [], "sources VOC_FOLDER:SPLIT (VOC2007:trainval), or FILE.json:PICTURE_FOLDER of COCO"
+        "train_data",
+        [],
+        "sources VOC_FOLDER:SPLIT (VOC2007:trainval), or FILE.json:PICTURE_FOLDER of COCO",
+        names="source",
     )
     validation_data: str | None = changed(
-        "validation_data", None, "one such source, measured every eval_every_steps and at the end"
+        "validation_data", None, "one such source, measured every eval_every_steps and at the end", names="source"
     )
-    test_data: list[str] = setting([], "such sources, measured once, at the end", section="first", identity=None)
+    test_data: list[str] = setting(
+        [], "such sources, measured once, at the end", section="first", identity=None, names="source"
+    )
     global_batch_size: int = changed("global_batch_size", 16, "pictures in one optimizer step, all processes together")
     max_steps: int | None = setting(
         24_000,
@@ -80,6 +85,9 @@ class DetectionArguments(RunSettings):
     )
     test_short_side: int = setting(
         800, "short side of pictures when measuring (paper: 800)", section="data", identity=None, at_least=32
+    )
+    max_image_pixels: int = setting(
+        100_000_000, "a picture with more is an error, by its header", section="data", identity=None, at_least=1
     )
     long_side: int = setting(1333, "pictures are at most this long", section="data", identity="data", at_least=32)
     flip: bool = setting(True, "mirror half of the training pictures", section="data", identity="data")

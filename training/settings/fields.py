@@ -12,7 +12,9 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
+
+from pyramidclip_command import check_there
 
 Group = Literal["data", "objective", "schedule", "optimizer", "model", "how"]
 GROUPS: tuple[Group, ...] = get_args(Group)
@@ -29,6 +31,10 @@ SECTIONS = {
 }
 
 Check = Callable[[str, Any], None]
+Settings = TypeVar("Settings")
+
+# See `check_there`; a source is a path before its last colon.
+Named = Literal["path", "data", "id", "source"]
 
 
 class Through(NamedTuple):
@@ -53,6 +59,7 @@ def setting(
     share: bool = False,
     check: Check | None = None,
     adds_up: bool = False,
+    names: Named | None = None,
 ) -> Any:
     """A field of a dataclass of settings.
 
@@ -66,13 +73,14 @@ def setting(
         share: Whether it is a share from 0 to below 1.
         check: A further check of (name, value).
         adds_up: Whether what files and flags say one after another, mappings, adds up; else each replaces the former.
+        names: What its value names, where that must be there: see `check_named`.
     """
     if section not in SECTIONS:
         raise ValueError(f"section: expected one of {', '.join(SECTIONS)}, got {section!r}")
     bounds = [] if at_least is None else [_at_least(at_least)]
     checks = [*bounds, *([check_share] if share else []), *([check] if check else [])]
     metadata = {"help": help, "section": section, "identity": identity, "checks": tuple(checks), "adds_up": adds_up}
-    return _field(default, metadata)
+    return _field(default, {**metadata, "names": names})
 
 
 def _field(default: Any, metadata: Mapping[str, Any]) -> Any:
@@ -90,7 +98,7 @@ def redeclared(entry: dataclasses.Field[Any], default: Any, help: str | None = N
         help: As in `setting`; None: as it was.
         **changes: Of the arguments of `setting`; bounds are added to those that are there.
     """
-    kept = {name: entry.metadata[name] for name in ("section", "identity", "adds_up")}
+    kept = {name: entry.metadata[name] for name in ("section", "identity", "adds_up", "names")}
     metadata = setting(default, entry.metadata["help"] if help is None else help, **(kept | changes)).metadata
     return _field(default, {**metadata, "checks": (*entry.metadata["checks"], *metadata["checks"])})
 
@@ -111,6 +119,27 @@ def check_fields(settings: Any) -> None:
         value = getattr(settings, entry.name)
         for check in entry.metadata.get("checks", ()) if value is not None else ():
             check(entry.name, value)
+
+
+def check_named(settings: Settings) -> Settings:
+    """The settings, when what they name is there, see `check_there`.
+
+    Args:
+        settings: Of a dataclass whose fields say what they name in `metadata["names"]`.
+
+    Raises:
+        FileNotFoundError: Something is not there; the message names the flag.
+    """
+    for entry in dataclasses.fields(cast(Any, settings)):
+        kind, value = entry.metadata.get("names"), getattr(settings, entry.name)
+        if kind is None or value in (None, "latest"):
+            continue
+        named = [value] if isinstance(value, str) else value
+        if kind == "source":
+            named = [one if os.path.exists(one) else one.rpartition(":")[0] or one for one in named]
+        flag, told = f"--{entry.name.replace('_', '-')}", entry.metadata["help"].replace("%%", "%")
+        check_there(flag, named, told, "path" if kind == "source" else kind)
+    return settings
 
 
 def _at_least(bound: float) -> Check:

@@ -32,7 +32,9 @@ class FinetuneArguments(RunSettings):
         "train_data", "", "folder with a sub-folder of pictures for each class, or labelled shards"
     )
     validation_data: str | None = changed("validation_data", None, "the same, measured after every epoch")
-    test_data: str | None = setting(None, "the same, measured once, at the end", section="first", identity=None)
+    test_data: str | None = setting(
+        None, "the same, measured once, at the end", section="first", identity=None, names="data"
+    )
     global_batch_size: int = changed("global_batch_size", 256, "pictures in one optimizer step, all processes together")
     epochs: int = changed("epochs", 128, "passes over the data, those of the head alone included (paper: 128)")
     learning_rate: float = changed("learning_rate", 1e-3, "peak of the cosine, which spans all epochs (paper: 1e-3)")
@@ -58,6 +60,11 @@ class FinetuneArguments(RunSettings):
         "file with class names, one a line (folders also: folder<TAB>name)",
         section="data",
         identity=Through("data", "classes"),
+        names="path",
+    )
+    # What is refused ends the run, so it is in no run's identity.
+    max_image_pixels: int = setting(
+        100_000_000, "a picture with more is an error, by its header", section="data", identity=None, at_least=1
     )
     crop_area: list[float] = setting(
         [0.08, 1.0],

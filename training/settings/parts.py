@@ -19,6 +19,7 @@ class PartSettings(Protocol):
         test_fraction: The same for `test_data`; it is taken first.
         classes: A file with class names, or None.
         seed: Of what is held out.
+        max_image_pixels: Of a picture, at most.
     """
 
     train_data: str
@@ -27,6 +28,7 @@ class PartSettings(Protocol):
     test_fraction: float
     classes: str | None
     seed: int
+    max_image_pixels: int
 
     @property
     def validation_fraction(self) -> float | None:

@@ -143,6 +143,7 @@ class PretrainingArguments(RunSettings):
         "only",
         section="data",
         identity=Through("data", "synonyms"),
+        names="path",
     )
     # It says when a run stops, and nothing of what it sees until then.
     max_bad_fraction: float = setting(

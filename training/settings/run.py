@@ -38,11 +38,12 @@ class RunSettings:
         "architecture name, folder with saved weights, or Hub id; the latter two continue from weights",
         section="first",
         identity=Through("model"),
+        names="id",
     )
     train_data: list[str] | str = setting(
-        [], "what is trained on", section="first", identity=Through("data", "fingerprint")
+        [], "what is trained on", section="first", identity=Through("data", "fingerprint"), names="data"
     )
-    validation_data: str | None = setting(None, "what is measured on", section="first", identity=None)
+    validation_data: str | None = setting(None, "what is measured on", section="first", identity=None, names="data")
     global_batch_size: int = setting(
         256,
         "samples in one optimizer step, all processes together",
@@ -58,7 +59,11 @@ class RunSettings:
         "bf16", "of the autocast region; weights, loss and optimizer stay fp32", section="first", identity="how"
     )
     resume: str | None = setting(
-        None, "'latest' checkpoint of output_dir, or a checkpoint folder", section="first", identity=None
+        None,
+        "'latest' checkpoint of output_dir, or a checkpoint folder",
+        section="first",
+        identity=None,
+        names="path",
     )
 
     model_config: dict[str, Any] | None = setting(

@@ -25,17 +25,17 @@ DIVISOR = 32
 _SCALE, _FLIP, _SAMPLES = range(3)
 
 
-def read_picture(one: AnnotatedPicture) -> Image.Image:
+def read_picture(one: AnnotatedPicture, max_image_pixels: int) -> Image.Image:
     """The picture, upright and RGB.
 
     Raises:
-        ValueError: it cannot be read, or is not of the size that its annotation says.
+        ValueError: it cannot be read, has more pixels, or is not of the size that its annotation says.
     """
     try:
         data = one.path.read_bytes()
     except OSError as error:
         raise ValueError(f"{one.path}: {error}") from error
-    picture = upright_rgb(open_picture(data, str(one.path)))
+    picture = upright_rgb(open_picture(data, str(one.path), max_image_pixels))
     if picture.size != (one.width, one.height):
         raise ValueError(
             f"{one.path} is {picture.width} x {picture.height}, its annotation says {one.width} x {one.height}: the "
@@ -116,7 +116,7 @@ class DetectionBatches(torch.utils.data.Dataset):
         one = self.data.pictures[number]
         side = int(self._draw(epoch, number, _SCALE).choice(self.short_sides))
         flipped = self.flip and self._draw(epoch, number, _FLIP).random() < 0.5
-        resized = resized_picture(read_picture(one), side, self.long_side)
+        resized = resized_picture(read_picture(one, self.data.max_image_pixels), side, self.long_side)
         scale = torch.tensor([resized.width / one.width, resized.height / one.height] * 2)
         boxes = torch.tensor([thing.box for thing in one.objects], dtype=torch.float32).reshape(-1, 4) * scale
         labels = torch.tensor([thing.label for thing in one.objects], dtype=torch.int64)

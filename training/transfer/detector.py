@@ -156,7 +156,7 @@ def find_objects(
     """
 
     def found(numbers: range) -> list[Found]:
-        pictures = [read_picture(data.pictures[number]) for number in numbers]
+        pictures = [read_picture(data.pictures[number], data.max_image_pixels) for number in numbers]
         with torch.autocast(model.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
             results = model.detect(pictures)
         return [_on_the_host(one) for one in results]

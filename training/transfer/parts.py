@@ -129,18 +129,20 @@ def open_parts(args: PartSettings, dataset: str | None = None) -> dict[str, Part
         ValueError: Classes differ, or both a source and a share are named.
     """
     if dataset:
-        data, test = open_both_splits(dataset, args.train_data, args.classes)
+        both = open_both_splits(dataset, args.train_data, args.classes)
+        data, test = (one.limited(args.max_image_pixels) for one in both)
         parts = {"train": Part(args.train_data, data, np.arange(len(data)))}
         parts["test"] = Part(args.train_data, with_classes_of(test, data), np.arange(len(test)))
     else:
-        data = open_pictures(args.train_data, args.classes)
+        data = open_pictures(args.train_data, args.classes).limited(args.max_image_pixels)
         parts = {"train": Part(args.train_data, data, np.arange(len(data)))}
     for number, name in enumerate(("test", "validation")):
         source, fraction = getattr(args, f"{name}_data"), getattr(args, f"{name}_fraction")
         if source and fraction:
             raise ValueError(f"give {name}_data or {name}_fraction, not both: got {source} and {fraction}")
         if source:
-            other = with_classes_of(open_pictures(source, args.classes), data)
+            opened = open_pictures(source, args.classes).limited(args.max_image_pixels)
+            other = with_classes_of(opened, data)
             parts[name] = Part(source, other, np.arange(len(other)))
         elif fraction:
             parts["train"], parts[name] = parts["train"].split(fraction, args.seed * 2 + number)

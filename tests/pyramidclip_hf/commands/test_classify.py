@@ -68,6 +68,23 @@ def test_labels_that_cannot_be(labels, message, pictures, capsys, model_dir, tmp
     assert (code, out) == (2, "") and message in err
 
 
+@pytest.mark.parametrize("prompt", ["many of them", "{} beside {}"])
+def test_a_prompt_without_its_place_is_named_before_the_model_is_read(prompt, pictures, capsys, tmp_path):
+    (tmp_path / "own.txt").write_text(f"a {{}}\n{prompt}\n")
+    argv = [
+        "classify",
+        "--model",
+        "none",
+        pictures / "blue.jpg",
+        "--labels",
+        "cat",
+        "--templates",
+        tmp_path / "own.txt",
+    ]
+    code, out, err = run(capsys, *argv)
+    assert (code, out) == (2, "") and "own.txt, line 2: expected a prompt with {} once" in err and prompt in err
+
+
 def test_pictures_beyond_the_limit_are_not_decoded(pictures, capsys, model_dir):
     argv = ["classify", "--model", model_dir, pictures / "blue.jpg", pictures / "noise.bmp", "--labels", "cat"]
     code, out, err = run(capsys, *argv, "--max-image-pixels", 1500)

@@ -265,7 +265,7 @@ def test_texts_are_embedded_in_their_order(capsys, model_dir, tmp_path, pictures
     [
         (["--output", "x.csv"], ".parquet or .npz"),
         (["--output", "nowhere/x.npz"], "no folder nowhere"),
-        (["--output", "x.npz", "--texts", "t.txt", "a.png"], "one kind"),
+        (["--output", "x.npz", "--texts", __file__, __file__], "one kind"),
         (["--output", "x.npz"], "Expected pictures"),
     ],
 )

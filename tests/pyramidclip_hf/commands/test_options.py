@@ -16,6 +16,9 @@ def test_folders_that_hold_no_model(model_dir, pictures, capsys, tmp_path):
         assert (code, out) == (2, "") and all(message in err for message in messages), err
 
     refused("no config.json")
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "config.json").touch()
+    refused("no config.json", f"{tmp_path / 'final'} is such a one")
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     refused("'clip'", "expected 'pyramidclip'")
     for name in ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"):
@@ -33,7 +36,7 @@ def test_folders_that_hold_no_model(model_dir, pictures, capsys, tmp_path):
     safetensors.torch.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     refused("1 weights are missing or of another shape", "visual_projection.weight")
     code, _, err = run(capsys, "classify", "--model", "no/such/folder", pictures / "blue.jpg", "--labels", "cat")
-    assert code == 2 and "no such folder" in err
+    assert code == 2 and "no such file or folder" in err
     code, _, err = run(capsys, "classify", "--model", "someone/nothing", pictures / "blue.jpg", "--labels", "cat")
     assert code == 2 and "the Hub did not give" in err
 

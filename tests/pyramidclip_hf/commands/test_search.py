@@ -53,7 +53,7 @@ def test_what_is_wrong_is_said_before_anything_is_printed(embedded, pictures, ca
     for words, message in [
         (["--text", "fox", "--output", tmp_path / "a.png", "--font", tmp_path / "font.txt"], "TrueType"),
         (["--text", "fox", "--output", tmp_path / "a.png", "--font", tmp_path / "gone.ttf"], "gone.ttf"),
-        (["--text", "fox", "--image", tmp_path / "gone.jpg"], "gone.jpg: cannot be read: No such file or directory"),
+        (["--text", "fox", "--image", tmp_path / "gone.jpg"], "gone.jpg: there is no such file or folder"),
         (["--text", "fox", "--image", pictures], f"{pictures}: cannot be read: Is a directory"),
     ]:
         code, out, err = run(capsys, "search", embedded, *words)
@@ -65,7 +65,7 @@ def test_files_that_are_no_embeddings(embedded, capsys, tmp_path):
         code, out, err = run(capsys, "search", tmp_path / name, "--text", "fox")
         assert (code, out) == (2, "") and message in err, err
 
-    refused("gone.npz", "There is no file")
+    refused("gone.npz", "there is no such file or folder")
     refused("x.csv", ".parquet or .npz")
     (tmp_path / "cut.npz").write_bytes(embedded.read_bytes()[:500])
     refused("cut.npz", "damaged")

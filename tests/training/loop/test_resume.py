@@ -140,8 +140,10 @@ def test_latest_looks_at_this_run_only(tmp_path, capsys):
     assert find_checkpoints("latest", tmp_path / "mine") == []
     pretrain.run(arguments(tmp_path / "mine", max_steps=1, resume="latest"))
     assert "no complete checkpoint yet, starting from the beginning" in capsys.readouterr().out
-    with pytest.raises(CheckpointError, match=r"no run.json; complete in .*: step-00000001"):
+    with pytest.raises(ValueError, match=r"no run.json; complete in .*: step-00000001"):
         find_checkpoints(str(tmp_path / "mine" / "checkpoints"), tmp_path / "mine")
+    with pytest.raises(ValueError, match=r"gone: .* no folder; complete in .*: step-00000001"):
+        find_checkpoints(str(tmp_path / "gone"), tmp_path / "mine")
 
 
 def test_a_full_disk_is_said_and_the_older_checkpoint_stays(tmp_path):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from pyramidclip_command import Failure
 from tests.training.prepare.small_data import (
     counts,
     picture,
@@ -108,7 +109,7 @@ def test_what_detectors_do_wrong_is_named_and_the_rest_goes_on(tmp_path):
 def test_a_detector_that_refuses_everything_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(detect, "_REFUSALS_IN_A_ROW", 4)
     write_tar(tmp_path / "data" / "0.tar", [(f"k{i}", {"jpg": picture(i, (24, 10)), "txt": b"a"}) for i in range(6)])
-    with pytest.raises(RuntimeError, match="refused 4 pictures in a row; the last one: too narrow"):
+    with pytest.raises(Failure, match="refused 4 pictures in a row; the last one: too narrow"):
         run(tmp_path / "data")
     assert not list((tmp_path / "data").glob("*.partial"))
 

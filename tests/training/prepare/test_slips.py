@@ -57,19 +57,25 @@ def inputs(tmp_path, monkeypatch):
 
 SLIPS = [
     # Files and folders that are not there.
-    ("pack --input missing.jsonl --output_dir out", "missing.jsonl is not there"),
-    ("pack --input ./missing --output_dir out", "./missing is not there"),
+    ("pack --input missing.jsonl --output_dir out", "missing.jsonl: there is no such file or folder.*tables"),
+    ("pack --input ./missing --output_dir out", "./missing: there is no such file or folder.*tables"),
     ("pack --input missing --output_dir out", "no such file or folder here.*dataset of the Hub.*give the path"),
     (
         "summarize --input_dir missing --model first-clause",
-        "no .*tar in missing: expected a folder that .*pack wrote.*not there",
+        "input-dir missing: there is no such file or folder.*pack writes",
     ),
-    ("detect --input_dir missing --detector x", "no .*tar in missing: expected a folder that .*pack wrote.*not there"),
-    ("import_features --input missing.tsv --made_by x --merge_into shards", "missing.tsv is not there"),
-    ("import_features --input features.tsv --made_by x --merge_into missing", "no .*tar in missing"),
+    ("detect --input_dir missing --detector x", "input-dir missing: there is no such file or folder.*pack writes"),
+    (
+        "import_features --input missing.tsv --made_by x --merge_into shards",
+        "missing.tsv: there is no such file or folder",
+    ),
+    (
+        "import_features --input features.tsv --made_by x --merge_into missing",
+        "merge-into missing: there is no such file or folder.*pack writes",
+    ),
     ("import_features --input features.tsv --objects missing.txt --made_by x --store_dir out", "missing.txt"),
     ("audit missing", "missing"),
-    ("view missing.tar --output page.html", "no shard at missing.tar"),
+    ("view missing.tar --output page.html", "missing.tar: there is no such file or folder"),
     # A folder of pictures, an empty one, or a file of another kind.
     ("pack --input pictures --output_dir out", r"pictures holds no .*tar and no table.*holds 3 \*.jpg.*in a table"),
     ("pack --input empty --output_dir out", "empty holds no .*tar and no table.*it is empty"),

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import ViTConfig
 
+from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
 from tests.training.prepare.small_data import (
     counts,
     make_language_model,
@@ -203,6 +205,16 @@ def test_wrong_settings_are_told(tmp_path):
         run(tmp_path, "--model", "first-clause", "--prompt", "summarize")
     with pytest.raises(FileNotFoundError, match=r"no \*\.tar in"):
         run(tmp_path, "--model", "first-clause")
+
+
+@pytest.mark.parametrize("kind", [PyramidCLIPConfig, ViTConfig])
+def test_a_model_that_writes_no_text_is_a_sentence(kind, tmp_path, capsys):
+    """Of transformers' own kinds and of others; not a list of the two hundred that do."""
+    kind().save_pretrained(tmp_path / "model")
+    words = ["--input-dir", str(shards(tmp_path / "shards")), "--model", str(tmp_path / "model"), "--device", "cpu"]
+    assert summarize.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"is of the kind {kind.model_type!r}, which writes no text: expected" in line and len(line) < 400
 
 
 @pytest.mark.parametrize(

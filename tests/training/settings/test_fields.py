@@ -94,7 +94,7 @@ FREE = {
     "allow_empty_terms",
     FinetuneArguments: "output_dir validation_data test_data dataloader_workers eval_batch_size log_every_steps "
     "trackers eval_every_epochs save_every_steps keep_checkpoints process_timeout_minutes accept_identity resume "
-    "dry_run",
+    "dry_run max_image_pixels",
 }
 
 

@@ -25,7 +25,7 @@ COUNTS = {"blue": 8, "green": 5, "dark_red": 3}
 
 
 def parts_of(train, dataset=None, **changes):
-    chosen = {"train_data": train, "classes": None, "seed": 0}
+    chosen = {"train_data": train, "classes": None, "seed": 0, "max_image_pixels": 10**8}
     for name in ("validation", "test"):
         chosen |= {f"{name}_data": None, f"{name}_fraction": 0.0}
     return open_parts(SimpleNamespace(**chosen | changes), dataset)

@@ -16,7 +16,7 @@ from training.prepare.sources.tables import TABLE_SUFFIXES, TableSource
 from training.prepare.sources.tars import TarSource
 from training.prepare.steps.work import contents_of
 
-__all__ = ["Fault", "PairSource", "RawPair", "SourceArguments", "SourcePart", "open_source"]
+__all__ = ["TABLE_SUFFIXES", "Fault", "PairSource", "RawPair", "SourceArguments", "SourcePart", "open_source"]
 
 
 def open_source(arguments: SourceArguments) -> PairSource:
