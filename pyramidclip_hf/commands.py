@@ -6,7 +6,6 @@ Results go to stdout, tab-separated or with `--json` one object a line; everythi
 
 import argparse
 import hashlib
-import json
 import os
 import sys
 from collections import Counter
@@ -22,6 +21,7 @@ from huggingface_hub.utils import tqdm
 from PIL import Image
 
 from pyramidclip_command import EXIT_SKIPPED
+from pyramidclip_hf.files import json_text
 
 from .backends import MAX_DISAGREEMENT, ExportedModel, load_exported
 from .embedding_files import EmbeddingJob, check_output, read_embeddings, read_metadata, rows_at
@@ -103,7 +103,7 @@ class _Messages:
         """One result: with `--json` as an object, else its columns between tabs."""
         if self._bar is not None and sys.stdout.isatty():
             self._bar.clear()
-        print(json.dumps(row, ensure_ascii=False) if self.json else "\t".join(map(str, columns)), flush=True)
+        print(json_text(row, ensure_ascii=False) if self.json else "\t".join(map(str, columns)), flush=True)
 
     def say(self, text: str) -> None:
         if self._bar is not None:

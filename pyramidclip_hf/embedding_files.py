@@ -21,6 +21,8 @@ from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from pyramidclip_hf.files import json_text
+
 from .files import write_atomically, written_aside
 
 SUFFIXES = (".parquet", ".npz")
@@ -90,7 +92,7 @@ class EmbeddingJob:
         overwrite: bool = False,
     ):
         self.output, self.folder = output, output.with_name(f"{output.name}.parts")
-        asked: dict[str, Any] = json.loads(json.dumps({**settings, "part_size": part_size}))
+        asked: dict[str, Any] = json.loads(json_text({**settings, "part_size": part_size}))
         began = self._began()
         if overwrite and not (began and began["overwrites"] and began["settings"] == asked):
             began = None
@@ -120,7 +122,7 @@ class EmbeddingJob:
     def _begin(self, job: dict[str, Any]) -> None:
         self._remove_folder()
         self.folder.mkdir()
-        write_atomically(self.folder / "job.json", json.dumps(job).encode())
+        write_atomically(self.folder / "job.json", json_text(job).encode())
 
     def _refusal(self, began: dict[str, Any], settings: dict[str, Any], model_name: str) -> str:
         before, changed = began["settings"], []
@@ -177,7 +179,7 @@ class EmbeddingJob:
         """
         if len(names) != len(embeddings) or len(names) + len(skipped) != len(self.items_of(number)):
             raise RuntimeError(f"part {number}: {len(names)} names, {len(embeddings)} rows, {len(skipped)} skipped")
-        listing = json.dumps({"names": list(names), "skipped": [list(one) for one in skipped]})
+        listing = json_text({"names": list(names), "skipped": [list(one) for one in skipped]})
         with written_aside(self._part_file(number)) as aside, open(aside, "wb") as file:
             np.savez(file, embedding=np.asarray(embeddings, np.float32), listing=np.array(listing))
 
@@ -399,7 +401,7 @@ def _write_npz(file: BinaryIO, names: list[str], blocks: Iterator[np.ndarray], m
         def member(name: str) -> IO[bytes]:
             return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
 
-        for name, value in ((metadata["kind"], names), ("metadata", json.dumps(metadata))):
+        for name, value in ((metadata["kind"], names), ("metadata", json_text(metadata))):
             with member(name) as part:
                 np.lib.format.write_array(part, np.array(value), allow_pickle=False)
         with member("embedding") as part:
@@ -423,7 +425,7 @@ def _write_parquet(file: BinaryIO, names: list[str], blocks: Iterator[np.ndarray
         vectors = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(rows.reshape(-1)), rows.shape[1])
         if writer is None:
             fields = [(metadata["kind"], pyarrow.string()), ("embedding", vectors.type)]
-            schema = pyarrow.schema(fields, metadata={_METADATA_KEY: json.dumps(metadata)})
+            schema = pyarrow.schema(fields, metadata={_METADATA_KEY: json_text(metadata)})
             writer = parquet.ParquetWriter(file, schema, use_dictionary=False)
         columns = [pyarrow.array(names[done : done + len(rows)], pyarrow.string()), vectors]
         writer.write_table(pyarrow.Table.from_arrays(columns, schema=writer.schema))
@@ -449,5 +451,5 @@ def _pyarrow() -> tuple[ModuleType, ModuleType]:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json_text(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."

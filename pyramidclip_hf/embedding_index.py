@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyramidclip_hf.files import json_text
+
 from .embedding_files import embedding_blocks, read_metadata, rows_at
 from .files import locked, write_atomically, written_aside
 from .zero_shot import Matches, retrieve
@@ -74,7 +76,7 @@ def build_index(path: Path, index_path: Path) -> None:
             index.add(block)
         with written_aside(index_path) as aside:
             faiss.write_index(index, str(aside))
-        write_atomically(_record(index_path), json.dumps(_identity(path)).encode())
+        write_atomically(_record(index_path), json_text(_identity(path)).encode())
 
 
 def check_index(path: Path, index_path: Path) -> None:

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import nn
 
 from pyramidclip_command import Failure
+from pyramidclip_hf.files import json_text
 
 from .backends import (
     FILE_ENDINGS,
@@ -350,7 +351,7 @@ def _keep(made: Path, kept: Path, loaded: Loaded[PyramidCLIPModel], report: Expo
                 with written_aside(kept.with_suffix(part.suffix)) as aside:
                     part.replace(aside)
         record["files"][kept.name] = entry
-        write_atomically(path, json.dumps(record, indent=2).encode())
+        write_atomically(path, json_text(record, indent=2).encode())
 
 
 # What is lost on data

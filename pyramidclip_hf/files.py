@@ -159,7 +159,10 @@ def json_text(value: Any, **layout: Any) -> str:
         value: of dicts, lists, numbers, texts, booleans and None.
         **layout: of `json.dumps`.
     """
-    return json.dumps(_with_spelled_numbers(value), allow_nan=False, **layout)
+    try:
+        return json.dumps(value, allow_nan=False, **layout)
+    except (TypeError, ValueError):  # a number that is none, or a mapping that is no dict
+        return json.dumps(_with_spelled_numbers(value), allow_nan=False, **layout)
 
 
 def _with_spelled_numbers(value: Any) -> Any:

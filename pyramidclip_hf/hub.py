@@ -33,6 +33,8 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.processing_utils import ProcessorMixin
 
+from pyramidclip_hf.files import json_text
+
 from .configuration_pyramidclip import PyramidCLIPConfig
 from .files import is_hidden
 from .modeling_pyramidclip import PyramidCLIPModel
@@ -140,7 +142,7 @@ def build_model_card(
         data,
         template_path=str(Path(__file__).with_name(CARD_TEMPLATE)),
         model_name=as_markdown(model_name),
-        repo_id=json.dumps(repo_id or model_name, ensure_ascii=False),
+        repo_id=json_text(repo_id or model_name, ensure_ascii=False),
         facts=_facts(config),
         provenance=provenance,
         intended_use=intended_use,
@@ -275,7 +277,7 @@ def _add_auto_map(path: Path, auto_map: Mapping[str, Any], **nested: Mapping[str
     for section, section_map in nested.items():
         if isinstance(content.get(section), dict):
             content[section]["auto_map"] = dict(section_map)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def publish_folder(

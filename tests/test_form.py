@@ -40,3 +40,50 @@ def test_long_functions_are_seen():
     body = "\n".join(["    pass"] * FUNCTION_LINES)
     assert list(long_functions(ast.parse(f"def f():\n{body}"))) == [f"f has {FUNCTION_LINES + 1} lines"]
     assert not list(long_functions(ast.parse(f"def f():\n{body}".rsplit("\n", 1)[0])))
+
+
+# It knows nothing but the standard library, and writes a message and a whole number.
+OWN_JSON = {"pyramidclip_hf/files.py", "pyramidclip_command.py"}
+
+
+def json_written(tree):
+    """Lines in which the standard library writes JSON, whatever it is called there."""
+    names = {
+        alias.asname or alias.name: alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "json"
+        for alias in node.names
+    }
+    modules = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+        if alias.name == "json"
+    }
+    writers = {"dump", "dumps", "JSONEncoder"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and names.get(node.id) in writers:
+            yield node.lineno
+        if isinstance(node, ast.Attribute) and node.attr in writers and getattr(node.value, "id", None) in modules:
+            yield node.lineno
+
+
+def test_json_is_written_by_json_text():
+    faults = []
+    for path in modules("pyramidclip_hf", "training", "conversion"):
+        name = str(path.relative_to(CHECKOUT))
+        if name not in OWN_JSON:
+            faults += [f"{name}:{line}" for line in json_written(ast.parse(path.read_text(encoding="utf8")))]
+    assert not faults, f"Expected json_text of pyramidclip_hf.files, which writes no NaN, at {faults}"
+
+
+def test_json_that_is_written_otherwise_is_seen():
+    for code in (
+        "import json\njson.dumps(1)",
+        "import json as j\nj.dump(1, f)",
+        "from json import dumps as d\nd(1)",
+        "import json\nclass E(json.JSONEncoder): ...",
+    ):
+        assert list(json_written(ast.parse(code))) == [2], code
+    assert not list(json_written(ast.parse("import json\njson.loads('1')")))

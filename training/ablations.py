@@ -38,7 +38,7 @@ from typing import Any
 import yaml
 
 from pyramidclip_command import EXIT_FAILED, EXIT_STOPPED, run_command
-from pyramidclip_hf.files import locked, write_atomically
+from pyramidclip_hf.files import json_text, locked, write_atomically
 from training import pretrain
 from training.data.shards import read_dataset_json
 from training.emoji.scenes import SPLITS
@@ -218,7 +218,7 @@ def make_plan(args: AblationArguments) -> Plan:
         runs, rows = expand(tables, shared)
         families[name] = {"title": family["title"], "runs": runs, "rows": rows}
     plan: Plan = {"scenes": scene_counts(args), "families": families, "seeds": config["seeds"]}
-    return json.loads(json.dumps(plan))
+    return json.loads(json_text(plan))
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
@@ -239,7 +239,7 @@ def claim(args: AblationArguments) -> Plan:
     path, asked = args.folder / "plan.json", make_plan(args)
     if not path.is_file():
         args.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(asked, indent=1) + "\n").encode())
+        write_atomically(path, (json_text(asked, indent=1) + "\n").encode())
         return asked
     found: Plan = json.loads(path.read_text(encoding="utf-8"))
     # Which seeds are run is a choice of every start.
@@ -352,7 +352,7 @@ def write_result(folder: Path, name: str, content: Mapping[str, Any]) -> None:
     """The result, there whole or not at all."""
     path = result_path(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    write_atomically(path, (json_text(content, indent=1) + "\n").encode())
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

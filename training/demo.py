@@ -34,7 +34,7 @@ import torch
 import transformers
 
 from pyramidclip_command import EXIT_STOPPED, Failure, run_command
-from pyramidclip_hf.files import write_atomically
+from pyramidclip_hf.files import json_text, write_atomically
 from pyramidclip_hf.loading import choose_device, load_model
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
@@ -137,7 +137,7 @@ class Stages:
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, (json.dumps(self.content, indent=1) + "\n").encode())
+        write_atomically(self.path, (json_text(self.content, indent=1) + "\n").encode())
 
     def done(self, name: str) -> bool:
         """Whether the stage is finished."""
@@ -270,7 +270,7 @@ def reload_stage(args: DemoArguments) -> int:
         "loading_process": os.getpid(),
         "folder": str(args.folder / "pyramid/final"),
     }
-    write_atomically(args.folder / "reload.json", (json.dumps(comparison, indent=1) + "\n").encode())
+    write_atomically(args.folder / "reload.json", (json_text(comparison, indent=1) + "\n").encode())
     return 0
 
 

@@ -16,7 +16,6 @@ Loop, checkpoints, log and exit codes are those of `training.pretrain` (0 finish
 stopped by SIGTERM after saving, 1 anything else). `docs/detection.md` explains settings and results.
 """
 
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from pyramidclip_command import EXIT_STOPPED, run_command
-from pyramidclip_hf.files import write_atomically
+from pyramidclip_hf.files import json_text, write_atomically
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.annotations import AnnotatedPictures, open_annotations, refuse_shared_pictures
 from training.evaluation.detection import Found, Measured, detection_results, measure
@@ -147,7 +146,7 @@ class DetectionTask(Task):
                 zip(one.boxes.tolist(), one.scores.tolist(), one.labels.tolist())
             )
         ]
-        write_atomically(self.folder / "detections.json", (json.dumps(entries) + "\n").encode())
+        write_atomically(self.folder / "detections.json", (json_text(entries) + "\n").encode())
         write_page(self.folder / "detections.html", data, found, measured)
 
     def describe_objective(self) -> str:

@@ -8,7 +8,6 @@ Each run has its folder, DIR/NAME-SEED, and the same steps on the same data. The
 run DIR/table.md has mean and standard deviation over the seeds, DIR/table.json every value.
 """
 
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from pyramidclip_command import EXIT_STOPPED, run_command
 from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES
-from pyramidclip_hf.files import write_atomically
+from pyramidclip_hf.files import json_text, write_atomically
 from training import detection
 from training.settings.detecting import DetectionArguments
 from training.settings.fields import check_named
@@ -97,7 +96,7 @@ def run(args: TableArguments) -> int:
             return EXIT_STOPPED
         values.setdefault(name, {})[seed] = dict(result.metrics)
         folder = Path(args.output_dir)
-        write_atomically(folder / "table.json", (json.dumps(values, indent=1) + "\n").encode())
+        write_atomically(folder / "table.json", (json_text(values, indent=1) + "\n").encode())
         write_atomically(folder / "table.md", table_of(values).encode())
     print(table_of(values))
     return 0

@@ -12,7 +12,6 @@ stopped by SIGTERM after saving, 1 anything else). `docs/transfer.md` explains s
 """
 
 import hashlib
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
 from pyramidclip_command import EXIT_STOPPED, run_command
+from pyramidclip_hf.files import json_text
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.evaluation.classification import classification_metrics
 from training.evaluation.results import metric_results, write_json
@@ -85,7 +85,7 @@ class ClassificationTask(Task):
     def identity(self) -> Identity:
         """With the names of the classes, in their order."""
         known, names = super().identity(), self.parts["train"].data.class_names
-        classes = f"{len(names)}: {hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}"
+        classes = f"{len(names)}: {hashlib.sha256(json_text(names).encode()).hexdigest()[:16]}"
         return {**known, "data": {**known["data"], "classes": classes}}
 
     @property

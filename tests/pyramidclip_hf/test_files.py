@@ -2,18 +2,30 @@
 
 import errno
 import fcntl
+import json
+import math
 import os
 import signal
 import stat
 import subprocess
 import sys
 import time
+from collections import OrderedDict
+from types import MappingProxyType
 
 import pytest
 from safetensors.torch import save_file
 from torch import ones
 
-from pyramidclip_hf.files import NoLocks, cache_folder, folder_written_aside, locked, write_atomically, written_aside
+from pyramidclip_hf.files import (
+    NoLocks,
+    cache_folder,
+    folder_written_aside,
+    json_text,
+    locked,
+    write_atomically,
+    written_aside,
+)
 
 
 @pytest.fixture
@@ -159,3 +171,26 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path
     monkeypatch.delenv("PYRAMIDCLIP_CACHE")
     assert cache_folder().parts[-2:] == (".cache", "pyramidclip")
+
+
+def no_constant(name):
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_json_has_no_numbers_that_json_has_not():
+    value = {
+        "a": [1.5, math.nan, (math.inf, {"b": -math.inf})],
+        "c": MappingProxyType({"d": None, "e": True}),
+        "f": "ü",
+    }
+    text = json_text(value, indent=1, ensure_ascii=False)
+    read = json.loads(text, parse_constant=no_constant)
+    assert read == {"a": [1.5, "nan", ["inf", {"b": "-inf"}]], "c": {"d": None, "e": True}, "f": "ü"}
+    assert math.isnan(float(read["a"][1])) and float(read["a"][2][1]["b"]) == -math.inf
+
+
+def test_json_of_plain_values_is_that_of_the_standard_library():
+    value = OrderedDict(b=[1, 2.5, "x", None], a={"c": (True,)})
+    assert json_text(value, sort_keys=True) == json.dumps(value, sort_keys=True)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        json_text({"a": object()})

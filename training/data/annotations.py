@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pyramidclip_hf.files import json_text
 from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
 from training.data.records import Fault
 
@@ -111,10 +112,10 @@ class AnnotatedPictures:
     @property
     def fingerprint(self) -> str:
         """Equal where names and sizes of files, boxes and classes are, wherever they lie."""
-        digest = hashlib.sha256(json.dumps([self.class_names, self.class_ids]).encode())
+        digest = hashlib.sha256(json_text([self.class_names, self.class_ids]).encode())
         for one in self.pictures:
             shapes = [[*thing.box, thing.label, thing.crowd, thing.segmentation] for thing in one.objects]
-            digest.update(json.dumps([one.path.name, one.path.stat().st_size, shapes], default=str).encode())
+            digest.update(json_text([one.path.name, one.path.stat().st_size, shapes], default=str).encode())
         return digest.hexdigest()[:32]
 
     def told(self) -> list[str]:

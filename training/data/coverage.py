@@ -5,11 +5,11 @@ with them every one that sees the whole picture.
 """
 
 import collections
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVELS, TERMS
+from pyramidclip_hf.files import json_text
 from training.data.records import BadSample, Fault, has_level, sample_from_members
 from training.data.remote import ShardCache, is_url
 from training.data.sources import DataSet, Unit
@@ -63,7 +63,7 @@ class Coverage:
             ValueError: a term is empty, and that is not allowed.
         """
         looked = f"of {self.pairs} pairs looked at"
-        fitting = f"--loss-weights '{json.dumps(self.fitting_objective())}'"
+        fitting = f"--loss-weights '{json_text(self.fitting_objective())}'"
         if (empty := self.empty(terms)) and not allow_empty:
             raise ValueError(
                 f"loss_weights: {', '.join(empty)}: none {looked} has what this needs ({_missing(empty)}). An "

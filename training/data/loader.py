@@ -12,7 +12,6 @@ and named; beyond `max_bad_fraction` the run stops.
 
 import collections
 import hashlib
-import json
 import multiprocessing
 import os
 import sys
@@ -23,6 +22,7 @@ from typing import Any, cast
 import torch
 
 from pyramidclip_hf.configuration_pyramidclip import levels_of_kind
+from pyramidclip_hf.files import json_text
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from pyramidclip_hf.tokenization_pyramidclip import PyramidCLIPTokenizer
 from training.data.batches import Batch, BatchMaker, BatchReport, BatchSettings, DataError
@@ -116,7 +116,7 @@ def check_regions(data_sets: Sequence[DataSet], settings: BatchSettings) -> None
                 )
             maker = described.get("made_by", {}).get("regions")
             if maker is not None:
-                makers.setdefault(json.dumps(maker, sort_keys=True), data.name)
+                makers.setdefault(json_text(maker, sort_keys=True), data.name)
     if len(makers) > 1:
         listed = "; ".join(f"{name}: {maker}" for maker, name in makers.items())
         raise ValueError(
@@ -128,7 +128,7 @@ def check_regions(data_sets: Sequence[DataSet], settings: BatchSettings) -> None
 def fingerprint_of(data_sets: Sequence[DataSet]) -> str:
     """What must stay equal for a run to continue: names, sizes and keys of all shards, not where they lie."""
     identity = [[unit.identity + (unit.samples,) for unit in data.units] for data in data_sets]
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    return hashlib.sha256(json_text(identity).encode()).hexdigest()[:32]
 
 
 class BatchReader:
@@ -277,7 +277,7 @@ class BatchReader:
             if len(self._named) < NAMED_BAD_SAMPLES:
                 self._named.append(fault)
         if self.bad_log:
-            lines = [json.dumps(fault._asdict() | {"epoch": epoch}) + "\n" for fault in report.bad]
+            lines = [json_text(fault._asdict() | {"epoch": epoch}) + "\n" for fault in report.bad]
             with open(self.bad_log, "a", encoding="utf-8") as file:
                 file.write("".join(lines))
         if counts["bad"] > self.max_bad_fraction * max(counts["samples"], LEAST_SAMPLES):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pyramidclip_hf.files import cache_folder, locked, written_aside
+from pyramidclip_hf.files import cache_folder, json_text, locked, written_aside
 
 _BLOCK = 16 << 20
 _BLANKS = np.frombuffer(b" \t\r\n\x0b\x0c", np.uint8)
@@ -36,7 +36,7 @@ def manifest_lines(path: Path) -> Lines:
     """
     stat = os.stat(path)
     now = [os.path.abspath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    name = hashlib.sha256(json.dumps(now).encode("utf-8", "surrogateescape")).hexdigest()[:24]
+    name = hashlib.sha256(json_text(now).encode("utf-8", "surrogateescape")).hexdigest()[:24]
     folder = cache_folder() / "indexes"
     index, said = folder / f"{name}.lines.npy", folder / f"{name}.lines.json"
     try:
@@ -47,7 +47,7 @@ def manifest_lines(path: Path) -> Lines:
                 with written_aside(index) as aside, open(aside, "wb") as file:
                     np.save(file, offsets)
                 with written_aside(said) as aside:
-                    aside.write_text(json.dumps({"digest": digest}), encoding="utf-8")
+                    aside.write_text(json_text({"digest": digest}), encoding="utf-8")
         return Lines(np.load(index, mmap_mode="r"), json.loads(said.read_text(encoding="utf-8"))["digest"], index)
     except (OSError, ValueError):  # no room, or not ours
         return Lines(*_looked_through(path), None)

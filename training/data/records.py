@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from pyramidclip_hf.configuration_pyramidclip import LEVELS
+from pyramidclip_hf.files import json_text
 
 IMAGE_SUFFIXES = ("jpg", "png", "webp")
 MAX_ATTRIBUTES = 3
@@ -273,7 +274,7 @@ def members_from_sample(sample: Sample) -> dict[str, bytes]:
 
 def json_bytes(record: Mapping[str, Any]) -> bytes:
     """`KEY.json` of its content. Half of a surrogate pair, which UTF-8 cannot hold, is escaped as JSON does."""
-    return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
+    return json_text(record, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
 
 
 def npy_bytes(array: np.ndarray) -> bytes:

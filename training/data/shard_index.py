@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self, TypedDict
 
 import numpy as np
 
-from pyramidclip_hf.files import cache_folder, locked, read_regular, write_atomically
+from pyramidclip_hf.files import cache_folder, json_text, locked, read_regular, write_atomically
 
 INDEX_FORMAT = 1
 # Its first line has no more.
@@ -115,7 +115,7 @@ class ShardIndex:
             body["ctime_ns"] = self.ctime_ns
         if self.sums is not None:
             body["sums"] = self.sums.astype("<u4").tobytes().hex()
-        return f'{{"header": {json.dumps(header)},\n{json.dumps(body, separators=(",", ":"))[1:]}'
+        return f'{{"header": {json_text(header)},\n{json_text(body, separators=(",", ":"))[1:]}'
 
     @classmethod
     def loads(cls, text: str) -> Self:

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from pyramidclip_hf.files import named, read_regular, visible, write_atomically, write_text
+from pyramidclip_hf.files import json_text, named, read_regular, visible, write_atomically, write_text
 from training.data.records import BadSample, Sample, members_from_sample
 from training.data.remote import SMALL_FILE_BYTES, NotThere, ShardCache, is_url, read_small
 from training.data.shard_index import (
@@ -333,7 +333,7 @@ def write_dataset_json(
         **extra,
         "shards": shards,
     }
-    write_text(folder / "dataset.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "dataset.json", json_text(content, indent=1, ensure_ascii=False) + "\n")
     return content
 
 

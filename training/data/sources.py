@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from pyramidclip_hf.files import read_regular
+from pyramidclip_hf.files import json_text, read_regular
 from training.data.manifest_lines import manifest_lines
 from training.data.records import MAX_JSON_BYTES, BadSample
 from training.data.remote import LOCAL_PROCESS, SMALL_FILE_BYTES, ShardCache, is_url, read_small, remote_size
@@ -256,7 +256,7 @@ class _Listed(NamedTuple):
     def digest(self) -> str:
         """Equal where these are, whatever the folder is called."""
         names = [shard.rpartition("/")[2] for shard in self.shards]
-        told = json.dumps([names, [dict(one.content) for one in self.described.values()]])
+        told = json_text([names, [dict(one.content) for one in self.described.values()]])
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 

@@ -1,6 +1,5 @@
 """Emoji scenes as pictures with boxes and masks, in the folders of PASCAL VOC and of COCO."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 
-from pyramidclip_hf.files import write_atomically
+from pyramidclip_hf.files import json_text, write_atomically
 from training.emoji import pictures, words
 
 Drawn = tuple[bytes, list[str], list[tuple[int, int, int, int]], list[np.ndarray]]
@@ -54,7 +53,7 @@ def write_coco(folder: Path, split: str, scenes: Sequence[Drawn], size: int) -> 
         "categories": categories,
     }
     path = folder / f"instances_{split}.json"
-    write_atomically(path, json.dumps(document).encode())
+    write_atomically(path, json_text(document).encode())
     return path
 
 

@@ -42,7 +42,7 @@ import numpy as np
 from PIL import Image
 
 from pyramidclip_command import run_command
-from pyramidclip_hf.files import write_atomically, written_aside
+from pyramidclip_hf.files import json_text, write_atomically, written_aside
 from training.data.records import Region, Sample
 from training.data.shard_index import index_path
 from training.data.shards import ShardWriter, read_dataset_json, write_dataset_json
@@ -328,7 +328,7 @@ def claim_folder(recipe: Recipe, folder: str | Path) -> None:
             )
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(wanted, indent=1) + "\n").encode())
+    write_atomically(path, (json_text(wanted, indent=1) + "\n").encode())
 
 
 def build(recipe: Recipe, folder: str | Path, workers: int = 2, progress: bool = True) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from pyramidclip_hf.files import json_text
+
 # Group ("data", "objective", "schedule", "optimizer", "model", "how") -> name -> value.
 Identity = Mapping[str, Mapping[str, Any]]
 
@@ -96,7 +98,7 @@ def compare_identity(saved: Identity, now: Identity, path: Path, accepted: Seque
         ValueError: An accepted name is none.
     """
     # Through JSON, as the stored one went: tuples are lists there.
-    saved_values, now_values = (_flat(json.loads(json.dumps(identity))) for identity in (saved, now))
+    saved_values, now_values = (_flat(json.loads(json_text(identity))) for identity in (saved, now))
     names = sorted({*saved_values, *now_values})
     for name in accepted:
         if name not in names:

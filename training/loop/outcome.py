@@ -30,7 +30,7 @@ from pyramidclip_command import (
     EXIT_WRONG_USAGE,
     Failure,
 )
-from pyramidclip_hf.files import fsync
+from pyramidclip_hf.files import fsync, json_text
 from training.data.batches import DataError, StoreError
 from training.data.loader import WorkerDied
 from training.loop.record import CheckpointError
@@ -207,7 +207,7 @@ def write_outcome(folder: Path, outcome: Outcome, step: int, **more: Any) -> Non
     path = Path(folder) / NAME
     try:
         with open(path, "x", encoding="utf-8") as file:
-            file.write(json.dumps(told, indent=1) + "\n")
+            file.write(json_text(told, indent=1) + "\n")
     except FileExistsError:
         return
     fsync(path)

@@ -49,14 +49,14 @@ def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
     import xxhash
 
     content = {name: value for name, value in record.items() if name != OF_ITSELF}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    text = json_text(content, sort_keys=True, separators=(",", ":"))
     return {**content, OF_ITSELF: xxhash.xxh3_128_hexdigest(text.encode())}
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Writes run.json, with the checksum of itself."""
     content = json.loads(json_text({"format": FORMAT, **record}))  # the checksum is of what is read
-    text = json.dumps(sealed(content), indent=1)
+    text = json_text(sealed(content), indent=1)
     (folder / NAME).write_text(text + "\n", encoding="utf-8")
 
 

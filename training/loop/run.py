@@ -21,7 +21,7 @@ from torch import nn
 
 from pyramidclip_command import EXIT_FAILED, EXIT_STOPPED, EXIT_UNPUBLISHED, Failure
 from pyramidclip_hf import __version__
-from pyramidclip_hf.files import folder_written_aside
+from pyramidclip_hf.files import folder_written_aside, json_text
 from pyramidclip_hf.loading import quiet_transformers
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.loader import WorkerDied, is_worker_death, worker_died
@@ -306,7 +306,7 @@ def check_processes(task: Task, state: TrainingState, progress: Progress, folder
     Raises:
         ValueError: They do not agree on data, plan, place, settings, versions or `output_dir`.
     """
-    identity = json.dumps(state.identity, sort_keys=True, default=str)
+    identity = json_text(state.identity, sort_keys=True, default=str)
     check_equal(
         {
             "data": task.reader.fingerprint,
@@ -574,7 +574,7 @@ def _export(run: Run, folder: Path, record: dict[str, Any]) -> None:
                 run.task.objective.model.save_pretrained(aside)
             run.task.processor.save_pretrained(aside)
             run.task.write_beside(aside)
-            (aside / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            (aside / "training.json").write_text(json_text(record, indent=1) + "\n", encoding="utf-8")
             run.task.write_card(aside, record)
     except Exception as error:
         # Each library that writes here has an error of its own for a full disk.

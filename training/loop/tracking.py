@@ -263,7 +263,7 @@ class MetricsLog:
         path = str(self.path)
         try:
             with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **_as_json(metrics)}, allow_nan=False) + "\n")
+                file.write(json_text({"step": step, **_as_json(metrics)}) + "\n")
             path = "the trackers' files"
             self.accelerator.log(dict(metrics), step=step)
         except OSError as error:
@@ -319,7 +319,7 @@ def start_trackers(accelerator: Any, run_dir: Path, settings: Mapping[str, Any],
         resumed_at: The step that a continued run starts from; TensorBoard drops what a killed run wrote after it.
     """
     flat = {
-        name: value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
+        name: value if isinstance(value, (int, float, str, bool)) else json_text(value)
         for name, value in settings.items()
     }
     options = {"tensorboard": {"purge_step": resumed_at + 1}} if resumed_at else {}

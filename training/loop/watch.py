@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from pyramidclip_hf.files import json_text
+
 BEAT = 2.0  # seconds
 SAY_AFTER = 60.0  # seconds of waiting, and again after as many
 # Beats that a process which is alive never misses, as only its threads could hinder it.
@@ -199,7 +201,7 @@ class Watch:
         self._beats += 1
         seconds = time.monotonic() - self._since
         told = {"beat": self._beats, "doing": self.doing, "seconds": seconds, "waits": self._waits}
-        self.store.set(f"watch/{self.number}", json.dumps(told | {"ended": self._ended}))
+        self.store.set(f"watch/{self.number}", json_text(told | {"ended": self._ended}))
 
     def _listen(self) -> None:
         """Two questions to the store, however many processes there are; more until all have spoken."""

@@ -16,7 +16,6 @@ are too many.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -26,7 +25,7 @@ from tqdm.auto import tqdm
 
 from pyramidclip_command import CommandParser, check_there, run_command
 from pyramidclip_hf import PyramidCLIPTokenizer
-from pyramidclip_hf.files import write_text
+from pyramidclip_hf.files import json_text, write_text
 from training.data.records import MAX_REGIONS
 from training.data.sources import DataSet, open_data_set
 from training.prepare.auditing.counts import (
@@ -183,9 +182,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 def keep(report: AuditReport, bad: Sequence[BadEntry], folder: Path) -> None:
     """Writes the report into a folder and removes the parts that it was put together from."""
     write_text(folder / "audit.txt", as_text(report, bad))
-    write_text(folder / "audit.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "audit.json", json_text(report, indent=1, ensure_ascii=False) + "\n")
     draw(report, folder / "audit.png")
-    lines = [json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in bad]
+    lines = [json_text(entry._asdict(), ensure_ascii=False) + "\n" for entry in bad]
     write_text(folder / "bad-samples.jsonl", "".join(lines))
     for part in (folder / "parts").glob("*.npz"):
         part.unlink()
@@ -212,7 +211,7 @@ def run(arguments: argparse.Namespace) -> None:
     report = summarise(sources, tally, repeats, arguments.batch_size)
     if folder:
         keep(report, tally.bad, folder)
-    sys.stdout.write(json.dumps(report) + "\n" if arguments.json else as_text(report, tally.bad))
+    sys.stdout.write(json_text(report) + "\n" if arguments.json else as_text(report, tally.bad))
 
 
 if __name__ == "__main__":

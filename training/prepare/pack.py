@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pyramidclip_command import check_there, run_command
-from pyramidclip_hf.files import write_atomically
+from pyramidclip_hf.files import json_text, write_atomically
 from training.data.records import IMAGE_SUFFIXES, BadSample, sample_from_members
 from training.data.remote import is_url
 from training.data.shards import ShardWriter
@@ -167,7 +167,7 @@ def _plan(stage: Stage, source: PairSource) -> dict[str, SourcePart]:
             return {part["name"]: SourcePart(**part) for part in plan["parts"]}
     parts = source.parts()
     plan = {"fingerprint": stage.fingerprint, "parts": [asdict(part) for part in parts]}
-    write_atomically(path, (json.dumps(plan) + "\n").encode())
+    write_atomically(path, (json_text(plan) + "\n").encode())
     return {part.name: part for part in parts}
 
 
@@ -186,7 +186,7 @@ def _find_repeats(stage: Stage, source: PairSource, parts: dict[str, SourcePart]
                 buffer = io.BytesIO()
                 np.save(buffer, hashes)
                 write_atomically(folder / f"{name}.npy", buffer.getvalue())
-        write_atomically(found, (json.dumps(_repeated(folder, list(parts))) + "\n").encode())
+        write_atomically(found, (json_text(_repeated(folder, list(parts))) + "\n").encode())
     table = json.loads(found.read_text(encoding="utf-8"))
     return {name: {int(position): first for position, first in positions.items()} for name, positions in table.items()}
 

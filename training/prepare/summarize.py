@@ -10,7 +10,6 @@ kills.
 """
 
 import hashlib
-import json
 import sqlite3
 import sys
 from collections import defaultdict
@@ -23,7 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from pyramidclip_command import check_there, run_command
-from pyramidclip_hf.files import cache_folder
+from pyramidclip_hf.files import cache_folder, json_text
 from training.data.records import BadSample, sample_from_members
 from training.data.shards import ShardReader
 from training.prepare.steps.checkpoints import checkpoint_config, checkpoint_content, checkpoint_expected
@@ -285,7 +284,7 @@ class ModelSummarizer:
         name = settings.pop("model")
         maker = Path(name).resolve().name if Path(name).is_dir() else name
         self.made_by: MadeBy = {"maker": maker, "content": content, "settings": settings}
-        self._prefix = json.dumps([content, settings], sort_keys=True).encode()
+        self._prefix = json_text([content, settings], sort_keys=True).encode()
 
     def key(self, caption: str) -> bytes:
         """The cache key of a caption: 16 bytes of the hash of model, settings and text."""

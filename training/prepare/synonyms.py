@@ -7,7 +7,6 @@ Two words are synonyms where WordNet has them in one set. Words of letters alone
 several words stand for ("motor vehicle") may replace one word. The file is a JSON object of word: [synonym, ...].
 """
 
-import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pyramidclip_command import check_there, run_command
-from pyramidclip_hf.files import read_regular, write_atomically
+from pyramidclip_hf.files import json_text, read_regular, write_atomically
 from training.prepare.steps.flags import parse_dataclasses
 
 PARTS = ("noun", "verb", "adj", "adv")
@@ -106,7 +105,7 @@ def run(args: SynonymArguments) -> None:
     """Writes the file."""
     found, output = synonyms_in(Path(args.wordnet)), Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, (json.dumps(found, indent=0) + "\n").encode())
+    write_atomically(output, (json_text(found, indent=0) + "\n").encode())
     print(f"{output}: {len(found):,} words with {sum(map(len, found.values())):,} synonyms")
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pyramidclip_command import CommandParser
-from pyramidclip_hf.files import read_regular
+from pyramidclip_hf.files import json_text, read_regular
 from training.settings.fields import default_of, in_sections, mapping_of
 
 Settings = TypeVar("Settings")
@@ -367,7 +367,7 @@ def _value(settings_class: type[Any], parser: argparse.ArgumentParser, path: Pat
     if isinstance(value, dict):
         if not is_mapping(kinds[name]):
             raise ValueError(f"{path}: {name} takes no mapping, got {value}")
-        return json.loads(json.dumps(value))
+        return json.loads(json_text(value))
     flag = f"--{name.replace('_', '-')}"
     words = [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
     try:

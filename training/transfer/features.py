@@ -1,7 +1,6 @@
 """Features of labelled pictures from a frozen encoder, computed once by all processes and kept on disk."""
 
 import hashlib
-import json
 import sys
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,7 +13,7 @@ from safetensors.numpy import save
 from torch import nn
 
 import pyramidclip_hf
-from pyramidclip_hf.files import cache_folder, write_atomically
+from pyramidclip_hf.files import cache_folder, json_text, write_atomically
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.labelled import LabelledPictures
@@ -129,7 +128,7 @@ def cached_features(
     """
     if args.cache_dir == "none":
         return picture_features(model, processor, part.data, args.features, args.batch_size).numpy()[part.numbers]
-    key = json.dumps(features_key(model, processor, part, args), sort_keys=True)
+    key = json_text(features_key(model, processor, part, args), sort_keys=True)
     folder = Path(args.cache_dir) if args.cache_dir else cache_folder() / "features"
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     features = read_features(path, key)

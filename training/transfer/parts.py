@@ -8,7 +8,6 @@ that cannot be read is an error naming it; but the validation on the way of a ru
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pyramidclip_hf.files import json_text
 from pyramidclip_hf.image_processing_pyramidclip import upright_rgb
 from training.data.labelled import LabelledPictures, open_pictures
 from training.data.remote import is_url
@@ -226,7 +226,7 @@ def fingerprint(part: Part) -> str:
     """
     listing = [[_relative(path, part.source), path.stat().st_size] for path in source_files(part)]
     identity = [listing or part.data.name, part.numbers.tolist(), part.data.class_names, part.data.labels]
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    return hashlib.sha256(json_text(identity).encode()).hexdigest()[:32]
 
 
 def content_digest(part: Part) -> str:
@@ -253,4 +253,4 @@ def content_digest(part: Part) -> str:
         digests = map_batches(of_files, len(files), _DIGEST_BATCH, what)
     else:
         digests = map_batches(of_pictures, len(part.data), _DIGEST_BATCH, what)
-    return hashlib.sha256(json.dumps([len(part.data), digests]).encode()).hexdigest()
+    return hashlib.sha256(json_text([len(part.data), digests]).encode()).hexdigest()

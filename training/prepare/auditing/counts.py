@@ -17,7 +17,7 @@ import numpy as np
 
 from pyramidclip_hf import PyramidCLIPTokenizer
 from pyramidclip_hf.configuration_pyramidclip import levels_of_kind
-from pyramidclip_hf.files import write_atomically
+from pyramidclip_hf.files import json_text, write_atomically
 from training.data.records import (
     MAX_REGIONS,
     BadSample,
@@ -178,7 +178,7 @@ class AuditCounts:
 
     def dumps(self) -> str:
         """JSON; counters become lists of pairs, for their keys need not be strings."""
-        return json.dumps({name: _pairs(value) for name, value in vars(self).items()})
+        return json_text({name: _pairs(value) for name, value in vars(self).items()})
 
     @classmethod
     def loads(cls, text: str) -> "AuditCounts":
@@ -304,7 +304,7 @@ def _count_texts(texts: list[str], level: str, tokenizer: PyramidCLIPTokenizer, 
 
 def part_path(parts: Path, unit: Any, limits: AuditLimits) -> Path:
     """The file in the folder `parts` that keeps what was counted in a unit under these limits."""
-    name = hashlib.sha256(json.dumps([unit.name, unit.identity, unit.first, limits]).encode()).hexdigest()[:24]
+    name = hashlib.sha256(json_text([unit.name, unit.identity, unit.first, limits]).encode()).hexdigest()[:24]
     return parts / f"{name}.npz"
 
 

@@ -6,7 +6,6 @@ for every process of a machine.
 
 import hashlib
 import io
-import json
 import os
 import re
 import sqlite3
@@ -15,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from pyramidclip_hf.files import cache_folder, check_regular, written_aside
+from pyramidclip_hf.files import cache_folder, check_regular, json_text, written_aside
 from training.prepare.steps.databases import errors_of
 
 MAX_ROW_BYTES = 256 << 20
@@ -63,7 +62,7 @@ class TsvIndex:
         self.path = Path(path)
         stat = os.stat(path)
         identity = [_VERSION, str(self.path.resolve()), stat.st_size, stat.st_mtime_ns, key_pattern]
-        name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+        name = hashlib.sha256(json_text(identity).encode()).hexdigest()[:24]
         file = cache_folder().absolute() / "tsv" / f"{name}.sqlite"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,12 @@
 """From a row of a table or of a Hub dataset to picture, caption and the rest."""
 
-import json
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from stat import S_ISREG
 from typing import NamedTuple
 
-from pyramidclip_hf.files import reason_of
+from pyramidclip_hf.files import json_text, reason_of
 from training.data.records import BadSample
 from training.data.remote import is_url
 from training.prepare.sources.pairs import MAX_PICTURE_BYTES, Fault, RawPair, SourceArguments
@@ -91,7 +90,7 @@ def fill(raw: RawPair, row: Mapping[str, object], columns: Columns, root: Path |
         raw.members["txt"] = str(caption).encode("utf-8", "surrogatepass")
     record = {str(name): _plain(value) for name, value in rest.items()}
     if record:
-        text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+        text = json_text(record, ensure_ascii=False, separators=(",", ":"))
         raw.members["json"] = text.encode("utf-8", "surrogatepass")
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from pyramidclip_hf.files import visible, write_text
+from pyramidclip_hf.files import json_text, visible, write_text
 from training.data.records import BadSample, Region, Sample, json_bytes, members_from_sample, sample_from_members
 from training.data.shards import DATASET_FORMAT, ShardReader, ShardWriter, read_dataset_json, write_dataset_json
 from training.prepare.steps.work import Advance, Stage, Tally, Worker, contents_of
@@ -156,7 +156,7 @@ def mark_unfinished(stage: Stage) -> None:
     if stage.name in content.get("unfinished", []):
         return
     content["unfinished"] = sorted({*content.get("unfinished", []), stage.name})
-    write_text(stage.folder / "dataset.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_text(stage.folder / "dataset.json", json_text(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def refuse_other_maker(folder: str | Path, level: str, made_by: MadeBy, overwrite: bool) -> MadeBy | None:

@@ -21,7 +21,7 @@ from typing import Any, TypedDict, TypeVar
 import torch
 from tqdm import tqdm
 
-from pyramidclip_hf.files import write_text
+from pyramidclip_hf.files import json_text, write_text
 from pyramidclip_hf.loading import choose_device
 
 Item = TypeVar("Item")
@@ -182,8 +182,8 @@ class Stage:
         self.folder, self.name = Path(folder), name
         self.reports = self.folder / "reports" / name
         # As it will be read again: tuples are lists.
-        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
-        text = json.dumps(self.settings, sort_keys=True, ensure_ascii=False)
+        self.settings: dict[str, Any] = json.loads(json_text(settings))
+        text = json_text(self.settings, sort_keys=True, ensure_ascii=False)
         self.fingerprint = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]
         self.reports.mkdir(parents=True, exist_ok=True)
         path = self.reports / "settings.json"
@@ -195,7 +195,7 @@ class Stage:
                     f"({_settings_that_differ(before, self.settings)}). "
                     "Use the same settings to continue, another folder, or --overwrite to do all of them again"
                 )
-        write_text(path, json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n")
+        write_text(path, json_text(self.settings, indent=1, ensure_ascii=False) + "\n")
 
     def report(self, item: str) -> StageReport | None:
         """The stored report of a shard, or None where it is not done with these settings."""
@@ -213,7 +213,7 @@ class Stage:
             "counts": dict(sorted(tally.counts.items())),
             "problems": tally.problems,
         }
-        write_text(self.reports / f"{item}.json", json.dumps(report, ensure_ascii=False) + "\n")
+        write_text(self.reports / f"{item}.json", json_text(report, ensure_ascii=False) + "\n")
         return report
 
     def run(
@@ -269,9 +269,9 @@ class Stage:
             "counts": dict(sorted(total.counts.items())),
             "problems": dict(reasons.most_common()),
         }
-        lines = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in total.problems)
+        lines = "".join(json_text(problem, ensure_ascii=False) + "\n" for problem in total.problems)
         write_text(self._problems_file(), lines)
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        text = json_text(content, indent=1, ensure_ascii=False) + "\n"
         write_text(self.reports.with_name(f"{self.name}.json"), text)
         return total
 
