@@ -18,7 +18,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Container, Mapping, Sequence
+import threading
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
@@ -43,6 +45,8 @@ from training.data.shards import MAX_MEMBER_BYTES, ShardReader, read_dataset_jso
 
 MANIFEST_UNIT = 1000
 _COUNTED_AT_ONCE = 64
+# Whole shards by each process; all of them have to fit into the cache of the machine.
+_FETCHED_AT_ONCE = 2
 EXPECTED = (
     "a folder with shards (*.tar, as `python -m training.prepare.pack` writes them), a tar, a glob or range of tars, a "
     "URL of these, a .txt list of tars or a .jsonl manifest; for classification also a folder with one sub-folder of "
@@ -293,9 +297,24 @@ def _counted(
     crew: Crew,
 ) -> list[Unit]:
     """The units of shards, or of the first that hold `at_least` samples."""
+    not_said, slots = threading.Lock(), threading.Semaphore(_FETCHED_AT_ONCE)
+
+    @contextlib.contextmanager
+    def fetching() -> Iterator[None]:
+        # Of several processes one says it, and of its threads the first.
+        if os.environ.get("RANK", "0") == "0" and not_said.acquire(blocking=False):
+            print(
+                f"{shards[0]}{' and others' * (len(shards) > 1)}: shards that neither dataset.json nor an index beside "
+                "them counts are fetched whole, each once, before the first step. Put the .index.json and dataset.json "
+                "beside them that training.prepare.pack writes",
+                file=sys.stderr,
+                flush=True,
+            )
+        with slots:
+            yield
 
     def count(shard: str) -> Unit:
-        return _unit(shard, described[_folder(shard)], cache)
+        return _unit(shard, described[_folder(shard)], cache, fetching)
 
     def count_all(some: Sequence[str]) -> list[Unit]:
         return [*map(count, some)]
@@ -327,7 +346,9 @@ def _folder(shard: str) -> str:
     return shard.rpartition("/")[0] or "."
 
 
-def _unit(shard: str, described: _Described, cache: ShardCache | None) -> Unit:
+def _unit(
+    shard: str, described: _Described, cache: ShardCache | None, fetching: Callable[[], AbstractContextManager[None]]
+) -> Unit:
     """Counts a shard's samples: by `dataset.json` or its index where they fit, else by reading it, once."""
     base = shard.rpartition("/")[2]
     entry = described.content.get("shards", {}).get(base)
@@ -358,7 +379,7 @@ def _unit(shard: str, described: _Described, cache: ShardCache | None) -> Unit:
     header = cached_header(cache.path_of(shard))
     if header is not None and header["tar_bytes"] == remote_size(shard):
         return Unit(shard, header["samples"], UnitIdentity(base, header["tar_bytes"], header["keys_digest"]))
-    with ShardReader(shard, cache) as reader:
+    with fetching(), ShardReader(shard, cache) as reader:
         index = reader.index
         identity = UnitIdentity(base, index.tar_bytes, index.keys_digest())
         return Unit(shard, len(reader), identity, truncated=reader.truncated)

@@ -219,7 +219,8 @@ def _from_start_to_end(run: Run, stop_requested: threading.Event) -> RunResult:
     if run.finished:
         run.accelerator.print(f"{folder} is finished, step {run.progress.step}: nothing is left to do")
         final, finished = folder / "final", True
-        metrics = json.loads((final / "training.json").read_text(encoding="utf-8"))["metrics"]
+        kept = json.loads((final / "training.json").read_text(encoding="utf-8"))["metrics"]
+        metrics = {name: float(value) for name, value in kept.items()}  # what is no number is text in JSON
     else:
         complete = train(run, stop_requested)
         if task.settings.dry_run:

@@ -1,6 +1,7 @@
 """The cache of remote shards: interrupted downloads, stores that stumble, its limit, a missing package."""
 
 import itertools
+import shutil
 import sys
 import threading
 import time
@@ -150,6 +151,26 @@ def test_a_shard_is_counted_by_the_beginning_of_its_index(server, shards, tmp_pa
     assert sorted(path for _, path in server.asked if path != "/dataset.json") == [
         f"/{n}.tar.index.json" for n in range(3)
     ]
+
+
+def test_shards_that_nothing_counts_are_fetched_once_within_the_bound_and_said(shards, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in shards.glob("*.tar"):
+        shutil.copy(path, bare)
+    count, size = len(list(bare.iterdir())), max(path.stat().st_size for path in bare.iterdir())
+    cache = ShardCache(tmp_path / "fetched", max_bytes=int(2.5 * size), patience=Patience(1))
+    for begun in range(2):
+        with Served(bare) as served:
+            # The same place each time, as a store's is.
+            cache.path_of = lambda url: cache.folder / url.rpartition("/")[2]
+            names = f"{served.url}/part-{{000..{count - 1:03d}}}.tar"
+            assert open_data_set(names, cache).samples == open_data_set(str(shards)).samples
+            fetched = [path for path in served.requests if path.endswith(".tar")]
+            assert sorted(fetched) == ([] if begun else sorted(f"/{path.name}" for path in bare.iterdir()))
+        assert sum(path.stat().st_size for path in cache.folder.glob("*.tar")) <= cache.max_bytes
+        said = [line for line in capsys.readouterr().err.splitlines() if "fetched whole" in line]
+        assert len(said) == (not begun) and all("part-000.tar and others" in line for line in said)
 
 
 def test_a_slow_steady_download_may_take_its_time_and_silence_may_not(server, tar, tmp_path, monkeypatch):
