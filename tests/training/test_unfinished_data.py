@@ -5,9 +5,9 @@ import json
 import pytest
 
 from tests.training.prepare.small_data import write_shards
-from tests.training.to_evaluate import save_tiny_model
 from training import evaluate, figures, finetune, linear_probe
 from training.data.shards import read_dataset_json
+from training.data.sources import open_data_set
 
 
 @pytest.mark.parametrize(
@@ -21,15 +21,23 @@ from training.data.shards import read_dataset_json
         (evaluate, "--data DATA", "set --allow-unfinished"),
     ],
 )
-def test_unfinished_data_is_refused_by_commands_with_the_flag_that_they_have(command, words, advice, tmp_path, capsys):
+def test_unfinished_data_is_refused_by_commands_with_the_flag_that_they_have(
+    command, words, advice, tmp_path, tiny_model_folder, capsys, monkeypatch
+):
     folder = write_shards(tmp_path / "scenes", range(8))
     (folder / "dataset.json").write_text(json.dumps(read_dataset_json(folder) | {"unfinished": ["regions"]}))
-    model = ["--models" if "retrieval" in words else "--model", save_tiny_model(tmp_path / "model")]
+    model = ["--models" if "retrieval" in words else "--model", tiny_model_folder]
     places = {"DATA": str(folder), "RUN": str(tmp_path / "run"), "PNG": str(tmp_path / "x.png")}
     given = [places.get(word, word) for word in words.split()]
     assert command.main([*given, *model]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: ") and "scenes: regions has begun and not ended" in said and said.endswith(advice)
     if "allow" in advice:
-        command.main([*given, *model, "--allow-unfinished"])
-        assert "begun and not ended" not in capsys.readouterr().err
+
+        def opened(*given, **options):
+            found = open_data_set(*given, **options)
+            raise ValueError(f"{found.samples} samples were opened")
+
+        monkeypatch.setattr("training.data.samples.open_data_set", opened)
+        assert command.main([*given, *model, "--allow-unfinished"]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == "error: 8 samples were opened"
