@@ -2,6 +2,7 @@
 readable.
 """
 
+import json
 import math
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 
 from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
-from tests.training.runs import MODEL_CONFIG, MemoryReader
+from tests.training.runs import MODEL_CONFIG, MemoryReader, use_memory
 from tests.training.tiny import RESNET
 from training import pretrain
 from training.loop.tracking import read_metrics
@@ -166,6 +167,27 @@ def test_every_ablation_row_is_a_run_at_the_papers_scale_by_one_command(table, n
         vision = recipe_config(args).vision_config
         assert vision.num_leff_layers == asked.get("num_leff_layers", 9)
         assert vision.num_picture_layers == asked.get("num_picture_layers", vision.num_leff_layers)
+
+
+@pytest.mark.parametrize(
+    "row", ["components.leff", "peer_level.clip", "mismatched.with_both", "front.m_3", "front.m_9_without_leff"]
+)
+def test_an_ablation_row_at_the_papers_scale_is_tried_by_a_dry_run(row, tmp_path, monkeypatch, capsys):
+    """The command as it is documented; only the widths, the batch and the data are small."""
+    use_memory(monkeypatch, missing=False)
+    recipe, table = CONFIGS / "vit_b_32_15m_8_epochs.yaml", CONFIGS / "ablations.yaml"
+    vision = {**MODEL_CONFIG["vision_config"], "num_hidden_layers": 12}
+    del vision["num_leff_layers"]  # the row's
+    small = json.dumps({**MODEL_CONFIG, "vision_config": vision})
+    (tmp_path / "here.yaml").write_text("validation_data:\nglobal_batch_size: 8\nprecision: fp32\n")
+    words = ["--config", str(recipe), f"{table}:{row}", str(tmp_path / "here.yaml"), "--model-config", small]
+    assert pretrain.main([*words, "--dry-run", "--output-dir", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    name, _, key = row.partition(".")
+    for term in ABLATIONS[name][key]["loss_weights"]:
+        assert term in said
+    assert "dry run: 2 steps done" in said and "40 steps, 320 samples" in said  # 8 epochs of the 40 that there are
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_ablation_rows_are_the_papers():
