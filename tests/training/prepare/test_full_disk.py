@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.training.prepare.conftest import detr
 from tests.training.prepare.small_data import (
     picture,
     tree,
@@ -16,7 +17,8 @@ from tests.training.prepare.small_data import (
     write_shards,
     write_tar,
 )
-from training.prepare import audit, import_features, pack, summarize
+from training.emoji import scenes
+from training.prepare import audit, detect, import_features, pack, summarize
 from training.prepare.summarize import SummaryCache
 
 
@@ -34,6 +36,13 @@ def small_disk(folder, kilobytes):
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+def plain(tmp_path):
+    for number in range(2):
+        samples = [(f"k{number}{i}", {"jpg": picture(i, (8, 8)), "txt": b"word " * 40}) for i in range(4)]
+        write_tar(tmp_path / "plain" / f"{number}.tar", samples)
+    return tmp_path / "plain"
+
+
 def packing(tmp_path):
     write_pictures(tmp_path / "pictures", 12)
     rows = [{"image": f"pictures/{n}.jpg", "caption": f"picture {n}"} for n in range(12)]
@@ -47,10 +56,7 @@ def auditing(tmp_path):
 
 
 def summarizing(tmp_path):
-    for number in range(2):
-        samples = [(f"k{number}{i}", {"jpg": picture(i, (8, 8)), "txt": b"word " * 40}) for i in range(4)]
-        write_tar(tmp_path / "plain" / f"{number}.tar", samples)
-    words = ["--input-dir", tmp_path / "plain", "--output-dir", tmp_path / "disk/out", "--model", "first-clause"]
+    words = ["--input-dir", plain(tmp_path), "--output-dir", tmp_path / "disk/out", "--model", "first-clause"]
     return summarize, words, range(4, 90, 6)
 
 
@@ -62,7 +68,51 @@ def importing(tmp_path):
     return import_features, [*words, "--store-dir", tmp_path / "out", "--device", "cpu"], (4, 60, 120)
 
 
-@pytest.mark.parametrize("job", [packing, pytest.param(auditing, marks=pytest.mark.slow), summarizing, importing])
+def detecting(tmp_path):
+    words = [
+        "--input-dir",
+        plain(tmp_path),
+        "--output-dir",
+        tmp_path / "disk/out",
+        "--detector",
+        detr(tmp_path / "detector"),
+    ]
+    return detect, [*words, "--device", "cpu"], (4, 8, 16, 32, 64, 2000)
+
+
+def drawing(tmp_path):
+    words = ["--train", 5, "--validation", 3, "--per-object", 1, "--picture-size", 32, "--workers", 1]
+    return scenes, ["--output-dir", tmp_path / "disk/out", *words], (4, 16, 40, 80, 2000)
+
+
+def drawing_in_processes(tmp_path):
+    module, words, _ = drawing(tmp_path)
+    return module, [*words, "--workers", 2], (40, 2000)
+
+
+def drawing_annotated(tmp_path):
+    module, words, _ = drawing(tmp_path)
+    return module, [*words, "--format", "coco"], (4, 12, 20, 2000)
+
+
+def drawing_a_sheet(tmp_path):
+    return scenes, ["--contact-sheet", tmp_path / "disk/sheet.png"], (4, 2000)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        packing,
+        pytest.param(auditing, marks=pytest.mark.slow),
+        summarizing,
+        importing,
+        detecting,
+        drawing,
+        pytest.param(drawing_in_processes, marks=pytest.mark.slow),
+        drawing_annotated,
+        drawing_a_sheet,
+    ],
+)
 def test_a_full_disk_is_one_line_with_the_file(job, tmp_path, monkeypatch, capfd):
     module, words, sizes = job(tmp_path)
     cache = tmp_path / "disk" if job is importing else tmp_path
@@ -73,7 +123,9 @@ def test_a_full_disk_is_one_line_with_the_file(job, tmp_path, monkeypatch, capfd
         capfd.readouterr()
         with small_disk(tmp_path / "disk", size):
             codes.append(module.main([*map(str, words)]))
-            said = [line for line in capfd.readouterr().err.splitlines() if line and "pair/s" not in line]
+            said = [
+                line for line in capfd.readouterr().err.splitlines() if line and not re.match(r"[a-z ]+: +\d+%", line)
+            ]
             if codes[-1]:
                 assert codes[-1] == 1, said
                 assert re.search(rf"{tmp_path}/disk/\S+[^/]* The disk is full\.$", said[-1]), said
