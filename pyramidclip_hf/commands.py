@@ -21,13 +21,13 @@ from huggingface_hub.utils import tqdm
 from PIL import Image
 
 from pyramidclip_command import EXIT_SKIPPED
-from pyramidclip_hf.files import json_text
 
 from .backends import MAX_DISAGREEMENT, ExportedModel, load_exported
 from .embedding_files import EmbeddingJob, check_output, read_embeddings, read_metadata, rows_at
 from .embedding_index import build_index, search_blocks, search_index
 from .explain import explain_image
 from .export import compare_on_data, export_model, read_pairs
+from .files import json_text
 from .fusion_pyramidclip import LinearBackend, OneDNNLinear
 from .loading import Loaded, choose_device, load_model, told_slow_type
 from .modeling_pyramidclip import PyramidCLIPModel

@@ -21,9 +21,7 @@ from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from pyramidclip_hf.files import json_text
-
-from .files import write_atomically, written_aside
+from .files import json_text, write_atomically, written_aside
 
 SUFFIXES = (".parquet", ".npz")
 KINDS = ("path", "text")

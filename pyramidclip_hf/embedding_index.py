@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyramidclip_hf.files import json_text
-
 from .embedding_files import embedding_blocks, read_metadata, rows_at
-from .files import locked, write_atomically, written_aside
+from .files import json_text, locked, write_atomically, written_aside
 from .zero_shot import Matches, retrieve
 
 # Vectors a cell of the index is trained with, and cells that a query looks into.

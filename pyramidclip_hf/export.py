@@ -24,7 +24,6 @@ from PIL import Image
 from torch import nn
 
 from pyramidclip_command import Failure
-from pyramidclip_hf.files import json_text
 
 from .backends import (
     FILE_ENDINGS,
@@ -39,7 +38,7 @@ from .backends import (
     read_record,
 )
 from .configuration_pyramidclip import PyramidCLIPConfig
-from .files import locked, write_atomically, written_aside
+from .files import json_text, locked, write_atomically, written_aside
 from .loading import Loaded
 from .loss_pyramidclip import normalize_embeds
 from .modeling_pyramidclip import PyramidCLIPModel

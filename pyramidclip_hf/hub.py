@@ -33,10 +33,8 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.processing_utils import ProcessorMixin
 
-from pyramidclip_hf.files import json_text
-
 from .configuration_pyramidclip import PyramidCLIPConfig
-from .files import is_hidden
+from .files import is_hidden, json_text
 from .modeling_pyramidclip import PyramidCLIPModel
 
 CARD_TEMPLATE = "model_card_template.md"
