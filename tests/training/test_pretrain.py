@@ -258,6 +258,14 @@ def test_compiled_code_does_not_read_in_front_of_the_mask_of_regions():
     assert run_in_processes(attended, 1, timeout=300)[0] < 1e-5
 
 
+def test_workers_begin_before_the_model_is_built(tmp_path, monkeypatch):
+    seen, build = [], pretrain.initial_model
+    monkeypatch.setattr(loop, "begin_workers", lambda device, workers: seen.append((device.type, workers)))
+    monkeypatch.setattr(pretrain, "initial_model", lambda args: seen.append("model") or build(args))
+    pretrain.run(settings(tmp_path, dry_run=True, dataloader_workers=3))
+    assert seen == [("cpu", 3), "model"]
+
+
 @pytest.mark.parametrize(
     ("pooling", "lengths", "message"),
     [

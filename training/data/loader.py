@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from typing import Any, cast
 
 import torch
@@ -131,6 +132,24 @@ def fingerprint_of(data_sets: Sequence[DataSet]) -> str:
     return hashlib.sha256(json_text(identity).encode()).hexdigest()[:32]
 
 
+def begin_workers(device: torch.device, workers: int) -> None:
+    """Starts what workers are forked from, where that is a process of its own: it imports while the caller goes on.
+
+    Args:
+        device: That of the batches.
+        workers: How many a reader will have.
+    """
+    if workers and _start_method(device) == "forkserver":
+        _quiet_tokenizers()
+        with started_untouched_by_termination():
+            forkserver.ensure_running()
+
+
+def _quiet_tokenizers() -> None:
+    """Tokenizers warn about a fork otherwise, and their threads do not survive it."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 class BatchReader:
     """Batches of one process, from anything that makes them.
 
@@ -218,8 +237,7 @@ class BatchReader:
             (self.global_batch_size, self.process_index, self.num_processes, self.order.lane_length),
         )
         if self.workers:
-            # Tokenizers warn about a fork otherwise, and their threads do not survive it.
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            _quiet_tokenizers()
         loader = torch.utils.data.DataLoader(
             _Telling(self.maker),
             batch_size=None,

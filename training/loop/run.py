@@ -24,7 +24,7 @@ from pyramidclip_hf import __version__
 from pyramidclip_hf.files import folder_written_aside, json_text
 from pyramidclip_hf.loading import quiet_transformers
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
-from training.data.loader import WorkerDied, is_worker_death, worker_died
+from training.data.loader import WorkerDied, begin_workers, is_worker_death, worker_died
 from training.loop.agreement import check_equal, check_same_folder, first_decides, together
 from training.loop.card import publish
 from training.loop.checkpoint import (
@@ -270,6 +270,7 @@ def exit_code(result: RunResult, settings: RunSettings) -> int:
 def start(settings: Settings, make_task: MakeTask[Settings], folder: Path, accelerator: Any) -> Run:
     """A run from the beginning, or from the checkpoint that `--resume` names."""
     settings.per_device_batch_size(accelerator.num_processes)  # refused before any data is opened
+    begin_workers(accelerator.device, settings.workers)
     with doing("opening the data"):
         task = together(lambda: make_task(settings, accelerator, folder))
     if synchronised_batch_norm(settings):

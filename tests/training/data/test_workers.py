@@ -85,6 +85,36 @@ def test_workers_have_sigterm_blocked_from_their_first_moment():
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
+BEGUN = """
+import torch
+from multiprocessing.forkserver import _forkserver as server
+from tests.training.data.test_workers import numbers
+from training.data.loader import begin_workers
+begin_workers(torch.device("cpu"), 2)
+begin_workers(torch.device("cuda"), 0)
+assert server._forkserver_pid is None
+begin_workers(torch.device("cuda"), 2)
+batches = numbers("forkserver")
+print(server._forkserver_pid, next(batches), flush=True)
+input()
+"""
+
+
+@pytest.mark.slow
+def test_workers_are_forked_from_what_was_begun_before_the_model_was_built():
+    """It has imported what they need, and lives through the SIGTERM of others as they do."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-uc", BEGUN], cwd=CHECKOUT, text=True, **pipes) as parent:
+        server, worker = map(int, parent.stdout.readline().split())
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{worker}/status").read_text().splitlines())
+        assert int(status["PPid"]) == server
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{server}/status").read_text().splitlines())
+        assert int(status["SigBlk"], 16) >> (signal.SIGTERM - 1) & 1
+        assert "libtorch_python" in Path(f"/proc/{server}/maps").read_text()
+        parent.communicate("\n")
+    assert gone_after([server]) < 5
+
+
 PARENT = "from tests.training.data.test_workers import numbers; b = numbers({!r}); print(next(b), next(b)); input()"
 
 
