@@ -76,6 +76,13 @@ _BASE_CONFIG_KEYS = {
 }  # fmt: skip
 
 
+def _is_weight(value: Any) -> bool:
+    try:
+        return 0 <= float(value) < float("inf")
+    except (OverflowError, TypeError, ValueError):
+        return False
+
+
 def check_loss_weights(weights: Mapping[str, float], terms: Collection[str] = TERMS) -> dict[str, float]:
     """The mapping without its zero weights.
 
@@ -91,7 +98,7 @@ def check_loss_weights(weights: Mapping[str, float], terms: Collection[str] = TE
     unknown = sorted(set(weights) - set(terms))
     if unknown:
         raise ValueError(f"loss_weights names unknown terms {unknown}; the terms are {list(terms)}.")
-    wrong = {name: weight for name, weight in weights.items() if not 0 <= float(weight) < float("inf")}
+    wrong = {name: weight for name, weight in weights.items() if not _is_weight(weight)}
     if wrong:
         raise ValueError(f"loss_weights must be finite and not negative, got {wrong}.")
     kept = {name: float(weight) for name, weight in weights.items() if weight}

@@ -87,3 +87,21 @@ def test_json_that_is_written_otherwise_is_seen():
     ):
         assert list(json_written(ast.parse(code))) == [2], code
     assert not list(json_written(ast.parse("import json\njson.loads('1')")))
+
+
+def pictures_of_any_format(tree):
+    """Lines that open a picture in whatever format Pillow knows: of PostScript it starts Ghostscript."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "open":
+            image = getattr(node.func.value, "id", None) == "Image"
+            if image and "formats" not in {keyword.arg for keyword in node.keywords}:
+                yield node.lineno
+
+
+def test_pictures_are_opened_in_named_formats():
+    faults = []
+    for path in modules("pyramidclip_hf", "training", "conversion"):
+        lines = pictures_of_any_format(ast.parse(path.read_text(encoding="utf8")))
+        faults += [f"{path.relative_to(CHECKOUT)}:{line}" for line in lines]
+    assert not faults, f"Expected open_undecoded, or Image.open(..., formats=...), at {faults}"
+    assert list(pictures_of_any_format(ast.parse("Image.open(a)\nImage.open(a, formats=['PNG'])"))) == [1]

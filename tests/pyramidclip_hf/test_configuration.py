@@ -108,6 +108,8 @@ def test_towers_follow_the_projection_dim():
         (lambda: PyramidCLIPTextConfig(pad_token_id=None), "pad_token_id"),
         (lambda: PyramidCLIPTextConfig(pooling="mean"), "pooling"),
         (lambda: PyramidCLIPConfig(loss_weights={"global": 1.0}), "unknown terms"),
+        (lambda: PyramidCLIPConfig(loss_weights={"global_caption": 10**400}), "must be finite"),
+        (lambda: PyramidCLIPConfig(loss_weights={"global_caption": "much"}), "must be finite .*'much'"),
         (lambda: PyramidCLIPConfig(label_smoothing=1.0), "label_smoothing"),
         (lambda: PyramidCLIPConfig(projection_dim=0), "projection_dim"),
     ],

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from pyramidclip_hf.files import json_text
-from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
+from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS, open_undecoded
 from training.data.records import Fault
 
 # A box may leave its picture by rounding, so far.
@@ -370,7 +369,7 @@ def _checked(raw: _Raw, names: Sequence[str], faults: list[Fault], training: boo
         raise FileNotFoundError(f"{raw.path} is no file, but the annotations name it: add it, or take it out of them")
     width, height = raw.size
     if min(width, height) < 1:  # VOC files of some tools lack it
-        with Image.open(raw.path) as picture:
+        with open_undecoded(raw.path) as picture:
             turned = picture.getexif().get(0x0112, 1) >= 5
             width, height = picture.size[::-1] if turned else picture.size
     numbers = {name: number for number, name in enumerate(names)}

@@ -80,7 +80,7 @@ def _rasterise(name: str) -> Image.Image:
     png = resvg_py.svg_to_bytes(
         svg_string=file.read_text(encoding="utf-8"), width=128, height=128, skip_system_fonts=True
     )
-    return Image.open(io.BytesIO(png)).convert("RGBA")
+    return Image.open(io.BytesIO(png), formats=["PNG"]).convert("RGBA")
 
 
 @functools.lru_cache(maxsize=1)
@@ -303,7 +303,8 @@ def describe_regions(picture: Image.Image, boxes: Sequence[tuple[int, int, int, 
 def contact_sheet(samples: Sequence[Sample], columns: int = 3, scale: int = 2) -> Image.Image:
     """Draws samples that have all levels as one RGB picture, the attribution line below."""
     font, small = ImageFont.load_default(13), ImageFont.load_default(11)
-    pictures = [Image.open(io.BytesIO(sample.image or b"")).convert("RGB") for sample in samples]
+    encoded = [io.BytesIO(sample.image or b"") for sample in samples]
+    pictures = [Image.open(file, formats=["JPEG", "PNG"]).convert("RGB") for file in encoded]
     side = pictures[0].width * scale
     width, height, margin = side + 250, side + 14, 12
     rows = -(-len(samples) // columns)

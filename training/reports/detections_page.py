@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from pyramidclip_hf.files import write_atomically
-from pyramidclip_hf.image_processing_pyramidclip import upright_rgb
+from pyramidclip_hf.image_processing_pyramidclip import open_undecoded, upright_rgb
 from training.data.annotations import AnnotatedPicture, AnnotatedPictures
 from training.evaluation.detection import Found, Measured, overlaps_of
 
@@ -95,7 +95,7 @@ def _worst_first(value: float) -> float:
 
 
 def _figure(data: AnnotatedPictures, found: Found, compared: Compared, picture: AnnotatedPicture) -> str:
-    with Image.open(picture.path) as opened:
+    with open_undecoded(picture.path) as opened:
         plain = upright_rgb(opened)
     scale = _SIDE / max(plain.size)
     plain = plain.resize((round(plain.width * scale), round(plain.height * scale)), Image.Resampling.BICUBIC)

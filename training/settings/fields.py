@@ -9,8 +9,8 @@ The rest is derived from the declaration: the checks of a value (`check_fields`)
 
 import dataclasses
 import json
-import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
@@ -144,7 +144,7 @@ def check_named(settings: Settings) -> Settings:
 
 def _at_least(bound: float) -> Check:
     def check(name: str, value: float) -> None:
-        if not (math.isfinite(value) and value >= bound):
+        if not bound <= value <= sys.float_info.max:  # whole numbers may have any length
             raise ValueError(f"{name}: expected a number of at least {bound}, got {value}")
 
     return check

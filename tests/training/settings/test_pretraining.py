@@ -79,6 +79,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
         (["--loss-weights", '{"global_captions": 1}'], "unknown terms"),
         (["--epochs", "3"], "exactly one of epochs and max_steps.*epochs=3 and max_steps=10"),
         (["--global-batch-size", "1"], "global_batch_size: expected a number of at least 2, got 1"),
+        (["--keep-checkpoints", "1" + "0" * 400], "keep_checkpoints: expected a number of at least 1, got 1000"),
         (["--learning-rate", "nan"], "learning_rate: expected a number of at least 0, got nan"),
         (["--warmup-fraction", "1.5"], "warmup_fraction: expected a share from 0 to below 1, got 1.5"),
         (["--local-crop-area", "0.9", "0.5"], r"local_crop_area: expected two shares .* got \[0.9, 0.5\]"),

@@ -1,7 +1,7 @@
 """The kinds of terms, by their names, and how a run's `objective` is read."""
 
 import difflib
-import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -81,7 +81,7 @@ def read_objective(objective: Mapping[str, Any] | None, config: PyramidCLIPConfi
             raise ValueError(f"objective: expected terms such as {', '.join(near)}, got {name!r}{hint}")
         options = dict(told) if isinstance(told, Mapping) else {"weight": told}
         weight = options.pop("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= sys.float_info.max:
             raise ValueError(f"objective: {name}: weight: expected a number of at least 0, got {weight!r}")
         if name in RUN_PAIRS and options:
             raise ValueError(f"objective: {name} has no option but weight, got {', '.join(options)}")

@@ -6,6 +6,7 @@ between them: `rows` is computed from what the towers give, pair by pair, and ma
 of the whole batch at once.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -155,7 +156,7 @@ def read_options(name: str, options: Mapping[str, Any], **defaults: Any) -> dict
 def at_least(name: str, options: Mapping[str, Any], **bounds: float) -> None:
     """Raises ValueError where an option is below its bound."""
     for option, bound in bounds.items():
-        if not bound <= options[option] < float("inf"):
+        if not bound <= options[option] <= sys.float_info.max:  # whole numbers may have any length
             raise ValueError(f"objective: {name}: {option}: expected at least {bound}, got {options[option]}")
 
 

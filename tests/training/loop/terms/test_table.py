@@ -42,6 +42,8 @@ def test_run_pairs_are_views_with_captions():
         ({"global_caption": 1}, "level pairs of the model are named in loss_weights"),
         ({"views_simclr": -1}, "views_simclr: weight: expected a number of at least 0, got -1"),
         ({"views_simclr": True}, "got True"),
+        ({"views_simclr": 10**400}, "weight: expected a number of at least 0, got 1000"),
+        ({"views_simclr": {"temperature": 10**400}}, "temperature: expected at least 0.001, got 1000"),
         ({"views_simclr": {"width": 3}}, "views_simclr has no option 'width'; it has weight, hidden, out, temperature"),
         ({"views_simclr": {"hidden": 2.5}}, "hidden: expected a int, got 2.5"),
         ({"views_simclr": {"temperature": 0}}, "temperature: expected at least 0.001, got 0"),
