@@ -1,9 +1,10 @@
 r"""Asks whether pre-training helps a detector: `training.detection` from several models, under several seeds each.
 
     python -m training.detection_table --recipe training/configs/emoji_detection.yaml --output-dir DIR \
-        --models random=RN50 clip=DIR pyramid=DIR --seeds 0 1 2
+        --models random=RN50 clip=DIR pyramid=DIR/seed{seed}/final --seeds 0 1 2
 
-Each run has its folder, DIR/NAME-SEED, and the same steps on the same data. The command can be stopped at any moment
+Each run has its folder, DIR/NAME-SEED, and the same steps on the same data. {seed} in a model is the run's seed: each
+run then starts from an encoder of its own, and the deviation has theirs in it. The command can be stopped at any moment
 (SIGTERM: exit code 75) and given again: finished runs are left alone, the one that was on its way continues. After each
 run DIR/table.md has mean and standard deviation over the seeds, DIR/table.json every value.
 """
@@ -22,7 +23,7 @@ from training.settings.detecting import DetectionArguments
 from training.settings.fields import check_named
 from training.settings.reading import parse_settings
 
-COLUMNS = ("voc_ap", "voc_ap50", "voc_ap75", "box_ap", "box_ap50", "box_ap75")
+COLUMNS = ("voc_ap", "voc_ap50", "voc_ap75", "box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75")
 
 
 @dataclass(kw_only=True)
@@ -37,7 +38,7 @@ class TableArguments:
         metadata={"names": "path", "help": "settings of training.detection, with train_data and test_data"}
     )
     output_dir: str = field(metadata={"help": "folder of all runs and of the table"})
-    models: list[str] = field(metadata={"help": "NAME=MODEL, as --model of training.detection"})
+    models: list[str] = field(metadata={"help": "NAME=MODEL, as --model of training.detection; {seed} in it is the run's"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of each model"})
 
     def __post_init__(self) -> None:
@@ -56,6 +57,7 @@ def settings_of(args: TableArguments, name: str, model: str, seed: int) -> Detec
     Raises:
         ValueError: The recipe names no data to measure on, or what `training.detection` refuses.
     """
+    model = model.replace("{seed}", str(seed))
     words = ["--config", args.recipe, "--model", model, "--seed", str(seed)]
     chosen = parse_settings(DetectionArguments, [*words, "--output-dir", str(Path(args.output_dir) / f"{name}-{seed}")])
     if not chosen.test_data:
@@ -72,10 +74,12 @@ def table_of(values: Mapping[str, Mapping[int, Mapping[str, float]]]) -> str:
     Args:
         values: name -> seed -> metric -> value.
     """
-    lines = [f"| from | seeds | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
+    measured = {metric for seeds in values.values() for metrics in seeds.values() for metric in metrics}
+    columns = [column for column in COLUMNS if f"test/{column}" in measured]  # masks only where they are learnt
+    lines = [f"| from | seeds | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for name, seeds in values.items():
         cells = []
-        for column in COLUMNS:
+        for column in columns:
             found = [100 * metrics[f"test/{column}"] for metrics in seeds.values()]
             spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
             cells.append(f"{statistics.mean(found):.1f}{spread}")
