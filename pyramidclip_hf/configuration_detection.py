@@ -19,6 +19,9 @@ class PyramidCLIPDetectionConfig(PreTrainedConfig):
 
     Args:
         vision_config: of the picture tower, a ResNet; a configuration or a dictionary.
+        plain: the trunk is a plain ResNet of these sizes, torchvision's and transformers', for supervised weights.
+        image_mean: of each channel of pixels in 0..1; CLIP's.
+        image_std: their standard deviation.
         with_masks: also a mask for each object.
         extra_norm: one more BatchNorm behind the fourth stage, as MoCo has it.
         anchor_sizes: sides of the anchors' squares.
@@ -45,6 +48,9 @@ class PyramidCLIPDetectionConfig(PreTrainedConfig):
         sub_configs: ClassVar[dict[str, Any]] = _SUB_CONFIGS
 
     vision_config: VisionConfig = _NOT_GIVEN
+    plain: bool = False
+    image_mean: list[float] | tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: list[float] | tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     with_masks: bool = False
     extra_norm: bool = True
     anchor_sizes: list[int] | tuple[int, ...] = (32, 64, 128, 256, 512)

@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from transformers import AutoConfig, AutoModelForObjectDetection
+from transformers import AutoConfig, AutoModelForObjectDetection, ResNetConfig, ResNetModel
 from transformers import initialization as init
 
 from .configuration_detection import PyramidCLIPDetectionConfig
+from .configuration_pyramidclip import PyramidCLIPVisionConfig
 from .image_processing_pyramidclip import upright_rgb
 from .modeling_pyramidclip_base import PyramidCLIPPreTrainedModel
 from .modeling_pyramidclip_resnet import PyramidCLIPResNet
@@ -37,8 +38,6 @@ except ImportError:
     torchvision = None
 
 STRIDE = 16
-# Per channel, of pixels in 0..1: CLIP's.
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # What is drawn for a picture: anchors, regions.
 _ANCHORS, _REGIONS = range(2)
 
@@ -77,6 +76,23 @@ class LossSums:
         return {name: total / self.counts[name].clamp(min=1) for name, total in self.sums.items()}
 
 
+class PlainTrunk(nn.Module):
+    """Transformers' ResNet, which is torchvision's, with the names of `PyramidCLIPResNet`: a stem and four stages."""
+
+    def __init__(self, config: PyramidCLIPVisionConfig):
+        super().__init__()
+        sizes = [4 * config.width * 2**stage for stage in range(4)]
+        model = ResNetModel(ResNetConfig(embedding_size=config.width, hidden_sizes=sizes, depths=list(config.layers)))
+        self.stem, self.stages = model.embedder, model.encoder.stages
+
+    def maps(self, pixel_values: torch.Tensor, last: int = 4) -> list[torch.Tensor]:
+        """As `PyramidCLIPResNet.maps`; where sides are odd, a stride rounds up."""
+        maps = [self.stem(pixel_values)]
+        for stage in self.stages[:last]:
+            maps.append(stage(maps[-1]))
+        return maps
+
+
 class PyramidCLIPForObjectDetection(PyramidCLIPPreTrainedModel):
     """The detector; see the module's head. `trunk` has the names that it has in the tower."""
 
@@ -93,7 +109,7 @@ class PyramidCLIPForObjectDetection(PyramidCLIPPreTrainedModel):
                 '(from a checkout: pip install -e ".[detection]")'
             )
         width, classes = 32 * config.vision_config.width, (config.num_labels or 0) + 1
-        self.trunk = PyramidCLIPResNet(config.vision_config)
+        self.trunk = (PlainTrunk if config.plain else PyramidCLIPResNet)(config.vision_config)
         self.extra_norm = nn.BatchNorm2d(width) if config.extra_norm else nn.Identity()
         anchors = len(config.anchor_sizes) * len(config.anchor_ratios)
         before, after = (
@@ -132,7 +148,7 @@ class PyramidCLIPForObjectDetection(PyramidCLIPPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """The convolution that sees the pixels."""
-        return self.trunk.stem.conv1
+        return self.trunk.stem.embedder.convolution if self.config.plain else self.trunk.stem.conv1
 
     def forward(
         self,
@@ -306,7 +322,7 @@ class PyramidCLIPForObjectDetection(PyramidCLIPPreTrainedModel):
             picture = upright_rgb(picture)
             width, height = picture.size
             resized = resized_picture(picture, self.config.short_side, self.config.long_side)
-            pixels = normalised(resized).to(self.device, self.dtype)[None]
+            pixels = normalised(resized, self.config).to(self.device, self.dtype)[None]
             (one,) = self(pixels)
             scale = one.boxes.new_tensor([width / resized.width, height / resized.height] * 2)
             one.boxes = one.boxes * scale
@@ -341,11 +357,11 @@ def resized_picture(picture: Image.Image, short_side: int, long_side: int) -> Im
     return picture.resize(size, Image.Resampling.BILINEAR)
 
 
-def normalised(picture: Image.Image) -> torch.Tensor:
-    """(3, H, W) float32, less CLIP's mean, over its standard deviation."""
+def normalised(picture: Image.Image, config: PyramidCLIPDetectionConfig) -> torch.Tensor:
+    """(3, H, W) float32, less the mean that the configuration has, over its standard deviation."""
     data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     pixels = data.view(picture.height, picture.width, 3).permute(2, 0, 1).float() / 255
-    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    return (pixels - torch.tensor(config.image_mean)[:, None, None]) / torch.tensor(config.image_std)[:, None, None]
 
 
 def grid_anchors(config: PyramidCLIPDetectionConfig, rows: int, columns: int) -> torch.Tensor:

@@ -185,9 +185,12 @@ class DetectionTask(Task):
         )
         table = "\n".join(f"| {metric} | {value:.4f} |" for metric, value in record["metrics"].items())
         kind = "Mask" if args.with_masks else "Faster"
+        tower = (
+            "a supervised ResNet" if self.objective.model.config.plain else "the picture tower of a PyramidCLIP model"
+        )
         ModelCard(
-            f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nA {kind} R-CNN of C4 form on the picture tower of a "
-            f"PyramidCLIP model ({args.model}), trained with `training.detection` for {self.plan.total_steps} steps of "
+            f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nA {kind} R-CNN of C4 form on {tower} "
+            f"({args.model}), trained with `training.detection` for {self.plan.total_steps} steps of "
             f"{args.global_batch_size} pictures.\n\n```python\nfrom PIL import Image\nfrom pyramidclip_hf."
             "modeling_detection import PyramidCLIPForObjectDetection\n\nmodel = "
             "PyramidCLIPForObjectDetection.from_pretrained(FOLDER).eval()\n"
@@ -229,7 +232,7 @@ def detection_task(args: DetectionArguments, accelerator: Any, folder: Path) -> 
             accelerator.print(line)
     model, processor = initial_detector(args, parts["train"].class_names)
     plan = plan_steps(len(parts["train"]), args.global_batch_size, epochs=args.epochs, max_steps=args.max_steps)
-    reader = DetectionReader(parts["train"], args, accelerator.device)
+    reader = DetectionReader(parts["train"], args, model.config, accelerator.device)
     objective = DetectionObjective(model, AUTOCAST[args.precision]).to(accelerator.device)
     return DetectionTask(args, objective, processor, reader, plan, parts, folder, {})
 

@@ -38,7 +38,9 @@ class TableArguments:
         metadata={"names": "path", "help": "settings of training.detection, with train_data and test_data"}
     )
     output_dir: str = field(metadata={"help": "folder of all runs and of the table"})
-    models: list[str] = field(metadata={"help": "NAME=MODEL, as --model of training.detection; {seed} in it is the run's"})
+    models: list[str] = field(
+        metadata={"help": "NAME=MODEL, as --model of training.detection; {seed} in it is the run's"}
+    )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of each model"})
 
     def __post_init__(self) -> None:

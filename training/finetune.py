@@ -24,6 +24,7 @@ from torch import nn
 
 from pyramidclip_command import EXIT_STOPPED, run_command
 from pyramidclip_hf.files import json_text
+from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPForImageClassification
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.evaluation.classification import classification_metrics
 from training.evaluation.results import metric_results, write_json
@@ -145,9 +146,11 @@ class ClassificationTask(Task):
         class_names = self.parts["train"].data.class_names
         classes, names = len(class_names), ", ".join(class_names[:10])
         rows = "\n".join(f"| {metric} | {value:.4f} |" for metric, value in record["metrics"].items())
+        ours = isinstance(self.objective.model, PyramidCLIPForImageClassification)
+        kind = "a PyramidCLIP model" if ours else "a supervised ResNet"
         ModelCard(
             f"---\n{data.to_yaml()}\n---\n\n# {name}\n\nA classifier of {classes} classes ({names}"
-            f"{', ...' if classes > 10 else ''}): the picture encoder of a PyramidCLIP model "
+            f"{', ...' if classes > 10 else ''}): the picture encoder of {kind} "
             f"({args.model}), fine-tuned with `training.finetune` for {args.epochs} epochs, the "
             f"first {args.head_epochs} of them the head alone.\n\n```python\nimport pyramidclip_hf\n"
             'from transformers import pipeline\n\nclassify = pipeline("image-classification", model=FOLDER)\n```\n\n'

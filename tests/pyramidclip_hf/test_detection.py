@@ -18,11 +18,10 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from transformers import AutoModelForObjectDetection
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from pyramidclip_hf.configuration_detection import PyramidCLIPDetectionConfig
 from pyramidclip_hf.modeling_detection import (
-    MEAN,
-    STD,
     Objects,
     PyramidCLIPForObjectDetection,
     grid_anchors,
@@ -95,7 +94,7 @@ def torchvision_of(model):
         Pool() if config.with_masks else None, Head(model, False) if config.with_masks else None,
         model.regions.mask_predictor if config.with_masks else None,
     )  # fmt: skip
-    resize = GeneralizedRCNNTransform(64, 128, list(MEAN), list(STD))
+    resize = GeneralizedRCNNTransform(64, 128, list(config.image_mean), list(config.image_std))
     return GeneralizedRCNN(Trunk(model), proposals, heads, resize)
 
 
@@ -229,8 +228,9 @@ def test_initial_weights_are_detectron2s():
 def test_sizes_are_detectron2s():
     assert scaled_size(500, 375, 800, 1333) == (1067, 800)
     assert scaled_size(1000, 200, 800, 1333) == (1333, 267)
-    grey = normalised(Image.new("RGB", (3, 2), (255, 0, 51)))
-    wanted = [(value - mean) / std for value, mean, std in zip((1, 0, 0.2), MEAN, STD)]
+    config = PyramidCLIPDetectionConfig(vision_config=TOWER)
+    grey = normalised(Image.new("RGB", (3, 2), (255, 0, 51)), config)
+    wanted = [(value - mean) / std for value, mean, std in zip((1, 0, 0.2), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)]
     torch.testing.assert_close(grey[:, 1, 2], torch.tensor(wanted))
 
 

@@ -15,6 +15,7 @@ pytest.importorskip("torchvision", reason="the detector is made of torchvision's
 pytest.importorskip("pycocotools", reason='needs pycocotools: pip install -e ".[detection]"')
 
 from pyramidclip_command import EXIT_STOPPED
+from pyramidclip_hf.configuration_detection import PyramidCLIPDetectionConfig
 from pyramidclip_hf.modeling_detection import PyramidCLIPForObjectDetection
 from tests.training.processes import run_in_processes
 from tests.training.runs import after_step, assert_equal_runs
@@ -174,7 +175,9 @@ def test_dry_run(tmp_path, data, capsys):
 def test_scale_and_mirroring_are_of_seed_epoch_and_picture(data):
     opened = open_annotations([data["train"]], training=True)
     order = SampleOrder([[len(opened)]], 3, window_samples=1)
-    made = DetectionBatches(opened, order, [48, 64], 96, True, True)
+    made = DetectionBatches(
+        opened, order, [48, 64], 96, True, PyramidCLIPDetectionConfig(vision_config={**RESNET}, with_masks=True)
+    )
     first, again = made[1, [0, 1, 2]], made[1, [0, 1, 2]]
     assert all(torch.equal(first[name], again[name]) for name in first if isinstance(first[name], torch.Tensor))
     assert not torch.equal(first["draws"], made[2, [0, 1, 2]]["draws"])

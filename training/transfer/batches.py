@@ -23,8 +23,54 @@ ASPECT = (3 / 4, 4 / 3)
 _CROP, _FLIP = range(2)
 
 
-class LabelledBatches(torch.utils.data.Dataset):
-    """Makes training batches of labelled pictures; runs inside loader workers.
+class StrictBatches(torch.utils.data.Dataset):
+    """Makes training batches of pictures, of which none is replaced; runs inside loader workers.
+
+    A class derived from it says what a picture becomes (`view`) and what a batch is made of (`together`).
+
+    Args:
+        name: Of the data, for messages.
+        size: How many pictures there are.
+        order: Over one shard of them.
+    """
+
+    def __init__(self, name: str, size: int, order: SampleOrder):
+        self.name, self.size, self.order = name, size, order
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, epoch_and_positions: tuple[int, Sequence[int]]) -> dict[str, Any]:
+        """What `together` makes, `sample_keys` and `report`.
+
+        A picture that cannot be read is named in `report`, and the batch holds nothing else then.
+        """
+        epoch, positions = epoch_and_positions
+        numbers = [self.order.locate(epoch, position)[2] for position in positions]
+        report, views = BatchReport(), []
+        for number in numbers:
+            try:
+                views.append(self.view(epoch, number))
+            except ValueError as error:
+                report.bad.append(Fault(str(number), self.name, "bad-picture", str(error)))
+        told = {"sample_keys": [str(number) for number in numbers], "report": report}
+        return told if report.bad else {**self.together(epoch, numbers, views), **told}
+
+    def view(self, epoch: int, number: int) -> Any:
+        """A picture as it is seen in an epoch.
+
+        Raises:
+            ValueError: It cannot be read.
+        """
+        raise NotImplementedError
+
+    def together(self, epoch: int, numbers: Sequence[int], views: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """The batch of these pictures."""
+        raise NotImplementedError
+
+
+class LabelledBatches(StrictBatches):
+    """Makes training batches of labelled pictures: `pixel_values` (B, 3, height, width) float32, `labels` (B,) int64.
 
     Crop and mirroring are functions of (seed, epoch, picture) alone.
 
@@ -44,36 +90,13 @@ class LabelledBatches(torch.utils.data.Dataset):
         area: Sequence[float],
         flip: bool,
     ):
+        super().__init__(data.name, len(data), order)
         images = processor.image_processor
-        self.data, self.order, self.flip = data, order, flip
+        self.data, self.flip = data, flip
         self.area = (area[0], area[1])
         self.height, self.width = images.crop_size["height"], images.crop_size["width"]
         self.mean = torch.tensor(images.image_mean).view(1, 3, 1, 1)
         self.std = torch.tensor(images.image_std).view(1, 3, 1, 1)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, epoch_and_positions: tuple[int, Sequence[int]]) -> dict[str, Any]:
-        """`pixel_values` (B, 3, height, width) float32, `labels` (B,) int64, `sample_keys`, `report`.
-
-        A picture that cannot be read is named in `report`, and the batch holds nothing else then.
-        """
-        epoch, positions = epoch_and_positions
-        numbers = [self.order.locate(epoch, position)[2] for position in positions]
-        report = BatchReport()
-        views: list[torch.Tensor] = []
-        for number in numbers:
-            try:
-                views.append(self.view(epoch, number))
-            except ValueError as error:
-                report.bad.append(Fault(str(number), self.data.name, "bad-picture", str(error)))
-        keys = [str(number) for number in numbers]
-        if report.bad:
-            return {"sample_keys": keys, "report": report}
-        pixels = (torch.stack(views).float() / 255 - self.mean) / self.std
-        labels = torch.tensor([self.data.labels[number] for number in numbers])
-        return {"pixel_values": pixels, "labels": labels, "sample_keys": keys, "report": report}
 
     def view(self, epoch: int, number: int) -> torch.Tensor:
         """uint8 (3, height, width): the random crop of a picture, perhaps mirrored."""
@@ -82,6 +105,11 @@ class LabelledBatches(torch.utils.data.Dataset):
         box = crop_box(picture.shape[1], picture.shape[0], self.area, ASPECT, draws[_CROP])
         view = cut_view(torch.from_numpy(picture).permute(2, 0, 1)[None], box, self.height, self.width)
         return view.flip(-1) if self.flip and draws[_FLIP].random() < 0.5 else view
+
+    def together(self, epoch: int, numbers: Sequence[int], views: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Normalised, with their labels."""
+        pixels = (torch.stack(list(views)).float() / 255 - self.mean) / self.std
+        return {"pixel_values": pixels, "labels": torch.tensor([self.data.labels[number] for number in numbers])}
 
 
 class StrictReader(BatchReader):

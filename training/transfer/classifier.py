@@ -2,9 +2,13 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from transformers import ResNetForImageClassification
+from transformers.configuration_utils import PreTrainedConfig
 
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPForImageClassification
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
@@ -14,6 +18,10 @@ from training.loop.distributed import world_size
 from training.loop.initial_model import named_model
 from training.loop.task import Objective, StepLoss
 from training.settings.finetuning import FinetuneArguments
+from training.transfer.supervised import is_supervised_resnet, supervised_resnet
+
+Classifier: TypeAlias = PyramidCLIPForImageClassification | ResNetForImageClassification
+Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
 def distinct_labels(class_names: Sequence[str]) -> list[str]:
@@ -22,21 +30,18 @@ def distinct_labels(class_names: Sequence[str]) -> list[str]:
     return [f"{name} ({number})" if count[name] > 1 else name for number, name in enumerate(class_names)]
 
 
-def initial_classifier(
-    args: FinetuneArguments, class_names: Sequence[str]
-) -> tuple[PyramidCLIPForImageClassification, PyramidCLIPProcessor]:
+def initial_classifier(args: FinetuneArguments, class_names: Sequence[str]) -> tuple[Classifier, PyramidCLIPProcessor]:
     """The encoder of the model that `args` name under a new head for these classes, in fp32, and its processor.
 
     Parameters that pictures do not reach (those of the region branch) lose `requires_grad`.
 
     Raises:
-        ValueError: As `training.loop.initial_model.named_model`.
+        ValueError: As `named_model` or `supervised_resnet`; checkpointing of a supervised ResNet, which has none.
     """
+    if is_supervised_resnet(args.model):
+        return _initial_resnet(args, class_names)
     encoder, processor = named_model(args.model, args.model_config, args.seed)
-    config = encoder.config
-    config.id2label = dict(enumerate(distinct_labels(class_names)))
-    config.label2id = {name: number for number, name in config.id2label.items()}
-    config.problem_type = "single_label_classification"
+    config = _named_classes(encoder.config, class_names)
     torch.manual_seed(args.seed)
     model = PyramidCLIPForImageClassification(config)
     model.vision_model = encoder.vision_model
@@ -47,6 +52,28 @@ def initial_classifier(
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model, processor
+
+
+def _named_classes(config: Config, class_names: Sequence[str]) -> Config:
+    config.id2label = dict(enumerate(distinct_labels(class_names)))
+    config.label2id = {name: number for number, name in config.id2label.items()}
+    config.problem_type = "single_label_classification"
+    return config
+
+
+def _initial_resnet(args: FinetuneArguments, class_names: Sequence[str]) -> tuple[Classifier, PyramidCLIPProcessor]:
+    if args.gradient_checkpointing:
+        raise ValueError(f"gradient_checkpointing: transformers' ResNet (model {args.model}) has none; leave it out")
+    trained, processor = supervised_resnet(args.model, args.model_config)
+    torch.manual_seed(args.seed)
+    model = ResNetForImageClassification(_named_classes(trained.config, class_names))
+    model.resnet = trained.resnet
+    return model, processor
+
+
+def encoder_of(model: Classifier) -> nn.Module:
+    """What lies below the head; its `pooler_output` is the head's input."""
+    return model.vision_model if isinstance(model, PyramidCLIPForImageClassification) else model.resnet
 
 
 class ClassificationObjective(Objective):
@@ -61,12 +88,12 @@ class ClassificationObjective(Objective):
         head_only: The encoder is a fixed function, without gradient and in evaluation mode.
     """
 
-    model: PyramidCLIPForImageClassification
+    model: Classifier
     terms = ()
 
     def __init__(
         self,
-        model: PyramidCLIPForImageClassification,
+        model: Classifier,
         label_smoothing: float = 0.0,
         autocast_dtype: torch.dtype | None = None,
     ):
@@ -79,7 +106,7 @@ class ClassificationObjective(Objective):
         """Sets the mode; with `head_only` the encoder stays in evaluation mode."""
         super().train(mode)
         if self.head_only:
-            self.model.vision_model.eval()
+            encoder_of(self.model).eval()
         return self
 
     def set_head_only(self, head_only: bool) -> None:
@@ -97,7 +124,7 @@ class ClassificationObjective(Objective):
         pixels, labels = batch["pixel_values"], batch["labels"]
         with torch.autocast(pixels.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.head_only):
-                pooled = self.model.vision_model(pixels).pooler_output
+                pooled = encoder_of(self.model)(pixels).pooler_output
             logits = self.model.classifier(pooled)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
@@ -106,7 +133,7 @@ class ClassificationObjective(Objective):
 
 @torch.inference_mode()
 def classify(
-    model: PyramidCLIPForImageClassification,
+    model: Classifier,
     processor: PyramidCLIPProcessor,
     data: LabelledPictures,
     batch_size: int,

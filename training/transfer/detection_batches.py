@@ -1,23 +1,21 @@
 """Training batches of annotated pictures; scale and mirroring are functions of (seed, epoch, picture) alone."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+from pyramidclip_hf.configuration_detection import PyramidCLIPDetectionConfig
 from pyramidclip_hf.image_processing_pyramidclip import upright_rgb
 from pyramidclip_hf.modeling_detection import normalised, resized_picture
 from training.data.annotations import AnnotatedPicture, AnnotatedPictures, mask_of
-from training.data.batches import BatchReport
 from training.data.order import SampleOrder
-from training.data.records import Fault
 from training.data.samples import open_picture
 from training.loop.distributed import rank, world_size
 from training.settings.detecting import DetectionArguments
-from training.transfer.batches import StrictReader
+from training.transfer.batches import StrictBatches, StrictReader
 
 # Pictures of a batch are padded to a multiple of it.
 DIVISOR = 32
@@ -44,7 +42,7 @@ def read_picture(one: AnnotatedPicture, max_image_pixels: int) -> Image.Image:
     return picture
 
 
-class DetectionBatches(torch.utils.data.Dataset):
+class DetectionBatches(StrictBatches):
     """Makes training batches; runs inside loader workers.
 
     Args:
@@ -53,7 +51,7 @@ class DetectionBatches(torch.utils.data.Dataset):
         short_sides: One is drawn for each picture, pixels.
         long_side: At most.
         flip: Whether half of them are mirrored.
-        with_masks: Whether masks are made.
+        config: Of the detector: whether masks are made, mean and standard deviation of pixels.
     """
 
     def __init__(
@@ -63,33 +61,21 @@ class DetectionBatches(torch.utils.data.Dataset):
         short_sides: Sequence[int],
         long_side: int,
         flip: bool,
-        with_masks: bool,
+        config: PyramidCLIPDetectionConfig,
     ):
-        self.data, self.order, self.short_sides, self.long_side = data, order, list(short_sides), long_side
-        self.flip, self.with_masks = flip, with_masks
+        super().__init__(data.name, len(data), order)
+        self.data, self.short_sides, self.long_side = data, list(short_sides), long_side
+        self.flip, self.config = flip, config
 
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, epoch_and_positions: tuple[int, Sequence[int]]) -> dict[str, Any]:
-        """A batch of B pictures with N objects in all; a picture that cannot be read is named in `report`.
+    def together(
+        self, epoch: int, numbers: Sequence[int], views: Sequence[dict[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        """A batch of B pictures with N objects in all.
 
         Returns:
             `pixel_values` (B, 3, H, W) float32, `image_sizes` (B, 2), `boxes` (N, 4) float32 in those pixels,
-            `box_counts` (B,), `class_labels` (N,), `draws` (B,) int64; `masks` (N, H, W) uint8 where asked for;
-            `sample_keys`, `report`.
+            `box_counts` (B,), `class_labels` (N,), `draws` (B,) int64; `masks` (N, H, W) uint8 where there are any.
         """
-        epoch, positions = epoch_and_positions
-        numbers = [self.order.locate(epoch, position)[2] for position in positions]
-        report, views = BatchReport(), []
-        for number in numbers:
-            try:
-                views.append(self.view(epoch, number))
-            except ValueError as error:
-                report.bad.append(Fault(str(number), self.data.name, "bad-picture", str(error)))
-        keys = [str(number) for number in numbers]
-        if report.bad:
-            return {"sample_keys": keys, "report": report}
         sizes = torch.tensor([view["pixels"].shape[1:] for view in views])
         height, width = ((int(side) + DIVISOR - 1) // DIVISOR * DIVISOR for side in sizes.amax(dim=0))
 
@@ -104,9 +90,9 @@ class DetectionBatches(torch.utils.data.Dataset):
             "class_labels": torch.cat([view["labels"] for view in views]),
             "draws": torch.tensor([self._draw(epoch, number, _SAMPLES).integers(2**62) for number in numbers]),
         }
-        if self.with_masks:
+        if self.config.with_masks:
             batch["masks"] = torch.cat([padded(view["masks"]) for view in views])
-        return {**batch, "sample_keys": keys, "report": report}
+        return batch
 
     def _draw(self, epoch: int, number: int, what: int) -> np.random.Generator:
         return np.random.default_rng((self.order.seed, epoch, number, what))
@@ -121,13 +107,13 @@ class DetectionBatches(torch.utils.data.Dataset):
         boxes = torch.tensor([thing.box for thing in one.objects], dtype=torch.float32).reshape(-1, 4) * scale
         labels = torch.tensor([thing.label for thing in one.objects], dtype=torch.int64)
         found = {"labels": labels}
-        if self.with_masks:
+        if self.config.with_masks:
             masks = [self._mask(one, index, resized.size) for index in range(len(one.objects))]
             found["masks"] = torch.stack(masks).flip(-1) if flipped else torch.stack(masks)
         if flipped:
             resized = ImageOps.mirror(resized)
             boxes = torch.stack([resized.width - boxes[:, 2], boxes[:, 1], resized.width - boxes[:, 0], boxes[:, 3]], 1)
-        return {**found, "pixels": normalised(resized), "boxes": boxes}
+        return {**found, "pixels": normalised(resized, self.config), "boxes": boxes}
 
     def _mask(self, one: AnnotatedPicture, index: int, size: tuple[int, int]) -> torch.Tensor:
         full = Image.fromarray(mask_of(one.objects[index], one.width, one.height) * 255)
@@ -138,9 +124,15 @@ class DetectionBatches(torch.utils.data.Dataset):
 class DetectionReader(StrictReader):
     """The training batches of this process; a picture that cannot be read ends the run with its name."""
 
-    def __init__(self, data: AnnotatedPictures, args: DetectionArguments, device: torch.device):
+    def __init__(
+        self,
+        data: AnnotatedPictures,
+        args: DetectionArguments,
+        config: PyramidCLIPDetectionConfig,
+        device: torch.device,
+    ):
         order = SampleOrder([[len(data)]], args.seed, window_samples=1)
-        maker = DetectionBatches(data, order, args.short_sides, args.long_side, args.flip, args.with_masks)
+        maker = DetectionBatches(data, order, args.short_sides, args.long_side, args.flip, config)
         super().__init__(
             maker, order, args.global_batch_size, rank(), world_size(), workers=args.workers, device=device
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyramidclip_hf.configuration_detection import PyramidCLIPDetectionConfig
+from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPVisionConfig
 from pyramidclip_hf.modeling_detection import Objects, PyramidCLIPForObjectDetection
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.annotations import AnnotatedPictures
@@ -20,6 +22,28 @@ from training.loop.initial_model import named_model
 from training.loop.task import Objective, StepLoss
 from training.settings.detecting import DetectionArguments
 from training.transfer.detection_batches import DetectionReader, read_picture
+from training.transfer.supervised import is_supervised_resnet, supervised_resnet
+
+
+def _trunk_of(args: DetectionArguments) -> tuple[dict[str, Any], dict[str, torch.Tensor], PyramidCLIPProcessor]:
+    """What the detector's config says of the trunk that `args` name, its weights, and the processor beside it."""
+    if is_supervised_resnet(args.model):
+        classifier, processor = supervised_resnet(args.model, args.model_config)
+        sizes, images = classifier.config, processor.image_processor
+        tower = PyramidCLIPVisionConfig(tower="resnet", layers=sizes.depths, width=sizes.embedding_size)
+        resnet = classifier.resnet
+        trunk = {f"stem.{name}": value for name, value in resnet.embedder.state_dict().items()}
+        trunk |= {f"stages.{name}": value for name, value in resnet.encoder.stages.state_dict().items()}
+        pixels = {"image_mean": images.image_mean, "image_std": images.image_std}
+        return {"vision_config": tower, "plain": True, **pixels}, trunk, processor
+    encoder, processor = named_model(args.model, args.model_config, args.seed)
+    if encoder.config.vision_config.tower != "resnet":
+        raise ValueError(
+            f"model {args.model}: its picture tower is a ViT, and the detector is of C4 form, three stages of a ResNet "
+            "below and the fourth on each region. Take a ResNet model (RN50); a ViT is a backbone for the detectors of "
+            "transformers, see PyramidCLIPBackbone in docs/ecosystem.md"
+        )
+    return {"vision_config": encoder.config.vision_config}, encoder.vision_model.trunk.state_dict(), processor
 
 
 def initial_detector(
@@ -28,23 +52,17 @@ def initial_detector(
     """The picture tower of the model that `args` name under new heads for these classes, in fp32, and its processor.
 
     Raises:
-        ValueError: As `training.loop.initial_model.named_model`, or the tower is a ViT.
+        ValueError: As `named_model` or `supervised_resnet`, the tower is a ViT, or pictures are below every anchor.
     """
-    encoder, processor = named_model(args.model, args.model_config, args.seed)
-    if encoder.config.vision_config.tower != "resnet":
-        raise ValueError(
-            f"model {args.model}: its picture tower is a ViT, and the detector is of C4 form, three stages of a ResNet "
-            "below and the fourth on each region. Take a ResNet model (RN50); a ViT is a backbone for the detectors of "
-            "transformers, see PyramidCLIPBackbone in docs/ecosystem.md"
-        )
+    tower, trunk, processor = _trunk_of(args)
     torch.manual_seed(args.seed)
     config = PyramidCLIPDetectionConfig(
-        vision_config=encoder.config.vision_config,
         with_masks=args.with_masks,
         short_side=args.test_short_side,
         long_side=args.long_side,
         id2label=dict(enumerate(class_names)),
         label2id={name: number for number, name in enumerate(class_names)},
+        **tower,
         **(args.detector or {}),
     )
     smallest, sides = min(config.anchor_sizes), [*args.short_sides, args.test_short_side]
@@ -55,7 +73,7 @@ def initial_detector(
             "--detector '{\"anchor_sizes\": [32, 64]}'"
         )
     model = PyramidCLIPForObjectDetection(config)
-    model.trunk.load_state_dict(encoder.vision_model.trunk.state_dict())
+    model.trunk.load_state_dict(trunk)
     if args.batch_norm == "frozen":
         for module in model.modules():
             if isinstance(module, _BatchNorm):
