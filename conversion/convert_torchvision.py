@@ -98,8 +98,8 @@ def convert(state_dict: Mapping[str, torch.Tensor], where: str | Path) -> ResNet
         embedding_size=width,
         hidden_sizes=[4 * width * 2**stage for stage in range(4)],
         depths=depths,
-        num_labels=len(state_dict["fc.weight"]),
     )
+    config.num_labels = len(state_dict["fc.weight"])
     model = ResNetForImageClassification(config)
     try:
         model.load_state_dict({renamed(name): value for name, value in state_dict.items()})

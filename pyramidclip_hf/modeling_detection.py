@@ -148,7 +148,7 @@ class PyramidCLIPForObjectDetection(PyramidCLIPPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """The convolution that sees the pixels."""
-        return self.trunk.stem.embedder.convolution if self.config.plain else self.trunk.stem.conv1
+        return self.trunk.stem.get_submodule("embedder.convolution" if self.config.plain else "conv1")
 
     def forward(
         self,

@@ -7,7 +7,8 @@ r"""Trains a detector on the picture tower: Faster R-CNN, or Mask R-CNN with --w
 
 The ResNet of a PyramidCLIP model, or of a CLIP model that `conversion.init_from_clip` converted, in C4 form: three
 stages below, the fourth on each region; all of it learns. An architecture name (`--model RN50`) starts from new
-weights, the paper's random row. Annotations are checked before the first step, and faults are counted and named.
+weights, the paper's random row; the folder of `conversion.convert_torchvision` from supervised ones. Annotations are
+checked before the first step, and faults are counted and named.
 
 It leaves RUN/final with the model, results.json, results.csv, training.json and the card, RUN/detections.json in COCO's
 form, and RUN/detections.html: pictures with what was found beside what is there, mistakes first.
@@ -45,6 +46,7 @@ from training.transfer.detector import (
     DetectionObjective,
     find_objects,
     initial_detector,
+    refuse_small_pictures,
     statistics_kept,
     take_statistics,
 )
@@ -198,7 +200,8 @@ class DetectionTask(Task):
             f"COCO's.\n\n| metric | value |\n|---|---|\n{table}\n\n"
             "All settings are in training.json, each class in results.csv.\n"
         ).save(folder / "README.md")
-        print(results_table(overall))
+        if overall:
+            print(results_table(overall))
 
 
 def open_parts(args: DetectionArguments) -> dict[str, AnnotatedPictures]:
@@ -231,6 +234,7 @@ def detection_task(args: DetectionArguments, accelerator: Any, folder: Path) -> 
         for line in part.told():
             accelerator.print(line)
     model, processor = initial_detector(args, parts["train"].class_names)
+    refuse_small_pictures(parts, args, min(model.config.anchor_sizes))
     plan = plan_steps(len(parts["train"]), args.global_batch_size, epochs=args.epochs, max_steps=args.max_steps)
     reader = DetectionReader(parts["train"], args, model.config, accelerator.device)
     objective = DetectionObjective(model, AUTOCAST[args.precision]).to(accelerator.device)

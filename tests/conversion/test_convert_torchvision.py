@@ -5,7 +5,9 @@ import torch
 from PIL import Image
 from transformers import ResNetForImageClassification
 
-torchvision = pytest.importorskip("torchvision", reason="the weights are torchvision's")
+pytest.importorskip("torchvision", reason="the weights are torchvision's")
+
+import torchvision
 
 from conversion.convert_torchvision import CACHED, main
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor

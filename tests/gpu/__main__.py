@@ -79,6 +79,7 @@ def measure(args: argparse.Namespace, folder: Path, ends: float) -> int:
         ImportError: this transformers or torch is too old, or something is missing.
     """
     from tests.gpu import (
+        fast_detection,
         fast_embedding,
         fast_loss,
         fast_run,
@@ -92,6 +93,7 @@ def measure(args: argparse.Namespace, folder: Path, ends: float) -> int:
 
     parts = [*right_training.PARTS, *right_model.PARTS, *right_commands.PARTS]
     parts += [*fast_steps.PARTS, *fast_loss.PARTS, *fast_embedding.PARTS, *fast_run.PARTS]
+    parts += fast_detection.PARTS
     parts += [*fast_steps.LAST, *fast_embedding.LAST]
     chosen = named(parts, args.parts, args.only)
     if args.list:

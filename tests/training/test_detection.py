@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 pytest.importorskip("torchvision", reason="the detector is made of torchvision's parts")
 pytest.importorskip("pycocotools", reason='needs pycocotools: pip install -e ".[detection]"')
@@ -24,6 +25,8 @@ from training import detection, detection_table
 from training.data.annotations import open_annotations
 from training.data.batches import DataError
 from training.data.order import SampleOrder
+from training.emoji import scenes
+from training.evaluation.detection import measure
 from training.evaluation.results import read_json
 from training.loop import run as loop
 from training.loop.run_folder import list_checkpoints
@@ -31,6 +34,7 @@ from training.loop.tracking import read_metrics
 from training.settings.detecting import DetectionArguments
 from training.settings.reading import parse_settings
 from training.transfer.detection_batches import DetectionBatches
+from training.transfer.detector import find_objects, initial_detector
 
 MODEL = {"text_config": {**TEXT, "pooling": "eos"}, "vision_config": RESNET, "projection_dim": 8}
 DETECTOR = {"anchor_sizes": [16, 32], "roi_size": 4, "roi_samples": 8, "rpn_samples": 16,
@@ -105,11 +109,15 @@ def disturbed(rank, world_size, args, step, kind):
 
 def test_a_run_leaves_a_detector_its_scores_and_a_page(tmp_path, data):
     args = settings(tmp_path / "run", data, test_data=[data["test"]], validation_data=data["test"], with_masks=True)
-    args.eval_every_steps = 3
+    args.eval_every_steps, args.trackers = 3, ["tensorboard"]
     result = detection.run(args)
     assert result.finished and result.steps == 6
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines if "validation/box_ap" in line] == [3, 6]
+    tracked = EventAccumulator(str(next((tmp_path / "run" / "tensorboard").rglob("events.*")).parent)).Reload()
+    assert [event.step for event in tracked.Scalars("validation/box_ap")] == [3, 6]
+    seen = [event.value for event in tracked.Scalars("loss/mask")]
+    assert seen == pytest.approx([line["loss/mask"] for line in lines if "loss/mask" in line])
     rates = [line["learning_rate"] for line in lines if "loss/total" in line]
     # Two steps of warm-up (0.2 of 6, rounded up); falls after 4 (0.75, rounded to the even) and 6 steps.
     assert rates == pytest.approx([2e-5, 0.02 * (0.0005 + 0.5), 0.02, 0.02, 2e-3, 2e-3])
@@ -133,6 +141,32 @@ def test_a_run_leaves_a_detector_its_scores_and_a_page(tmp_path, data):
     assert (result.final / "results.csv").read_text().count("square") == 18
     page = (tmp_path / "run" / "detections.html").read_text()
     assert page.count("data:image/jpeg") == 3 and "Most mistakes first" in page
+
+
+@pytest.mark.slow
+def test_it_learns_a_handful_of_scenes_by_heart(tmp_path):
+    """Pictures that it has seen: the test of the method is docs/transfer.md's table."""
+    assert scenes.main(["--output-dir", str(tmp_path), "--format", "coco", "--train", "8", "--validation", "2"]) == 0
+    source = f"{tmp_path / 'instances_train.json'}:train"
+    args = settings(
+        tmp_path / "run", {"train": source}, max_steps=80, global_batch_size=8, save_every_steps=0, flip=False,
+        log_every_steps=10, short_sides=[96], test_short_side=96, precise_batch_norm=1, decay_at=[0.8],
+        model_config={**MODEL, "vision_config": {**RESNET, "width": 16, "hidden_size": 512, "image_size": 96}},
+        detector={**DETECTOR, "anchor_sizes": [32, 64], "roi_size": 8, "roi_samples": 32, "rpn_samples": 64},
+    )  # fmt: skip
+    known = open_annotations([source], training=False)
+
+    def ap50(model):
+        return measure(known, find_objects(model.eval(), known)).metrics["voc_ap50"]
+
+    untrained, _ = initial_detector(args, known.class_names)
+    before = ap50(untrained)
+    result = detection.run(args)
+    losses = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss/total" in line]
+    for name in ("total", "objectness", "classification", "box"):
+        assert losses[-1][f"loss/{name}"] < 0.5 * losses[0][f"loss/{name}"]
+    after = ap50(PyramidCLIPForObjectDetection.from_pretrained(result.final))
+    assert before < 0.05 and after > 0.5, (before, after)
 
 
 @pytest.mark.slow
@@ -237,6 +271,25 @@ def test_a_picture_of_another_size_ends_the_run_with_its_name(tmp_path):
 def test_settings_that_cannot_be(tmp_path, data, changes, message):
     with pytest.raises(ValueError, match=message):
         settings(tmp_path, data, **changes)
+
+
+def test_without_a_test_a_run_ends_too(tmp_path, data):
+    result = detection.run(settings(tmp_path, data, max_steps=1, precise_batch_norm=0))
+    assert result.finished and (result.final / "results.json").is_file()
+
+
+def test_pictures_that_are_narrower_than_every_anchor(tmp_path, data):
+    source = write_data(tmp_path / "narrow", 2, 5)
+    document = json.loads((tmp_path / "narrow" / "a.json").read_text())
+    document["images"].append({"id": 99, "file_name": "bar.png", "width": 300, "height": 12})
+    box = {"id": 99, "image_id": 99, "category_id": 4, "bbox": [1, 1, 9, 9], "iscrowd": 0}
+    document["annotations"].append(box)
+    Image.new("RGB", (300, 12)).save(tmp_path / "narrow" / "pictures" / "bar.png")
+    (tmp_path / "narrow" / "a.json").write_text(json.dumps(document))
+    for parts in ({"train_data": [source]}, {"test_data": [source]}):
+        with pytest.raises(ValueError, match=r"1 of 3 pictures .* of 300 x 12 becomes 96 x 4. Take them out"):
+            detection.run(settings(tmp_path / "run", data, **parts))
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_the_recipes_are_the_papers_schedules():

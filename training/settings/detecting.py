@@ -37,8 +37,8 @@ class DetectionArguments(RunSettings):
     model: str = changed(
         "model",
         "",
-        "folder with saved weights or Hub id, whose ResNet picture tower is taken; an architecture name (RN50) starts "
-        "from new weights",
+        "folder with saved weights or Hub id, whose ResNet picture tower is taken; a folder of "
+        "conversion.convert_torchvision; an architecture name (RN50) starts from new weights",
     )
     train_data: list[str] = changed(
         "train_data",

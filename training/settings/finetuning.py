@@ -26,7 +26,10 @@ class FinetuneArguments(RunSettings):
 
     output_dir: str = changed("output_dir", "runs/finetune")
     model: str = changed(
-        "model", "", "folder with saved weights or Hub id; an architecture name starts from new weights"
+        "model",
+        "",
+        "folder with saved weights or Hub id; a folder of conversion.convert_torchvision; an architecture name starts "
+        "from new weights",
     )
     train_data: str = changed(
         "train_data", "", "folder with a sub-folder of pictures for each class, or labelled shards"

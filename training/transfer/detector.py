@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyramidclip_hf.configuration_detection import PyramidCLIPDetectionConfig
 from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPVisionConfig
-from pyramidclip_hf.modeling_detection import Objects, PyramidCLIPForObjectDetection
+from pyramidclip_hf.modeling_detection import Objects, PyramidCLIPForObjectDetection, scaled_size
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.annotations import AnnotatedPictures
 from training.data.order import batch_positions
@@ -30,7 +30,7 @@ def _trunk_of(args: DetectionArguments) -> tuple[dict[str, Any], dict[str, torch
     if is_supervised_resnet(args.model):
         classifier, processor = supervised_resnet(args.model, args.model_config)
         sizes, images = classifier.config, processor.image_processor
-        tower = PyramidCLIPVisionConfig(tower="resnet", layers=sizes.depths, width=sizes.embedding_size)
+        tower = PyramidCLIPVisionConfig(tower="resnet", layers=tuple(sizes.depths or ()), width=sizes.embedding_size)
         resnet = classifier.resnet
         trunk = {f"stem.{name}": value for name, value in resnet.embedder.state_dict().items()}
         trunk |= {f"stages.{name}": value for name, value in resnet.encoder.stages.state_dict().items()}
@@ -81,6 +81,30 @@ def initial_detector(
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model, processor
+
+
+def refuse_small_pictures(parts: Mapping[str, AnnotatedPictures], args: DetectionArguments, least: int) -> None:
+    """Looks at every picture at the smallest size that it will have.
+
+    Args:
+        parts: "train" and others.
+        args: Of the run.
+        least: The smallest anchor, pixels.
+
+    Raises:
+        ValueError: Pictures so narrow that `long_side` makes them smaller than every anchor.
+    """
+    for name, data in parts.items():
+        side = min(args.short_sides) if name == "train" else args.test_short_side
+        small = [one for one in data.pictures if min(scaled_size(one.width, one.height, side, args.long_side)) < least]
+        if small:
+            one = small[0]
+            width, height = scaled_size(one.width, one.height, side, args.long_side)
+            raise ValueError(
+                f"{len(small)} of {len(data)} pictures of {data.name} are so narrow that they become smaller than the "
+                f"smallest anchor of {least}: {one.path} of {one.width} x {one.height} becomes {width} x {height}. "
+                "Take them out of the annotations, raise long_side, or give smaller anchor_sizes with --detector"
+            )
 
 
 class DetectionObjective(Objective):

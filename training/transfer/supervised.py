@@ -37,10 +37,11 @@ def supervised_resnet(
         raise ValueError(f"model_config is for new weights, but model {name} has trained ones; leave it out")
     told = f"model {name}: expected the folder that python -m conversion.convert_torchvision writes"
     try:
-        model, info = ResNetForImageClassification.from_pretrained(name, output_loading_info=True)
+        loaded: Any = ResNetForImageClassification.from_pretrained(name, output_loading_info=True)
         processor = PyramidCLIPProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"{told}, got {str(error).splitlines()[0]}") from error
+    model, info = loaded
     if info["missing_keys"]:
         raise ValueError(f"{told}; its weights lack {sorted(info['missing_keys'])[0]}")
     config = model.config

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
-torchvision = pytest.importorskip("torchvision", reason="the weights are torchvision's")
+pytest.importorskip("torchvision", reason="the weights are torchvision's")
 pytest.importorskip("pycocotools", reason='needs pycocotools: pip install -e ".[detection]"')
 
 from torchvision.models.resnet import Bottleneck, ResNet
