@@ -6,10 +6,9 @@ import os
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 pytest.importorskip("torchvision", reason="the detector is made of torchvision's parts")
@@ -20,7 +19,8 @@ from pyramidclip_hf.configuration_detection import PyramidCLIPDetectionConfig
 from pyramidclip_hf.modeling_detection import PyramidCLIPForObjectDetection
 from tests.training.processes import run_in_processes
 from tests.training.runs import after_step, assert_equal_runs
-from tests.training.tiny import RESNET, TEXT, VIT
+from tests.training.tiny import RESNET, VIT
+from tests.training.to_detect import DETECTOR, MODEL, settings, write_data
 from training import detection, detection_table
 from training.data.annotations import open_annotations
 from training.data.batches import DataError
@@ -36,34 +36,6 @@ from training.settings.reading import parse_settings
 from training.transfer.detection_batches import DetectionBatches
 from training.transfer.detector import find_objects, initial_detector
 
-MODEL = {"text_config": {**TEXT, "pooling": "eos"}, "vision_config": RESNET, "projection_dim": 8}
-DETECTOR = {"anchor_sizes": [16, 32], "roi_size": 4, "roi_samples": 8, "rpn_samples": 16,
-            "train_proposals": [50, 20], "test_proposals": [50, 10]}  # fmt: skip
-
-
-def write_data(folder, count, seed, masks=True):
-    """Red squares and blue bars on grey, 64 x 48, as COCO's file; its source string."""
-    draw = np.random.default_rng(seed)
-    (folder / "pictures").mkdir(parents=True)
-    images, annotations = [], []
-    for number in range(1, count + 1):
-        picture = Image.new("RGB", (64, 48), tuple(int(v) for v in draw.integers(90, 160, 3)))
-        images.append({"id": number * 10, "file_name": f"{number}.png", "width": 64, "height": 48})
-        for category, (width, height), colour in ((4, (22, 22), "red"), (9, (30, 12), "blue")):
-            if draw.random() < 0.3 and category == 9:
-                continue
-            x, y = int(draw.integers(0, 64 - width)), int(draw.integers(0, 48 - height))
-            ImageDraw.Draw(picture).rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
-            corners = [x, y, x + width, y, x + width, y + height, x, y + height]
-            annotations.append({"id": len(annotations) + 1, "image_id": number * 10, "category_id": category,
-                                "bbox": [x, y, width, height], "iscrowd": 0,
-                                **({"segmentation": [corners]} if masks else {})})  # fmt: skip
-        picture.save(folder / "pictures" / f"{number}.png")
-    categories = [{"id": 4, "name": "square"}, {"id": 9, "name": "bar"}]
-    document = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "a.json").write_text(json.dumps(document))
-    return f"{folder / 'a.json'}:pictures"
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -71,31 +43,6 @@ def data(tmp_path_factory):
     return {
         name: write_data(folder / name, count, seed) for seed, (name, count) in enumerate((("train", 8), ("test", 3)))
     }
-
-
-def settings(folder, data, **changes):
-    """Six steps of four pictures, two to a pass."""
-    chosen = {
-        "output_dir": str(folder),
-        "model": "RN50",
-        "model_config": MODEL,
-        "detector": DETECTOR,
-        "train_data": [data["train"]],
-        "global_batch_size": 4,
-        "max_steps": 6,
-        "learning_rate": 0.02,
-        "warmup_fraction": 0.2,
-        "short_sides": [48, 64],
-        "test_short_side": 48,
-        "long_side": 96,
-        "precise_batch_norm": 2,
-        "dataloader_workers": 0,
-        "log_every_steps": 1,
-        "save_every_steps": 2,
-        "keep_checkpoints": 9,
-        "trackers": ["none"],
-    }
-    return DetectionArguments(**{**chosen, **changes})
 
 
 def run_settings(rank, world_size, args):

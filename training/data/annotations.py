@@ -424,11 +424,12 @@ def _kept(pictures: list[AnnotatedPicture], faults: list[Fault], training: bool,
 
 
 def _check_counts(data: AnnotatedPictures, training: bool) -> None:
-    empty = sum(fault.reason == "boxes without area" for fault in data.faults)
+    without = [fault for fault in data.faults if fault.reason == "boxes without area"]
+    empty = len(without)
     if empty > MOST_EMPTY * (data.objects + empty):
         raise ValueError(
             f"{data.name}: {empty} of {data.objects + empty} boxes have no area, more than {MOST_EMPTY:.0%}: corners "
-            f"where widths should be, or the reverse? The first: {data.told()[0]}"
+            f"where widths should be, or the reverse? The first: {without[0].where}, {without[0].detail}"
         )
     met = {thing.label for one in data.pictures for thing in one.objects}
     for number, name in enumerate(data.class_names):

@@ -104,7 +104,11 @@ def test_faults_that_are_counted_and_named(tmp_path):
         ([thing(box=(4, 5, 90, 12))], {}, r"annotation 1: box .* leaves its picture of 40 x 30 by 54.0 pixels"),
         ([thing(box=(4, 5, -3, 12))], {}, r"annotation 1: box .* is no box"),
         ([thing(box=(4, 5, float("nan"), 12))], {}, "is no box"),
-        ([thing(n, box=(1, 1, 0, 2)) for n in range(1, 4)] + [thing(9)], {}, "3 of 4 boxes have no area"),
+        (
+            [thing(n, box=(1, 1, 0, 2)) for n in range(1, 4)] + [thing(9), thing(9)],
+            {},
+            r"3 of 5 boxes have no area.*The first: .*annotation 1, \[1.0, 1.0, 1.0, 3.0\]",
+        ),
         ([thing(category=99)], {}, "category 99 is not in the file"),
         ([thing(image=99)], {}, "its picture 99"),
         ([thing()], {"categories": [*CATEGORIES, {"id": 9, "name": "cat"}]}, "repeat an id or a name"),

@@ -14,7 +14,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from conversion.convert_torchvision import MEAN, STD, main
 from pyramidclip_hf.modeling_detection import PyramidCLIPForObjectDetection
-from tests.training.test_detection import settings, write_data
+from tests.training.to_detect import settings, write_data
 from tests.training.to_evaluate import COUNTS, write_pictures
 from training import detection, finetune
 from training.loop.tracking import read_metrics
