@@ -189,9 +189,9 @@ def test_the_citation_is_the_model_cards():
 def test_dependencies_are_the_core_and_dev_is_everything():
     core = requirement_names(setup_cfg()["options"]["install_requires"])
     assert core == set("torch transformers huggingface_hub safetensors pillow tokenizers numpy ftfy".split())
-    assert set(extras()) == {"train", "demo", "vinvl", "detection", "eval", "export", "search", "dev"}
+    assert set(extras()) == {"train", "demo", "vinvl", "detection", "eval", "export", "search", "select", "dev"}
     dev = setup_cfg()["options.extras_require"]["dev"]
-    assert "pyramidclip-hf[train,demo,vinvl,detection,eval,export,search]" in dev
+    assert "pyramidclip-hf[train,demo,vinvl,detection,eval,export,search,select]" in dev
 
 
 def test_constraints_pin_what_is_installed_here():

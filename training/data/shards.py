@@ -44,6 +44,15 @@ MAX_MEMBER_BYTES = 256 << 20
 _REMOVE_INDEX = "remove the .index.json beside the tar, which is of another one, or copy the tar again"
 
 
+def check_key(key: str) -> None:
+    """Raises `ValueError` for what is no relative name without dots in its last component."""
+    parts = key.split("/")
+    if not parts[-1] or "." in parts[-1] or ".." in parts or "" in parts or "\\" in key or "\0" in key:
+        raise ValueError(
+            f"key {key!r}: expected a relative name without dots in its last part (where the suffix starts)"
+        )
+
+
 class ShardWriter:
     """Writes one shard: a context manager with `.write(sample)` and `.write_members(key, {suffix: bytes})`.
 
@@ -94,11 +103,7 @@ class ShardWriter:
             ValueError: the key has a dot in its last component, is absolute, leaves its folder or came before; there
                 are no members.
         """
-        parts = key.split("/")
-        if not parts[-1] or "." in parts[-1] or ".." in parts or "" in parts or "\\" in key or "\0" in key:
-            raise ValueError(
-                f"key {key!r}: expected a relative name without dots in its last part (where the suffix starts)"
-            )
+        check_key(key)
         if key in self._seen:
             raise ValueError(f"key {key!r} is already in {self.path}")
         if not members:

@@ -8,7 +8,6 @@ pictures that are not JPEG, PNG or WebP, cannot be decoded or have too many pixe
 came before. See docs/prepare.md.
 """
 
-import glob
 import io
 import json
 import sys
@@ -24,9 +23,17 @@ import numpy as np
 from pyramidclip_command import check_there, run_command
 from pyramidclip_hf.files import json_text, write_atomically
 from training.data.records import IMAGE_SUFFIXES, BadSample, sample_from_members
-from training.data.remote import is_url
 from training.data.shards import ShardWriter
-from training.prepare.sources import TABLE_SUFFIXES, PairSource, RawPair, SourceArguments, SourcePart, open_source
+from training.prepare.sources import (
+    TABLE_SUFFIXES,
+    PairSource,
+    RawPair,
+    SourceArguments,
+    SourcePart,
+    expand_inputs,
+    open_source,
+    refuse_own_folder,
+)
 from training.prepare.steps.flags import parse_dataclasses
 from training.prepare.steps.pictures import picture_suffix
 from training.prepare.steps.rewriting import MadeBy, describe_dataset, mark_unfinished
@@ -102,9 +109,9 @@ def pack(settings: PackSettings) -> Tally | None:
         ValueError: the input cannot be used, or the output holds something else.
         FileNotFoundError: the input is not there.
     """
-    settings.source.input = _expand(settings.source.input)
+    settings.source.input = expand_inputs(settings.source.input)
     worker = this_worker(settings.work, has_model=False)
-    _refuse_own_folder(settings.source.input, settings.pack.output_dir)
+    refuse_own_folder(settings.source.input, settings.pack.output_dir)
     source = open_source(settings.source)
     stage = Stage(settings.pack.output_dir, STAGE, settings.that_decide(), settings.work.overwrite)
     parts = _plan(stage, source)
@@ -125,24 +132,6 @@ def pack(settings: PackSettings) -> Tally | None:
     if worker.index == 0 or total is not None:
         print(stage.summary(total))
     return total
-
-
-def _expand(inputs: Sequence[str]) -> list[str]:
-    expanded = []
-    for name in inputs:
-        found = sorted(glob.glob(name)) if not is_url(name) and glob.has_magic(name) else [name]
-        if not found:
-            raise FileNotFoundError(f"--input {name} matches no file")
-        expanded += found
-    return expanded
-
-
-def _refuse_own_folder(inputs: Sequence[str], output_dir: str) -> None:
-    output = Path(output_dir).resolve()
-    for name in inputs:
-        own = None if is_url(name) else Path(name).resolve()
-        if own == output or (own is not None and name.endswith(".tar") and output in own.parents):
-            raise ValueError(f"--output-dir {output_dir} holds the input {name}: choose another folder")
 
 
 def _remove_stale(stage: Stage) -> None:

@@ -226,6 +226,25 @@ def read_settings(settings_class: type[Any], *places: str | Path) -> dict[str, A
     return {name: value for name, value in _folded(settings_class, said).items() if value is not None}
 
 
+def instance_of(settings_class: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
+    """A dataclass of the values of a mapping inside of a file.
+
+    Args:
+        settings_class: The dataclass; all its fields have defaults.
+        values: Field -> value; None: the default.
+        where: What the messages begin with.
+
+    Raises:
+        ValueError: A key is unknown, a value has the wrong type, or the dataclass refuses what it is given.
+    """
+    parser = argument_parser(settings_class)
+    said = {name: _value(settings_class, parser, where, name, value) for name, value in values.items()}
+    try:
+        return settings_class(**{name: value for name, value in said.items() if value is not None})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
 def _folded(settings_class: type[Any], said: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """What is said by one after another, of which later ones win; changes to a mapping of a field that `adds_up` do."""
     adding = {entry.name for entry in dataclasses.fields(settings_class) if entry.metadata.get("adds_up")}
@@ -357,7 +376,7 @@ def _refuse_bomb(content: Any) -> None:
         waiting.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
 
 
-def _value(settings_class: type[Any], parser: argparse.ArgumentParser, path: Path, name: str, value: Any) -> Any:
+def _value(settings_class: type[Any], parser: argparse.ArgumentParser, path: Path | str, name: str, value: Any) -> Any:
     """A value of a file, of the field's type; through the command line's parser, so that both take the same."""
     kinds = value_types(settings_class)
     if name not in kinds:

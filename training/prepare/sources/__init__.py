@@ -4,19 +4,59 @@ A source is cut into parts, each of which becomes one shard (or a row of them, w
 is read). It gives `RawPair`s in a fixed order; what a row lacks is said in their `fault` and never guessed.
 """
 
+import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from pyramidclip_hf.files import visible
 from training.data.remote import is_url
+from training.data.sources import shard_names
 from training.prepare.sources.hub import HubSource
 from training.prepare.sources.pairs import Fault, PairSource, RawPair, SourceArguments, SourcePart
 from training.prepare.sources.tables import TABLE_SUFFIXES, TableSource
 from training.prepare.sources.tars import TarSource
 from training.prepare.steps.work import contents_of
 
-__all__ = ["TABLE_SUFFIXES", "Fault", "PairSource", "RawPair", "SourceArguments", "SourcePart", "open_source"]
+__all__ = [
+    "TABLE_SUFFIXES",
+    "Fault",
+    "PairSource",
+    "RawPair",
+    "SourceArguments",
+    "SourcePart",
+    "expand_inputs",
+    "open_source",
+    "refuse_own_folder",
+]
+
+
+def expand_inputs(inputs: Sequence[str]) -> list[str]:
+    """The words of --input with patterns, ranges, lists of shards and remote folders replaced by what they name.
+
+    Raises:
+        FileNotFoundError: a pattern fits no file, or what a list names is not there.
+        ValueError: a list or range cannot be read.
+    """
+    expanded = []
+    for name in inputs:
+        if name.endswith(".txt") or "{" in name or (is_url(name) and not name.lower().endswith(TABLE_SUFFIXES)):
+            expanded += shard_names(name)
+            continue
+        found = sorted(glob.glob(name)) if not is_url(name) and glob.has_magic(name) else [name]
+        if not found:
+            raise FileNotFoundError(f"--input {name} matches no file")
+        expanded += found
+    return expanded
+
+
+def refuse_own_folder(inputs: Sequence[str], output_dir: str) -> None:
+    """Raises `ValueError` where the output would go among the input."""
+    output = Path(output_dir).resolve()
+    for name in inputs:
+        own = None if is_url(name) else Path(name).resolve()
+        if own == output or (own is not None and name.endswith(".tar") and output in own.parents):
+            raise ValueError(f"--output-dir {output_dir} holds the input {name}: choose another folder")
 
 
 def open_source(arguments: SourceArguments) -> PairSource:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from pyramidclip_hf.files import json_text, reason_of
 from training.data.records import BadSample
 from training.data.remote import is_url
-from training.prepare.sources.pairs import MAX_PICTURE_BYTES, Fault, RawPair, SourceArguments
+from training.prepare.sources.pairs import MAX_PICTURE_BYTES, REMOTE_PICTURE, Fault, RawPair, SourceArguments
 
 _KNOWN_COLUMNS = {
     "image": ("image", "file_name", "path", "jpg", "png", "webp", "img", "image_path"),
@@ -61,7 +61,7 @@ def fill(raw: RawPair, row: Mapping[str, object], columns: Columns, root: Path |
     """Puts picture, caption and the remaining columns of a table row into `raw`.
 
     Args:
-        raw: gets a `fault` where the row lacks its key or its picture.
+        raw: gets a `fault` where the row lacks its key or its picture; of one whose picture is a URL the rest as well.
         row: {column: value}.
         columns: which is which.
         root: the folder that paths start from; None in Hub datasets, where a path may be a URL.
@@ -82,7 +82,8 @@ def fill(raw: RawPair, row: Mapping[str, object], columns: Columns, root: Path |
             raw.members["roi.npy"] = _read_file(root, roi, "roi")
     except BadSample as bad:
         raw.fault = Fault(bad.reason, bad.detail)
-        return
+        if bad.reason != REMOTE_PICTURE:
+            return
     caption = row.get(columns.caption)
     if isinstance(caption, list):
         rest["captions"] = caption
@@ -108,7 +109,7 @@ def _picture(value: object, root: Path | None) -> tuple[bytes, str | None]:
         raise BadSample(None, None, "no-image", f"expected a path or bytes, found {type(value).__name__}")
     if is_url(value):
         raise BadSample(
-            None, None, "remote-picture", f"{value[:200]}: fetch pictures first, for instance with img2dataset"
+            None, None, REMOTE_PICTURE, f"{value[:200]}: fetch pictures first, for instance with img2dataset"
         )
     return _read_file(root, value, "image"), value
 

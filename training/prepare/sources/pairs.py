@@ -6,6 +6,8 @@ from typing import NamedTuple, Protocol
 
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "svg")
 MAX_PICTURE_BYTES = 256 << 20
+# The reason of a row whose picture is a URL. What else it says is there all the same.
+REMOTE_PICTURE = "remote-picture"
 
 
 class Fault(NamedTuple):

@@ -1,6 +1,6 @@
 """Shards that img2dataset or WebDataset wrote."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from training.data.records import BadSample
 from training.data.shards import ShardReader
@@ -27,16 +27,24 @@ class TarSource:
     def read(self, part: SourcePart, skip: int = 0) -> Iterator[RawPair]:
         """Yields the pairs of a part, from number `skip` on; a tar that ends in the middle adds a note."""
         with ShardReader(part.path) as reader:
-            for i, key in enumerate(reader.keys[skip:], start=skip):
-                raw = RawPair(key, part.path)
-                try:
-                    raw.members = reader.read(i)
-                except BadSample as bad:
-                    raw.fault = Fault(bad.reason, bad.detail)
-                picture = next((suffix for suffix in PICTURE_SUFFIXES if suffix in raw.members), None)
-                if picture is not None:
-                    raw.picture = raw.members.pop(picture)
-                yield raw
+            yield from (_pair(reader, i) for i in range(skip, len(reader)))
             if reader.truncated:
                 fault = Fault("truncated-shard", "the tar ends in the middle: what followed is lost")
                 yield RawPair(None, part.path, fault=fault, is_note=True)
+
+    def read_at(self, part: SourcePart, positions: Iterable[int]) -> Iterator[RawPair]:
+        """Yields those pairs of a part, in the order given; nothing else is read."""
+        with ShardReader(part.path) as reader:
+            yield from (_pair(reader, i) for i in positions)
+
+
+def _pair(reader: ShardReader, i: int) -> RawPair:
+    raw = RawPair(reader.key(i), reader.name)
+    try:
+        raw.members = reader.read(i)
+    except BadSample as bad:
+        raw.fault = Fault(bad.reason, bad.detail)
+    picture = next((suffix for suffix in PICTURE_SUFFIXES if suffix in raw.members), None)
+    if picture is not None:
+        raw.picture = raw.members.pop(picture)
+    return raw

@@ -1,0 +1,399 @@
+"""Chooses pairs by rules: from shards or tables to shards, or to a list of keys.
+
+    python -m training.prepare.select --input data/laion --rules laion99m.yaml --output-dir data/chosen --dry-run
+    python -m training.prepare.select --input data/laion --rules laion99m.yaml --output-dir data/chosen
+    python -m training.prepare.select --input meta.parquet --image-column URL --keys-only --rules RULES --output-dir OUT
+
+Every sample is measured once, part by part; the rules decide over all of them, in their order, each on what those
+before it left; then the chosen samples are copied byte for byte. `--dry-run` says what each rule would take, with
+pictures. See docs/prepare.md.
+"""
+
+import hashlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from pyramidclip_command import check_there, run_command
+from pyramidclip_hf.files import json_text, written_aside
+from training.data.records import BadSample
+from training.data.remote import is_url
+from training.data.shards import ShardWriter, read_dataset_json, refuse_unfinished, write_dataset_json
+from training.prepare.selecting.candidates import Candidate
+from training.prepare.selecting.decide import Decision, Output, Selection, decide, outputs
+from training.prepare.selecting.facts import Column, is_whole, measure_part
+from training.prepare.sources import (
+    PairSource,
+    RawPair,
+    SourceArguments,
+    SourcePart,
+    expand_inputs,
+    open_source,
+    refuse_own_folder,
+)
+from training.prepare.sources.hub import HubSource
+from training.prepare.sources.tars import TarSource
+from training.prepare.steps.flags import parse_dataclasses
+from training.prepare.steps.rewriting import mark_unfinished
+from training.prepare.steps.work import Advance, Stage, Tally, WorkArguments, Worker, this_worker
+from training.settings.selecting import read_rules
+
+STAGE = "select"
+_NO_LEVELS = ("format", "made_by", "roi_feature_size", "counts", "shards", "unfinished")
+
+
+@dataclass
+class SelectArguments:
+    """What to choose, and where it goes."""
+
+    output_dir: str = field(metadata={"help": "Folder of the chosen shards."})
+    rules: str = field(metadata={"help": "YAML file of the rules."})
+    keys_only: bool = field(
+        default=False, metadata={"help": "Write keys.txt and no shards; pictures may be URLs that nothing looks at."}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Write selection.html, what each rule takes and ten examples, and no shards."}
+    )
+    max_image_pixels: int = field(
+        default=100_000_000, metadata={"help": "Larger pictures are refused by their header."}
+    )
+
+
+@dataclass
+class SelectSettings:
+    """All flags."""
+
+    source: SourceArguments
+    select: SelectArguments
+    work: WorkArguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(parse, run, argv)
+
+
+def parse(words: Sequence[str]) -> SelectSettings:
+    """The words of the command as settings. Raises `ValueError`, `FileNotFoundError`."""
+    settings = SelectSettings(*parse_dataclasses(words, __doc__, SourceArguments, SelectArguments, WorkArguments))
+    check_there("--input", settings.source.input, "tars, tables or folders of either", "data")
+    check_there("--rules", settings.select.rules, "a YAML file, see docs/prepare.md")
+    return settings
+
+
+def run(settings: SelectSettings) -> None:
+    """Chooses and reports."""
+    select(settings)
+
+
+def select(settings: SelectSettings) -> Tally | None:
+    """Chooses this process's share; returns the total, or None after a dry run or while others are not finished.
+
+    Raises:
+        ValueError: input or rules cannot be used, or the output holds something else.
+        FileNotFoundError: the input is not there.
+    """
+    chooser = Chooser(settings)
+    worker = this_worker(settings.work, has_model=False)
+    decision = chooser.decide(worker)
+    if settings.select.dry_run:
+        chooser.print_taken(decision)
+        return None
+    return chooser.write(decision, worker)
+
+
+class _Data:
+    """One input: the source, its parts, and the `dataset.json` beside its shards."""
+
+    def __init__(self, arguments: SourceArguments, called: str):
+        arguments.input = expand_inputs(arguments.input)
+        self.source: PairSource = open_source(arguments)
+        if isinstance(self.source, HubSource):
+            raise ValueError(f"{called} {arguments.input[0]} is a data set of the Hub: pack it first (prepare.pack)")
+        self.names = list(arguments.input)
+        self.described = self._described()
+        for folder, content in self.described.items():
+            refuse_unfinished(folder, content)
+        self.parts = {part.name: part for part in self.source.parts()}
+
+    def _described(self) -> dict[str, dict[str, Any]]:
+        if not isinstance(self.source, TarSource):
+            return {}
+        folders = dict.fromkeys(name.rpartition("/")[0] or "." for name in self.source.files)
+        return {folder: content for folder in folders if (content := read_dataset_json(folder)) is not None}
+
+    def identity(self) -> list[Any]:
+        """What the parts are known by."""
+        found = []
+        for part in self.parts.values():
+            size = None if is_url(part.path) else Path(part.path).stat().st_size
+            found.append([part.name, Path(part.path).name, size, part.start, part.rows])
+        return found
+
+
+class Chooser:
+    """Measures, decides and writes.
+
+    Each of the three is done by parts and outputs that do not know of each other, whose results are files; so anything
+    may hand them out: here it is by number of the process.
+
+    Raises:
+        ValueError: input or rules cannot be used.
+        FileNotFoundError: the input is not there.
+    """
+
+    def __init__(self, settings: SelectSettings):
+        self.settings, own = settings, settings.select
+        self.selection: Selection = read_rules(own.rules)
+        self.data = _Data(settings.source, "--input")
+        refuse_own_folder(self.data.names, own.output_dir)
+        self.against = {name: _Data(SourceArguments(input=[name]), "against:") for name in self.selection.against()}
+        # Shards need pictures that can be written, and so that none of the best is lost on the way, it is seen before.
+        self.with_pictures = not own.keys_only or self.selection.looks_at_pictures
+        self.merged = _merged(self.data.described)
+        self.folder = Path(own.output_dir)
+
+    def decide(self, worker: Worker) -> Decision:
+        """Measures what has not been measured, this process's share first, and asks the rules."""
+        columns = self.selection.columns()
+        own = self.files(self.data, columns, self.with_pictures)
+        self._measure(self.data, columns, own, worker)
+        against = {}
+        for name, of_others in self.selection.against().items():
+            against[name] = self.files(self.against[name], of_others, True)
+            self._measure(self.against[name], of_others, against[name], worker)
+        return decide(self.selection, own, against, self.data.source.has_keys)
+
+    def files(self, data: _Data, columns: Mapping[str, Column], with_pictures: bool) -> dict[str, Path]:
+        """{part: where its facts are kept}, by what is measured of which data."""
+        limit = self.settings.select.max_image_pixels
+        table = asdict(self.settings.source) | {"input": None, "samples_per_shard": None}
+        times = [None if is_url(name) else Path(name).stat().st_mtime_ns for name in data.names if Path(name).is_file()]
+        told = [data.identity(), times, sorted(columns), with_pictures, limit, table if data is self.data else None]
+        name = hashlib.sha256(json_text(told).encode()).hexdigest()[:16]
+        folder = self.folder / "reports" / STAGE / f"facts-{name}"
+        return {part: folder / f"{part}.npz" for part in data.parts}
+
+    def measure(
+        self, data: _Data, part: SourcePart, columns: Mapping[str, Column], path: Path, advance: Advance
+    ) -> None:
+        """Measures one part, unless that is done."""
+        if not is_whole(path):
+            with_pictures = data is not self.data or self.with_pictures
+            measure_part(
+                data.source, part, columns, path, self.settings.select.max_image_pixels, with_pictures, advance
+            )
+
+    def _measure(self, data: _Data, columns: Mapping[str, Column], files: Mapping[str, Path], worker: Worker) -> None:
+        # Those of others from behind: they come from the front, and nobody waits for who does not come.
+        own = worker.share(files)
+        rest = [name for name in reversed(list(files)) if name not in set(own)]
+        waiting = [name for name in [*own, *rest] if not is_whole(files[name])]
+        with tqdm(total=None, unit="pair", desc="measure", disable=worker.index > 0 or not waiting) as bar:
+            for done, name in enumerate(waiting, start=1):
+                self.measure(data, data.parts[name], columns, files[name], bar.update)
+                bar.set_postfix(parts=f"{done}/{len(waiting)}", refresh=False)
+
+    def print_taken(self, decision: Decision) -> None:
+        """Prints what each rule took."""
+        facts = decision.facts
+        faults = int(np.count_nonzero(facts.verdicts >= facts.SAME_KEY))
+        print(f"select: {len(facts)} in, {faults} that cannot be used")
+        for rule, taken, left in decision.taken:
+            print(f"  {rule}: takes {taken}, leaves {left}")
+        if self.selection.split is not None:
+            print(f"  split: {int(decision.validation.sum())} to validation")
+
+    def write(self, decision: Decision, worker: Worker) -> Tally | None:
+        """Writes this process's share of the outputs; returns the total, or None while others are not finished."""
+        own = self.settings.select
+        is_split = self.selection.split is not None
+        plan = outputs(decision, is_split, self.settings.source.samples_per_shard)
+        stage = Stage(self.folder, STAGE, self._that_decide(), self.settings.work.overwrite)
+        sides = {
+            side: Stage(self.folder / side, STAGE, self._that_decide(), True) if side else stage
+            for side in dict.fromkeys(output.side for output in plan.values())
+        }
+        if not own.keys_only and any(stage.report(item) is None for item in worker.share(plan)):
+            for side in sides.values():
+                mark_unfinished(side)
+        writer = _Writer(self, decision, stage)
+
+        def do(item: str, tally: Tally, advance: Advance) -> None:
+            writer.write(item, plan[item], tally, advance)
+
+        stage.run({item: output.samples for item, output in plan.items()}, do, worker)
+        total = stage.finish(plan)
+        if total is not None:
+            self._close(stage, plan, sides, total)
+        if worker.index == 0 or total is not None:
+            print(stage.summary(total))
+        return total
+
+    def _that_decide(self) -> dict[str, Any]:
+        source = {**asdict(self.settings.source), "input": [Path(name).name for name in self.data.names]}
+        own = self.settings.select
+        against = {name: [part[1:] for part in data.identity()] for name, data in self.against.items()}
+        # A list, for the order of the rules counts.
+        limits = {"keys_only": own.keys_only, "max_image_pixels": own.max_image_pixels}
+        return {**source, **limits, **self.selection.told, "against": against, "parts": self.data.identity()}
+
+    def _close(self, stage: Stage, plan: Mapping[str, Output], sides: Mapping[str, Stage], total: Tally) -> None:
+        """Takes away what was made with other settings, and describes what is there."""
+        for path in stage.reports.glob("*.json"):
+            if path.stem != "settings" and path.stem not in plan:
+                side, _, name = path.stem.rpartition("-")
+                for suffix in (".tar", ".tar.index.json"):
+                    (self.folder / side / f"{name}{suffix}").unlink(missing_ok=True)
+                for suffix in (".json", ".rejected.jsonl", ".keys.txt"):
+                    path.with_name(f"{path.stem}{suffix}").unlink(missing_ok=True)
+        made_by = {"rules": self.selection.told, "input": [Path(name).name for name in self.data.names][:20]}
+        for side in sides:
+            items = [item for item, output in plan.items() if output.side == side]
+            if self.settings.select.keys_only:
+                (self.folder / side).mkdir(exist_ok=True)
+                _concatenate([stage.reports / f"{item}.keys.txt" for item in items], self.folder / side / "keys.txt")
+                continue
+            counts = {**self.merged["counts"], STAGE: dict(sorted(total.counts.items()))}
+            write_dataset_json(
+                self.folder / side,
+                {**self.merged["made_by"], STAGE: made_by},
+                self.merged["roi_feature_size"],
+                counts,
+                **self.merged["extra"],
+            )
+
+
+def _concatenate(files: Sequence[Path], path: Path) -> None:
+    with written_aside(path) as aside, open(aside, "wb") as to:
+        for name in files:
+            with open(name, "rb") as file:
+                shutil.copyfileobj(file, to)
+
+
+def _merged(described: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What `dataset.json` of several folders say together.
+
+    Raises:
+        ValueError: a level or the region features of one are not those of another.
+    """
+    made_by: dict[str, Any] = {}
+    extra: dict[str, list[Any]] = {}
+    widths = {}
+    for folder, content in described.items():
+        for level, made in content.get("made_by", {}).items():
+            if level in ("summary", "regions") and made_by.setdefault(level, made) != made:
+                raise ValueError(
+                    f"{folder} has {level} made by {made}, another input by {made_by[level]}: select them one by one"
+                )
+            made_by.setdefault(level, made)
+        if content.get("roi_feature_size") is not None:
+            widths[content["roi_feature_size"]] = folder
+        for name, value in content.items():
+            if name not in _NO_LEVELS and value not in extra.setdefault(name, []):
+                extra[name].append(value)
+    if len(widths) > 1:
+        told = ", ".join(f"{width} in {folder}" for width, folder in widths.items())
+        raise ValueError(f"region features of different widths ({told}): select them one by one")
+    (counts, *_) = [content.get("counts", {}) for content in described.values()] if len(described) == 1 else [{}]
+    return {
+        "made_by": made_by,
+        "roi_feature_size": next(iter(widths), None),
+        "counts": {name: value for name, value in counts.items() if name != "samples"},
+        "extra": {name: values[0] if len(values) == 1 else values for name, values in extra.items()},
+    }
+
+
+class _Writer:
+    """Copies the chosen samples of one output after the other, and names the others."""
+
+    def __init__(self, chooser: Chooser, decision: Decision, stage: Stage):
+        self.chooser, self.decision, self.stage = chooser, decision, stage
+        self.names = list(chooser.selection.rules)
+        self.part_names = list(chooser.data.parts)
+
+    def write(self, item: str, output: Output, tally: Tally, advance: Advance) -> None:
+        """One output: a shard, or the keys alone; beside its report, which samples were taken by which rule."""
+        with written_aside(self.stage.reports / f"{item}.rejected.jsonl") as aside, open(aside, "w") as rejected:
+            if self.chooser.settings.select.keys_only:
+                with written_aside(self.stage.reports / f"{item}.keys.txt") as keys, open(keys, "w") as to:
+                    for part in output.parts:
+                        names = self.decision.facts.parts[part].keys
+                        chosen = self._account(part, output.side, tally, rejected.write)
+                        to.writelines(f"{names[position]}\n" for position in chosen)
+                        tally.count("out", len(chosen))
+                        advance(len(chosen))
+            else:
+                self._write_shard(output, tally, advance, rejected.write)
+
+    def _write_shard(self, output: Output, tally: Tally, advance: Advance, say: Callable[[str], object]) -> None:
+        path = self.chooser.folder / output.side / f"{output.name}.tar"
+        path.unlink(missing_ok=True)
+        with ShardWriter(path) as writer:
+            for part in output.parts:
+                chosen = self._account(part, output.side, tally, say)
+                for raw in self._read(self.chooser.data.parts[self.part_names[part]], chosen):
+                    advance(1)
+                    candidate = Candidate(raw, self.chooser.settings.select.max_image_pixels)
+                    try:
+                        if raw.fault is not None:
+                            raise BadSample(raw.key, raw.where, *raw.fault)
+                        writer.write_members(candidate.key, {candidate.suffix: candidate.picture, **raw.members})
+                    except BadSample as bad:  # damaged since it was measured
+                        tally.reject(raw.where, raw.key, bad.reason, bad.detail, raw.line)
+                        continue
+                    tally.count("out")
+        if not tally.counts["out"]:
+            path.unlink()
+            Path(f"{path}.index.json").unlink()
+
+    def _account(self, part: int, side: str, tally: Tally, say: Callable[[str], object]) -> list[int]:
+        """Counts the samples of a part and names those that were taken; returns the positions of those for a side.
+
+        What was taken is the business of the first side.
+        """
+        facts = self.decision.facts
+        begin, end = facts.starts[part : part + 2].tolist()
+        verdicts = facts.verdicts[begin:end]
+        chosen = (verdicts == 0) & (self.decision.validation[begin:end] == (side == "validation"))
+        positions = np.flatnonzero(chosen).tolist()
+        tally.count("in", len(positions))
+        if side == "validation":
+            return positions
+        taken = np.flatnonzero(verdicts).tolist()
+        tally.count("in", len(taken))
+        here = facts.parts[part]
+        keys, where = here.keys, self.part_names[part]
+        for fault in here.faults:
+            told = (fault["where"], fault["key"], fault["reason"], fault["detail"], fault["line"])
+            (tally.note if fault["position"] is None else tally.reject)(*told)
+        for position in taken:
+            verdict = int(verdicts[position])
+            if verdict == facts.SAME_KEY:
+                tally.reject(where, keys[position], "duplicate-key", "the key came before")
+            elif verdict != facts.FAULT:
+                rule = self.names[verdict - 1]
+                tally.count("rejected")
+                tally.count(f"rejected_{rule}")
+                say(json_text({"part": where, "key": keys[position], "rule": rule}, ensure_ascii=False) + "\n")
+        return positions
+
+    def _read(self, part: SourcePart, positions: Sequence[int]) -> Iterator[RawPair]:
+        """Those pairs of a part."""
+        source = self.chooser.data.source
+        if isinstance(source, TarSource):
+            yield from source.read_at(part, positions)
+            return
+        wanted = set(positions)
+        pairs = (raw for raw in source.read(part) if not raw.is_note)
+        yield from (raw for position, raw in enumerate(pairs) if position in wanted)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
