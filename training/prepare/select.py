@@ -28,6 +28,7 @@ from training.data.shards import ShardWriter, read_dataset_json, refuse_unfinish
 from training.prepare.selecting.candidates import Candidate
 from training.prepare.selecting.decide import Decision, Output, Selection, decide, outputs
 from training.prepare.selecting.facts import Column, is_whole, measure_part
+from training.prepare.selecting.reading import read_rules
 from training.prepare.sources import (
     PairSource,
     RawPair,
@@ -42,7 +43,6 @@ from training.prepare.sources.tars import TarSource
 from training.prepare.steps.flags import parse_dataclasses
 from training.prepare.steps.rewriting import mark_unfinished
 from training.prepare.steps.work import Advance, Stage, Tally, WorkArguments, Worker, this_worker
-from training.settings.selecting import read_rules
 
 STAGE = "select"
 _NO_LEVELS = ("format", "made_by", "roi_feature_size", "counts", "shards", "unfinished")

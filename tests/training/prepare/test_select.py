@@ -27,7 +27,7 @@ from tests.training.prepare.small_data import (
 from training.data.shards import read_dataset_json
 from training.data.sources import open_data_set
 from training.prepare import select
-from training.settings.selecting import KINDS, read_rules
+from training.prepare.selecting.reading import KINDS, read_rules
 
 TEXTS = [
     "a cat",
