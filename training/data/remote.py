@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyramidclip_hf.files import cache_folder, is_full, locked, written_aside
+from training.data.machine import is_shared, own_name
 from training.data.patience import Patience
 
 if TYPE_CHECKING:
@@ -34,9 +35,6 @@ FEW_TRIES = Patience(attempts=4)
 _CHUNK = 1 << 20
 # What launchers (torchrun, `accelerate launch`) say: which trainer of a machine this is, of how many; and without them.
 LOCAL_PROCESS = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-_NETWORK = frozenset(
-    "nfs nfs4 lustre gpfs beegfs ceph cifs smb3 afs panfs wekafs fuse.glusterfs fuse.ceph fuse.sshfs orangefs".split()
-)
 # So much room is made at a time for a body of unknown length.
 _ROOM = 64 << 20
 # Between two pieces of a body, in seconds; a whole one may take its time.
@@ -70,8 +68,9 @@ class ShardCache:
     """A folder of downloaded shards.
 
     Args:
-        folder: default: `shards` in `cache_folder()`; where nobody chose that and the home lies on a network, which all
-            machines would fetch into and evict from, in the machine's folder for temporary files.
+        folder: default: `shards` in `cache_folder()`. Where that lies on a network, all machines would fetch into it
+            and evict from it: then `shards-HOST` in it, or, where nobody chose it and it is the home's, `shards` in
+            the machine's folder for temporary files.
         max_bytes: of all shards in it together, those that are being fetched included.
         patience: how often and how long a download is tried before `DownloadError`.
 
@@ -87,7 +86,7 @@ class ShardCache:
     ):
         if max_bytes <= 0:
             raise ValueError(f"max_bytes is {max_bytes}, expected a positive number")
-        self.folder = Path(folder) if folder else _own_folder() / "shards"
+        self.folder = Path(folder) if folder else _own_folder()
         self.max_bytes, self.patience = max_bytes, patience or Patience()
 
     def path_of(self, url: str) -> Path:
@@ -177,7 +176,8 @@ class ShardCache:
         for _ in self.patience.tries():
             with locked(self.folder / "evict.lock", needed=False):
                 files = []
-                for path in itertools.chain(self.folder.glob("*.tar"), self.folder.glob(".*.partial")):
+                # In this order, as one that is renamed meanwhile is else in neither.
+                for path in itertools.chain(self.folder.glob(".*.partial"), self.folder.glob("*.tar")):
                     with contextlib.suppress(FileNotFoundError):
                         stat = path.stat()
                         files.append((stat.st_atime_ns, path, stat.st_size))
@@ -195,29 +195,15 @@ class ShardCache:
 
 
 def _own_folder() -> Path:
-    """Where a machine keeps what it fetched."""
+    """Where this machine keeps what it fetched."""
     chosen = cache_folder()
-    if os.environ.get("PYRAMIDCLIP_CACHE") or not is_on_network(chosen):
-        return chosen
-    own = Path(tempfile.gettempdir(), f"pyramidclip-{os.getuid()}")
-    try:
-        own.mkdir(mode=0o700, exist_ok=True)
-        return own if own.lstat().st_uid == os.getuid() and not own.is_symlink() else chosen
-    except OSError:
-        return chosen
-
-
-def is_on_network(path: Path, mounts: str | os.PathLike[str] = "/proc/self/mountinfo") -> bool:
-    """Whether a path lies on a file system that several machines share; False where the system does not say."""
-    place = Path(os.path.realpath(path))
-    found = (-1, "")
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path(mounts).read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-            fields = line.split()
-            point, kind = fields[4].replace("\\040", " "), fields[fields.index("-") + 1]
-            if place.is_relative_to(point):
-                found = max(found, (len(point), kind))
-    return found[1] in _NETWORK
+    if is_shared(chosen) and not os.environ.get("PYRAMIDCLIP_CACHE"):
+        own = Path(tempfile.gettempdir(), f"pyramidclip-{os.getuid()}")
+        with contextlib.suppress(OSError):
+            own.mkdir(mode=0o700, exist_ok=True)
+            if own.lstat().st_uid == os.getuid() and not own.is_symlink():
+                return own / "shards"
+    return chosen / own_name("shards", chosen)
 
 
 def remote_size(url: str) -> int | None:

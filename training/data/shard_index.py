@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Self, TypedDict
 import numpy as np
 
 from pyramidclip_hf.files import cache_folder, json_text, locked, read_regular, write_atomically
+from training.data.machine import host, is_shared
 
 INDEX_FORMAT = 1
 # Its first line has no more.
@@ -336,7 +337,10 @@ def cached_header(path: str | os.PathLike[str]) -> IndexHeader | None:
 
 
 def _cached_path(path: str | os.PathLike[str]) -> Path:
-    name = hashlib.sha256(f"{_MEMBERS_RULE} {os.path.abspath(path)}".encode()).hexdigest()[:24]
+    place = os.path.abspath(path)
+    # On another machine another tar may lie there.
+    whose = f"{host()} " if is_shared(cache_folder()) and not is_shared(os.path.dirname(place)) else ""
+    name = hashlib.sha256(f"{_MEMBERS_RULE} {whose}{place}".encode()).hexdigest()[:24]
     return cache_folder() / "indexes" / f"{name}.json"
 
 

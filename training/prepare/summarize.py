@@ -23,6 +23,7 @@ import torch
 
 from pyramidclip_command import check_there, run_command
 from pyramidclip_hf.files import cache_folder, json_text
+from training.data.machine import own_name
 from training.data.records import BadSample, sample_from_members
 from training.data.shards import ShardReader
 from training.prepare.steps.checkpoints import checkpoint_config, checkpoint_content, checkpoint_expected
@@ -189,7 +190,7 @@ def open_summarizer(
     if config.model == NO_MODEL:
         return FirstClause()
     with checkpoint_expected(config.model, "--model"):
-        return ModelSummarizer(config, device, SummaryCache(cache or cache_folder() / "summaries.sqlite"))
+        return ModelSummarizer(config, device, SummaryCache(cache or _own_cache()))
 
 
 def _no_progress(number: int) -> None:
@@ -205,6 +206,11 @@ class FirstClause:
         """{caption: summary} for distinct captions."""
         advance(len(captions))
         return {caption: first_clause(caption) for caption in captions}
+
+
+def _own_cache() -> Path:
+    # SQLite relies on locks, which file systems between machines may lack.
+    return cache_folder() / own_name("summaries.sqlite", cache_folder())
 
 
 class SummaryCache:

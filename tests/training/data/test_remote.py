@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import fsspec  # noqa: F401  its registry is looked into
@@ -259,6 +260,23 @@ def test_downloads_side_by_side_keep_the_bound_together(server, tar, tmp_path):
     for thread in threads:
         thread.join()
     assert used == 2 * len(tar) and len(list((tmp_path / "c").glob("*.tar"))) == 2
+
+
+def test_a_download_that_is_done_while_another_looks_for_room_is_counted(tmp_path, monkeypatch):
+    """Its file is renamed between the look at those that are on their way and at those that are there."""
+    done, own, listed = tmp_path / ".a.tar.1.partial", tmp_path / ".b.tar.2.partial", Path.glob
+    done.write_bytes(bytes(60))
+    own.touch()
+
+    def glob(folder, pattern):
+        found = list(listed(folder, pattern))
+        if done.exists():
+            done.rename(tmp_path / "a.tar")
+        return iter(found)
+
+    monkeypatch.setattr(Path, "glob", glob)
+    ShardCache(tmp_path, max_bytes=100, patience=Patience(1))._make_room(own, 60)
+    assert own.stat().st_size == 60 and not (tmp_path / "a.tar").exists()
 
 
 def test_a_page_that_is_no_tar_does_not_stay(server, tar, tmp_path):

@@ -23,7 +23,7 @@ from training.data import sources
 from training.data.manifest_lines import manifest_lines
 from training.data.patience import Patience
 from training.data.records import BadSample, members_from_sample
-from training.data.remote import DownloadError, ShardCache, is_on_network
+from training.data.remote import DownloadError, ShardCache
 from training.data.samples import ShardSamples
 from training.data.shards import ShardWriter, read_dataset_json
 from training.data.sources import Manifest, open_data_set, shard_names
@@ -181,30 +181,6 @@ def test_processes_of_a_machine_begin_to_count_at_different_places(shards, monke
         counted.clear()
         assert open_data_set(str(shards)).units == expected
         assert counted[0] == expected[2 * rank].name
-
-
-MOUNTS = """22 1 8:1 / / rw - ext4 /dev/sda1 rw
-31 22 0:42 / /home rw,relatime shared:1 - nfs4 server:/home rw
-32 31 8:3 / /home/local\\040disk rw - xfs /dev/sdb1 rw
-"""
-
-
-@pytest.mark.parametrize(
-    ("path", "expected"), [("/home/me/.cache", True), ("/home/local disk/x", False), ("/scratch", False)]
-)
-def test_a_cache_on_a_network_is_known_by_its_mount(tmp_path, path, expected):
-    (tmp_path / "mountinfo").write_text(MOUNTS)
-    assert is_on_network(Path(path), tmp_path / "mountinfo") == expected
-    assert not is_on_network(Path(path), tmp_path / "none")
-
-
-def test_a_machine_fetches_into_its_own_folder_where_the_home_is_everybodys(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.data.remote.is_on_network", lambda path: True)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert ShardCache().folder.parent == Path(os.environ["PYRAMIDCLIP_CACHE"])  # somebody chose it
-    monkeypatch.delenv("PYRAMIDCLIP_CACHE")
-    own = ShardCache().folder.parent
-    assert own.parent == tmp_path and own.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_store_of_regions_opens_few_shards_and_finds_every_key(tmp_path, monkeypatch):
