@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -63,7 +64,9 @@ Settings = TypeVar("Settings")
 
 
 class Failure(RuntimeError):
-    """An error whose message is the whole story: the command says it in one line and ends with exit code 1."""
+    """An error whose message is the whole story: the command says it in one line and ends with its exit code, 1."""
+
+    exit_code = EXIT_FAILED
 
 
 def _help_width() -> int:
@@ -216,8 +219,9 @@ def run_command(
         advice: a sentence for those who stopped the command or whose disk or memory was full: how to go on.
 
     Returns:
-        2 after ValueError, ImportError and errors about what a path names; 1 after `Failure`, other errors of the
-        system and a lack of memory; 130 after Ctrl-C; 141 where nobody reads stdout any more; else what `run` returned.
+        2 after ValueError, ImportError and errors about what a path names; that of a `Failure`, which is 1 unless it
+        says more; 1 after other errors of the system and a lack of memory; 130 after Ctrl-C; 141 where nobody reads
+        stdout any more; else what `run` returned.
         Any other error is a fault of the program and goes through.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -243,7 +247,7 @@ def run_command(
     except WRONG_USAGE as error:
         return _say(f"error: {_line(error, settings, words)}", "", EXIT_WRONG_USAGE)
     except Failure as error:
-        return _say(f"error: {_line(error, settings, words)}", "", EXIT_FAILED)
+        return _say(f"error: {_line(error, settings, words)}", "", error.exit_code)
     except OSError as error:
         full = " The disk is full." if error.errno == errno.ENOSPC else ""
         return _say(f"error: {_line(error, settings, words)}.{full}", advice(settings), EXIT_FAILED)
@@ -327,6 +331,9 @@ def _tell_launcher(said: str) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path or os.path.exists(path):
         return
+    with contextlib.suppress(ValueError):  # not in the main thread
+        # It ends the others when the first is gone; this one is about to end by itself, with a code that says more.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
         json.dump({"message": said, "timestamp": int(time.time())}, file)
 

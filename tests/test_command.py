@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -133,7 +134,7 @@ def test_the_memory_too_small_names_a_flag_that_the_command_has(settings, capsys
 
 
 def test_of_several_processes_the_first_speaks_for_the_command_and_the_launcher_learns_the_reason(
-    capsys, monkeypatch, tmp_path
+    capsys, monkeypatch, tmp_path, request
 ):
     """The file is read as torchrun reads it."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -141,11 +142,15 @@ def test_of_several_processes_the_first_speaks_for_the_command_and_the_launcher_
     def run(settings):
         raise ValueError("expected a")
 
+    before = signal.getsignal(signal.SIGTERM)
+    request.addfinalizer(lambda: signal.signal(signal.SIGTERM, before))
     for rank, line in (("0", "error: expected a\n"), ("3", "process 3: error: expected a\n")):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank))
         assert run_command(words, run, []) == 2
         assert capsys.readouterr().err == line
+    # It sends SIGTERM to the others; a process that has told its end goes with its own exit code.
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "0"))
     assert "error: expected a" in str(ChildFailedError("pretrain", {0: failure})).partition("Root Cause")[2]
 

@@ -17,11 +17,11 @@ from pyramidclip_hf import PyramidCLIPModel
 from pyramidclip_hf.loading import quiet_transformers
 from pyramidclip_hf.modeling_pyramidclip_text import keys_with_first
 from tests.training.processes import run_in_processes
-from tests.training.runs import MODEL_CONFIG, NO_BATCH_NORM, MemoryReader, logged, run_settings, settings, use_memory
+from tests.training.runs import MODEL_CONFIG, MemoryReader, logged, run_settings, settings, use_memory
 from tests.training.tiny import RESNET, TEXT, VIT
 from training import pretrain
 from training.loop import run as loop
-from training.loop.processes import start_processes
+from training.loop.processes import form_group, start_accelerator
 from training.scale import memory_per_gpu
 
 
@@ -142,8 +142,9 @@ def test_the_host_reads_nothing_off_the_device_in_a_step(tmp_path, monkeypatch, 
     size = config["vision_config"]["image_size"]
     use_memory(monkeypatch, missing=False, image_size=size)
     args = settings(tmp_path, model_config=config, ema_decay=0.5, **changes)
+    form_group(args)
     with quiet_transformers():
-        run = loop.start(args, pretrain.contrastive_task, tmp_path, start_processes(args, tmp_path))
+        run = loop.start(args, pretrain.contrastive_task, tmp_path, start_accelerator(args, tmp_path))
     run.task.objective.train()
     tensors = next(iter(run.task.reader.batches(0, 0)))
     keys = tensors.pop("sample_keys")

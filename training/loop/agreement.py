@@ -95,27 +95,29 @@ def _processes(numbers: list[int]) -> str:
 
 
 def check_same_folder(folder: Path) -> None:
-    """Looks whether all processes mean the same folder; all call it together.
+    """Looks whether all processes mean the same folder, and the same one for its checkpoints; all call it together.
 
     Raises:
         ValueError: In every process, with those that see another.
     """
     if world_size() == 1:
         return
+    checkpoints = folder / "checkpoints"
     # A name that nobody has asked for yet, so that no file system remembers its absence.
-    name = first_decides(lambda: _left_token(folder))
-    path = folder / name
+    name = first_decides(lambda: _left_token(checkpoints))
+    path = checkpoints / name
     found = everyone(together(path.is_file))
     first_decides(lambda: path.unlink(missing_ok=True))
     if not all(found):
         blind = [number for number, one in enumerate(found) if not one]
         raise ValueError(
-            f"output_dir {folder} is another folder for {_processes(blind)} than for process 0: all processes need one "
-            "that they share, for checkpoints are written by all of them"
+            f"output_dir {folder}: checkpoints/ is another folder for {_processes(blind)} than for process 0: all "
+            "processes need one that they share, for checkpoints are written by all of them"
         )
 
 
 def _left_token(folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
     name = f".same-{secrets.token_hex(8)}"
     (folder / name).touch()
     return name

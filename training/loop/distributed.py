@@ -96,6 +96,29 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def sum_each_gradient_alone(wrapped: nn.Module) -> None:
+    """Makes DDP average gradient by gradient, so that the order of additions depends on the gradient's own size alone.
+
+    Of three processes and more, the place of a number in a bucket decides whose part is added first, and the buckets
+    of a process's first step are others than those of its later ones.
+
+    Args:
+        wrapped: DDP, before its first backward pass; anything else stays as it is.
+    """
+    if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        return
+
+    def average(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        works = [dist.all_reduce(part.div_(world_size()), async_op=True) for part in bucket.gradients()]
+        for work in works:
+            work.wait()
+        averaged: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        averaged.set_result(bucket.buffer())
+        return averaged
+
+    wrapped.register_comm_hook(None, average)
+
+
 def broadcast_buffers(model: nn.Module) -> None:
     """Gives every process the first one's floating-point and integer buffers (BatchNorm statistics), in place."""
     if world_size() > 1:

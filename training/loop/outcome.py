@@ -82,7 +82,7 @@ class Outcome:
 
 
 class OtherProcessFailed(Failure):
-    """Another process of the run failed, and told why.
+    """Another process of the run failed, and told why; the command ends with the same exit code.
 
     Args:
         outcome: What it told, or is known of it, with its number.
@@ -91,6 +91,7 @@ class OtherProcessFailed(Failure):
     def __init__(self, outcome: Outcome):
         super().__init__(outcome.message)
         self.outcome = outcome
+        self.exit_code = REASONS[outcome.reason][0]
 
 
 def outcome_of(error: BaseException) -> Outcome:

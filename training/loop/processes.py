@@ -13,6 +13,7 @@ import torch
 
 from pyramidclip_hf.loading import check_device, told_slow_type
 from training.evaluation.process import check_own_gpu
+from training.loop.agreement import together
 from training.loop.network import choose_gloo_interface
 from training.settings.run import RunSettings
 
@@ -24,6 +25,9 @@ REFUSED = {
     "ZeRO-3 would save empty weights, and under ZeRO-1 and 2 the optimizer steps from a copy of logit_scale that its "
     "bound does not reach",
 }
+
+# Engines of Accelerate and the variables in which its launcher asks for them.
+ENGINES = {"DEEPSPEED": "ACCELERATE_USE_DEEPSPEED", "FSDP": "ACCELERATE_USE_FSDP"}
 
 # What CUDA's matrix products need to run in one order, and the values with which they do.
 WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
@@ -62,46 +66,84 @@ def algorithms(deterministic: bool) -> Iterator[None]:
             os.environ.update({} if workspace is None else {WORKSPACE: workspace})
 
 
-def start_processes(settings: RunSettings, folder: Path) -> Any:
-    """Accelerate's `Accelerator` for a run in `folder`: processes, device, fp16 scaler, trackers.
+def form_group(settings: RunSettings) -> Any:
+    """Makes the group of the processes that were started together; Accelerate's `PartialState`.
+
+    No engine has a part in it, so that processes of which only some were told to use one meet, and end together.
+
+    Raises:
+        ImportError: Accelerate is not installed; the message names the extra.
+    """
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise ImportError('pre-training needs accelerate: pip install -e ".[train]"') from error
+    choose_gloo_interface()
+    with _without_engines():
+        # The first call makes the group of the processes, so their time-out has to be said here.
+        return PartialState(cpu=_on_processors(), timeout=process_timeout(settings))
+
+
+def start_accelerator(settings: RunSettings, folder: Path) -> Any:
+    """Accelerate's `Accelerator` for a run in `folder`: device, fp16 scaler, trackers; after `form_group`.
+
+    All processes call it together, and where one cannot, none can.
 
     Raises:
         ValueError: The engine or the precision is one that cannot be trained under here, torch was not built for the
             GPU, or there are fewer GPUs than processes.
-        ImportError: Accelerate or a tracker is not installed; the message names the extra.
+        ImportError: A tracker is not installed.
+        OtherProcessFailed: What another process raised.
     """
-    try:
-        from accelerate import Accelerator, PartialState
-        from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
-    except ImportError as error:
-        raise ImportError('pre-training needs accelerate: pip install -e ".[train]"') from error
+    accelerator = together(lambda: _accelerator(settings, folder))
+    # DDP says this of depth-wise convolutions, whose gradients may have either of two equal layouts.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    if slow := settings.precision == "bf16" and told_slow_type("bfloat16", accelerator.device):
+        accelerator.print(f"--precision bf16: {slow} (--precision fp32)", file=sys.stderr)
+    return accelerator
+
+
+def _accelerator(settings: RunSettings, folder: Path) -> Any:
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+
+    for engine, variable in ENGINES.items():
+        if os.environ.get(variable, "").lower() == "true":
+            check_engine(engine)
     check_trackers(settings.trackers)
-    # Said here because a launcher without --cpu leaves several processes on a machine without GPU unconnected.
-    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available()
-    choose_gloo_interface()
-    # The first call makes the group of the processes, so their time-out has to be said here.
-    processes = PartialState(cpu=cpu, timeout=process_timeout(settings))
     check_own_gpu()
-    check_device(processes.device)
-    if processes.device.type == "cpu" and settings.precision == "fp16":
+    device = PartialState().device
+    check_device(device)
+    if device.type == "cpu" and settings.precision == "fp16":
         raise ValueError("precision fp16 needs a GPU; on CPU use bf16 or fp32")
     # Without SyncBatchNorm the first process's running statistics are everyone's, so that what is evaluated and saved
     # does not depend on who does it; with it they are equal by themselves.
     own_statistics = not synchronised_batch_norm(settings)
     accelerator = Accelerator(
-        cpu=cpu,
+        cpu=_on_processors(),
         # bf16 is the objective's own autocast; only fp16 needs Accelerate's gradient scaler.
         mixed_precision="fp16" if settings.precision == "fp16" else "no",
         log_with=settings.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=own_statistics, gradient_as_bucket_view=True)],
     )
-    # DDP says this of depth-wise convolutions, whose gradients may have either of two equal layouts.
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     check_engine(accelerator.distributed_type)
-    if slow := settings.precision == "bf16" and told_slow_type("bfloat16", accelerator.device):
-        accelerator.print(f"--precision bf16: {slow} (--precision fp32)", file=sys.stderr)
     return accelerator
+
+
+def _on_processors() -> bool:
+    # Said because a launcher without --cpu leaves several processes on a machine without GPU unconnected.
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available()
+
+
+@contextlib.contextmanager
+def _without_engines() -> Iterator[None]:
+    """Inside, Accelerate does not know which engine its launcher was asked for."""
+    asked = {name: os.environ.pop(name) for name in ENGINES.values() if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(asked)
 
 
 def check_trackers(names: Sequence[str]) -> None:

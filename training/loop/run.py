@@ -34,7 +34,7 @@ from training.loop.checkpoint import (
     set_random_state,
     write_checkpoint,
 )
-from training.loop.distributed import StopVote, check_equal_batches, rank, world_size
+from training.loop.distributed import StopVote, check_equal_batches, rank, sum_each_gradient_alone, world_size
 from training.loop.optim import set_learning_rate
 from training.loop.outcome import (
     OtherProcessFailed,
@@ -50,7 +50,13 @@ from training.loop.outcome import (
     write_outcome,
 )
 from training.loop.pace import Pace
-from training.loop.processes import algorithms, process_timeout, start_processes, synchronised_batch_norm
+from training.loop.processes import (
+    algorithms,
+    form_group,
+    process_timeout,
+    start_accelerator,
+    synchronised_batch_norm,
+)
 from training.loop.resume import resume
 from training.loop.run_folder import sole_run
 from training.loop.signals import termination_noticed
@@ -141,9 +147,11 @@ def complete_run(settings: Settings, make_task: MakeTask[Settings]) -> RunResult
         stop_requested = stack.enter_context(termination_noticed())
         stack.enter_context(algorithms(settings.deterministic))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if settings.dry_run else settings.output_dir)
-        accelerator = start_processes(settings, folder)
+        form_group(settings)
         way = Way()
         watch = stack.enter_context(watched(settings, way))
+        with end_told(watch):
+            accelerator = start_accelerator(settings, folder)
         if not settings.dry_run:
             if told := first_decides(lambda: stack.enter_context(sole_run(folder))):
                 accelerator.print(told)
@@ -270,17 +278,23 @@ def exit_code(result: RunResult, settings: RunSettings) -> int:
 def start(settings: Settings, make_task: MakeTask[Settings], folder: Path, accelerator: Any) -> Run:
     """A run from the beginning, or from the checkpoint that `--resume` names."""
     settings.per_device_batch_size(accelerator.num_processes)  # refused before any data is opened
+    # Before they tell each other anything that another version may not understand.
+    check_equal({"torch": torch.__version__, "pyramidclip-hf": __version__})
+    if not settings.dry_run:
+        check_same_folder(folder)  # before any checkpoint is looked for
     begin_workers(accelerator.device, settings.workers)
     with doing("opening the data"):
         task = together(lambda: make_task(settings, accelerator, folder))
     if synchronised_batch_norm(settings):
         nn.SyncBatchNorm.convert_sync_batchnorm(task.objective)  # in place
     wrapped, optimizer = accelerator.prepare(task.objective, task.build_optimizer())
+    if settings.deterministic:
+        sum_each_gradient_alone(wrapped)
     torch.manual_seed(settings.seed * 1_000_003 + rank())  # each process its own dropout, if the model has any
     state = training_state(task, accelerator, wrapped, optimizer)
     begun = resume(task.settings, accelerator, state, folder, task.plan.total_steps)
     task.reader.load_state(begun.progress.reader)
-    check_processes(task, state, begun.progress, folder)
+    check_processes(task, state, begun.progress)
     log = MetricsLog(folder, accelerator)
     if not begun.finished:
         start_trackers(accelerator, folder, settings.to_dict(), begun.progress.step)
@@ -302,11 +316,11 @@ def start(settings: Settings, make_task: MakeTask[Settings], folder: Path, accel
     )
 
 
-def check_processes(task: Task, state: TrainingState, progress: Progress, folder: Path) -> None:
+def check_processes(task: Task, state: TrainingState, progress: Progress) -> None:
     """Compares all processes before the first step.
 
     Raises:
-        ValueError: They do not agree on data, plan, place, settings, versions or `output_dir`.
+        ValueError: They do not agree on data, plan, place or settings.
     """
     identity = json_text(state.identity, sort_keys=True, default=str)
     check_equal(
@@ -320,12 +334,8 @@ def check_processes(task: Task, state: TrainingState, progress: Progress, folder
             "epoch": progress.epoch,
             "position": progress.position,
             "identity": hashlib.sha256(identity.encode()).hexdigest()[:16],
-            "torch": torch.__version__,
-            "pyramidclip-hf": __version__,
         }
     )
-    if not task.settings.dry_run:
-        check_same_folder(folder)
 
 
 def training_state(task: Task, accelerator: Any, wrapped: nn.Module, optimizer: Any) -> TrainingState:

@@ -132,7 +132,8 @@ class RunSettings:
     )
     deterministic: bool = setting(
         False,
-        "a GPU's deterministic algorithms alone, slower: a continued run equals an undisturbed one bit for bit",
+        "a GPU's deterministic algorithms alone, gradients summed one by one, slower: a continued run equals an "
+        "undisturbed one bit for bit",
         section="precision",
         identity="how",
     )

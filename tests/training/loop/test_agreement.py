@@ -54,8 +54,8 @@ def test_another_copy_of_the_data_ends_all_with_a_table(tmp_path, monkeypatch):
 
 def test_an_output_dir_that_is_not_shared_ends_all_before_the_first_step(tmp_path):
     for told, seconds in outcomes([tmp_path / "a", tmp_path / "b"]):
-        assert "is another folder for process 1 than for process 0" in told and seconds < 60
-    assert not (tmp_path / "a" / "metrics.jsonl").exists() and not list((tmp_path / "a").glob(".same-*"))
+        assert "checkpoints/ is another folder for process 1 than for process 0" in told and seconds < 60
+    assert not (tmp_path / "a" / "metrics.jsonl").exists() and not list((tmp_path / "a").rglob(".same-*"))
 
 
 def test_the_first_process_chooses_the_checkpoint(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
@@ -10,12 +11,13 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, is_deepspeed_available
 
+from pyramidclip_command import run_command
 from tests.training.processes import run_in_processes
 from tests.training.runs import settings, use_memory
 from training import pretrain
-from training.loop import network
+from training.loop import network, processes
 from training.loop import run as loop
 from training.loop.distributed import hosts
 from training.loop.network import choose_gloo_interface
@@ -51,6 +53,7 @@ def timeouts(rank, world_size, args, port):
             found.append(one._get_backend(torch.device("cpu")).options._timeout)
         return group
 
+    dist.barrier()  # the other has met this one
     dist.destroy_process_group()  # the run makes its own, from what torchrun says
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     dist.new_group = noted
@@ -164,3 +167,54 @@ def test_a_way_is_looked_up_and_nothing_is_sent():
         with pytest.raises(TimeoutError):
             listener.recv(1)
     assert network._own_address_towards("no-such-host.invalid") is None
+
+
+ENGINE = """
+import os
+def init_distributed(*given, **options):
+    raise RuntimeError(f"the engine failed in process {os.environ['RANK']}")
+"""
+
+
+@pytest.fixture
+def failing_engine(tmp_path, monkeypatch):
+    """A package that Accelerate takes for DeepSpeed, whose first call fails in every process that makes it."""
+    package = tmp_path / "engine" / "deepspeed"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "comm.py").write_text(ENGINE + "def is_initialized():\n    return False\n")
+    known = tmp_path / "engine" / "deepspeed-0.19.8.dist-info"
+    known.mkdir()
+    (known / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.19.8\n")
+    monkeypatch.syspath_prepend(package.parent)
+    assert is_deepspeed_available()
+
+
+def under_engine(rank, world_size, args, asked, port):
+    """What a run says whose launcher asked for DeepSpeed in the processes of `asked`, and its exit code."""
+    dist.barrier()  # the other has met this one
+    dist.destroy_process_group()  # the run makes its own, from what torchrun says
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(rank in asked).lower()
+    processes._on_processors = lambda: False  # where Accelerate calls no engine
+    said = []
+
+    def run(args):
+        try:
+            pretrain.run(args)
+        except Exception as error:
+            said.append(str(error))
+            raise
+
+    return run_command(lambda words: args, run, []), said[0]
+
+
+@pytest.mark.parametrize("asked", [(0, 1), (0,), (1,)])
+def test_an_engine_that_some_were_told_to_use_is_called_by_nobody_and_ends_all(tmp_path, failing_engine, asked):
+    """Else the others would wait for whoever the engine fails in."""
+    began = time.monotonic()
+    found = run_in_processes(under_engine, 2, settings(tmp_path / "run"), asked, free_port())
+    for rank, (code, said) in enumerate(found):
+        first = "" if rank in asked else f"process {asked[0]}: "
+        assert code == 2 and said.startswith(f"{first}the engine is refused: DeepSpeed"), said
+    assert time.monotonic() - began < 60 and not (tmp_path / "run").exists()
