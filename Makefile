@@ -51,8 +51,9 @@ test-faults: $(VENV)/installed  ## runs killed at each file operation, on a full
 	$(PYTEST) -n $(WORKERS) tests/faults tests/test_fuzz.py tests/training/data/test_faults.py \
 		tests/training/loop/test_resume.py tests/training/prepare/steps/test_work.py
 
-RANKS_TESTS := tests/training/test_launched.py tests/training/test_slurm.py tests/training/data/test_start_up.py \
-	$(addprefix tests/training/loop/test_,agreement.py nodes.py pace.py watch.py)
+RANKS_TESTS := $(addprefix tests/training/test_,machines.py launched.py slurm.py) \
+	$(addprefix tests/training/data/test_,machine.py start_up.py) \
+	$(addprefix tests/training/loop/test_,agreement.py nodes.py pace.py processes.py watch.py)
 test-ranks: $(VENV)/installed  ## faults of several processes: signals, a stopped, dead or disagreeing one, other machines, slurm.sh
 	$(PYTEST) -n $(WORKERS) $(RANKS_TESTS)
 

@@ -13,14 +13,10 @@ import psutil
 import pytest
 
 from tests.training.prepare.small_data import FEATURES, write_shards
-from tests.training.runs import assert_equal_runs
 from tests.training.tiny import VIT
 from training import pretrain
-from training.loop.outcome import read_outcome
-from training.loop.record import is_whole
 from training.loop.run_folder import list_checkpoints
 from training.loop.tracking import read_metrics
-from training.loop.watch import GONE
 
 CHECKOUT = Path(pretrain.__file__).parent.parent
 TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pooling": "eos"}
@@ -132,27 +128,3 @@ def test_sigterm_saves_whoever_gets_it(tmp_path, launch, send):
     while any(process.is_running() and process.status() != "zombie" for process in processes):
         assert time.monotonic() < end
         time.sleep(0.2)
-
-
-@pytest.mark.parametrize("kind", [signal.SIGSTOP, signal.SIGKILL])
-def test_a_process_that_is_stopped_or_dead_ends_the_others_with_its_number(tmp_path, launch, shards, kind):
-    whole = {"max_steps": 60, "save_every_steps": 5}
-    launcher = launch(process_timeout_minutes=0.25, **whole)
-    wait_for_steps(launcher, tmp_path, 12)
-    first, second = (
-        next(p for p in processes_below(launcher.pid) if p.environ().get("RANK") == number) for number in "01"
-    )
-    second.send_signal(kind)
-    first.wait(timeout=15 + 45)  # the set time, and a busy machine
-    with contextlib.suppress(psutil.NoSuchProcess):  # the launcher has seen the dead one
-        second.kill()  # the launcher would give what is stopped its 120 s
-    assert launcher.wait(timeout=120) != 0
-    said, outcome = (tmp_path / "output").read_text(), read_outcome(tmp_path / "run")
-    assert (outcome["reason"], outcome["try_again"]) == ("another process", True), said[-3000:]
-    assert outcome["message"] == f"process 1 {GONE}" and outcome["message"] in said, said[-3000:]
-    saved = list_checkpoints(tmp_path / "run")
-    assert saved and all(map(is_whole, saved))
-    (tmp_path / "other").mkdir()
-    for again in (launch(**whole), launched(tmp_path / "other", shards, **whole)):
-        assert again.wait(timeout=300) == 0, (tmp_path / "output").read_text()[-3000:]
-    assert_equal_runs(tmp_path / "run", tmp_path / "other" / "run", kept=())
