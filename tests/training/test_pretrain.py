@@ -17,7 +17,7 @@ from pyramidclip_hf import PyramidCLIPModel
 from pyramidclip_hf.loading import quiet_transformers
 from pyramidclip_hf.modeling_pyramidclip_text import keys_with_first
 from tests.training.processes import run_in_processes
-from tests.training.runs import MODEL_CONFIG, MemoryReader, logged, run_settings, settings, use_memory
+from tests.training.runs import MODEL_CONFIG, NO_BATCH_NORM, MemoryReader, logged, run_settings, settings, use_memory
 from tests.training.tiny import RESNET, TEXT, VIT
 from training import pretrain
 from training.loop import run as loop
