@@ -276,7 +276,8 @@ def _about_a_path(error: OSError, settings: Any, words: Sequence[str]) -> str:
         return error.strerror or ""
     path = _without_marks(os.fsdecode(error.filename))
     flag, given = _named_by(path, settings, words)
-    what = error.strerror if given == path else f"{path}: {error.strerror}"
+    said = "there is a file already" if error.errno == errno.EEXIST and os.path.isfile(path) else error.strerror
+    what = said if given == path else f"{path}: {said}"
     is_below = given.startswith(os.path.join(path, ""))  # the folder of what is written could not be made
     folder = path if is_below else os.path.dirname(path)
     while error.errno == errno.ENOTDIR and folder and not os.path.lexists(folder):

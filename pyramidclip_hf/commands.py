@@ -316,7 +316,7 @@ def _say_where_it_stands(job: EmbeddingJob, items: list[str], messages: _Message
     new, gone = [item for item in items if item not in known], len(known - now)
     if new or gone:
         messages.say(
-            f"since this job began, {len(new)} pictures have come and {gone} have gone; it keeps to the list that it "
+            f"since this job began, pictures have come ({len(new)}) and gone ({gone}); it keeps to the list that it "
             "began with (--overwrite begins again)"
         )
     for item in new:

@@ -94,6 +94,17 @@ def test_a_file_that_cannot_be_written_is_called_by_its_own_name(place, capsys, 
     assert line.startswith(f"error: --output {place}: ") and "partial" not in line and "Errno" not in line
 
 
+def test_a_file_in_the_place_of_a_folder_is_said(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    made = run_command(
+        lambda words: argparse.Namespace(output_dir=words[1]),
+        lambda settings: os.makedirs(settings.output_dir, exist_ok=True),
+        ["--output-dir", "file"],
+    )
+    assert made == 2 and capsys.readouterr().err == "error: --output-dir file: there is a file already\n"
+
+
 def test_a_folder_that_cannot_be_made_is_said_of_what_was_to_lie_in_it(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()

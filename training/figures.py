@@ -69,9 +69,9 @@ class FigureArguments:
         output = getattr(self, "output", None)
         if output is not None and Path(output).suffix.lower() != ".png":
             raise ValueError(f"--output {output}: expected the name of a .png file")
-        wrong = [name for name, value in vars(self).items() if type(value) is int and value < 1]
+        wrong = [name for name, value in vars(self).items() if type(value) in (int, float) and not value > 0]
         if wrong:
-            raise ValueError(f"--{wrong[0].replace('_', '-')}: expected at least 1, got {getattr(self, wrong[0])}")
+            raise ValueError(f"--{wrong[0].replace('_', '-')}: expected more than 0, got {getattr(self, wrong[0])}")
 
 
 @dataclass(kw_only=True)

@@ -248,6 +248,20 @@ def test_captions_alone_are_refused_under_the_default_objective_and_the_advice_w
     assert "global_summary 0.167 (0%)" in said.out and "local_caption 0.167 (100%)" in said.out
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_manifest_whose_pictures_are_elsewhere_ends_with_the_first(tmp_path, captions, workers):
+    """What a reading thread or process raised ends the run: walking back its causes must end, too."""
+    moved = tmp_path / "other" / "pairs.jsonl"
+    moved.parent.mkdir()
+    moved.write_text(captions.read_text())
+    changes = {"loss_weights": {"global_caption": 1.0}, "dataloader_workers": workers}
+    with pytest.raises(DataError, match="other/pairs.jsonl:.*no-image.*drawn in place of it"):
+        pretrain.run(settings(tmp_path / "run", moved, **changes))
+    told = json.loads((tmp_path / "run" / "stopped.json").read_text())
+    assert (told["reason"], told["exit_code"], told["try_again"]) == ("bad data", 1, False)
+
+
 def terminated_with_its_group(rank, world_size, args, kill_workers):
     """SIGTERM to the whole process group, twice, as a scheduler and a launcher send it; perhaps workers die of it."""
     os.setpgid(0, 0)

@@ -269,7 +269,9 @@ class BatchReader:
             return made
         self.close()
         # The run was set up rightly, and ran: whatever it is, no setting is what failed.
-        raise made.error if isinstance(made.error, DataError) else DataError(str(made.error)) from made.error
+        if isinstance(made.error, DataError):
+            raise made.error
+        raise DataError(str(made.error)) from made.error
 
     def close(self) -> None:
         """Ends the workers."""

@@ -100,6 +100,10 @@ class Recipe:
     version: int = SCENES_VERSION
 
     def __post_init__(self) -> None:
+        for name in ("train", "validation", "per_object", "picture_size", "shard_size"):
+            least = 1 if name.endswith("_size") else 0
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected a number of at least {least}, got {getattr(self, name)}")
         if not 2 <= self.detector_names <= len(words.OBJECTS):
             raise ValueError(f"detector_names: expected 2 to {len(words.OBJECTS)} names, got {self.detector_names}")
         if not 0 <= self.detector_mistakes <= 0.5:

@@ -129,7 +129,9 @@ def _line(error: BaseException) -> str:
 
 def is_full_disk(error: BaseException | None) -> bool:
     """Whether an error, or what it came from, is a disk or a share of one that is full; libraries hide the number."""
-    while error is not None:
+    seen = set[int]()
+    while error is not None and id(error) not in seen:  # an error may be its own cause
+        seen.add(id(error))
         text = str(error)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True

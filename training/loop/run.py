@@ -64,7 +64,7 @@ from training.loop.task import Batch, Metrics, StepLoss, Task
 from training.loop.tracking import MetricsLog, StepWindow, start_trackers
 from training.loop.watch import Ended, Watch, doing, waiting
 from training.settings.fields import default_identity
-from training.settings.run import RunSettings, told_processes
+from training.settings.run import RunSettings, told_number, told_processes
 
 DRY_RUN_STEPS = 2
 
@@ -621,10 +621,10 @@ def describe_dry_run(run: Run) -> None:
         f"dry run: {DRY_RUN_STEPS} steps done, nothing saved. The run would be",
         f"  model       {settings.model}, {parameters:,} parameters, {trainable:,} trained",
         f"  objective   {task.describe_objective()}",
-        f"  data        {plan.samples:,} samples, {plan.steps_per_epoch:,} steps an epoch",
+        f"  data        {plan.samples:,} samples, {told_number(plan.steps_per_epoch, 'step')} an epoch",
         f"  batch       {settings.global_batch_size:,} = {told_processes(world_size())} x "
         f"{plan.per_device_batch_size:,}",
-        f"  length      {plan.total_steps:,} steps, {plan.total_steps * settings.global_batch_size:,} samples, into "
-        f"{settings.output_dir}",
+        f"  length      {told_number(plan.total_steps, 'step')}, "
+        f"{plan.total_steps * settings.global_batch_size:,} samples, into {settings.output_dir}",
     ]
     run.accelerator.print("\n".join(lines))

@@ -175,6 +175,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "--allow-unfinished", action="store_true", help="also data of which a step has begun and not ended"
     )
     arguments = parser.parse_args(words)
+    for name in ("workers", "batch_size", "max_image_pixels", "max_regions"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected 1 or more, got {getattr(arguments, name)}")
     check_there("", arguments.sources, "shards or a manifest", "data")
     return arguments
 

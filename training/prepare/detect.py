@@ -72,6 +72,8 @@ def parse(words: Sequence[str]) -> DetectSettings:
     for name in ("batch_size", "decode_threads", "max_image_pixels"):
         if getattr(settings.detect, name) < 1:
             raise ValueError(f"{name} is {getattr(settings.detect, name)}, expected 1 or more")
+    if settings.detector.top < 1:
+        raise ValueError(f"top is {settings.detector.top}, expected 1 or more")
     check_there("--input-dir", settings.detect.input_dir, "a folder of shards, as training.prepare.pack writes them")
     check_there("--detector", settings.detector.detector, "a folder or Hub name", "id")
     for name in ("names", "attributes"):

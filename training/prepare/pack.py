@@ -99,7 +99,13 @@ def parse(words: Sequence[str]) -> PackSettings:
 
 def run(settings: PackSettings) -> None:
     """Packs and reports."""
-    pack(settings)
+    total = pack(settings)
+    if total is not None and total.counts["in"] and not total.counts["out"]:
+        first = total.problems[0]
+        raise ValueError(
+            f"none of the {total.counts['in']} pairs could be used; the first one, in {first.get('path')}: "
+            f"{first['reason']}: {first.get('detail', '')}"
+        )
 
 
 def pack(settings: PackSettings) -> Tally | None:

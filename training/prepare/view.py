@@ -70,7 +70,10 @@ def page(shard: str | Path, number: int, first: int = 0, max_pixels: int = 100_0
         raise IsADirectoryError(f"{shard} is a folder: expected one of its shards, as {Path(shard) / '00000.tar'}")
     with ShardReader(shard) as reader:
         if number < 1 or not 0 <= first < len(reader):
-            raise ValueError(f"samples {first} to {first + number} of {shard}, which has {len(reader)}")
+            raise ValueError(
+                f"{shard}, which has {len(reader)} samples, from 0 on: expected --first among them and 1 or more as "
+                f"--number, got {first} and {number}"
+            )
         samples = [_article(reader, i, max_pixels) for i in range(first, min(first + number, len(reader)))]
         size = len(reader)
     folder = str(shard).rpartition("/")[0] or "."

@@ -17,6 +17,11 @@ def told_processes(number: int) -> str:
     return f"{number} process" if number == 1 else f"{number} processes"
 
 
+def told_number(number: int, what: str) -> str:
+    """So many of what is counted, whose plural ends in "s"."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
 @dataclass(kw_only=True)
 class RunSettings:
     """What every run has: a kind of training derives from it, and repeats a field only to change it (`changed`).

@@ -126,7 +126,7 @@ def open_parts(args: PartSettings, dataset: str | None = None) -> dict[str, Part
         dataset: One of `TABLE_7` under the folder `train_data`; None: `train_data` are the pictures.
 
     Raises:
-        ValueError: Classes differ, or both a source and a share are named.
+        ValueError: Classes differ, or there is one alone, or both a source and a share are named.
     """
     if dataset:
         both = open_both_splits(dataset, args.train_data, args.classes)
@@ -136,6 +136,8 @@ def open_parts(args: PartSettings, dataset: str | None = None) -> dict[str, Part
     else:
         data = open_pictures(args.train_data, args.classes).limited(args.max_image_pixels)
         parts = {"train": Part(args.train_data, data, np.arange(len(data)))}
+    if len(data.class_names) < 2:
+        raise ValueError(f"{args.train_data} has one class, {data.class_names[0]!r}: a classifier needs two or more")
     for number, name in enumerate(("test", "validation")):
         source, fraction = getattr(args, f"{name}_data"), getattr(args, f"{name}_fraction")
         if source and fraction:

@@ -195,11 +195,11 @@ def test_pictures_that_come_meanwhile_wait_for_another_run(pictures, capsys, mod
     stop_after_one_part(monkeypatch, capsys, model_dir, folder, output)
     Image.new("RGB", (9, 9)).save(folder / "0-new.png")
     code, _, err = embed(capsys, model_dir, folder, output)
-    assert code == EXIT_SKIPPED and "1 pictures have come and 0 have gone" in err
+    assert code == EXIT_SKIPPED and "pictures have come (1) and gone (0)" in err
     assert "0-new.png: it came after this job began" in err and "1 of 6 were skipped" in err
     assert [os.path.basename(name) for name in read_embeddings(output).names] == [f"{n}.png" for n in range(5)]
     code, out, err = embed(capsys, model_dir, folder, output, "--quiet", "--json")  # finished: still said, still kept
-    assert code == EXIT_SKIPPED and "1 pictures have come and 0 have gone" in err and json.loads(out)["rows"] == 5
+    assert code == EXIT_SKIPPED and "pictures have come (1) and gone (0)" in err and json.loads(out)["rows"] == 5
 
 
 def test_a_damaged_part_is_named(pictures, capsys, model_dir, tmp_path, monkeypatch):

@@ -66,6 +66,7 @@ def test_files_that_are_no_embeddings(embedded, capsys, tmp_path):
         assert (code, out) == (2, "") and message in err, err
 
     refused("gone.npz", "there is no such file or folder")
+    (tmp_path / "x.csv").touch()
     refused("x.csv", ".parquet or .npz")
     (tmp_path / "cut.npz").write_bytes(embedded.read_bytes()[:500])
     refused("cut.npz", "damaged")

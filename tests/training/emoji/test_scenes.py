@@ -158,6 +158,12 @@ def test_an_impossible_detector_is_refused(change):
         Recipe(0, 10, 10, 1, 96, 10, **change)
 
 
+@pytest.mark.parametrize("change", [{"train": -5}, {"validation": -1}, {"per_object": -1}, {"shard_size": 0}])
+def test_impossible_numbers_are_refused(change):
+    with pytest.raises(ValueError, match=f"{next(iter(change))}: expected a number of at least"):
+        replace(RECIPE, **change)
+
+
 def test_scenes_drawn_before_the_detector_had_settings_are_accepted(scenes, tmp_path):
     shutil.copytree(scenes, tmp_path, dirs_exist_ok=True)
     recipe = json.loads((tmp_path / "recipe.json").read_text())

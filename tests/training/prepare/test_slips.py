@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
 from tests.training.prepare.small_data import picture, problems, read_tars, write_jsonl, write_pictures, write_tar
 from training.emoji import scenes
 from training.prepare import audit, detect, import_features, pack, summarize, view
@@ -40,6 +41,7 @@ def inputs(tmp_path, monkeypatch):
     for name, text in {
         "void.jsonl": "",
         "void.csv": "",
+        "lost.csv": "image,caption\nnowhere/0.jpg,a cat\nnowhere/1.jpg,a dog\n",
         "head.csv": "image,caption\n",
         "semicolons.csv": "image;caption\npictures/0.jpg;a cat\n",
         "tabs.csv": "image\tcaption\npictures/0.jpg\ta cat\n",
@@ -49,6 +51,7 @@ def inputs(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
     (tmp_path / "wide.csv").write_bytes("image,caption\npictures/0.jpg,a cat\n".encode("utf-16"))
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    PyramidCLIPConfig().save_pretrained(tmp_path / "clip")
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "void.tar").touch()
     (tmp_path / "objects.tsv").write_text('k\t{"objects": []}\n')
@@ -104,7 +107,19 @@ SLIPS = [
     ("import_features --input features.tsv --objects fifo --made_by x --store_dir out", "fifo is a folder, device or"),
     ("import_features --input objects.tsv --hw fifo --made_by x --store_dir out", "fifo is a folder, device or FIFO"),
     ("import_features --input objects.tsv --hw empty --made_by x --store_dir out", "empty is a folder, device or FIFO"),
+    (
+        "pack --input lost.csv --output_dir out",
+        "none of the 2 pairs could be used; the first one, in .*lost.csv: no-image: ",
+    ),
     ("view void.tar --output page.html", "void.tar, which has 0"),
+    ("view shards/00000.tar --output page.html --number 0", "1 or more as --number, got 0 and 0"),
+    ("audit shards --batch-size 0", "--batch-size: expected 1 or more, got 0"),
+    ("audit shards --workers 0", "--workers: expected 1 or more, got 0"),
+    ("detect --input_dir shards --detector x --top 0", "top is 0, expected 1 or more"),
+    (
+        "detect --input_dir shards --detector clip",
+        "detector clip is of the kind 'pyramidclip', which finds no objects: ",
+    ),
     # The output of something else.
     ("view shards/00000.tar --output shards/00000.tar", "00000.tar is there and is no page: choose a name that ends"),
     (

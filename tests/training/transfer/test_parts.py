@@ -73,6 +73,11 @@ def test_names_that_repeat_keep_their_numbers(tmp_path):
     assert distinct_labels(data.class_names) == ["missile (0)", "tree", "missile (2)"]
 
 
+def test_one_class_alone_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="one has one class, 'blue': a classifier needs two or more"):
+        parts_of(write_pictures(tmp_path / "one", {"blue": 3}))
+
+
 def test_other_classes_are_refused_by_name(tmp_path):
     train = write_pictures(tmp_path / "a", COUNTS)
     test = write_pictures(tmp_path / "b", {"blue": 1, "green": 2})

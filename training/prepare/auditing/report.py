@@ -136,7 +136,7 @@ def summarise(
 def as_text(report: AuditReport, bad: Sequence[BadEntry]) -> str:
     """The report for people; `bad` are the samples to name."""
     total, good = report["samples"], report["samples"] - report["bad"]["count"]
-    lines = [f"{s['name']}: {s['samples']} samples in {s['shards']} units" for s in report["sources"]]
+    lines = [f"{s['name']}: {s['samples']} samples, units: {s['shards']}" for s in report["sources"]]
     lines += ["", f"Bad samples: {report['bad']['count']} of {total} ({report['bad']['count'] / max(total, 1):.2%})"]
     lines += [f"  {count:>9} {reason}" for reason, count in report["bad"]["reasons"].items()]
     lines += [f"  {where}: {key}: {reason}: {detail}" for key, where, reason, detail in bad[:NAMED]]

@@ -57,6 +57,12 @@ def open_formats(paths: Sequence[str], key_pattern: str | None = None, *flags: F
     return JoinedRows(pieces)
 
 
+_KNOWN = (
+    "scene-graph-benchmark predictions.tsv (key, JSON with objects), Oscar features.tsv (key, number, base64), Oscar "
+    "caption features (key, JSON with features), LXMERT (10 columns)"
+)
+
+
 def open_format(path: str | Path, key_pattern: str | None = None, options: FormatOptions | None = None) -> RegionFormat:
     """The reader of one input, told by its content.
 
@@ -84,18 +90,14 @@ def open_format(path: str | Path, key_pattern: str | None = None, options: Forma
     for known in FORMATS:
         if known.recognises(head):
             return known.open(head, options or FormatOptions())
-    raise ValueError(
-        f"{path}: its first row has {len(head.columns)} columns and is none of: scene-graph-benchmark predictions.tsv "
-        "(key, JSON with objects), Oscar features.tsv (key, number, base64), Oscar caption features (key, JSON with "
-        "features), LXMERT (10 columns)"
-    )
+    raise ValueError(f"{path}: its first row has {len(head.columns)} columns and is none of: {_KNOWN}")
 
 
 def _head_of(path: Path, key_pattern: str | None) -> Head:
     """The beginning of a file. Raises `ValueError` where no format could be told by it."""
     index = TsvIndex(path, key_pattern)
     if not len(index):
-        raise ValueError(f"{path} has no row that begins with a key and a tab")
+        raise ValueError(f"{path} has no row that begins with a key and a tab: expected one of {_KNOWN}")
     try:
         columns = index.columns(0)
     except BadRow as bad:

@@ -40,7 +40,7 @@ def choose_columns(names: Collection[str], arguments: SourceArguments, where: st
     for role, known in _KNOWN_COLUMNS.items():
         asked = getattr(arguments, f"{role}_column")
         chosen[role] = asked or next((name for name in known if name in names), None)
-    missing = [f"--{role}_column" for role, name in chosen.items() if name is None and role != "key"]
+    missing = [f"--{role}-column" for role, name in chosen.items() if name is None and role != "key"]
     absent = [name for name in chosen.values() if name is not None and name not in names]
     image, caption = chosen["image"], chosen["caption"]
     if image is None or caption is None or absent:

@@ -96,9 +96,9 @@ def _open(arguments: DetectorArguments, device: torch.device) -> Detector:
     if config.model_type in MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES:
         return TransformersDetector(arguments, config, device)
     raise ValueError(
-        f"{arguments.detector} is a {config.model_type!r}: expected vinvl, one of "
-        f"{', '.join(MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES)}, "
-        f"or, with --names, one of {', '.join(MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES)}"
+        f"--detector {arguments.detector} is of the kind {config.model_type!r}, which finds no objects: expected VinVL "
+        "(conversion.convert_vinvl), an object-detection model of Transformers (detr, rt_detr, d_fine, yolos, ...) or, "
+        "with --names, an open-vocabulary one (owlvit, owlv2, grounding-dino, ...)"
     )
 
 
