@@ -308,7 +308,7 @@ def test_other_settings_are_refused_until_told_to_overwrite(tmp_path):
 def test_wrong_input_is_told(tmp_path):
     write_pictures(tmp_path / "in", 1)
     table = write_jsonl(tmp_path / "in" / "t.jsonl", [{"picture": "0.jpg", "words": "c"}])
-    with pytest.raises(ValueError, match="columns picture, words: give --image_column, --caption_column"):
+    with pytest.raises(ValueError, match="columns picture, words: give --image-column, --caption-column"):
         run(tmp_path / "o1", "--input", table)
     with pytest.raises(ValueError, match="there is no column nothing"):
         run(tmp_path / "o2", "--input", table, "--image_column", "picture", "--caption_column", "nothing")
