@@ -100,8 +100,8 @@ def _figure(data: AnnotatedPictures, found: Found, compared: Compared, picture: 
     scale = _SIDE / max(plain.size)
     plain = plain.resize((round(plain.width * scale), round(plain.height * scale)), Image.Resampling.BICUBIC)
     names = data.class_names
-    seen = [(found.boxes[n], _RIGHT, "") for n in compared.right]
-    seen += [(found.boxes[n], _WRONG, f"{names[found.labels[n]]} {found.scores[n]:.2f}") for n in compared.wrong]
+    seen = [(found.boxes[n], _WRONG, f"{names[found.labels[n]]} {found.scores[n]:.2f}") for n in compared.wrong]
+    seen += [(found.boxes[n], _RIGHT, "") for n in compared.right]  # last, or the others cover them
     there = [
         (np.array(thing.box), _MISSED if n in compared.missed else _RIGHT, names[thing.label])
         for n, thing in enumerate(picture.objects)
