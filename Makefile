@@ -8,7 +8,7 @@ CORE_TORCH := 2.13.0
 CORE_TESTS := tests/pyramidclip_hf --ignore tests/pyramidclip_hf/vinvl tests/test_core_environment.py
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-main test-core test-all test-ranks test-faults test-kernels test-upstream bench gpu gpu-wheels test-versions lint clean
+.PHONY: help setup demo test test-main test-core test-app test-all test-ranks test-faults test-kernels test-upstream bench gpu gpu-wheels test-versions lint clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -45,7 +45,20 @@ $(CORE)/installed: setup.cfg pyproject.toml constraints.txt
 
 test-all: $(VENV)/installed  ## every test, the long ones too
 	$(PYTEST) -n $(WORKERS)
-	$(MAKE) test-core test-versions
+	$(MAKE) test-core test-app test-versions
+
+APP := .venv-app
+APP_TESTS := $(wildcard tests/pyramidclip_hf/test_app*.py)
+test-app: $(APP)/installed  ## the page of `pyramidclip app`, in a browser too: wants Debian's chromium, or Chrome
+	$(APP)/bin/python -m pytest $(APP_TESTS)
+
+# The tested versions but for what constraints-app.txt has.
+$(APP)/installed: setup.cfg pyproject.toml constraints.txt constraints-app.txt
+	$(PYTHON) -m venv --clear $(APP)
+	{ grep -v '^pillow==' constraints.txt; cat constraints-app.txt; } > $(APP)/constraints.txt
+	$(APP)/bin/python -m pip install --disable-pip-version-check --constraint $(APP)/constraints.txt \
+		--editable ".[app]" playwright pytest pytest-timeout pytest-xdist
+	touch $@
 
 test-faults: $(VENV)/installed  ## runs killed at each file operation, on a full disk, with damaged files; hostile bytes
 	$(PYTEST) -n $(WORKERS) tests/faults tests/test_fuzz.py tests/training/data/test_faults.py \
@@ -115,4 +128,4 @@ lint: $(VENV)/installed  ## ruff, its format check, and mypy
 	$(BIN)/mypy
 
 clean:  ## remove the environments and what the tools cached
-	rm -rf $(VENV) $(CORE) $(VERSIONS:%=.venv-%) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .cache
+	rm -rf $(VENV) $(CORE) $(APP) $(VERSIONS:%=.venv-%) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .cache

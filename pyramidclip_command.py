@@ -371,6 +371,7 @@ def build_parser() -> CommandParser:
     _add_search(command("search", "find pictures by text or picture in a file of embeddings"))
     _add_explain(command("explain", "show which parts of a picture speak for a text"))
     _add_export(command("export", "write a model for ONNX Runtime or OpenVINO"))
+    _add_app(command("app", "serve a page to try one or two models on"))
     return parser
 
 
@@ -497,6 +498,49 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no notes")
 
 
+def _port(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to 65535, got {text}")
+    return number
+
+
+def _add_app(parser: argparse.ArgumentParser) -> None:
+    model_help = "folder of a saved model, or Hub id; default: those that `make demo` left in runs/demo, compared"
+    parser.add_argument("--model", help=model_help)
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument("--compare", metavar="MODEL", help="a second model, beside the first one")
+    parser.add_argument(
+        "--embeddings",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="what to search in: files that `pyramidclip embed` wrote with these models, one a model",
+    )
+    parser.add_argument(
+        "--examples",
+        nargs="+",
+        default=[],
+        metavar="PICTURES",
+        help="to begin with: files or folders; NAME.json and NAME.roi.npy beside NAME.jpg are its regions",
+    )
+    parser.add_argument("--labels-file", metavar="FILE", help="labels to begin with, one a line")
+    parser.add_argument(
+        "--device", default="auto", help="default: auto, an accelerator if there is one; or cpu, cuda, cuda:1, mps"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine alone")
+    parser.add_argument("--port", type=_port, help="default: the first free one from 7860 on")
+    parser.add_argument(
+        "--share", action="store_true", help="a public address for a week, through Gradio's servers; off by default"
+    )
+    parser.add_argument(
+        "--max-image-pixels",
+        type=_at_least_one,
+        default=50_000_000,
+        help="pictures with more are refused (default: %(default)s)",
+    )
+
+
 # What the subcommands read, beside models and pictures.
 _READ = ("labels_file", "templates", "texts", "font", "image", "embeddings", "picture", "pairs", "classes")
 
@@ -504,10 +548,11 @@ _READ = ("labels_file", "templates", "texts", "font", "image", "embeddings", "pi
 def _run(args: argparse.Namespace) -> int:
     # torch and transformers take seconds to import: help, wrong flags and what is missing answer without them.
     check_there("--model", args.model, "folder of a saved model, or Hub id", "id")
+    check_there("--compare", getattr(args, "compare", None), "folder of a saved model, or Hub id", "id")
     for name in _READ:
         flag = "" if name in ("embeddings", "picture") else f"--{name.replace('_', '-')}"
         check_there(flag, getattr(args, name, None))
-    for flag, name in (("", "pictures"), ("--calibration", "calibration")):
+    for flag, name in (("", "pictures"), ("--calibration", "calibration"), ("--examples", "examples")):
         check_there(flag, [one for one in getattr(args, name, ()) if one != "-"], kind="data")
     from pyramidclip_hf.commands import COMMANDS
 

@@ -22,9 +22,10 @@ from PIL import Image
 
 from pyramidclip_command import EXIT_SKIPPED
 
-from .backends import MAX_DISAGREEMENT, ExportedModel, load_exported
-from .embedding_files import EmbeddingJob, check_output, read_embeddings, read_metadata, rows_at
-from .embedding_index import build_index, search_blocks, search_index
+from .app_page import run_app
+from .backends import ExportedModel, load_exported
+from .embedding_files import EmbeddingJob, check_output, read_metadata
+from .embedding_search import best_hits, check_made_by
 from .explain import explain_image
 from .export import compare_on_data, export_model, read_pairs
 from .files import json_text
@@ -47,12 +48,10 @@ from .picture_files import (
 from .processing_pyramidclip import PyramidCLIPProcessor
 from .zero_shot import (
     IMAGENET_TEMPLATES,
-    Matches,
     class_embeddings,
     classify_embeddings,
     embeddings_ahead,
     image_embeddings,
-    retrieve,
     text_embeddings,
 )
 
@@ -64,9 +63,6 @@ _PROMPTS_WORTH_A_BAR = 1000
 # How many are looked at to see what numbers pass through a tower.
 _CALIBRATION_PICTURES = 128
 _CALIBRATION_TEXTS = 256
-
-# Bytes from which on a file of embeddings is read block by block.
-_LARGE_FILE = 1 << 30
 
 # A picture's path, and its `pixel_values` (3, H, W) or why it has none.
 Reading = tuple[str, torch.Tensor | UnreadablePicture]
@@ -390,13 +386,7 @@ def run_search(args: argparse.Namespace) -> int:
             raise ValueError(f"{args.embeddings} holds texts: a contact sheet (--output) needs pictures.")
     args.model = args.model or metadata["model"]
     loaded = _load(args, messages)
-    if loaded.sha256() != metadata["model_sha256"]:
-        raise ValueError(
-            f"{args.embeddings} was made by another model: {metadata['model']} (weights "
-            f"{metadata['model_sha256'][:12]}), but {args.model} has the weights {loaded.sha256()[:12]}. "
-            "Embeddings of two models cannot be compared: take that --model, or embed again."
-        )
-    _check_engines(metadata, loaded, args.embeddings)
+    check_made_by(metadata, loaded, args.embeddings)
     titles = args.text + args.image
     found = _best(loaded, metadata["kind"], args)
     for title, hits in zip(titles, found):
@@ -420,21 +410,6 @@ def run_search(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_engines(metadata: dict[str, Any], loaded: Loaded[Any], path: str) -> None:
-    """ValueError where embeddings of one model come from engines that are further apart than a search can bear."""
-    there = metadata["settings"].get("engine")
-    here = loaded.model.engine._asdict() if isinstance(loaded.model, ExportedModel) else None
-    apart = sum(one["disagreement"] for one in (there, here) if one)
-    same = {name: (there or {}).get(name) == (here or {}).get(name) for name in ("backend", "dtype")}
-    if apart > MAX_DISAGREEMENT and not all(same.values()):
-        names = [f"{one['backend']} in {one['dtype']}" if one else "torch" for one in (there, here)]
-        raise ValueError(
-            f"{path} was made with {names[0]}, the query is embedded with {names[1]}: their unit embeddings are up to "
-            f"{apart:.1e} apart, more than the {MAX_DISAGREEMENT:.0e} that a search can bear. Take the same --backend "
-            "and --dtype."
-        )
-
-
 def _best(loaded: Loaded[Any], kind: str, args: argparse.Namespace) -> list[list[Hit]]:
     """The hits of each query: texts first, then pictures."""
     queries = []
@@ -443,13 +418,7 @@ def _best(loaded: Loaded[Any], kind: str, args: argparse.Namespace) -> list[list
     pictures = [_picture_of("--image", path, args.max_image_pixels) for path in args.image]
     if pictures:
         queries.append(image_embeddings(loaded.model, loaded.processor, pictures))
-    matches = _matches(Path(args.embeddings), torch.cat(queries), args)
-    rows = np.unique(matches.indices)
-    names = dict(zip(rows.tolist(), rows_at(args.embeddings, rows, kind).tolist(), strict=True))
-    return [
-        [Hit(rank, score, names[place]) for rank, (score, place) in enumerate(zip(scores, places), start=1)]
-        for scores, places in zip(matches.scores.tolist(), matches.indices.tolist())
-    ]
+    return best_hits(args.embeddings, kind, torch.cat(queries), args.top_k, args.index)
 
 
 def _picture_of(flag: str, path: str, max_image_pixels: int) -> Image.Image:
@@ -458,16 +427,6 @@ def _picture_of(flag: str, path: str, max_image_pixels: int) -> Image.Image:
         return read_picture(path, max_image_pixels)
     except UnreadablePicture as error:
         raise ValueError(f"{flag} {path}: cannot be read: {error}".lstrip()) from error
-
-
-def _matches(path: Path, queries: torch.Tensor, args: argparse.Namespace) -> Matches:
-    """Through the index that was named, else exactly: in memory, or block by block where the file is large."""
-    if args.index:
-        build_index(path, Path(args.index))
-        return search_index(path, Path(args.index), queries, args.top_k)
-    if path.stat().st_size >= _LARGE_FILE:
-        return search_blocks(path, queries, args.top_k)
-    return retrieve(queries, torch.from_numpy(read_embeddings(path).embeddings), args.top_k)
 
 
 # explain
@@ -543,4 +502,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "search": run_search,
     "explain": run_explain,
     "export": run_export,
+    "app": run_app,
 }

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import (
@@ -322,6 +322,32 @@ def publish_folder(
         return _push(_visible_files(staged), repo_id, token, private, revision, commit_message)
 
 
+def publish_space(folder: str | Path, repo_id: str, *, private: bool | None = None) -> str:
+    """Puts the folder of a Gradio Space into the Space of this name in one commit, making it where there is none.
+
+    Files that the Space has and the folder does not are left alone. The folder is only read.
+
+    Args:
+        folder: with `README.md`, whose metadata the Hub checks first, and `app.py`.
+        repo_id: "user/name"; a model of that name is another repository.
+        private: visibility of a Space made here.
+
+    Returns:
+        the address of the commit.
+
+    Raises:
+        ValueError: the folder is none of a Space, or the `repo_id` cannot be.
+        PublishError: as `publish_folder`.
+    """
+    files = _visible_files(Path(folder))
+    if not {"README.md", "app.py"} <= files.keys():
+        raise ValueError(
+            f"Expected the folder of a Space, with README.md and app.py, found neither or one at {folder}."
+        )
+    validate_repo_id(repo_id)
+    return _push(files, repo_id, None, private, None, "Publish the page", repo_type="space")
+
+
 @contextlib.contextmanager
 def _staged(folder: Path, card: ModelCard | None, remote_code: bool) -> Iterator[Path]:
     """A folder elsewhere with the files to publish: links, and copies of what may be changed there."""
@@ -347,21 +373,28 @@ def _push(
     private: bool | None,
     revision: str | None,
     commit_message: str,
+    repo_type: Literal["model", "space"] = "model",
 ) -> str:
     api, done = HfApi(token=token), "nothing was sent"
     try:
         # A card that the Hub would refuse is found before the repository exists.
         if "README.md" in files:
-            ModelCard.load(files["README.md"], ignore_metadata_errors=False).validate()
-        api.create_repo(repo_id, private=private, exist_ok=True)
+            ModelCard.load(files["README.md"], ignore_metadata_errors=False).validate(repo_type)
+        sdk = "gradio" if repo_type == "space" else None
+        api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type, space_sdk=sdk)
         done = "the repository exists and its files are as they were"
-        before = api.model_info(repo_id, revision=revision)
+        before = api.repo_info(repo_id, revision=revision, repo_type=repo_type)
         present = [sibling.rfilename for sibling in before.siblings or ()]
         stale = [name for name in present if name not in files and _is_weight_file(name)]
         added = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
         deleted = [CommitOperationDelete(name) for name in stale]
         commit = api.create_commit(
-            repo_id, [*added, *deleted], commit_message=commit_message, revision=revision, parent_commit=before.sha
+            repo_id,
+            [*added, *deleted],
+            commit_message=commit_message,
+            revision=revision,
+            repo_type=repo_type,
+            parent_commit=before.sha,
         )
         return str(commit.commit_url)
     except Exception as error:

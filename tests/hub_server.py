@@ -76,7 +76,7 @@ def client_environment(hub, home, token="hf_" + "s3cr3t" * 5):
 
 
 def card_faults(content):
-    """What the Hub checks in a card's metadata, as far as these cards have it."""
+    """What the Hub checks in the metadata of a card, a Space's too, as far as these cards have it."""
     found = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
     if not found:
         return ["no metadata between two lines of ---"]
@@ -86,6 +86,15 @@ def card_faults(content):
         faults.append(f"license {data.get('license')!r} is not on the list")
     if not all(isinstance(tag, str) for tag in data.get("tags", [])):
         faults.append("tags must be strings")
+    if "sdk" in data:
+        colours = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
+        wrong = {data.get("colorFrom"), data.get("colorTo")} - colours
+        faults += [f"colour {one!r} is not on the list" for one in wrong]
+        faults += [
+            f"{name} must be a text" for name in ("sdk_version", "app_file") if not isinstance(data.get(name), str)
+        ]
+        if len(data.get("short_description", "")) > 60:
+            faults.append("short_description is longer than 60 characters")
     for entry in data.get("model-index", []):
         if not isinstance(entry.get("name"), str) or not entry["name"]:
             faults.append("model-index entries need a name")
@@ -153,6 +162,10 @@ class Handler(BaseHTTPRequestHandler):
     def create(self, body):
         asked = json.loads(body)
         name = f"{asked.get('organization') or OWNER}/{asked['name']}"
+        if asked.get("type") == "space":
+            if asked.get("sdk") not in ("gradio", "docker", "static"):
+                return self.refuse(400, "BadRequest", "a Space needs an sdk")
+            name = f"spaces/{name}"
         if name.endswith("/forbidden"):
             return self.refuse(403, "Forbidden", "You don't have the rights to create a model here")
         if name in self.server.repositories:
@@ -247,17 +260,18 @@ def as_listed(path, data):
     return {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
 
 
-NAME = r"([\w.-]+/[\w.-]+)"
-KIND = "(?:models|datasets)"
+# A Space's name has its kind in front, as it is another repository than the model of that name.
+NAME = r"((?:spaces/)?[\w.-]+/[\w.-]+)"
+OF_ANY_KIND = "/api/(?:models/|datasets/|(?=spaces/))"
 ROUTES = (
     ("/api/validate-yaml", "validate_card"),
     ("/api/repos/create", "create"),
-    (rf"/api/{KIND}/{NAME}(?:/revision/(.+))?", "information"),
-    (rf"/api/models/{NAME}/preupload/.+", "preupload"),
+    (rf"{OF_ANY_KIND}{NAME}(?:/revision/(.+))?", "information"),
+    (rf"{OF_ANY_KIND}{NAME}/preupload/.+", "preupload"),
     (rf"/{NAME}\.git/info/lfs/objects/batch", "lfs_batch"),
     (r"/upload/(\w+)", "upload"),
-    (rf"/api/models/{NAME}/commit/.+", "commit"),
-    (rf"/api/{KIND}/{NAME}/tree/.+", "tree"),
-    (rf"/api/{KIND}/{NAME}/paths-info/.+", "paths"),
+    (rf"{OF_ANY_KIND}{NAME}/commit/.+", "commit"),
+    (rf"{OF_ANY_KIND}{NAME}/tree/.+", "tree"),
+    (rf"{OF_ANY_KIND}{NAME}/paths-info/.+", "paths"),
     (rf"/(?:datasets/)?{NAME}/resolve/([^/]+)/(.+)", "resolve"),
 )

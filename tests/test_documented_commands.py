@@ -49,6 +49,7 @@ LONG = {
 }
 # What parts of the other commands do not run, by words that they hold.
 LONG_WORDS = {
+    "app": "serves until it is stopped; tests/pyramidclip_hf/test_app_page.py",
     "export": "half a minute; tests/pyramidclip_hf/commands/test_export.py",
     "--bench": "downloads; tests/training/evaluation/test_clip_benchmark.py",
     "--dataset": "data sets of others; tests/training/evaluation/test_sets.py",

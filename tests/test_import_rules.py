@@ -49,9 +49,9 @@ SIBLINGS = {
     "picture_files": {"image_processing_pyramidclip", "files"},
 }
 # These put the parts together and may import any sibling.
-ASSEMBLERS = {"__init__", "hub", "loading", "backends", "export", "commands"}
+ASSEMBLERS = {"__init__", "hub", "loading", "backends", "export", "embedding_search", "app", "app_page", "commands"}
 # Installed with the package, for these modules: what else is copied to the Hub with a model must not need them.
-HELPERS = {"filelock": {"files"}, "pyramidclip_command": {"commands", "export", "loading"}}
+HELPERS = {"filelock": {"files"}, "pyramidclip_command": {"commands", "export", "loading", "app_page"}}
 
 # The layers of `training/` from the top: an import leads to a lower line or stays in its room. What lies directly in
 # `training/` is a command, and so is what lies directly in `training/prepare/`, whose rooms hold what it is made of.

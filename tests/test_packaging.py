@@ -44,8 +44,8 @@ def extras():
     return {name: requirement_names(text) for name, text in setup_cfg().items("options.extras_require")}
 
 
-def pinned_versions():
-    lines = (CHECKOUT / "constraints.txt").read_text(encoding="utf8").splitlines()
+def pinned_versions(file="constraints.txt"):
+    lines = (CHECKOUT / file).read_text(encoding="utf8").splitlines()
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
@@ -186,10 +186,11 @@ def test_the_citation_is_the_model_cards():
     assert citation["license"] == setup_cfg()["metadata"]["license_expression"]
 
 
-def test_dependencies_are_the_core_and_dev_is_everything():
+def test_dependencies_are_the_core_and_dev_is_everything_but_the_page():
     core = requirement_names(setup_cfg()["options"]["install_requires"])
     assert core == set("torch transformers huggingface_hub safetensors pillow tokenizers numpy ftfy".split())
-    assert set(extras()) == {"train", "demo", "vinvl", "detection", "eval", "export", "search", "select", "dev"}
+    named = {"train", "demo", "vinvl", "detection", "eval", "export", "search", "select", "app", "dev"}
+    assert set(extras()) == named
     dev = setup_cfg()["options.extras_require"]["dev"]
     assert "pyramidclip-hf[train,demo,vinvl,detection,eval,export,search,select]" in dev
 
@@ -198,7 +199,9 @@ def test_constraints_pin_what_is_installed_here():
     """Each requirement is pinned, and where a pinned package is installed it has the pinned version."""
     pins = {canonical(name): version for name, version in pinned_versions().items()}
     named = set().union(requirement_names(setup_cfg()["options"]["install_requires"]), *extras().values())
-    assert {canonical(name) for name in named} - {"pyramidclip-hf"} <= pins.keys()
+    of_the_page = {canonical(name) for name in pinned_versions("constraints-app.txt")}
+    assert {canonical(name) for name in named} - {"pyramidclip-hf"} <= pins.keys() | of_the_page
+    assert of_the_page & pins.keys() == {"pillow"}, "what make test-app has in another version than the other tests"
     installed = {}
     for found in importlib.metadata.distributions():
         # The first on the path is the one that is imported; setuptools adds copies of its own behind it.

@@ -13,6 +13,8 @@ A demo that was stopped continues: finished stages are kept, a training continue
     pyramid/ clip/ clip_same_time/    one run each (`training.pretrain`), the model in final/
     stages.json                 what is done, seconds and CPU seconds of each stage, and the settings
     evaluation/NAME.npz, .json  embeddings and scores of each run
+    pictures/ examples/         held-out scenes as files, and their embeddings by pyramid and CLIP in pyramid.npz and
+                                clip.npz: what `pyramidclip app` shows in this folder
     report.html
 """
 
@@ -34,6 +36,7 @@ import torch
 import transformers
 
 from pyramidclip_command import EXIT_STOPPED, Failure, run_command
+from pyramidclip_command import main as pyramidclip
 from pyramidclip_hf.files import json_text, write_atomically
 from pyramidclip_hf.loading import choose_device, load_model
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
@@ -44,6 +47,7 @@ from training.data.labelled import labelled_shards
 from training.data.samples import ShardSamples
 from training.emoji.pictures import ATTRIBUTION
 from training.emoji.scoring import PER_OBJECT, TRAIN, VALIDATION, Scores, draw_scenes, save_arrays, score_model
+from training.emoji.trying import write_pictures
 from training.evaluation.embedding import embed_levels
 from training.loop.tracking import read_metrics
 from training.reports.demo_page import SCENES_SHOWN, ReportedDemo, ReportedRun, write_report
@@ -60,6 +64,7 @@ STAGE_TITLES = {
     "clip_same_time": "training CLIP, same time",
     "reload": "loading in a new process and comparing",
     "evaluate": "evaluating the three models",
+    "try": "pictures to try two of them on",
 }
 
 
@@ -297,6 +302,24 @@ def evaluate_run(args: DemoArguments, name: str) -> Scores:
     return scores
 
 
+def embed_pictures(args: DemoArguments) -> int:
+    """Writes the pictures to try the models on, and their embeddings by pyramid and CLIP; returns how many there are.
+
+    Raises:
+        Failure: They could not be embedded.
+    """
+    write_pictures(args.folder / "scenes", args.folder)
+    pictures = args.folder / "pictures"
+    for name in ("pyramid", "clip"):
+        words = ["--model", str(args.folder / name / "final"), "--output", str(args.folder / f"{name}.npz")]
+        code = pyramidclip(["embed", str(pictures), *words, "--device", "cpu", "--overwrite", "--quiet"])
+        if code:
+            raise Failure(
+                f"the pictures could not be embedded by {name}; the reason is above. The same command continues"
+            )
+    return sum(1 for _ in pictures.iterdir())
+
+
 ##################################################################################################
 #  The report                                                                                    #
 ##################################################################################################
@@ -407,6 +430,9 @@ def run_demo(args: DemoArguments) -> Path:
     if not stages.done("evaluate"):
         with stages.clock("evaluate") as result:
             result |= {name: evaluate_run(args, name) for name in TITLES}
+    if not stages.done("try"):
+        with stages.clock("try") as result:
+            result["pictures"] = embed_pictures(args)
     return report(args, stages)
 
 
@@ -421,7 +447,7 @@ def summary(stages: Stages, path: Path) -> str:
     reload = stages.result("reload")
     equal = "bit-equal" if reload["equal"] else f"NOT equal: {reload['different']} numbers differ"
     lines.append(f"loaded in a new process: {equal}, {reload['numbers']:,} numbers")
-    lines.append(f"report: {path}")
+    lines.append(f"report: {path}; a page to try the models on: pyramidclip app")
     return "\n".join(lines)
 
 

@@ -8,12 +8,15 @@ import sys
 import markdown_it
 import pytest
 import torch
+import yaml
 from huggingface_hub import EvalResult, ModelCard
+from PIL import Image
 
 from pyramidclip_hf import PyramidCLIPConfig, PyramidCLIPModel, PyramidCLIPProcessor
 from tests.hub_server import card_faults, client_environment, running_hub
 from training.evaluation.results import write_json
 from training.loop.card import model_folder, publish, write_card
+from training.publish import main
 from training.settings.pretraining import PretrainingArguments
 
 LOAD_BACK = """
@@ -93,6 +96,55 @@ def test_run_is_published_in_one_commit_and_loads_back(run_folder, tmp_path, che
     assert ran.returncode == 1 and "no connection to the Hub" in ran.stderr
     assert contents(run_folder) == before
     assert environment["HF_TOKEN"] not in ran.stdout + ran.stderr
+
+
+@pytest.mark.loopback
+def test_a_page_is_published_beside_the_model(run_folder, tmp_path, checkout):
+    """Its README is what the Hub takes, its versions are pinned ones, and its code is the package's."""
+    (tmp_path / "labels.txt").write_text("a cat\na red bat\n")
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "pictures" / "red.png")
+    command = ["-m", "training.publish", "shapes-run", "tester/shapes", "--space", "--examples", "pictures"]
+    with running_hub() as hub:
+        environment = client_environment(hub, tmp_path / "home")
+        ran = run_module([*command, "--labels-file", "labels.txt"], tmp_path, checkout, environment)
+        assert ran.returncode == 0, ran.stderr
+        again = run_module(command, tmp_path, checkout, environment)
+        assert again.returncode == 0, again.stderr
+    model, space = (hub.repositories[name] for name in ("tester/shapes", "spaces/tester/shapes"))
+    assert ran.stdout.split() == [f"{hub.url}/tester/shapes/commit/{model.commits[1][0]}",
+                                  f"{hub.url}/spaces/tester/shapes/commit/{space.commits[1][0]}"]  # fmt: skip
+    files = space.commits[1][1]
+    card = files["README.md"].decode()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert card_faults(card) == [] and metadata["models"] == ["tester/shapes"] and metadata["app_file"] == "app.py"
+    written = contents(run_folder / "space")
+    assert written.keys() == space.files.keys() - {".gitattributes", "labels.txt"}
+    assert files["pyramidclip_hf/app.py"] == (checkout / "pyramidclip_hf" / "app.py").read_bytes()
+    assert files["labels.txt"] == b"a cat\na red bat\n" and files["examples/00.png"][1:4] == b"PNG"
+    assert '["--model", "tester/shapes", "--examples", "examples", "--labels-file", "labels.txt"]' in (
+        files["app.py"].decode()
+    )
+    pins = [line for name in ("constraints.txt", "constraints-app.txt") for line in
+            (checkout / name).read_text().splitlines()]  # fmt: skip
+    required = files["requirements.txt"].decode().split()
+    assert set(required) <= set(pins) and any(line.startswith("pillow==12.") for line in required)
+    assert metadata["sdk_version"] == dict(line.split("==") for line in required)["gradio"]
+
+
+def test_what_a_page_cannot_be_made_of(run_folder, tmp_path, capsys):
+    (tmp_path / "words.png").write_text("no picture")
+    words = [str(run_folder), "tester/shapes"]
+    for more, sentence in (
+        (["--examples", "x"], "--examples and --labels-file are the page's: add --space"),
+        (["--space", "--examples", str(tmp_path / "words.png")], "This is no picture"),
+        (["--space", "--labels-file", str(tmp_path / "gone.txt")], "gone.txt"),
+    ):
+        assert main([*words, *more]) == 2
+        assert sentence in capsys.readouterr().err
+    (run_folder / "space").mkdir()
+    assert main([*words, "--space"]) == 2
+    assert "was not written by --space: move it away" in capsys.readouterr().err
 
 
 def test_what_data_say_of_themselves_is_text_in_the_card(run_folder):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyramidclip_hf import commands, embedding_files, embedding_index
+from pyramidclip_hf import embedding_files, embedding_index, embedding_search
 from pyramidclip_hf.embedding_files import EmbeddingJob, embedding_blocks, read_embeddings, rows_at
 from tests.pyramidclip_hf.commands.plain import run
 
@@ -120,8 +120,8 @@ def test_the_command_gives_the_same_by_all_three_ways(embedded, tmp_path, capsys
     pytest.importorskip("faiss", reason='needs faiss-cpu: pip install "pyramidclip-hf[search]"')
     argv = ["search", embedded, "--text", "a red bat", "fox", "--top-k", 3, "--json"]
     whole = run(capsys, *argv)
-    monkeypatch.setattr(commands, "read_embeddings", None)
-    monkeypatch.setattr(commands, "_LARGE_FILE", 1)
+    monkeypatch.setattr(embedding_search, "read_embeddings", None)
+    monkeypatch.setattr(embedding_search, "_LARGE_FILE", 1)
     for words in ([], ["--index", tmp_path / "new.faiss"], ["--index", tmp_path / "new.faiss"]):
         code, out, err = run(capsys, *argv, *words)
         assert code == 0
