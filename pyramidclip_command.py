@@ -453,7 +453,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         help="search through this FAISS index, which is made if it is not there (file too "
         "large to be read for each query); a few hits may be missed",
     )
-    parser.add_argument("--output", metavar="SHEET", help="contact sheet to write, a PNG, JPEG or WebP")
+    parser.add_argument("--output", metavar="SHEET", help="contact sheet to write: a PNG, JPEG, WebP, or a page, .html")
     parser.add_argument("--overwrite", action="store_true", help="take the place of a sheet that is there")
     parser.add_argument("--font", metavar="FILE", help="TrueType font of the sheet, for queries beyond Latin letters")
     _add_common(parser, "folder of a saved model, or Hub id; default: the one that the embeddings name")

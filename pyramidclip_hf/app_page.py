@@ -55,6 +55,13 @@ _POLICY = (
 )
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
+# Gradio's examples are buttons without words.
+_NAMES = """() => {
+  const name = () => document.querySelectorAll("button.gallery-item:not([aria-label])").forEach(
+    (button, number) => button.setAttribute("aria-label", `Example ${number + 1}`));
+  new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
+  name();
+}"""
 _SURPRISE = "Something went wrong while answering. It is written down where the page was started; nothing else is lost."
 
 
@@ -155,6 +162,7 @@ def _serve(web: SimpleNamespace, page: Any, args: argparse.Namespace) -> str:
             max_file_size=MAX_UPLOAD_BYTES,
             app_kwargs={"middleware": middleware, "docs_url": None, "redoc_url": None, "openapi_url": None},
             theme=_theme(web.gradio),
+            js=_NAMES,
             css=Path(__file__).with_name("app_page.css").read_text(encoding="utf8"),
         )
     except OSError as error:

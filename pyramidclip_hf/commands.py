@@ -28,8 +28,9 @@ from .embedding_files import EmbeddingJob, check_output, read_metadata
 from .embedding_search import best_hits, check_made_by
 from .explain import explain_image
 from .export import compare_on_data, export_model, read_pairs
-from .files import json_text
+from .files import json_text, write_text
 from .fusion_pyramidclip import LinearBackend, OneDNNLinear
+from .hits_page import hits_page
 from .loading import Loaded, choose_device, load_model, told_slow_type
 from .modeling_pyramidclip import PyramidCLIPModel
 from .picture_files import (
@@ -57,6 +58,8 @@ from .zero_shot import (
 
 # What decides the pixels; the rest is on always.
 _PROCESSOR_SETTINGS = ("size", "crop_size", "resample", "image_mean", "image_std")
+# Of `search --output`, beside those of pictures.
+_PAGE_SUFFIXES = (".html", ".htm")
 # A bar for fewer prompts would be gone before it is read.
 _PROMPTS_WORTH_A_BAR = 1000
 
@@ -380,7 +383,7 @@ def run_search(args: argparse.Namespace) -> int:
         raise ValueError("--text: expected words to search for, got an empty text.")
     metadata = read_metadata(args.embeddings)
     if args.output:
-        check_picture_output(args.output, args.overwrite)
+        check_picture_output(args.output, args.overwrite, pages=_PAGE_SUFFIXES)
         check_font(args.font)
         if metadata["kind"] != "path":
             raise ValueError(f"{args.embeddings} holds texts: a contact sheet (--output) needs pictures.")
@@ -394,20 +397,33 @@ def run_search(args: argparse.Namespace) -> int:
             row = {"query": title, "rank": hit.rank, "score": round(hit.score, 6), metadata["kind"]: hit.name}
             messages.row(row, (title, hit.rank, f"{hit.score:.4f}", hit.name))
     if args.output:
-        queries = [(text, None) for text in args.text] + [(path, path) for path in args.image]
-        model_name = "/".join(Path(metadata["model"]).parts[-2:])
-        below = f"of {metadata['rows']} pictures, by {model_name}"
+        _write_sheet(args, metadata, found, messages)
+    return 0
+
+
+def _write_sheet(
+    args: argparse.Namespace, metadata: dict[str, Any], found: list[list[Hit]], messages: _Messages
+) -> None:
+    """Writes the hits as a page or as one picture, as the ending of `--output` says."""
+    queries = [(text, None) for text in args.text] + [(path, path) for path in args.image]
+    model_name = "/".join(Path(metadata["model"]).parts[-2:])
+    below = f"of {metadata['rows']} pictures, by {model_name}"
+    if Path(args.output).suffix.lower() in _PAGE_SUFFIXES:
+        page, absent = hits_page(queries, found, f"The best {below}", args.max_image_pixels)
+        write_text(args.output, page)
+        what = "page"
+    else:
         sheet, absent = contact_sheet(queries, found, below, args.max_image_pixels, args.font)
         save_picture(sheet, args.output)
         if lacking := characters_that_lack([*args.text, *(hit.name for hits in found for hit in hits)], args.font):
             messages.say(f"the sheet's font lacks {lacking}: --font FILE takes one that has them")
-        if absent:
-            messages.say(
-                f"{absent} pictures of the sheet could not be read; their paths are as `embed` was given them, so "
-                "relative ones count from where it ran"
-            )
-        messages.note(f"{args.output}: contact sheet of {sheet.width} x {sheet.height} pixels")
-    return 0
+        what = f"contact sheet of {sheet.width} x {sheet.height} pixels"
+    if absent:
+        messages.say(
+            f"{absent} pictures of the sheet could not be read; their paths are as `embed` was given them, so "
+            "relative ones count from where it ran"
+        )
+    messages.note(f"{args.output}: {what}")
 
 
 def _best(loaded: Loaded[Any], kind: str, args: argparse.Namespace) -> list[list[Hit]]:

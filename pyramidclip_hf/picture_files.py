@@ -39,7 +39,8 @@ SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 _CELL, _GAP, _MARGIN, _COLUMNS = 208, 16, 28, 5
 _CAPTION = 46
-_INK, _GREY, _PALE, _ACCENT = (28, 28, 30), (120, 122, 128), (240, 241, 243), (24, 96, 180)
+# The colours of page.css.
+_INK, _GREY, _PALE, _ACCENT = (29, 36, 51), (91, 98, 119), (246, 247, 250), (31, 95, 191)
 _MAX_SHEET_CELLS = 2000
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -171,10 +172,14 @@ def read_ahead(
                 future.cancel()
 
 
-def check_picture_output(path: str, overwrite: bool = False) -> None:
-    """ValueError unless `path` names a kind of picture, in a folder that exists, and no file that must stay."""
-    if Path(path).suffix.lower() not in SHEET_SUFFIXES or not Path(path).parent.is_dir():
-        raise ValueError(f"--output {path}: expected a picture ({' '.join(SHEET_SUFFIXES)}) in a folder that exists.")
+def check_picture_output(path: str, overwrite: bool = False, pages: Sequence[str] = ()) -> None:
+    """ValueError unless `path` names a kind of picture, in a folder that exists, and no file that must stay.
+
+    `pages` are further endings that are taken, those of pages.
+    """
+    if Path(path).suffix.lower() not in (*SHEET_SUFFIXES, *pages) or not Path(path).parent.is_dir():
+        kinds = f"a picture ({' '.join(SHEET_SUFFIXES)})" + (f" or a page ({' '.join(pages)})" if pages else "")
+        raise ValueError(f"--output {path}: expected {kinds} in a folder that exists.")
     if os.path.exists(path) and not overwrite:
         raise ValueError(f"--output {path}: there is such a file already; --overwrite takes its place.")
 

@@ -44,6 +44,8 @@ SIBLINGS = {
     "processing_pyramidclip": PREPROCESSING | {"versions_pyramidclip"},
     "zero_shot": PREPROCESSING | {"processing_pyramidclip"},
     "files": set(),
+    "pages": set(),
+    "hits_page": {"pages", "image_processing_pyramidclip", "picture_files"},
     "embedding_files": {"files"},
     "embedding_index": PREPROCESSING | {"processing_pyramidclip", "zero_shot", "embedding_files", "files"},
     "picture_files": {"image_processing_pyramidclip", "files"},

@@ -150,7 +150,8 @@ def test_by_keyboard_alone(page, folder):
 def test_every_control_has_a_name(page):
     """What a screen reader reads: no button, field or picture without words."""
     nameless = """() => [...document.querySelectorAll('button, input, textarea, img, [role=tab]')].filter(e => {
-        if (e.type === 'file' || !e.checkVisibility() || e.closest('[aria-hidden=true]')) return false;
+        if (e.type === 'file' || e.matches('button[aria-label] img')) return false;
+        if (!e.checkVisibility() || e.closest('[aria-hidden=true]')) return false;
         const named = e.getAttribute('aria-label') || e.getAttribute('aria-labelledby') || e.title || e.alt
             || e.innerText?.trim() || e.closest('label')?.innerText?.trim() || e.labels?.[0]?.innerText
             || e.getAttribute('placeholder') || e.querySelector('img[alt]')?.alt;

@@ -5,34 +5,26 @@
 The page holds everything in itself and loads nothing.
 """
 
-import base64
 import html
 import io
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from pyramidclip_command import CommandParser, check_there, run_command
 from pyramidclip_hf.files import write_text
-from training.data.records import BadSample, Region, Sample, phrase, sample_from_members
+from pyramidclip_hf.pages import data_uri, render
+from training.data.records import BadSample, Region, phrase, sample_from_members
 from training.data.shards import ShardReader, read_dataset_json
 from training.data.views import decoded_picture
 
 COLOURS = ("#e6194b", "#3cb44b", "#0082c8", "#f58231", "#911eb4", "#008080", "#d0a000", "#f032e6", "#7a4a1e", "#444444")
 _WIDTH = 640
-
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 24px auto; max-width: 1180px; color: #222; background: #fafafa; }
-h1 { font-size: 20px; } .about { color: #666; font-size: 13px; }
-article { display: flex; gap: 24px; background: #fff; border: 1px solid #ddd; border-radius: 6px; padding: 16px; margin:
-18px 0; } .picture { flex: 0 0 auto; max-width: 640px; } .words { flex: 1 1 0; min-width: 0; overflow-wrap: anywhere; }
-svg { display: block; max-width: 100%; height: auto; } h2 { font-size: 13px; margin: 0 0 10px; color: #666; font-weight:
-600; } dt { font-weight: 600; margin-top: 10px; } dd { margin: 0; } .none { color: #b00; font-style: italic; } ol {
-margin: 4px 0 0; padding-left: 24px; font-size: 13px; } .score { color: #777; }
-"""
+_TEMPLATE = Path(__file__).with_name("view_template.html")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,53 +66,43 @@ def page(shard: str | Path, number: int, first: int = 0, max_pixels: int = 100_0
                 f"{shard}, which has {len(reader)} samples, from 0 on: expected --first among them and 1 or more as "
                 f"--number, got {first} and {number}"
             )
-        samples = [_article(reader, i, max_pixels) for i in range(first, min(first + number, len(reader)))]
+        samples = [_shown(reader, i, max_pixels) for i in range(first, min(first + number, len(reader)))]
         size = len(reader)
     folder = str(shard).rpartition("/")[0] or "."
     made_by = (read_dataset_json(folder) or {}).get("made_by", {})
     named = {level: made.get("maker") if isinstance(made, dict) else made for level, made in made_by.items()}
     makers = "; ".join(f"{level} by {maker}" for level, maker in named.items() if maker)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(str(shard))}</title>'
-        f"<style>{_STYLE}</style></head>\n<body><h1>{html.escape(str(shard))}</h1>\n"
-        f'<p class="about">{len(samples)} of {size} samples. '
-        f"{html.escape(makers)}</p>\n{''.join(samples)}</body></html>\n"
-    )
+    return render(_TEMPLATE, {"shard": str(shard), "size": size, "samples": samples, "makers": makers})
 
 
-def _article(reader: ShardReader, i: int, max_pixels: int) -> str:
+def _shown(reader: ShardReader, i: int, max_pixels: int) -> dict[str, Any]:
+    """What the template shows of a sample, or what is wrong with it."""
     key = reader.keys[i]
     try:
         sample = sample_from_members(reader.read(i), key, reader.name)
         picture = decoded_picture(sample.image or b"", max_pixels)
     except (BadSample, ValueError) as bad:
-        return (
-            f'<article><div class="words"><h2>{html.escape(key)}</h2><p '
-            f'class="none">{html.escape(str(bad))}</p></div></article>\n'
-        )
-    return (
-        f'<article><div class="picture">{drawing(picture, sample.regions or [])}</div>\n<div class="words">'
-        f"<h2>{html.escape(key)} &nbsp; {picture.width} x {picture.height}</h2><dl>"
-        f"{_entry('Caption', sample.caption)}{_entry('Summary', sample.summary)}"
-        f"{_entry('Tags', ', '.join(sample.tags) if sample.tags else None)}"
-        f"</dl>{_list_of(sample)}</div></article>\n"
-    )
-
-
-def _entry(title: str, text: str | None) -> str:
-    shown = f"<dd>{html.escape(text)}</dd>" if text else '<dd class="none">none</dd>'
-    return f"<dt>{title}</dt>{shown}"
-
-
-def _list_of(sample: Sample) -> str:
+        return {"key": key, "fault": str(bad)}
     regions = sample.regions or []
-    features = "no features" if sample.roi is None else f"features {sample.roi.shape[0]} x {sample.roi.shape[1]}"
-    rows = "".join(
-        f'<li style="color:{COLOURS[n % len(COLOURS)]}">{html.escape(phrase(region))} '
-        f'<span class="score">{"no score" if region.score is None else f"{region.score:.3f}"}</span></li>'
-        for n, region in enumerate(regions)
-    )
-    return f'<p class="score">{len(regions)} regions, {features}</p><ol>{rows}</ol>'
+    return {
+        "key": key,
+        "fault": None,
+        "drawing": drawing(picture, regions),
+        "width": picture.width,
+        "height": picture.height,
+        "caption": sample.caption,
+        "summary": sample.summary,
+        "tags": ", ".join(sample.tags or []),
+        "features": "no features" if sample.roi is None else f"features {sample.roi.shape[0]} x {sample.roi.shape[1]}",
+        "regions": [
+            {
+                "phrase": phrase(region),
+                "score": "no score" if region.score is None else f"{region.score:.3f}",
+                "colour": COLOURS[number % len(COLOURS)],
+            }
+            for number, region in enumerate(regions)
+        ],
+    }
 
 
 def drawing(picture: Image.Image, regions: Sequence[Region]) -> str:
@@ -129,7 +111,7 @@ def drawing(picture: Image.Image, regions: Sequence[Region]) -> str:
     width, height = (max(1, round(side * scale)) for side in picture.size)
     buffer = io.BytesIO()
     picture.resize((width, height), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=85)
-    data = base64.b64encode(buffer.getvalue()).decode()
+    data = data_uri(buffer.getvalue(), "image/jpeg")
     boxes: list[str] = []
     words: list[str] = []
     taken: list[tuple[float, float, float]] = []
@@ -150,7 +132,7 @@ def drawing(picture: Image.Image, regions: Sequence[Region]) -> str:
     # Words last: a box drawn later must not hide them.
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
-        f'<image href="data:image/jpeg;base64,{data}" width="{width}" height="{height}"/>{"".join(boxes + words)}</svg>'
+        f'<image href="{data}" width="{width}" height="{height}"/>{"".join(boxes + words)}</svg>'
     )
 
 

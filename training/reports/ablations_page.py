@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from pyramidclip_hf.files import write_atomically
-from training.reports.demo_page import render
+from pyramidclip_hf.pages import render
 from training.reports.plots import row_panels
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from pyramidclip_hf.files import write_atomically
+from pyramidclip_hf.pages import data_uri, render
 from training.data.records import Region, Sample, phrase, tag_text
 from training.evaluation.retrieval import rank_counts
-from training.reports.plots import COLOURS, class_bars, data_uri, loss_curves, loss_floor, recall_curves
+from training.reports.plots import COLOURS, class_bars, loss_curves, loss_floor, recall_curves
 
 TEMPLATE = Path(__file__).with_name("demo_template.html")
 MEDIA_TYPES = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
@@ -96,20 +97,6 @@ class ReportedDemo:
     stages: list[tuple[str, float, float]]
     setup: str
     commands: str
-
-
-def render(template: Path, content: Mapping[str, Any]) -> str:
-    """The page that a Jinja template and its values make; every value that the template names must be there.
-
-    Raises:
-        ImportError: jinja2 is not installed.
-    """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ImportError('the report needs jinja2, which torch brings: pip install -e ".[train]"') from error
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(template.read_text(encoding="utf-8")).render(**content)
 
 
 def write_report(demo: ReportedDemo, path: str | Path) -> None:

@@ -1,7 +1,5 @@
 """A page with pictures of a test: what was found beside what is there, those with most mistakes first."""
 
-import base64
-import html
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +10,11 @@ from PIL import Image, ImageDraw
 
 from pyramidclip_hf.files import write_atomically
 from pyramidclip_hf.image_processing_pyramidclip import open_undecoded, upright_rgb
+from pyramidclip_hf.pages import data_uri, render
 from training.data.annotations import AnnotatedPicture, AnnotatedPictures
 from training.evaluation.detection import Found, Measured, overlaps_of
 
+_TEMPLATE = Path(__file__).with_name("detections_template.html")
 SHOWN = 48
 SURE = 0.5
 _SIDE = 320
@@ -60,30 +60,22 @@ def write_page(path: Path, data: AnnotatedPictures, found: Sequence[Found], meas
     order = sorted(range(len(compared)), key=lambda n: -len(compared[n].wrong) - len(compared[n].missed))
     wrong, missed = (sum(len(getattr(one, name)) for one in compared) for name in ("wrong", "missed"))
     right = sum(len(one.right) for one in compared)
-    figures = "".join(_figure(data, found[n], compared[n], data.pictures[n]) for n in order[:SHOWN])
-    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{100 * v:.1f}</td></tr>" for k, v in measured.metrics.items())
-    classes = "".join(
-        f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{_percent(value)}</td>' for value in values.values())}</tr>"
-        for name, values in sorted(measured.per_class.items(), key=lambda item: _worst_first(item[1]["voc_ap"]))
-    )
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in next(iter(measured.per_class.values())))
-    text = f"""<!doctype html><html lang="en"><meta charset="utf-8">
-<title>Detections in {html.escape(data.name)}</title>
-<style>body{{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1100px;padding:0 1rem;color:#222}}
-.all{{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:1rem}}figure{{margin:0}}
-img{{width:100%;image-rendering:auto;border-radius:4px}}figcaption{{font-size:13px}}
-td,th{{padding:.1rem .7rem .1rem 0;text-align:left}}
-.r{{color:{_RIGHT}}}.w{{color:{_WRONG}}}.m{{color:{_MISSED}}}</style>
-<h1>Detections in {html.escape(data.name)}</h1>
-<p>{len(data)} pictures. Of what was found with a score of at least {SURE}, <span class="r">{right} right</span> and
-<span class="w">{wrong} wrong</span>, which have name and score; <span class="m">{missed} objects missed</span>. Left:
-what was found. Right: what is there. Most mistakes first, {min(SHOWN, len(data))} pictures.</p>
-<div class="all">{figures}</div>
-<h2>Average precision, percent</h2>
-<p>voc_: VOC's 11-point rule, over ten overlaps, at 0.5, at 0.75; the others: COCO's.</p>
-<table>{rows}</table><h2>Each class</h2><table><tr><th>class</th>{head}</tr>{classes}</table></html>
-"""
-    write_atomically(path, text.encode())
+    content = {
+        "name": data.name,
+        "pictures": len(data),
+        "sure": SURE,
+        "right": right,
+        "wrong": wrong,
+        "missed": missed,
+        "figures": [_figure(data, found[n], compared[n], data.pictures[n]) for n in order[:SHOWN]],
+        "metrics": [(name, f"{100 * value:.1f}") for name, value in measured.metrics.items()],
+        "head": list(next(iter(measured.per_class.values()))),
+        "classes": [
+            [name, *map(_percent, values.values())]
+            for name, values in sorted(measured.per_class.items(), key=lambda item: _worst_first(item[1]["voc_ap"]))
+        ],
+    }
+    write_atomically(path, render(_TEMPLATE, content).encode())
 
 
 def _percent(value: float) -> str:
@@ -94,7 +86,8 @@ def _worst_first(value: float) -> float:
     return value if value == value else 2.0
 
 
-def _figure(data: AnnotatedPictures, found: Found, compared: Compared, picture: AnnotatedPicture) -> str:
+def _figure(data: AnnotatedPictures, found: Found, compared: Compared, picture: AnnotatedPicture) -> dict[str, str]:
+    """What the template shows of a picture: two drawings side by side, and what they show in words."""
     with open_undecoded(picture.path) as opened:
         plain = upright_rgb(opened)
     scale = _SIDE / max(plain.size)
@@ -111,11 +104,8 @@ def _figure(data: AnnotatedPictures, found: Found, compared: Compared, picture: 
         both.paste(_drawn(plain.copy(), entries, scale), (place, 0))
     file = io.BytesIO()
     both.save(file, "JPEG", quality=85)
-    coded = base64.b64encode(file.getvalue()).decode()
     told = f"{len(compared.right)} right, {len(compared.wrong)} wrong, {len(compared.missed)} missed"
-    name = html.escape(picture.path.name)
-    shown = f'<img alt="{told}" src="data:image/jpeg;base64,{coded}">'
-    return f"<figure>{shown}<figcaption>{name}: {told}</figcaption></figure>"
+    return {"name": picture.path.name, "told": told, "picture": data_uri(file.getvalue(), "image/jpeg")}
 
 
 def _drawn(picture: Image.Image, entries: Sequence[tuple[np.ndarray, str, str]], scale: float) -> Image.Image:

@@ -1,10 +1,11 @@
 """The plots of the reports, each as a data URI of an SVG picture. Pure functions of plain numbers."""
 
-import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from pyramidclip_hf.pages import data_uri
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,11 +15,6 @@ if TYPE_CHECKING:
 COLOURS = {"pyramid": "#1f5fbf", "clip": "#e07b1a", "clip_same_time": "#8f5a9e"}
 TERM_COLOURS = ("#1f5fbf", "#e07b1a", "#17804a", "#b3342b", "#8f5a9e", "#6d6a2f", "#2b9cb3", "#c2568c", "#555f73")
 INK, SOFT = "#1d2433", "#8a93a6"
-
-
-def data_uri(data: bytes, media_type: str) -> str:
-    """The bytes as a `data:` address that a page can hold instead of a file."""
-    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
 def loss_floor(smoothing: float, pairs: int) -> float:

@@ -1,6 +1,8 @@
-"""`pyramidclip search`: the ranks, files that are no embeddings, the contact sheet."""
+"""`pyramidclip search`: the ranks, files that are no embeddings, the contact sheet and the page."""
 
+import html
 import json
+import re
 
 import numpy as np
 from PIL import Image
@@ -124,3 +126,16 @@ def test_a_missing_picture_has_a_placeholder(embedded, pictures, capsys, tmp_pat
     code, out, err = run(capsys, *argv)
     assert code == 0 and out.count("\n") == 2 and "2 pictures of the sheet could not be read" in err
     assert Image.open(tmp_path / "sheet.jpg").format == "JPEG"
+
+
+def test_the_page_shows_the_hits_in_order_and_escapes_what_data_say(embedded, pictures, capsys, tmp_path):
+    page = tmp_path / "sheet.html"
+    argv = ["search", embedded, "--text", "<script>alert(1)</script>", "--image", pictures / "blue.jpg", "--top-k", 3]
+    code, out, err = run(capsys, *argv, "--output", page)
+    assert code == 0 and f"{page}: page" in err
+    text = page.read_text(encoding="utf8")
+    assert "<script" not in text and "&lt;script&gt;alert(1)" in text and "http" not in text.replace("http-equiv", "")
+    names = [line.split("\t")[-1] for line in out.splitlines()]
+    assert re.findall(r'title="([^"]+)"', text) == [html.escape(name) for name in names]
+    assert text.count('src="data:image/jpeg;base64,') == len(names) + 1  # and the picture that was asked with
+    assert run(capsys, *argv, "--output", page)[0] == 2, "a page that is there stays"
