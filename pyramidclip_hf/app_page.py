@@ -197,7 +197,14 @@ def _theme(gradio: Any) -> Any:
     theme = gradio.themes.Default(
         primary_hue="blue", neutral_hue="slate", radius_size="md", font=_FONTS, font_mono=("ui-monospace", "monospace")
     )
-    return theme.set(button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800")
+    return theme.set(
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        block_label_text_color="*neutral_600",
+        block_title_text_color="*neutral_700",
+    )
 
 
 class Page:
