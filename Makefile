@@ -48,8 +48,9 @@ test-all: $(VENV)/installed  ## every test, the long ones too
 	$(MAKE) test-core test-app test-versions
 
 APP := .venv-app
-APP_TESTS := $(wildcard tests/pyramidclip_hf/test_app*.py)
-test-app: $(APP)/installed  ## the page of `pyramidclip app`, in a browser too: wants Debian's chromium, or Chrome
+APP_TESTS := $(wildcard tests/pyramidclip_hf/test_app*.py) tests/training/test_static_page.py
+NPM_PACKAGES := onnxruntime-web@1.30.0 @huggingface/tokenizers@0.2.0
+test-app: $(APP)/installed  ## the page of `pyramidclip app`, and the static one, in a browser: wants npm, and Debian's chromium or Chrome
 	$(APP)/bin/python -m pytest $(APP_TESTS)
 
 # The tested versions but for what constraints-app.txt has.
@@ -57,7 +58,8 @@ $(APP)/installed: setup.cfg pyproject.toml constraints.txt constraints-app.txt
 	$(PYTHON) -m venv --clear $(APP)
 	{ grep -v '^pillow==' constraints.txt; cat constraints-app.txt; } > $(APP)/constraints.txt
 	$(APP)/bin/python -m pip install --disable-pip-version-check --constraint $(APP)/constraints.txt \
-		--editable ".[app]" playwright pytest pytest-timeout pytest-xdist
+		--editable ".[app,export]" playwright pytest pytest-timeout pytest-xdist
+	npm install --no-fund --no-audit --prefix $(APP) $(NPM_PACKAGES)
 	touch $@
 
 test-faults: $(VENV)/installed  ## runs killed at each file operation, on a full disk, with damaged files; hostile bytes

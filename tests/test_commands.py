@@ -51,6 +51,7 @@ WORDS_WITH_A_MISSING_PATH = {
     "training.prepare.view": "GONE --output OUT.html",
     "training.pretrain": "--model GONE --train-data GONE --output-dir OUT --max-steps 1",
     "training.publish": "GONE someone/name",
+    "training.static_page": "--model GONE --packages GONE --output-dir OUT",
     "training.scale": "--config GONE --gpus 8",
 }
 

@@ -45,6 +45,7 @@ LONG = {
     "training.prepare.detect": "a detector of gigabytes; tests/training/prepare/test_detect.py",
     "training.prepare.import_features": "files of others; tests/training/prepare/test_import_features.py",
     "training.prepare.select": "data of others; tests/training/prepare/test_select.py",
+    "training.static_page": "wants packages of npm; tests/training/test_static_page.py",
     "training.pretrain": "trains; tests/training/test_pretrain_data.py",
 }
 # What parts of the other commands do not run, by words that they hold.

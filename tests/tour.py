@@ -41,6 +41,7 @@ DESCRIPTIONS = {
     "training/configs/emoji_synonyms.json": "words of the scenes' captions and their synonyms",
     "training/configs/accelerate/fsdp2_refused.yaml": "FSDP2, which training.pretrain refuses, and why",
     "*.html": "the page's form, filled by the module of its name",
+    "training/static_page.js": "what the static page does: reading a picture, tokens, the two towers",
     "tests/bench/results/*.json": "numbers of one machine",
     "tests/bench/results/*.png": "the same as a picture",
     "tests/fixtures/preprocess_golden.npz": "pictures and what the reference's preprocessing makes of them",

@@ -23,7 +23,7 @@ from training.data.shards import ShardReader, read_dataset_json
 from training.data.views import decoded_picture
 
 COLOURS = ("#e6194b", "#3cb44b", "#0082c8", "#f58231", "#911eb4", "#008080", "#d0a000", "#f032e6", "#7a4a1e", "#444444")
-_WIDTH = 640
+_WIDTH, _LEAST = 640, 384
 _TEMPLATE = Path(__file__).with_name("view_template.html")
 
 
@@ -106,8 +106,9 @@ def _shown(reader: ShardReader, i: int, max_pixels: int) -> dict[str, Any]:
 
 
 def drawing(picture: Image.Image, regions: Sequence[Region]) -> str:
-    """SVG of an RGB picture, at most 640 wide or high, with the boxes of `regions` and their phrases."""
-    scale = min(1.0, _WIDTH / max(picture.size))
+    """SVG of an RGB picture, 384 to 640 on its longer side, with the boxes of `regions` and their phrases."""
+    # Small ones are enlarged, or the words would hide them.
+    scale = min(_WIDTH / max(picture.size), max(1.0, _LEAST / max(picture.size)))
     width, height = (max(1, round(side * scale)) for side in picture.size)
     buffer = io.BytesIO()
     picture.resize((width, height), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=85)
