@@ -35,7 +35,7 @@ def hits_page(
     Raises:
         ImportError: jinja2 is not installed.
     """
-    shown = []
+    shown, absent = [], 0
     for (title, path), hits in zip(queries, found, strict=True):
         rows = [
             {
@@ -48,8 +48,8 @@ def hits_page(
             }
             for hit in hits
         ]
+        absent += sum(row["picture"] is None for row in rows)
         shown.append({"title": title, "picture": _thumbnail(path, max_image_pixels) if path else None, "hits": rows})
-    absent = sum(row["picture"] is None for query in shown for row in query["hits"])
     return render(_TEMPLATE, {"title": "What was found", "below": below, "queries": shown}), absent
 
 

@@ -383,7 +383,8 @@ def _push(
         sdk = "gradio" if repo_type == "space" else None
         api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type, space_sdk=sdk)
         done = "the repository exists and its files are as they were"
-        before = api.repo_info(repo_id, revision=revision, repo_type=repo_type)
+        look = api.space_info if repo_type == "space" else api.model_info
+        before = look(repo_id, revision=revision)
         present = [sibling.rfilename for sibling in before.siblings or ()]
         stale = [name for name in present if name not in files and _is_weight_file(name)]
         added = [CommitOperationAdd(name, str(path)) for name, path in files.items()]

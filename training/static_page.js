@@ -37,7 +37,7 @@ function cleaned(label) {
   }
   words = words.replace(/[\u2018-\u201b]/g, "'").replace(/[\u201c-\u201f]/g, '"');
   words = words.replace(/[\ufb00-\ufb06\u0132\u0133]/g, (one) => one.normalize("NFKD"));
-  return words.split(/\s+/).filter(Boolean).join(" ").toLowerCase();
+  return words.normalize("NFC").split(/\s+/).filter(Boolean).join(" ").toLowerCase();
 }
 
 function encoded(tokenizer, label) {

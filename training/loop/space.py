@@ -100,10 +100,10 @@ def write_space(run: Path, repo_id: str, examples: Sequence[str] = (), labels_fi
         if pictures:
             words += ["--examples", "examples"]
             (aside / "examples").mkdir()
-            for number, picture in enumerate(map(Path, pictures)):
-                for suffix in (picture.suffix, ".json", ".roi.npy"):
-                    if picture.with_suffix(suffix).is_file():
-                        shutil.copyfile(picture.with_suffix(suffix), aside / "examples" / f"{number:02}{suffix}")
+            for number, path in enumerate(map(Path, pictures)):
+                for suffix in (path.suffix, ".json", ".roi.npy"):
+                    if path.with_suffix(suffix).is_file():
+                        shutil.copyfile(path.with_suffix(suffix), aside / "examples" / f"{number:02}{suffix}")
         if labels:
             words += ["--labels-file", "labels.txt"]
             (aside / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf8")
