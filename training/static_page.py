@@ -12,14 +12,13 @@ the first answer: export with --dtype int8 where it is good enough.
 
 import argparse
 import base64
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pyramidclip_command import CommandParser, run_command
 from pyramidclip_hf.backends import load_exported
-from pyramidclip_hf.files import folder_written_aside, read_utf8
+from pyramidclip_hf.files import folder_written_aside, json_text, read_utf8
 from pyramidclip_hf.pages import render
 from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES
 
@@ -80,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
             # Scripts are what a page from disk may read; plain files are not.
             text = base64.b64encode(path.read_bytes()).decode()
             (aside / f"{name}.js").write_text(f'(window.held ??= {{}})["{name}"] = "{text}";\n', encoding="ascii")
-        script = f"const settings = {json.dumps(settings)};\n{_SCRIPT.read_text(encoding='utf8')}"
+        script = f"const settings = {json_text(settings)};\n{_SCRIPT.read_text(encoding='utf8')}"
         (aside / "static_page.js").write_text(script, encoding="utf8")
         page = render(_TEMPLATE, {"name": Path(loaded.name).name, "held": list(files), "labels": labels})
         (aside / "index.html").write_text(page, encoding="utf8")

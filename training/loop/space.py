@@ -1,6 +1,5 @@
 """The folder of a Space: the page of `pyramidclip app` for a published model, on the Hub's machines."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from huggingface_hub import SpaceCard
 from pyramidclip_command import Failure
 from pyramidclip_hf.app import Examples, labels_of, open_picture
 from pyramidclip_hf.app_page import MAX_EXAMPLES
-from pyramidclip_hf.files import folder_written_aside, read_utf8
+from pyramidclip_hf.files import folder_written_aside, json_text, read_utf8
 from pyramidclip_hf.hub import PublishError, publish_space
 from pyramidclip_hf.picture_files import find_pictures
 from training.loop.card import model_folder
@@ -110,7 +109,7 @@ def write_space(run: Path, repo_id: str, examples: Sequence[str] = (), labels_fi
         versions = tested_versions()
         required = "".join(f"{name}=={versions[name]}\n" for name in _REQUIRED)
         (aside / "requirements.txt").write_text(required, encoding="utf8")
-        (aside / "app.py").write_text(_APP.format(repo=repo_id, words=json.dumps(words)), encoding="utf8")
+        (aside / "app.py").write_text(_APP.format(repo=repo_id, words=json_text(words)), encoding="utf8")
         _card(repo_id, versions["gradio"]).save(aside / "README.md")
     return folder
 
@@ -118,7 +117,7 @@ def write_space(run: Path, repo_id: str, examples: Sequence[str] = (), labels_fi
 def _card(repo_id: str, gradio: str) -> SpaceCard:
     name = repo_id.partition("/")[2]
     lines = [
-        f"title: {json.dumps(name)}",
+        f"title: {json_text(name)}",
         "colorFrom: blue",
         "colorTo: indigo",
         "sdk: gradio",
@@ -126,7 +125,7 @@ def _card(repo_id: str, gradio: str) -> SpaceCard:
         'python_version: "3.11"',
         "app_file: app.py",
         "pinned: false",
-        f"models: [{json.dumps(repo_id)}]",
+        f"models: [{json_text(repo_id)}]",
         "short_description: Classify, explain and search with PyramidCLIP",
     ]
     return SpaceCard("---\n" + "\n".join(lines) + "\n---\n\n" + _TEXT.format(name=name, repo=repo_id))
