@@ -388,10 +388,10 @@ def run_search(args: argparse.Namespace) -> int:
         if metadata["kind"] != "path":
             raise ValueError(f"{args.embeddings} holds texts: a contact sheet (--output) needs pictures.")
     args.model = args.model or metadata["model"]
-    loaded = _load(args, messages)
-    check_made_by(metadata, loaded, args.embeddings)
+    # The model is gone before the file is searched.
+    queries = _queries(args, metadata, messages)
     titles = args.text + args.image
-    found = _best(loaded, metadata["kind"], args)
+    found = best_hits(args.embeddings, metadata["kind"], queries, args.top_k, args.index)
     for title, hits in zip(titles, found):
         for hit in hits:
             row = {"query": title, "rank": hit.rank, "score": round(hit.score, 6), metadata["kind"]: hit.name}
@@ -426,15 +426,22 @@ def _write_sheet(
     messages.note(f"{args.output}: {what}")
 
 
-def _best(loaded: Loaded[Any], kind: str, args: argparse.Namespace) -> list[list[Hit]]:
-    """The hits of each query: texts first, then pictures."""
+def _queries(args: argparse.Namespace, metadata: dict[str, Any], messages: _Messages) -> torch.Tensor:
+    """Unit embeddings (Q, D) of the queries, texts first, by the model that made the file.
+
+    Raises:
+        ValueError: another model, or an engine whose embeddings are further off than a search can bear.
+    """
+    # For a few queries fusing costs more time and memory than it saves.
+    loaded = _load(args, messages, fuse=False)
+    check_made_by(metadata, loaded, args.embeddings)
     queries = []
     if args.text:
         queries.append(text_embeddings(loaded.model, loaded.processor, args.text))
     pictures = [_picture_of("--image", path, args.max_image_pixels) for path in args.image]
     if pictures:
         queries.append(image_embeddings(loaded.model, loaded.processor, pictures))
-    return best_hits(args.embeddings, kind, torch.cat(queries), args.top_k, args.index)
+    return torch.cat(queries)
 
 
 def _picture_of(flag: str, path: str, max_image_pixels: int) -> Image.Image:

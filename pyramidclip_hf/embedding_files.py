@@ -26,8 +26,10 @@ from .files import json_text, write_atomically, written_aside
 SUFFIXES = (".parquet", ".npz")
 KINDS = ("path", "text")
 _METADATA_KEY = "pyramidclip"
-# Rows of a Parquet row group, at least: many small groups are slow to read.
-_ROW_GROUP = 1 << 15
+# Rows of a Parquet row group: where one row is wanted, its group is read.
+_ROW_GROUP = 1 << 10
+# Rows that are in memory where a file is read block by block.
+_BLOCK = 1 << 13
 # How far from 1 the length of a row may be.
 _LENGTH_TOLERANCE = 1e-3
 
@@ -329,7 +331,7 @@ def _vectors(column: Any) -> np.ndarray:
 def _parquet_blocks(path: Path) -> Iterator[np.ndarray]:
     _, parquet = _pyarrow()
     with parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=_ROW_GROUP, columns=["embedding"]):
+        for batch in file.iter_batches(batch_size=_BLOCK, columns=["embedding"]):
             yield _vectors(batch.column(0))
 
 
@@ -339,8 +341,8 @@ def _npz_blocks(path: Path) -> Iterator[np.ndarray]:
         (rows, width), fortran, dtype = np.lib.format.read_array_header_1_0(member)
         if fortran or dtype != np.float32:
             raise ValueError(f"{path}: expected embeddings (N, D) float32, row by row, got {dtype}.")
-        for start in range(0, rows, _ROW_GROUP):
-            count = min(_ROW_GROUP, rows - start)
+        for start in range(0, rows, _BLOCK):
+            count = min(_BLOCK, rows - start)
             block = np.frombuffer(member.read(count * width * 4), np.float32)
             yield block.reshape(count, width).copy()
 
@@ -424,9 +426,11 @@ def _write_parquet(file: BinaryIO, names: list[str], blocks: Iterator[np.ndarray
         if writer is None:
             fields = [(metadata["kind"], pyarrow.string()), ("embedding", vectors.type)]
             schema = pyarrow.schema(fields, metadata={_METADATA_KEY: json_text(metadata)})
-            writer = parquet.ParquetWriter(file, schema, use_dictionary=False)
+            # Numbers of unit vectors do not compress; packing and unpacking them takes half the time.
+            compression = {metadata["kind"]: "snappy", "embedding.list.element": "none"}
+            writer = parquet.ParquetWriter(file, schema, use_dictionary=False, compression=compression)
         columns = [pyarrow.array(names[done : done + len(rows)], pyarrow.string()), vectors]
-        writer.write_table(pyarrow.Table.from_arrays(columns, schema=writer.schema))
+        writer.write_table(pyarrow.Table.from_arrays(columns, schema=writer.schema), row_group_size=_ROW_GROUP)
         done, waiting = done + len(rows), []
 
     for block in blocks:

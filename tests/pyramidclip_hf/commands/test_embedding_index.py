@@ -39,6 +39,8 @@ def stored(request, tmp_path, monkeypatch):
     if request.param == ".parquet":
         pytest.importorskip("pyarrow", reason='needs pyarrow: pip install "pyramidclip-hf[train]"')
     monkeypatch.setattr(embedding_files, "_ROW_GROUP", 128)
+    monkeypatch.setattr(embedding_files, "_BLOCK", 200)
+    monkeypatch.setattr(embedding_index, "_CODED_AT_ONCE", 400)
     return written(tmp_path / f"rows{request.param}")
 
 
