@@ -307,7 +307,8 @@ def rows_at(path: str | os.PathLike, places: np.ndarray, column: str) -> np.ndar
             for group in np.unique(np.searchsorted(ends, places, side="right")):
                 first = ends[group - 1] if group else 0
                 own = places[(places >= first) & (places < ends[group])] - first
-                values = file.read_row_group(group, columns=[column]).column(0).combine_chunks()
+                table = file.read_row_group(group, columns=[column], use_threads=False)
+                values = table.column(0).combine_chunks()
                 taken = values.take(own)
                 found.append(_vectors(taken) if column == "embedding" else np.array(taken.to_pylist(), dtype=object))
             return np.concatenate(found)

@@ -2,8 +2,8 @@
 """Search in a file of embeddings that is larger than memory: block by block and exact, or by an index beside it.
 
 The index (FAISS, extra `search`) keeps a vector in D / 8 bytes and is read where a query needs it. What it finds is
-scored again with the file's own vectors, so that scores are exact and only what it overlooks is lost. It is three files:
-INDEX has the cells, INDEX.lists what lies in them, and INDEX.json says of which file of embeddings it is.
+scored again with the file's own vectors, so that scores are exact and only what it overlooks is lost. It is three
+files: INDEX has the cells, INDEX.lists what lies in them, and INDEX.json says of which file of embeddings it is.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from .zero_shot import Matches, retrieve
 # Vectors a cell of the index, and each of the 256 codes of a part of a vector, is trained with; FAISS wants 39.
 _TRAINED_A_CELL = 40
 _TRAINED_A_CODE = 64
-_CELLS_A_QUERY = 32
+_CELLS_A_QUERY = 64
 # Vectors whose codes are in memory while the index is made; they wait on disk for the others.
 _CODED_AT_ONCE = 1 << 19
 # Candidates that are scored again, for each hit that is asked for.
@@ -56,7 +56,7 @@ def build_index(path: Path, index_path: Path) -> None:
     """Makes the index of a file of embeddings, unless it is there.
 
     Raises:
-        ValueError: it is of another file.
+        ValueError: it is of another file, or the disk has too little room.
         ImportError: FAISS is not installed; names the extra.
     """
     faiss, ondisk = _faiss()

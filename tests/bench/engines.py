@@ -1,9 +1,11 @@
 """Picture embeddings on every engine that people run, in turn in one process
 
     python -m tests.bench.engines [--architectures ViT-B-32 RN50 ViT-B-16] [--rounds 21] [--output runs/engines.json]
+    python -m tests.bench.engines --threads 1     # seconds of the processor, for a machine that does other work too
     python -m tests.bench.engines --write     # and into results/engines.json and the table of docs/engines.md
 
-About 20 minutes on two idle cores. Of each architecture all engines in all types are called once a round, so that what
+About 20 minutes on two idle cores. On one thread seconds are those of the processor, into which other work on the
+machine does not count. Of each architecture all engines in all types are called once a round, so that what
 else the machine does hits all. Ratios are those of a round against transformers' CLIPModel in fp32, of a ResNet against
 its plain form. What an engine computes is compared with the plain form before anything is timed.
 """
@@ -17,6 +19,7 @@ import platform
 import re
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,6 @@ from pyramidclip_hf.backends import Backend, load_exported
 from pyramidclip_hf.export import export_model
 from pyramidclip_hf.loading import load_model
 from tests.bench.bench_model import clip_model, has_bf16_instructions
-from tests.bench.paired import _seconds, matmul_gigaflops
 from tests.plain_forms import lively
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "engines.md"
@@ -45,6 +47,14 @@ ENGINES = ("CLIPModel", *TORCH, *OTHERS)
 LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.99, "int8": 0.9}
 
 Call = Callable[[], torch.Tensor]
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Seconds of a call: on one thread those of the processor, of all threads of this process."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    call()
+    return clock() - start
 
 
 def torch_calls(model: PyramidCLIPModel, pixels: torch.Tensor, dtype: torch.dtype, compiled: bool) -> dict[str, Call]:
@@ -122,7 +132,7 @@ def measure(
         seconds: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
         for _ in range(rounds):
             for key, call in calls.items():
-                seconds[key].append(_seconds(call))
+                seconds[key].append(seconds_of(call))
     return [row_of(name, dtype, batch, seconds, cosines) for dtype in dtypes()]
 
 
@@ -182,24 +192,23 @@ def ratio_of(base: list[float], own: list[float]) -> dict[str, Any]:
     return {"ratio": round(statistics.median(ratios), 2), "spread": spread}
 
 
-def int8_gigaflops(size: int = 1024) -> float:
-    """As `matmul_gigaflops`, of int8 with sums in int32."""
-    ones = torch.ones(size, size, dtype=torch.int8)
-    return 2 * size**3 / min(_seconds(lambda: torch._int_mm(ones, ones)) for _ in range(5)) / 1e9
+def product_gigaflops(dtype: str, size: int = 2048) -> float:
+    """What a square matrix product reaches here, int8 with sums in int32: the best of five."""
+    ones = torch.ones(size, size, dtype=getattr(torch, dtype))
+    product = torch._int_mm if dtype == "int8" else torch.matmul
+    return 2 * size**3 / min(seconds_of(lambda: product(ones, ones)) for _ in range(5)) / 1e9
 
 
 def ceilings() -> dict[str, Any]:
     """The processor, and what one large product reaches there in each type."""
     model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf8"))
-    products = {"float32": matmul_gigaflops(2048, torch.float32), "int8": int8_gigaflops()}
-    if has_bf16_instructions():
-        products["bfloat16"] = matmul_gigaflops(2048, torch.bfloat16)
     packages = ("torch", "transformers", "onnxruntime", "openvino")
     return {
         "processor": model[1] if model else platform.machine(),
         "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 1),
-        "product_gigaflops": {dtype: round(value, 1) for dtype, value in products.items()},
+        "seconds": "processor" if torch.get_num_threads() == 1 else "wall clock",
+        "product_gigaflops": {dtype: round(product_gigaflops(dtype), 1) for dtype in dtypes()},
         **{package: importlib.metadata.version(package) for package in packages},
     }
 
@@ -237,6 +246,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.engines", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--architectures", nargs="+", default=list(PICTURES), choices=list(PICTURES))
     parser.add_argument("--rounds", type=int, default=21, help="timed calls of each way")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="1: by seconds of the processor")
     parser.add_argument("--output", type=Path, default=Path("runs/engines.json"))
     parser.add_argument("--write", action="store_true", help="into the checkout's result file and docs/engines.md too")
     return parser.parse_args()
@@ -245,7 +255,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Measures, shows and writes."""
     args = parse_arguments()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(args.threads)
     result: dict[str, Any] = {"machine": ceilings(), "rows": []}
     show(json.dumps(result["machine"]))
     for name in args.architectures:
@@ -255,11 +265,10 @@ def main() -> None:
         # After each architecture: what was measured stays when the rest is stopped.
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
-    if args.write:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
-        page = PAGE.read_text(encoding="utf8")
-        PAGE.write_text(re.sub(r"(^\|.*\n)+", lambda _: engines_table(result), page, count=1, flags=re.M), "utf8")
-        show(f"written into {RESULT} and {PAGE}")
+        if args.write:
+            RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
+            page = PAGE.read_text(encoding="utf8")
+            PAGE.write_text(re.sub(r"(^\|.*\n)+", lambda _: engines_table(result), page, count=1, flags=re.M), "utf8")
 
 
 if __name__ == "__main__":

@@ -92,6 +92,15 @@ def test_an_index_of_something_else_is_refused(stored, tmp_path):
     for call in (embedding_index.build_index, lambda *both: embedding_index.search_index(*both, queries, 5)):
         with pytest.raises(ValueError, match="was made of another file than .*Delete it"):
             call(other, index)
+    moved = tmp_path / "other" / "moved.faiss"
+    for ending in ("", ".lists", ".json"):
+        (tmp_path / f"rows.faiss{ending}").rename(f"{moved}{ending}")
+    assert embedding_index.search_index(path, moved, queries, 5).indices.shape == (20, 5)
+    lists = moved.with_name("moved.faiss.lists")
+    lists.write_bytes(lists.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="moved.faiss.lists beside it is missing or damaged. Delete the index"):
+        embedding_index.search_index(path, moved, queries, 5)
+    embedding_index.build_index(path, index)
     (tmp_path / "rows.faiss.json").unlink()
     with pytest.raises(ValueError, match="is no index that `pyramidclip search` made"):
         embedding_index.build_index(path, index)
@@ -100,6 +109,26 @@ def test_an_index_of_something_else_is_refused(stored, tmp_path):
     broken.write_bytes(broken.read_bytes()[:50])
     with pytest.raises(ValueError, match="cannot be read .*Delete it"):
         embedding_index.search_index(path, broken, queries, 5)
+
+
+def test_a_disk_without_room_is_said_and_nothing_is_left(stored, tmp_path, monkeypatch):
+    pytest.importorskip("faiss", reason='needs faiss-cpu: pip install "pyramidclip-hf[search]"')
+    path, _ = stored
+    (tmp_path / "full").mkdir()
+    free = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(embedding_index.shutil, "disk_usage", lambda folder: free)
+    with pytest.raises(ValueError, match="needs 0.0 GB on that disk while it is made, and there are 0.0 GB free"):
+        embedding_index.build_index(path, tmp_path / "full" / "rows.faiss")
+    assert [one.name for one in (tmp_path / "full").iterdir()] == ["rows.faiss.lock"]
+
+
+def test_one_row_of_a_parquet_file_costs_its_group(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason='needs pyarrow: pip install "pyramidclip-hf[train]"')
+    path, vectors = written(tmp_path / "rows.parquet", rows=3000)
+    with parquet.ParquetFile(path) as file:
+        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+    assert max(group.num_rows for group in groups) <= 1024 and sum(group.num_rows for group in groups) == 3000
+    assert np.array_equal(rows_at(path, np.array([1023, 1024, 2999]), "embedding"), vectors[[1023, 1024, 2999]])
 
 
 def test_rows_that_are_no_unit_vectors_and_too_few_are_named(stored, tmp_path):
