@@ -190,7 +190,7 @@ def _sample(path: Path, rows: int, count: int) -> np.ndarray:
     for block in embedding_blocks(path):
         if not len(sample):
             sample = np.empty((len(places), block.shape[1]), np.float32)
-        until = np.searchsorted(places, start + len(block))
+        until = int(np.searchsorted(places, start + len(block)))
         sample[done:until] = block[places[done:until] - start]
         start, done = start + len(block), until
     return sample
