@@ -21,13 +21,14 @@ import numpy as np
 from tqdm import tqdm
 
 from pyramidclip_command import check_there, run_command
-from pyramidclip_hf.files import json_text, written_aside
+from pyramidclip_hf.files import json_text, write_text, written_aside
 from training.data.records import BadSample
 from training.data.remote import is_url
 from training.data.shards import ShardWriter, read_dataset_json, refuse_unfinished, write_dataset_json
 from training.prepare.selecting.candidates import Candidate
 from training.prepare.selecting.decide import Decision, Output, Selection, decide, outputs
 from training.prepare.selecting.facts import Column, is_whole, measure_part
+from training.prepare.selecting.page import page
 from training.prepare.selecting.reading import read_rules
 from training.prepare.sources import (
     PairSource,
@@ -103,7 +104,8 @@ def select(settings: SelectSettings) -> Tally | None:
     worker = this_worker(settings.work, has_model=False)
     decision = chooser.decide(worker)
     if settings.select.dry_run:
-        chooser.print_taken(decision)
+        if worker.index == 0:
+            chooser.print_taken(decision)
         return None
     return chooser.write(decision, worker)
 
@@ -200,8 +202,18 @@ class Chooser:
                 self.measure(data, data.parts[name], columns, files[name], bar.update)
                 bar.set_postfix(parts=f"{done}/{len(waiting)}", refresh=False)
 
+    def read(self, part: int, positions: Sequence[int]) -> Iterator[RawPair]:
+        """The pairs of part number `part` at rising positions."""
+        source, of_part = self.data.source, list(self.data.parts.values())[part]
+        if isinstance(source, TarSource):
+            yield from source.read_at(of_part, positions)
+            return
+        wanted = set(positions)
+        pairs = (raw for raw in source.read(of_part) if not raw.is_note)
+        yield from (raw for position, raw in enumerate(pairs) if position in wanted)
+
     def print_taken(self, decision: Decision) -> None:
-        """Prints what each rule took."""
+        """Prints what each rule took, and writes the page."""
         facts = decision.facts
         faults = int(np.count_nonzero(facts.verdicts >= facts.SAME_KEY))
         print(f"select: {len(facts)} in, {faults} that cannot be used")
@@ -209,6 +221,10 @@ class Chooser:
             print(f"  {rule}: takes {taken}, leaves {left}")
         if self.selection.split is not None:
             print(f"  split: {int(decision.validation.sum())} to validation")
+        path = self.folder / "selection.html"
+        limit = self.settings.select.max_image_pixels
+        write_text(path, page(self.selection, decision, self.data.names, self.read, limit))
+        print(f"  with examples: {path}")
 
     def write(self, decision: Decision, worker: Worker) -> Tally | None:
         """Writes this process's share of the outputs; returns the total, or None while others are not finished."""
@@ -338,7 +354,7 @@ class _Writer:
         with ShardWriter(path) as writer:
             for part in output.parts:
                 chosen = self._account(part, output.side, tally, say)
-                for raw in self._read(self.chooser.data.parts[self.part_names[part]], chosen):
+                for raw in self.chooser.read(part, chosen):
                     advance(1)
                     candidate = Candidate(raw, self.chooser.settings.select.max_image_pixels)
                     try:
@@ -383,16 +399,6 @@ class _Writer:
                 tally.count(f"rejected_{rule}")
                 say(json_text({"part": where, "key": keys[position], "rule": rule}, ensure_ascii=False) + "\n")
         return positions
-
-    def _read(self, part: SourcePart, positions: Sequence[int]) -> Iterator[RawPair]:
-        """Those pairs of a part."""
-        source = self.chooser.data.source
-        if isinstance(source, TarSource):
-            yield from source.read_at(part, positions)
-            return
-        wanted = set(positions)
-        pairs = (raw for raw in source.read(part) if not raw.is_note)
-        yield from (raw for position, raw in enumerate(pairs) if position in wanted)
 
 
 if __name__ == "__main__":

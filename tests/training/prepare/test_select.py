@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+import re
 from collections import Counter
 from dataclasses import fields
 
@@ -356,6 +357,12 @@ def test_a_dry_run_writes_no_shards_and_says_what_each_rule_takes(source, pairs,
     short = sum(len(text(members).split()) < 3 for _, members, _ in pairs)
     said = capsys.readouterr().out
     assert f"words: takes {short}, leaves {60 - short}" in said and f"best: takes {56 - short}, leaves 4" in said
+    page = (tmp_path / "out" / "selection.html").read_text()
+    assert page.count("<figure>") == 10 + 10 + 4 and page.count("data:image/jpeg;base64,") == 24
+    assert "<script" not in page and "http" not in page and f'<td class="n">{short}</td>' in page
+    shown = page.partition("<h2>words</h2>")[2].partition("<h2>")[0]
+    keys = re.findall(r"<small>(k\d\d)", shown)
+    assert len(keys) == 10 and all(len(text(members).split()) < 3 for key, members, _ in pairs if key in keys)
     assert not list((tmp_path / "out").glob("*.tar")) and not (tmp_path / "out" / "dataset.json").exists()
     run(source, tmp_path / "out", rules)
     assert len(chosen(tmp_path / "out")) == 4
