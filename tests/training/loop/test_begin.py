@@ -1,5 +1,6 @@
 """Where a run begins: branches that are left, checkpoints that cannot be read, runs that are finished or at work."""
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -11,6 +12,7 @@ import signal
 import pytest
 
 from pyramidclip_command import Failure
+from pyramidclip_hf.files import NoLocks
 from tests.training.processes import run_in_processes
 from tests.training.runs import (
     after_step,
@@ -170,6 +172,18 @@ def test_a_second_run_in_the_same_folder_is_refused(copy, monkeypatch):
         go_on(copy)
     assert contents(copy) == before
     assert go_on(copy).finished
+
+
+def test_a_file_system_without_locks_is_said(copy, monkeypatch, capsys):
+    @contextlib.contextmanager
+    def without(path, wait=True):
+        raise NoLocks(path)
+        yield
+
+    monkeypatch.setattr("training.loop.run_folder.locked", without)
+    assert go_on(copy).finished
+    said = [line for line in capsys.readouterr().out.splitlines() if "has no locks" in line]
+    assert said == [f"{copy}: this file system has no locks: nothing keeps a second run from writing there"]
 
 
 def test_a_run_waits_for_one_that_ends(tmp_path):
