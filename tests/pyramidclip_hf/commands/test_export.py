@@ -117,7 +117,7 @@ def test_what_calibration_and_classes_pass_over_is_said_before_anything_is_loade
         (tmp_path / folder).mkdir()
         shutil.copy(pictures / "blue.jpg", tmp_path / folder)
         (tmp_path / folder / other).write_bytes(b"")
-    command = ["export", "--model", tmp_path / "gone", "--calibration", tmp_path / "bat", "--classes", tmp_path]
+    command = ["export", "--model", pictures, "--calibration", tmp_path / "bat", "--classes", tmp_path]
     code, _, err = run(capsys, *command, "--quiet")
     assert code == 2 and err.startswith("passed over: 1 .heic; .heic: Pillow")
     assert err.splitlines()[1].startswith(f"--classes {tmp_path}: passed over: 1 .heic, 1 .txt; .heic: Pillow")
