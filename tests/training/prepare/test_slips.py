@@ -198,11 +198,12 @@ def test_names_that_are_not_utf8_go_through_every_step(tmp_path, capsys):
         (audit, f"{tmp_path}/in --output-dir {tmp_path}/audit"),
         (audit, f"{tmp_path}/m.jsonl --output-dir {tmp_path}/audit-manifest"),
         (view, f"{tmp_path}/in/0.tar --output {tmp_path}/page.html"),
-        (pack, f"--input {tmp_path}/m.jsonl --output_dir {tmp_path}/out-manifest"),
         (summarize, f"--input_dir {tmp_path}/out --model first-clause"),
     ]
     for command, flags in words:
-        assert command.main(flags.split()) == 0, capsys.readouterr().err
+        assert command.main(flags.split()) == 0, ascii(capsys.readouterr().err)
+    assert pack.main(f"--input {tmp_path}/m.jsonl --output_dir {tmp_path}/out-manifest".split()) == 2
+    assert "no-image" in capsys.readouterr().err
     assert [key for _, key, _, _ in problems(tmp_path / "out", "pack")] == [bad]
     assert sorted(read_tars(tmp_path / "out")) == sorted(["plain", good])
     listed = [json.loads(line) for line in (tmp_path / "audit" / "bad-samples.jsonl").read_bytes().splitlines()]
