@@ -319,7 +319,8 @@ def _smaller(settings: Any) -> str:
 
 
 def _say(text: str, advice: str, code: int) -> int:
-    said = f"{text} {advice}".rstrip()
+    # A name that is no UTF-8 has marks in it that only some streams write.
+    said = f"{text} {advice}".rstrip().encode("utf-8", "backslashreplace").decode()
     if os.environ.get("RANK", "0") != "0":  # one of several processes; the first one's line is the command's
         said = said.replace("error: ", f"process {os.environ['RANK']}: error: ", 1)
     print(said, file=sys.stderr, flush=True)
