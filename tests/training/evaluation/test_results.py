@@ -75,6 +75,7 @@ def test_files_that_cannot_be_are_refused_before_the_work(tmp_path):
 @pytest.mark.parametrize("module", [evaluate, linear_probe])
 def test_commands_say_it_before_a_model_is_loaded(tmp_path, module, capsys):
     (tmp_path / "file").write_text("")
-    data = ["--data", "D"] if module is evaluate else ["--train-data", "D", "--test-data", "E"]
+    there = str(tmp_path)
+    data = ["--data", there] if module is evaluate else ["--train-data", there, "--test-data", there]
     assert module.main(["--model", "no-such-model", *data, "--output", str(tmp_path / "file" / "r.json")]) == 2
     assert "--output" in capsys.readouterr().err
