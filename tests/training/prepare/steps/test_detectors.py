@@ -158,5 +158,5 @@ def test_what_is_no_detector_is_refused(tmp_path):
     from transformers import BertConfig
 
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a 'bert': expected vinvl, one of"):
+    with pytest.raises(ValueError, match="of the kind 'bert', which finds no objects: expected VinVL"):
         open_detector(DetectorArguments(str(tmp_path)))
