@@ -326,8 +326,8 @@ def test_what_is_wrong_ends_with_code_2(model_folder, data, sets_root, tmp_path,
         return capsys.readouterr().err
 
     assert "unknown level pair" in error_of("--model", model_folder, "--data", data, "--levels", "roi_roi")
-    assert "there is no folder" in error_of("--model", model_folder, "--data", str(tmp_path / "nowhere"))
-    assert "no such folder" in error_of("--model", str(tmp_path / "nowhere"), "--data", data)
+    assert "no such file or folder" in error_of("--model", model_folder, "--data", str(tmp_path / "nowhere"))
+    assert "no such file or folder" in error_of("--model", str(tmp_path / "nowhere"), "--data", data)
     assert "no config.json" in error_of("--model", str(tmp_path), "--data", data)
     bare = tmp_path / "bare"
     bare.mkdir()

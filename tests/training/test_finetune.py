@@ -189,7 +189,7 @@ def test_sigterm_saves_and_the_exit_code_says_so(tmp_path, data, monkeypatch):
     args = settings(tmp_path, data, save_every_steps=0)
     assert run_in_processes(disturbed, 1, args, 5, signal.SIGTERM) == [False]
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000005"]
-    words = ["--output-dir", str(tmp_path), "--model", "x", "--train-data", "x"]
+    words = ["--output-dir", str(tmp_path), "--model", "RN50", "--train-data", str(tmp_path)]
     stopped = loop.RunResult(tmp_path, 5, False, None, {}, None, None)
     monkeypatch.setattr(finetune, "run", lambda args: stopped)
     assert finetune.main(words) == EXIT_STOPPED

@@ -197,7 +197,7 @@ def test_what_is_wrong_is_said(probe_args, tmp_path, capsys, monkeypatch):
     assert "c: expected a positive number" in error_of("--test-fraction", "0.2", "--c", "-1")
     other = write_pictures(tmp_path / "other", {"blue": 2, "green": 2})
     assert "not in it: ['dark red']" in error_of("--test-data", other)
-    assert "no folder" in error_of("--test-data", str(tmp_path / "nowhere"))
+    assert "no such file or folder" in error_of("--test-data", str(tmp_path / "nowhere"))
     told = error_of("--test-fraction", "0.2", "--max-image-pixels", "99")
     assert "24 of 24 pictures cannot be read: " in told and "more than max_image_pixels=99" in told
     assert "max_image_pixels: expected a number of at least 1" in error_of("--max-image-pixels", "0")

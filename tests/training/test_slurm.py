@@ -125,7 +125,7 @@ def test_a_wrong_setting_never_reaches_the_nodes(cluster):
     assert cluster.end()[:2] == (2, False) and not Path(f"{cluster.run}.started").exists()
 
 
-def test_the_launcher_understands_what_the_script_asks(cluster):
+def test_the_launcher_understands_what_the_script_asks(cluster, monkeypatch):
     told = cluster.run.parent / "told"
     cluster.stand_in("srun", 'while [[ "$1" == --* ]]; do shift; done; SLURM_NODEID=1 "$@"')
     cluster.stand_in("accelerate", f'printf "%s\\n" "$@" >{told}; echo $TORCH_ELASTIC_SHUTDOWN_TIMEOUT >{told}.time')
@@ -135,6 +135,7 @@ def test_the_launcher_understands_what_the_script_asks(cluster):
     args = launch_command_parser().parse_args(words[1:])
     assert (args.num_machines, args.num_processes, args.machine_rank, args.main_process_port) == (4, 4, 1, 24711)
     assert args.module and args.training_script == "training.pretrain" and args.main_process_ip == "127.0.0.1"
+    monkeypatch.setenv("RANK", "0")  # as the launcher sets it: whether data are there is then for the run to say
     settings = pretrain.parse(args.training_script_args)
     assert settings.output_dir == str(cluster.run) and settings.resume == "latest" and settings.model == "ViT-B-32"
     # Room between the launcher's patience and Slurm's.

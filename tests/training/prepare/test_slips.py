@@ -82,7 +82,10 @@ SLIPS = [
     # A folder of pictures, an empty one, or a file of another kind.
     ("pack --input pictures --output_dir out", r"pictures holds no .*tar and no table.*holds 3 \*.jpg.*in a table"),
     ("pack --input empty --output_dir out", "empty holds no .*tar and no table.*it is empty"),
-    ("pack --input words.txt --output_dir out", r"words.txt: expected .tar or a table \(.jsonl"),
+    (
+        "pack --input words.txt --output_dir out",
+        "words.txt: 1 of 1 tars are not there, first words; expected one tar",
+    ),
     ("summarize --input_dir pictures --model first-clause", r"no .*tar in pictures.*it holds 3 \*.jpg"),
     ("summarize --input_dir words.txt --model first-clause", "no .*tar in words.txt.*it is a file"),
     ("detect --input_dir pictures --detector x", r"no .*tar in pictures.*it holds 3 \*.jpg"),

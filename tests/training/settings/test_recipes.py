@@ -175,6 +175,8 @@ def test_every_ablation_row_is_a_run_at_the_papers_scale_by_one_command(table, n
 def test_an_ablation_row_at_the_papers_scale_is_tried_by_a_dry_run(row, tmp_path, monkeypatch, capsys):
     """The command as it is documented; only the widths, the batch and the data are small."""
     use_memory(monkeypatch, missing=False)
+    monkeypatch.chdir(tmp_path)
+    Path("data/yfcc15m").mkdir(parents=True)  # the recipe's
     recipe, table = CONFIGS / "vit_b_32_15m_8_epochs.yaml", CONFIGS / "ablations.yaml"
     vision = {**MODEL_CONFIG["vision_config"], "num_hidden_layers": 12}
     del vision["num_leff_layers"]  # the row's
