@@ -1,6 +1,5 @@
 """The page of a dry run: what each rule takes and what stays, with pictures drawn at random; it loads nothing."""
 
-import base64
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pyramidclip_hf.pages import data_uri, render
 from training.data.records import BadSample
 from training.prepare.selecting.candidates import Candidate
 from training.prepare.selecting.decide import Decision, Selection
@@ -17,11 +17,12 @@ from training.prepare.sources import RawPair
 SHOWN = 10
 _SIDE = 320
 _LETTERS = 240
+_TEMPLATE = Path(__file__).with_name("selection_template.html")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A sample as the page shows it: its picture as base64 of a small JPEG (empty: none), and words."""
+    """A sample as the page shows it: its picture as the address of a small JPEG (empty: none), and words."""
 
     key: str
     text: str
@@ -57,10 +58,6 @@ def page(selection: Selection, decision: Decision, inputs: Sequence[str], read: 
     Raises:
         ImportError: Jinja is missing; it names the extra.
     """
-    try:
-        from jinja2 import Environment
-    except ImportError as error:
-        raise ImportError('the page needs Jinja: pip install -e ".[train]"') from error
     facts = decision.facts
 
     def group(name: str, rows: np.ndarray, left: int, settings: str) -> Group:
@@ -80,9 +77,8 @@ def page(selection: Selection, decision: Decision, inputs: Sequence[str], read: 
     if selection.split is not None:
         groups.append(group("validation", np.flatnonzero(stays & decision.validation), facts.left, "of what stays"))
     groups.append(group("stays", np.flatnonzero(stays & ~decision.validation), facts.left, ""))
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     shown = ", ".join(Path(name).name for name in inputs[:5]) + (", ..." if len(inputs) > 5 else "")
-    return Environment(autoescape=True).from_string(template).render(total=len(facts), inputs=shown, groups=groups)
+    return render(_TEMPLATE, {"total": len(facts), "inputs": shown, "groups": groups})
 
 
 def _example(raw: RawPair, max_image_pixels: int) -> Example:
@@ -109,4 +105,4 @@ def _small(picture: Image.Image) -> str:
     shown.thumbnail((_SIDE, _SIDE))
     file = io.BytesIO()
     shown.save(file, "JPEG", quality=80)
-    return base64.b64encode(file.getvalue()).decode()
+    return data_uri(file.getvalue(), "image/jpeg")
