@@ -58,7 +58,7 @@ $(APP)/installed: setup.cfg pyproject.toml constraints.txt constraints-app.txt
 	$(PYTHON) -m venv --clear $(APP)
 	{ grep -v '^pillow==' constraints.txt; cat constraints-app.txt; } > $(APP)/constraints.txt
 	$(APP)/bin/python -m pip install --disable-pip-version-check --constraint $(APP)/constraints.txt \
-		--editable ".[app,export]" playwright pytest pytest-timeout pytest-xdist
+		--editable ".[app,export]" accelerate playwright pytest pytest-timeout pytest-xdist
 	npm install --no-fund --no-audit --prefix $(APP) $(NPM_PACKAGES)
 	touch $@
 

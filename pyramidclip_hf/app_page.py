@@ -55,12 +55,22 @@ _POLICY = (
 )
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
-# Gradio's examples are buttons without words.
-_NAMES = """() => {
+# Gradio's examples are buttons without words, and its tabs know no arrow keys.
+_SCRIPT = """() => {
   const name = () => document.querySelectorAll("button.gallery-item:not([aria-label])").forEach(
     (button, number) => button.setAttribute("aria-label", `Example ${number + 1}`));
   new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
   name();
+  document.addEventListener("keydown", (event) => {
+    const tab = event.target.closest("[role=tab]");
+    const step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+    if (!tab || !step) return;
+    const tabs = [...tab.parentElement.querySelectorAll("[role=tab]")];
+    const next = tabs[(tabs.indexOf(tab) + step + tabs.length) % tabs.length];
+    next.click();
+    next.focus();
+    event.preventDefault();
+  });
 }"""
 _SURPRISE = "Something went wrong while answering. It is written down where the page was started; nothing else is lost."
 
@@ -162,7 +172,7 @@ def _serve(web: SimpleNamespace, page: Any, args: argparse.Namespace) -> str:
             max_file_size=MAX_UPLOAD_BYTES,
             app_kwargs={"middleware": middleware, "docs_url": None, "redoc_url": None, "openapi_url": None},
             theme=_theme(web.gradio),
-            js=_NAMES,
+            js=_SCRIPT,
             css=Path(__file__).with_name("app_page.css").read_text(encoding="utf8"),
         )
     except OSError as error:
@@ -200,6 +210,8 @@ def _theme(gradio: Any) -> Any:
     return theme.set(
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_hover="*primary_800",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
         block_info_text_color="*neutral_600",
         block_info_text_color_dark="*neutral_300",
         block_label_text_color="*neutral_600",

@@ -132,7 +132,7 @@ def test_an_example_is_one_click(page, folder):
 
 
 def test_by_keyboard_alone(page, folder):
-    """From the labels on: Tab reaches the check box and the button, and Enter presses it."""
+    """From the labels on: Tab reaches check box and button, Enter presses it, and arrows turn to another part."""
     give(page, folder / "pictures" / "blue.png")
     page.focus("#labels textarea")
     page.keyboard.press("Tab")
@@ -143,8 +143,11 @@ def test_by_keyboard_alone(page, folder):
     same(bars(page), wanted_bars(folder, "one", "blue.png", ["a cat", "a dog", "a red bat"]))
     page.focus("[role=tab][aria-selected=true]")
     page.keyboard.press("ArrowRight")
-    page.keyboard.press("Enter")
     page.wait_for_selector("#heat")
+    assert page.evaluate("document.activeElement.innerText") == "Why"
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_selector("#compare")
 
 
 def test_every_control_has_a_name(page):

@@ -140,10 +140,10 @@ def test_nothing_is_written_outside_a_temporary_folder_which_goes_at_the_end(fol
     [
         (["--embeddings", "two.npz"], "two.npz was made by another model"),
         (["--embeddings", "labels.txt"], "labels.txt"),
-        (["--examples", "gone"], "There is no file or folder"),
+        (["--examples", "gone"], "--examples gone: there is no such file or folder"),
         (["--examples", "broken.png"], "This is no picture"),
         (["--labels-file", "empty.txt"], "There are no labels yet"),
-        (["--compare", "gone/folder/x"], "--compare gone/folder/x: there is no such folder"),
+        (["--compare", "gone/folder/x"], "--compare gone/folder/x: there is no such file or folder"),
         (["--port", "0"], "expected a number from 1 to 65535, got 0"),
         (["--host", "192.0.2.1"], "--host 192.0.2.1"),
     ],
