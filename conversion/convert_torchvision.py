@@ -20,7 +20,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from conversion.checkpoint_file import as_float32, read_checkpoint, state_dict_of
 from conversion.model_folder import check_output_folder, model_written_aside
-from pyramidclip_command import CommandParser, run_command
+from pyramidclip_command import CommandParser, check_there, run_command
 from pyramidclip_hf.image_processing_pyramidclip import PyramidCLIPImageProcessor
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 
@@ -44,12 +44,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
     Raises:
         ValueError: wrong words.
+        FileNotFoundError: what they name is not there.
     """
     parser = CommandParser(prog="python -m conversion.convert_torchvision", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, help="weights under torchvision's names; default: torch's cache")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is already in the folder")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    check_there("--checkpoint", arguments.checkpoint, "weights under torchvision's names")
+    return arguments
 
 
 def cached_checkpoint() -> Path:

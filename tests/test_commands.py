@@ -1,5 +1,6 @@
 """Every command: its help, what it says about a wrong flag and about a path that is not there, and its exit codes."""
 
+import argparse
 import ast
 import errno
 import importlib
@@ -21,6 +22,7 @@ from pyramidclip_command import (
     EXIT_UNPUBLISHED,
     EXIT_WRONG_USAGE,
     Failure,
+    build_parser,
 )
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -30,6 +32,7 @@ FOLDERS = ("training", "training/prepare", "training/emoji", "conversion")
 # The least words with which each command looks for something that is not there; GONE is a path. None: it reads nothing.
 WORDS_WITH_A_MISSING_PATH = {
     "conversion.convert_original_checkpoint": "--checkpoint GONE --output-dir OUT",
+    "conversion.convert_torchvision": "--checkpoint GONE --output-dir OUT",
     "conversion.convert_vinvl": "--checkpoint GONE --labelmap GONE --output-dir OUT",
     "conversion.init_from_clip": "--model GONE --output-dir OUT",
     "pyramidclip_command": "embed GONE --model GONE --output OUT.npz",
@@ -46,6 +49,7 @@ WORDS_WITH_A_MISSING_PATH = {
     "training.prepare.detect": "--input-dir GONE --detector GONE --device cpu",
     "training.prepare.import_features": "--input GONE --merge-into GONE --made-by someone",
     "training.prepare.pack": "--input GONE --output-dir OUT",
+    "training.prepare.select": "--input GONE --rules GONE --output-dir OUT",
     "training.prepare.summarize": "--input-dir GONE --model first-clause",
     "training.prepare.synonyms": "--wordnet GONE --output OUT.json",
     "training.prepare.view": "GONE --output OUT.html",
@@ -58,6 +62,7 @@ WORDS_WITH_A_MISSING_PATH = {
 
 # Commands with subcommands, and one of them.
 SUBCOMMANDS = {"pyramidclip_command": ["embed"], "training.figures": ["check"]}
+ALL_OF_PYRAMIDCLIP = ("classify", "embed", "search", "explain", "export", "app")
 TAKES_A_DEVICE = {"pyramidclip_command", "training.evaluate", "training.figures", "training.linear_probe",
                   "training.prepare.detect", "training.prepare.summarize"}  # fmt: skip
 
@@ -88,6 +93,8 @@ def error_line(capsys):
 
 def test_each_command_has_its_words():
     assert set(COMMANDS) == WORDS_WITH_A_MISSING_PATH.keys()
+    (subcommands,) = (one for one in build_parser()._actions if isinstance(one, argparse._SubParsersAction))
+    assert set(subcommands.choices) == set(ALL_OF_PYRAMIDCLIP)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -117,7 +124,8 @@ def test_help_says_what_it_is_and_the_exit_codes(name, capsys):
 def test_help_has_one_style(name, capsys, monkeypatch):
     """Within 100 columns, flags with dashes, each default once, and the name that the documents type."""
     monkeypatch.setenv("COLUMNS", "250")
-    for subcommand in [[], SUBCOMMANDS.get(name, [])]:
+    others = ALL_OF_PYRAMIDCLIP if name == "pyramidclip_command" else SUBCOMMANDS.get(name, [])
+    for subcommand in [[], *([word] for word in others)]:
         with pytest.raises(SystemExit):
             main_of(name)([*subcommand, "--help"])
         shown = capsys.readouterr().out
@@ -131,6 +139,12 @@ def test_help_has_one_style(name, capsys, monkeypatch):
 def test_a_wrong_flag_is_one_line(name, capsys):
     assert main_of(name)([*SUBCOMMANDS.get(name, []), "--no-such-flag"]) == 2
     assert "--" in error_line(capsys)
+
+
+def test_a_port_is_a_number(capsys):
+    for given in ("seven", "99999", "-1"):
+        assert main_of("pyramidclip_command")(["app", f"--port={given}"]) == 2
+        assert f"--port: expected a number from 1 to 65535, got {given}" in error_line(capsys)
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if WORDS_WITH_A_MISSING_PATH.get(name)])
@@ -170,6 +184,11 @@ def test_what_is_missing_is_said_before_the_work(name, tmp_path, monkeypatch):
         "search THERE --image GONE",
         "explain GONE --model MODEL --text a --output OUT.png",
         "export --model MODEL --pairs GONE",
+        "app --model GONE",
+        "app --model MODEL --compare GONE",
+        "app --model MODEL --embeddings GONE",
+        "app --model MODEL --examples GONE",
+        "app --model MODEL --labels-file GONE",
     ],
 )
 def test_what_is_missing_is_said_without_torch(words, tmp_path, monkeypatch, capsys):

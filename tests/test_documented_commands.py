@@ -35,11 +35,11 @@ OPEN_ENDED = "..."
 
 # Why a command does not run here; all parse, and the file named runs it in small.
 LONG = {
-    "conversion.convert_torchvision": "weights of torchvision's; tests/conversion/test_convert_torchvision.py",
+    "conversion.convert_torchvision": "wants torchvision's weights; tests/conversion/test_convert_torchvision.py",
     "conversion.convert_vinvl": "wants the released checkpoint; tests/conversion/test_convert_vinvl.py",
     "tests.bench.engines": "twenty minutes",
     "tests.bench.growth": "quarter of an hour",
-    "tests.deleted_statements": "half an hour",
+    "tests.deleted_statements": "hours; tests/test_deleted_statements.py",
     "tests.gpu": "a program of its own; tests/gpu/test_gpu.py",
     "training.ablations": "hours; tests/training/test_ablations.py",
     "training.detection": "trains; tests/training/test_detection.py",
@@ -56,7 +56,7 @@ LONG = {
 LONG_WORDS = {
     "app": "serves until it is stopped; tests/pyramidclip_hf/test_app_page.py",
     "export": "half a minute; tests/pyramidclip_hf/commands/test_export.py",
-    "--space": "talks to the Hub; tests/training/test_publish.py",
+    "--space": "publishes; tests/training/test_publish.py",
     "--bench": "downloads; tests/training/evaluation/test_clip_benchmark.py",
     "--dataset": "data sets of others; tests/training/evaluation/test_sets.py",
     "retrieval --models": "draws for seconds; tests/training/test_figures.py",
@@ -381,15 +381,15 @@ def test_the_block_of_command(names):
 
 
 @pytest.mark.slow
-def test_the_block_of_engines(place, monkeypatch):
-    """The compiled model beside the one that it was made of."""
-    monkeypatch.setattr(torch._inductor.config, "freezing", False)  # put back
-    names = {}
-    exec(python_block("docs/engines.md").replace('"DIR"', '"model"'), names)
-    pixels = torch.randn(2, 3, *[names["model"].config.vision_config.image_size] * 2, dtype=torch.bfloat16)
-    with torch.no_grad():
-        compiled, plain = names["encode_image"](pixels), names["model"].encode_image(pixels)
-    assert torch.cosine_similarity(compiled.float(), plain.float()).min() > 0.999
+def test_the_block_of_engines(names):
+    """The tiny model compiled in bfloat16 beside itself as it was saved."""
+    pixels = names["processor"](images=names["picture"], return_tensors="pt")["pixel_values"]
+    with torch.no_grad(), torch._inductor.config.patch(freezing=False):
+        wanted = names["model"].encode_image(pixels)
+        exec(python_block("docs/engines.md").replace("DIR", "model"), names)
+        found = names["encode_image"](pixels.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(found.float(), wanted).item() > 0.999
 
 
 def test_the_block_of_transfer(place):

@@ -96,13 +96,17 @@ class DemoArguments:
         if self.device == "cuda":
             choose_device("cuda")
         self.processes = self.processes or (1 if self.device == "cuda" else min(2, usable_cores()))
-        self.threads = max(1, usable_cores() // self.processes)
         for file in (self.config, CLIP):
             if not Path(file).is_file():
                 raise ValueError(f"--config: there is no {file}; run the demo in the checkout's folder")
         for name in ("train", "validation", "per_object"):
             if getattr(self, name) < 2:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least 2, got {getattr(self, name)}")
+        if self.processes < 1:
+            raise ValueError(f"--processes: expected 0 or more, got {self.processes}")
+        self.threads = max(1, usable_cores() // self.processes)
+        if self.stage is None and (self.max_steps is not None or self.training != "pyramid"):
+            raise ValueError(f"--training and --max-steps belong to --stage; the length of all is in {self.config}")
 
     @property
     def folder(self) -> Path:

@@ -20,6 +20,7 @@ from pathlib import Path
 from pyramidclip_command import CommandParser, check_there, run_command
 from training.loop.card import publish
 from training.loop.space import publish_page, write_space
+from training.settings.fields import check_repo_id
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -35,6 +36,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(words)
     if not args.space and (args.examples or args.labels_file):
         raise ValueError("--examples and --labels-file are the page's: add --space")
+    check_repo_id("repo_id", args.repo_id)
     check_there("", args.run, "the folder of a finished run, or of a model")
     check_there("--results", args.results, "result files of training.evaluate")
     check_there("--labels-file", args.labels_file)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyramidclip_command import CommandParser, run_command
+from pyramidclip_command import CommandParser, check_there, run_command
 from pyramidclip_hf.backends import load_exported
 from pyramidclip_hf.files import folder_written_aside, json_text, read_utf8
 from pyramidclip_hf.pages import render
@@ -34,7 +34,7 @@ _PACKAGE_FILES = {
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The words of a command line as arguments."""
+    """The words of a command line as arguments. Raises `ValueError`, `FileNotFoundError`."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder that `pyramidclip export` wrote, with onnx/")
     parser.add_argument("--packages", required=True, type=Path, help="node_modules with the two packages above")
@@ -43,7 +43,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "--dtype", default="float32", choices=tuple(_ENDINGS), help="of the files (default: %(default)s)"
     )
     parser.add_argument("--labels-file", help="labels to begin with, one a line")
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    check_there("--model", args.model, "a folder that `pyramidclip export` wrote", "id")
+    check_there("--packages", args.packages, "the folder node_modules in which npm installed both packages")
+    check_there("--labels-file", args.labels_file, "a file, one label a line")
+    return args
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """The demo's stages: kept, timed, comparable; and, slow, the whole demo in small."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -58,6 +59,20 @@ def args(tmp_path):
         per_object=2,
         processes=2,
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"processes": -1}, "--processes: expected 0 or more, got -1"),
+        ({"max_steps": 3}, "--training and --max-steps belong to --stage"),
+        ({"training": "clip"}, "--training and --max-steps belong to --stage"),
+        ({"train": 1}, "--train: expected at least 2, got 1"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_drawn(args, words, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(args, **words)
 
 
 @pytest.mark.parametrize(

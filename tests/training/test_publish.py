@@ -142,6 +142,8 @@ def test_what_a_page_cannot_be_made_of(run_folder, tmp_path, capsys):
     ):
         assert main([*words, *more]) == 2
         assert sentence in capsys.readouterr().err
+    assert main([str(run_folder), "tester/sha/pes", "--space"]) == 2
+    assert "repo_id: expected an id of the Hub, such as user/name, got 'tester/sha/pes'" in capsys.readouterr().err
     (run_folder / "space").mkdir()
     assert main([*words, "--space"]) == 2
     assert "was not written by --space: move it away" in capsys.readouterr().err

@@ -115,7 +115,7 @@ def write_space(run: Path, repo_id: str, examples: Sequence[str] = (), labels_fi
 
 
 def _card(repo_id: str, gradio: str) -> SpaceCard:
-    name = repo_id.partition("/")[2]
+    name = repo_id.rpartition("/")[2]
     lines = [
         f"title: {json_text(name)}",
         "colorFrom: blue",

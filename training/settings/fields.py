@@ -14,6 +14,9 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from pyramidclip_command import check_there
 
 Group = Literal["data", "objective", "schedule", "optimizer", "model", "how"]
@@ -166,6 +169,14 @@ def check_lengths(name: str, lengths: Sequence[int]) -> None:
     """Raises ValueError where `lengths` are no rising numbers of tokens, two at least: a text has its start and end."""
     if list(lengths) != sorted(set(lengths)) or (lengths and lengths[0] < 2):
         raise ValueError(f"{name}: expected rising numbers of tokens from 2 on, each once, got {lengths}")
+
+
+def check_repo_id(name: str, repo_id: str) -> None:
+    """Raises ValueError where `repo_id` can be no id of the Hub, before a run finds out at its end."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{name}: expected an id of the Hub, such as user/name, got {repo_id!r}") from error
 
 
 def check_area(name: str, area: Sequence[float]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pyramidclip_hf.loss_pyramidclip import check_loss_weights
-from training.settings.fields import Through, check_area, check_lengths, check_share_or_all, setting
+from training.settings.fields import Through, check_area, check_lengths, check_repo_id, check_share_or_all, setting
 from training.settings.run import RunSettings, changed, told_processes
 
 
@@ -240,7 +240,11 @@ class PretrainingArguments(RunSettings):
         at_least=0,
     )
     push_to_hub: str | None = setting(
-        None, "repository id that receives the final model", section="watching", identity=None
+        None,
+        "repository id that receives the final model",
+        section="watching",
+        identity=None,
+        check=check_repo_id,
     )
     overfit_batches: int = setting(
         0,

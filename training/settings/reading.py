@@ -202,8 +202,11 @@ def _dashed(word: str) -> str:
 
 def _unknown(settings_class: type[Any], kind: str, name: str, where: str) -> ValueError:
     known = list(value_types(settings_class))
+    said = {one: f"--{one.replace('_', '-')}" if kind == "flag" else one for one in known}
     near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}"
+    hint = (
+        f"; did you mean {' or '.join(said[one] for one in near)}?" if near else f"; known: {', '.join(said.values())}"
+    )
     return ValueError(f"unknown {kind} {name!r} in {where}{hint}")
 
 
@@ -381,6 +384,8 @@ def _value(settings_class: type[Any], parser: argparse.ArgumentParser, path: Pat
     kinds = value_types(settings_class)
     if name not in kinds:
         raise _unknown(settings_class, "key", str(name), str(path))
+    if isinstance(value, list) and is_mapping(kinds[name]):
+        raise ValueError(f"{path}: {name}: expected a mapping, got {value}")
     if value is None or value == []:
         return value
     if isinstance(value, dict):

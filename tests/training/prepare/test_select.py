@@ -395,6 +395,16 @@ def test_a_wrong_rule_is_named(message, tmp_path):
         read_rules(str(rules_file(tmp_path, BAD_RULES[message])))
 
 
+@pytest.mark.parametrize("rules", [[], [{"rule": "words"}], "words"])
+def test_rules_that_are_no_mapping(rules, tmp_path):
+    path = tmp_path / "rules.yaml"
+    path.write_text(yaml.safe_dump({"rules": rules}))
+    with pytest.raises(ValueError, match="rules: expected a (mapping|JSON object)"):
+        read_rules(str(path))
+    with pytest.raises(ValueError, match=f"--rules {tmp_path}: expected a YAML file, and it is a folder"):
+        read_rules(str(tmp_path))
+
+
 def test_a_field_that_is_not_there_names_shard_key_and_fields(source, tmp_path):
     rule = {"rule": "number", "field": "aesthetic", "at_least": 5}
     with pytest.raises(ValueError, match=r"00000.tar, key 'k00': the field aesthetic is not there.*similarity"):

@@ -70,7 +70,8 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--learning-rat", "1"], "unknown flag '--learning-rat' in the command line; did you mean learning_rate"),
+        (["--learning-rat", "1"], "unknown flag '--learning-rat' in the command line; did you mean --learning-rate"),
+        (["--push-to-hub", "a/b/c"], "push_to_hub: expected an id of the Hub, such as user/name, got 'a/b/c'"),
         (["stray"], "unknown word 'stray'"),
         (["--learning-rate", "fast"], "learning.rate.*invalid float value: 'fast'"),
         (["--precision", "fp8"], "precision.*invalid choice: 'fp8'"),

@@ -126,7 +126,7 @@ def test_a_plain_dataclass_is_a_command_line(capsys):
     assert found == Plain(data="d", kind="b", numbers=[-3, 4])
     with pytest.raises(ValueError, match="the following arguments are required: --data$"):
         parsed("--kind", "a")
-    with pytest.raises(ValueError, match="unknown flag '--numbrs'.*did you mean numbers"):
+    with pytest.raises(ValueError, match="unknown flag '--numbrs'.*did you mean --numbers"):
         parsed("--data", "d", "--numbrs", "1")
     text = argument_parser(Plain, "Does it.", config=False).format_help()
     assert "100% of it" in text and "(default: 0 1)" in text and text.count("--config") == 1

@@ -36,6 +36,8 @@ def read_rules(path: str) -> Selection:
         ValueError: the file, a rule, its kind or a setting is not what is expected; the message names it and says what
             there is.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"--rules {path}: expected a YAML file, and it is a folder")
     file = RulesFile(**read_settings(RulesFile, path))
     given = {name: settings for name, settings in file.rules.items() if settings is not None}
     if not given and not file.split:
