@@ -399,7 +399,7 @@ def test_a_wrong_rule_is_named(message, tmp_path):
 def test_rules_that_are_no_mapping(rules, tmp_path):
     path = tmp_path / "rules.yaml"
     path.write_text(yaml.safe_dump({"rules": rules}))
-    with pytest.raises(ValueError, match="rules: expected a (mapping|JSON object)"):
+    with pytest.raises(ValueError, match="rules: expected a mapping"):
         read_rules(str(path))
     with pytest.raises(ValueError, match=f"--rules {tmp_path}: expected a YAML file, and it is a folder"):
         read_rules(str(tmp_path))

@@ -181,7 +181,9 @@ def test_an_ablation_row_at_the_papers_scale_is_tried_by_a_dry_run(row, tmp_path
     vision = {**MODEL_CONFIG["vision_config"], "num_hidden_layers": 12}
     del vision["num_leff_layers"]  # the row's
     small = json.dumps({**MODEL_CONFIG, "vision_config": vision})
-    (tmp_path / "here.yaml").write_text("validation_data:\nglobal_batch_size: 8\nprecision: fp32\n")
+    (tmp_path / "here.yaml").write_text(
+        f"train_data: {tmp_path}\nvalidation_data:\nglobal_batch_size: 8\nprecision: fp32\n"
+    )
     words = ["--config", str(recipe), f"{table}:{row}", str(tmp_path / "here.yaml"), "--model-config", small]
     assert pretrain.main([*words, "--dry-run", "--output-dir", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out

@@ -39,6 +39,10 @@ def read_rules(path: str) -> Selection:
     if not Path(path).is_file():
         raise ValueError(f"--rules {path}: expected a YAML file, and it is a folder")
     file = RulesFile(**read_settings(RulesFile, path))
+    for name in ("rules", "split"):
+        value = vars(file)[name]
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{path}: {name}: expected a mapping, got {value!r}")
     given = {name: settings for name, settings in file.rules.items() if settings is not None}
     if not given and not file.split:
         raise ValueError(f"{path}: no rules; expected `rules:` with a name and a mapping each")
