@@ -62,9 +62,9 @@ $(APP)/installed: setup.cfg pyproject.toml constraints.txt constraints-app.txt
 	npm install --no-fund --no-audit --prefix $(APP) $(NPM_PACKAGES)
 	touch $@
 
-test-faults: $(VENV)/installed  ## runs killed at each file operation, on a full disk, with damaged files; hostile bytes
+test-faults: $(VENV)/installed  ## runs killed at each file operation, on a full disk, with damaged files; hostile bytes; the launcher
 	$(PYTEST) -n $(WORKERS) tests/faults tests/test_fuzz.py tests/training/data/test_faults.py \
-		tests/training/loop/test_resume.py tests/training/prepare/steps/test_work.py
+		tests/training/loop/test_resume.py tests/training/prepare/steps/test_work.py tests/training/test_launched.py
 
 RANKS_TESTS := $(addprefix tests/training/test_,machines.py launched.py slurm.py) \
 	$(addprefix tests/training/data/test_,machine.py start_up.py) \

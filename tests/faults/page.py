@@ -31,7 +31,8 @@ go on.
 
 Others have their tests where their subject is:
 
-- several processes, the launcher, signals, a stopped or dead process: `make test-ranks`;
+- the launcher and its signals: `tests/training/test_launched.py`, with `make test-faults`; several processes and
+  machines that stop, die or disagree: `make test-ranks`;
 - a disk that is really full (a small tmpfs, where mounting is allowed) and a limit on file sizes:
   `tests/training/loop/test_resume.py`;
 - preparation killed and continued: `tests/training/prepare/steps/test_work.py`; embedding:
