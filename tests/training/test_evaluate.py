@@ -335,7 +335,7 @@ def test_what_is_wrong_ends_with_code_2(model_folder, data, sets_root, tmp_path,
         os.link(f"{model_folder}/{name}", bare / name)
     assert "the tokenizer is missing (tokenizer.json" in error_of("--model", str(bare), "--data", data)
     assert "--device cuda:0 and --cpu contradict" in error_of("--model", "x", "--data", data, "--device", "cuda:0")
-    assert "did you mean levels" in error_of("--model", "x", "--data", data, "--level", "roi_tags")
+    assert "did you mean --levels" in error_of("--model", "x", "--data", data, "--level", "roi_tags")
     assert "arguments are required: --data" in error_of("--model", "x")
     (tmp_path / "names").write_text("cat\ncat\n")
     assert "pictures and captions only, so --levels roi_tags" in error_of(
