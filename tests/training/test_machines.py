@@ -179,12 +179,13 @@ time_t time(time_t *now) {
 def test_a_machine_that_is_late_and_whose_clock_is_an_hour_ahead_changes_nothing(
     cluster, undisturbed, patience, tmp_path
 ):
-    if shutil.which("cc"):
-        source, library = tmp_path / "clock.c", tmp_path / "clock.so"
-        source.write_text(CLOCK)
-        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
-        ahead = {"LD_PRELOAD": str(library)}
-        now = [int(subprocess.check_output(["date", "+%s"], env=os.environ | more)) for more in ({}, ahead)]
-        assert 3590 < now[1] - now[0] < 3700
-        cluster.machines[1].variables = ahead
+    if not shutil.which("cc"):
+        pytest.skip("a clock that is ahead is compiled, and there is no cc")
+    source, library = tmp_path / "clock.c", tmp_path / "clock.so"
+    source.write_text(CLOCK)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    ahead = {"LD_PRELOAD": str(library)}
+    now = [int(subprocess.check_output(["date", "+%s"], env=os.environ | more)) for more in ({}, ahead)]
+    assert 3590 < now[1] - now[0] < 3700
+    cluster.machines[1].variables = ahead
     finishes(cluster, undisturbed, patience, late=15)

@@ -213,8 +213,14 @@ def _write_processor(processor: PyramidCLIPProcessor, folder: Path) -> None:
 
 
 def _write_tensors(path: Path, content: Any) -> None:
-    with open(path, "wb") as file:
-        torch.save(content, file)
+    try:
+        with open(path, "wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        # When the system refuses a write, torch tells of a position in its archive, and not of the full disk behind it.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
 
 
 # ----------------------------------------------------------------------------------------------------------------

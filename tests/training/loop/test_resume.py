@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from tests.training.processes import run_in_processes
 from tests.training.runs import after_step, assert_equal_runs, die, expect_killed, run_settings, use_memory
 from tests.training.runs import resumable_settings as arguments
+from tests.training.tiny import tiny_model
 from training import pretrain
 from training.loop import run as loop
+from training.loop.checkpoint import Progress, TrainingState, write_checkpoint
 from training.loop.identity import IdentityError
 from training.loop.record import CheckpointError, sealed
 from training.loop.run_folder import find_checkpoints, list_checkpoints
@@ -169,6 +171,20 @@ def test_a_full_disk_is_said_and_the_older_checkpoint_stays(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
     assert not list(tmp_path.glob("checkpoints/.*"))
     run_in_processes(run_settings, 2, arguments(tmp_path, resume="latest"))
+
+
+@pytest.mark.parametrize("numbers", [10, 100_000])
+def test_torch_hides_no_full_disk(tmp_path, numbers):
+    """Where a write fails in the middle of its archive torch tells of a position there, and not of the disk."""
+
+    def limited(rank, world_size):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        state = TrainingState(tiny_model(), None, identity={})
+        with pytest.raises(CheckpointError, match=r"of step 2 .*: OSError: \[Errno 27\] File too large"):
+            write_checkpoint(tmp_path, state, Progress(step=2, reader={"seen": list(range(numbers))}), keep=1)
+
+    run_in_processes(limited, 1)
 
 
 @pytest.fixture
