@@ -283,6 +283,7 @@ def open_reader(
         ),
         allow_unfinished=args.allow_unfinished,
         crew=RunCrew(),
+        shares=args.data_shares,
         workers=args.workers,
         max_bad_fraction=args.max_bad_fraction,
         overfit_batches=args.overfit_batches,

@@ -26,6 +26,7 @@ from training.data.loader import WorkerDied
 from training.data.samples import ShardSamples
 from training.data.shard_index import index_path
 from training.data.shards import ShardReader, ShardWriter
+from training.loop.identity import IdentityError
 from training.loop.run_folder import list_checkpoints
 from training.loop.tracking import read_metrics
 from training.settings.pretraining import PretrainingArguments
@@ -70,6 +71,26 @@ def test_a_killed_run_continues_bit_for_bit_with_the_real_loader(tmp_path, shard
     again = settings(disturbed, shards, dataloader_workers=2 - workers, resume="latest")
     run_in_processes(run_settings, world_size, again)
     assert_equal_runs(undisturbed, disturbed)
+
+
+def test_mixed_data_sets_continue_bit_for_bit_and_tell_their_shares(tmp_path, shards):
+    other = write_shards(tmp_path / "other", range(100, 124))
+
+    def mixed(folder, **changes):
+        chosen = {"train_data": [str(shards), str(other)], "data_shares": [0.25, 0.75], "log_every_steps": 1}
+        return settings(tmp_path / folder, shards, **{**chosen, **changes})
+
+    run_in_processes(run_settings, 2, mixed("a"))
+    expect_killed(mixed("b"), 2, 7, "step")
+    for changes in ({"data_shares": []}, {"data_shares": [0.5, 0.5]}):
+        with pytest.raises(IdentityError, match=r"data\.data_shares: was \[0\.25, 0\.75\], is now"):
+            pretrain.run(mixed("b", resume="latest", **changes))
+    run_in_processes(run_settings, 2, mixed("b", resume="latest"))
+    assert_equal_runs(tmp_path / "a", tmp_path / "b")
+    for run in (mixed("a"), mixed("b")):
+        lines = [line for line in read_metrics(Path(run.output_dir) / "metrics.jsonl") if "loss/total" in line]
+        assert [(line[f"data/share_{shards.name}"], line["data/share_other"]) for line in lines] == [(0.25, 0.75)] * 9
+    assert "75.0% of each batch" in (tmp_path / "a" / "final" / "README.md").read_text()
 
 
 def test_what_terms_of_other_kinds_read_is_made_from_shards(tmp_path, shards, monkeypatch):

@@ -21,6 +21,7 @@ from pyramidclip_command import Failure
 from pyramidclip_hf.configuration_pyramidclip import LEVELS
 from pyramidclip_hf.tokenization_pyramidclip import PyramidCLIPTokenizer
 from training.data.inputs import MASKED_LABELS, MASKED_POSITIONS, NO_WORD, RUN_LEVELS, any_level, inputs_of_kind
+from training.data.mixing import MixedOrder
 from training.data.order import SampleOrder, Window
 from training.data.patience import LONGEST_PAUSE, is_away
 from training.data.records import (
@@ -110,11 +111,13 @@ class BatchReport:
         bad: samples that were replaced.
         truncated: text level -> texts that were cut.
         texts: text level -> texts there.
+        taken: number of a data set -> samples of it.
     """
 
     bad: list[Fault] = field(default_factory=list)
     truncated: dict[str, int] = field(default_factory=dict)
     texts: dict[str, int] = field(default_factory=dict)
+    taken: collections.Counter[int] = field(default_factory=collections.Counter)
 
 
 def _folder(name: str) -> str:
@@ -137,7 +140,7 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
     def __init__(
         self,
         data_sets: Sequence[DataSet],
-        order: SampleOrder,
+        order: SampleOrder | MixedOrder,
         settings: BatchSettings,
         tokenizer: PyramidCLIPTokenizer,
         cache: ShardCache | None = None,
@@ -193,7 +196,7 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
         batch: Batch = self._pixels([views for _, views in loaded])
         batch.update(self._texts(samples, report))
         if "masked" in self.settings.levels:
-            batch.update(self._masked(epoch, samples, batch[any_level("masked").input]))
+            batch.update(self._masked(samples, batch[any_level("masked").input]))
         if "roi" in self.settings.levels:
             batch["roi_features"], batch["roi_mask"] = self._regions(samples)
         batch["sample_keys"] = [sample.key for sample in samples]
@@ -202,17 +205,19 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
 
     def load(self, epoch: int, position: int, report: BatchReport) -> tuple[Sample, dict[str, torch.Tensor]]:
         """The sample at a position and its views, or those of what replaces it; bad ones go into `report`."""
-        where = self.order.locate(epoch, position)
+        where, turn = self.order.locate(epoch, position), self.order.turn(epoch, position)
         for attempt in range(MAX_REPLACEMENTS + 1):
             try:
-                return self._load(epoch, *where)
+                loaded = self._load(turn, *where)
+                report.taken[where.dataset] += 1
+                return loaded
             except BadSample as bad:
                 report.bad.append(bad.fault)
             where = self.order.replacement(epoch, position, attempt)
         last = BadSample(*report.bad[-1])
         raise DataError(f"{last}; the {MAX_REPLACEMENTS} samples drawn in place of it and its like are bad too")
 
-    def _load(self, epoch: int, dataset: int, unit: int, index: int) -> tuple[Sample, dict[str, torch.Tensor]]:
+    def _load(self, turn: int, dataset: int, unit: int, index: int) -> tuple[Sample, dict[str, torch.Tensor]]:
         key = None
         try:
             reader, members = self._read(dataset, unit, index)
@@ -222,17 +227,17 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
                 raise BadSample(key, reader.name, "no-caption", "expected KEY.txt, or `caption` in KEY.json")
             number = self.order.sample_id(dataset, unit, index)
             if sample.captions:
-                rng = np.random.default_rng((self.order.seed, epoch, number, _CAPTION))
+                rng = np.random.default_rng((self.order.seed, turn, number, _CAPTION))
                 sample.caption = sample.captions[int(rng.integers(len(sample.captions)))]
-            sample.number = number
+            sample.number, sample.turn = number, turn
             if "caption_aug" in self.settings.levels:
-                rng = np.random.default_rng((self.order.seed, epoch, number, _CHANGES))
+                rng = np.random.default_rng((self.order.seed, turn, number, _CHANGES))
                 sample.caption_aug = changed_caption(sample.caption, self.settings.synonyms, rng)
             sample = best_objects(sample, self.settings.max_regions, self.settings.drop_repeated_tags)
             self._check_regions(sample, reader.name)
             views: dict[str, torch.Tensor] = {}
             if sample.image is not None and self._views:
-                views = make_views(sample.image, self.settings.views, self.order.seed, epoch, number, self._views)
+                views = make_views(sample.image, self.settings.views, self.order.seed, turn, number, self._views)
             return sample, views
         except BadPicture as bad:
             raise BadSample(key, reader.name, bad.reason, str(bad)) from None
@@ -300,14 +305,14 @@ class BatchMaker(torch.utils.data.Dataset[Batch]):
         length = next((fixed for fixed in settings.text_lengths if fixed >= longest), settings.max_length)
         return np.pad(ids, ((0, 0), (0, length - longest)), constant_values=self.tokenizer.pad_token_id)
 
-    def _masked(self, epoch: int, samples: Sequence[Sample], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _masked(self, samples: Sequence[Sample], ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Captions' ids (B, L) with masked words, where these are, and which words."""
         made = [
             masked_caption(
                 row,
                 self.settings.mask_share,
                 self._vocabulary,
-                np.random.default_rng((self.order.seed, epoch, sample.number, _MASKS)),
+                np.random.default_rng((self.order.seed, sample.turn, sample.number, _MASKS)),
             )
             for sample, row in zip(samples, ids.numpy(), strict=True)
         ]

@@ -14,6 +14,7 @@ import collections
 import hashlib
 import multiprocessing
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from pyramidclip_hf.tokenization_pyramidclip import PyramidCLIPTokenizer
 from training.data.batches import Batch, BatchMaker, BatchReport, BatchSettings, DataError
 from training.data.coverage import Coverage, look_at
+from training.data.mixing import MixedOrder, check_shares, positions_of
 from training.data.order import FEW_BATCHES, SampleOrder, batch_positions, default_window
 from training.data.records import Fault
 from training.data.remote import ShardCache
@@ -156,7 +158,7 @@ class BatchReader:
     Args:
         maker: map-style data set; `maker[(epoch, positions)]` is a batch with `sample_keys` and `report`, as
             `BatchMaker` makes it.
-        order: the `SampleOrder` that the maker follows.
+        order: the `SampleOrder` or `MixedOrder` that the maker follows.
         global_batch_size: samples in a batch of all processes together.
         process_index, num_processes: which share of each global batch is made here: a block of neighbouring positions.
         workers: processes that make batches ahead; 0 makes them here.
@@ -177,7 +179,7 @@ class BatchReader:
     def __init__(
         self,
         maker: torch.utils.data.Dataset[Batch],
-        order: SampleOrder,
+        order: SampleOrder | MixedOrder,
         global_batch_size: int,
         process_index: int = 0,
         num_processes: int = 1,
@@ -289,6 +291,8 @@ class BatchReader:
         for level, number in report.texts.items():
             counts[f"texts/{level}"] += number
             counts[f"truncated/{level}"] += report.truncated[level]
+        for number, taken in report.taken.items():
+            counts[f"taken/{number}"] += taken
         if not report.bad:
             return
         for fault in report.bad:
@@ -372,6 +376,7 @@ class TrainingReader(BatchReader):
         cache: for remote shards.
         allow_unfinished: also data of which a step of preparation has begun and not ended.
         crew: processes that open the data together, see `training.data.sources`; None: this one alone.
+        shares: of each data set in every global batch, see `training.data.mixing`; none: one after another.
         **options: see `BatchReader`.
 
     Attributes:
@@ -380,7 +385,7 @@ class TrainingReader(BatchReader):
 
     Raises:
         ValueError: the data is smaller than one global batch (with the arithmetic), the batch cannot be shared equally,
-            regions of two detectors are mixed, or the data is unfinished.
+            regions of two detectors are mixed, the data is unfinished, or the shares cannot be.
         FileNotFoundError: there is no data.
     """
 
@@ -397,6 +402,7 @@ class TrainingReader(BatchReader):
         cache: ShardCache | None = None,
         allow_unfinished: bool = False,
         crew: Crew | None = None,
+        shares: Sequence[float] = (),
         **options: Any,
     ):
         if not data:
@@ -407,11 +413,18 @@ class TrainingReader(BatchReader):
         self.data_sets = [open_data_set(name, cache, allow_unfinished, crew=crew) for name in data]
         check_regions(self.data_sets, settings)
         sizes = [[unit.samples for unit in one.units] for one in self.data_sets]
-        windows = [window_samples or _default_window(one, global_batch_size) for one in self.data_sets]
-        order = SampleOrder(sizes, seed, windows, global_batch_size)
+        if shares:
+            check_shares(shares, len(data))
+        parts = positions_of(shares, global_batch_size) if shares else [global_batch_size] * len(data)
+        windows = [window_samples or _default_window(one, part) for one, part in zip(self.data_sets, parts)]
+        order: SampleOrder | MixedOrder = (
+            MixedOrder(sizes, shares, seed, windows, global_batch_size)
+            if shares
+            else SampleOrder(sizes, seed, windows, global_batch_size)
+        )
         if process_index == 0:
-            for one, window in zip(self.data_sets, windows):
-                _warn_of_small_window(one, window, global_batch_size)
+            for one, window, part in zip(self.data_sets, windows, parts):
+                _warn_of_small_window(one, window, part)
         maker = BatchMaker(self.data_sets, order, settings, tokenizer, cache)
         super().__init__(maker, order, global_batch_size, process_index, num_processes, **options)
         self.fingerprint = fingerprint_of(self.data_sets)
@@ -433,16 +446,39 @@ class TrainingReader(BatchReader):
     @property
     def description(self) -> list[dict[str, Any]]:
         """What the data is: per data set its name, numbers and what its `dataset.json` says of makers and licences."""
-        told = ("made_by", "attribution", "license")
+        told, order = ("made_by", "attribution", "license"), self.order
+        mixed: list[dict[str, Any]] = [{} for _ in self.data_sets]
+        if isinstance(order, MixedOrder):
+            mixed = [
+                {"share": part / order.global_batch_size, "passes_per_epoch": passes}
+                for part, passes in zip(order.parts, order.passes_per_epoch())
+            ]
         return [
             {
                 "name": data.name,
                 "samples": data.samples,
                 "shards": len(data.units),
+                **shared,
                 **{key: described[key] for described in data.described for key in told if key in described},
             }
-            for data in self.data_sets
+            for data, shared in zip(self.data_sets, mixed)
         ]
+
+    def metrics(self) -> dict[str, float]:
+        """With the share of each of several data sets so far, under its name (and number, where two have one name)."""
+        metrics, names = super().metrics(), [data.name for data in self.data_sets]
+        taken = [self._counts[f"taken/{number}"] for number in range(len(names))]
+        if len(taken) > 1:
+            metrics |= {f"data/share_{name}": n / max(sum(taken), 1) for name, n in zip(_short_names(names), taken)}
+        return metrics
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """The last part of each path, fit for the name of a metric, with its number where several have one."""
+    last = [name.rstrip("/").rpartition("/")[2] for name in names]
+    short = [re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("_") or "set" for name in last]
+    twice = len(set(short)) < len(short)
+    return [f"{number}_{name}" if twice else name for number, name in enumerate(short, 1)]
 
 
 def _default_window(data: DataSet, global_batch_size: int) -> int:

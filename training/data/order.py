@@ -191,6 +191,10 @@ class SampleOrder:
         draw = np.random.default_rng((self.seed, _REPLACEMENT, epoch, position, attempt))
         return self._in_window(window, int(draw.integers(window.size)))
 
+    def turn(self, epoch: int, position: int) -> int:
+        """How often the data set at a position was gone through before: what its crops are drawn for."""
+        return epoch
+
     def sample_id(self, dataset: int, shard: int, sample: int) -> int:
         """The number of a sample in the unshuffled data: what augmentation is keyed on."""
         return int(self._firsts[dataset][shard]) + sample

@@ -97,6 +97,7 @@ class Sample:
         captions: all of them where a picture has several; `caption` is then the first.
         caption_aug: the caption as a run changed it.
         number: of the sample in a run's order, which random numbers hang on.
+        turn: how often a run went through its data set before, likewise.
     """
 
     key: str
@@ -111,6 +112,7 @@ class Sample:
     captions: list[str] | None = None
     caption_aug: str | None = None
     number: int = 0
+    turn: int = 0
 
 
 def phrase(region: Region) -> str:

@@ -63,7 +63,8 @@ def _data_sentences(data_sets: Sequence[Mapping[str, Any]]) -> str:
     for data in data_sets:
         told = [f"{key}: {as_markdown(data[key])}" for key in ("made_by", "attribution", "license") if data.get(key)]
         name = as_markdown(Path(data["name"]).name)
-        lines.append(f"- {name}: {data['samples']:,} samples. {' '.join(told)}".rstrip())
+        share = f", {data['share']:.1%} of each batch" if "share" in data else ""
+        lines.append(f"- {name}: {data['samples']:,} samples{share}. {' '.join(told)}".rstrip())
     return "\n".join(lines)
 
 

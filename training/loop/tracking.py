@@ -15,6 +15,7 @@ One line of metrics.jsonl is one JSON object: `step`, and either training metric
     samples_per_second, data_wait_share, seconds        of all processes, see `training.loop.pace`; these and the next
     data_wait_share_largest, slowest_process, slowest_time    three alone differ between two equal runs
     data/bad_fraction, data/bad_fraction_largest, data/truncated_LEVEL, duplicates/LEVEL
+    data/share_NAME             of all samples so far, those of each data set, where there are several
 
 or `validation/TERM/METRIC`.
 """

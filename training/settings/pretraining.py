@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pyramidclip_hf.loss_pyramidclip import check_loss_weights
+from training.data.mixing import check_shares, positions_of
 from training.settings.fields import Through, check_area, check_lengths, check_repo_id, check_share_or_all, setting
 from training.settings.run import RunSettings, changed, told_processes
 
@@ -25,7 +26,9 @@ class PretrainingArguments(RunSettings):
     output_dir: str = changed("output_dir", "runs/pretrain")
     model: str = changed("model", "ViT-B-32")
     train_data: list[str] = changed(
-        "train_data", [], "shard folders, shard lists or JSONL manifests; several are visited one after another"
+        "train_data",
+        [],
+        "shard folders, shard lists or JSONL manifests; several are visited one after another, or mixed: data_shares",
     )
     validation_data: str | None = changed(
         "validation_data", None, "shard folder of the fixed validation set; none: no evaluation"
@@ -87,6 +90,12 @@ class PretrainingArguments(RunSettings):
 
     validation_samples: int = setting(
         512, "how many samples of it, from its beginning", section="data", identity=None, at_least=1
+    )
+    data_shares: list[float] = setting(
+        [],
+        "share of each of train_data in every global batch, in their order; default: one after another (paper)",
+        section="data",
+        identity="data",
     )
     shuffle_window_samples: int | None = setting(
         None,
@@ -265,6 +274,9 @@ class PretrainingArguments(RunSettings):
                 "instead: it encodes so many pairs at a time and computes the loss, exactly, over global_batch_size"
             )
         self._check_graphs()
+        if self.data_shares:
+            check_shares(self.data_shares, len(self.train_data))
+            positions_of(self.data_shares, self.global_batch_size)
         if self.loss_weights or (self.loss_weights is not None and not self.objective):  # {}: those of objective alone
             self.loss_weights = check_loss_weights(self.loss_weights)
         if (self.epochs is None) == (self.max_steps is None):

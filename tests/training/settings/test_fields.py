@@ -51,7 +51,7 @@ def test_a_kind_of_training_repeats_a_shared_setting_only_to_change_it():
 # (`Through`), or a run may be continued under another value: each of these is a decision.
 IDENTITY = {
     PretrainingArguments: {
-        "data": "seed shuffle_window_samples max_regions drop_repeated_tags allow_mixed_regions "
+        "data": "seed data_shares shuffle_window_samples max_regions drop_repeated_tags allow_mixed_regions "
         "global_crop_area local_crop_area view_crop_area max_image_pixels overfit_batches",
         "objective": "multi_positive freeze",
         "schedule": "global_batch_size learning_rate warmup_fraction final_learning_rate_fraction",

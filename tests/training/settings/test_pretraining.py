@@ -20,9 +20,9 @@ def parsed(words):
 FIELDS = """
     output_dir model train_data validation_data global_batch_size epochs learning_rate precision resume max_steps
     model_config loss_weights objective label_smoothing allow_empty_terms multi_positive freeze
-    seed dataloader_workers validation_samples shuffle_window_samples max_regions drop_repeated_tags allow_mixed_regions
-    allow_unfinished global_crop_area local_crop_area view_crop_area synonyms max_bad_fraction fetch_attempts
-    fetch_seconds cache_gigabytes max_image_pixels per_device_chunk_size gradient_accumulation_steps
+    seed dataloader_workers validation_samples data_shares shuffle_window_samples max_regions drop_repeated_tags
+    allow_mixed_regions allow_unfinished global_crop_area local_crop_area view_crop_area synonyms max_bad_fraction
+    fetch_attempts fetch_seconds cache_gigabytes max_image_pixels per_device_chunk_size gradient_accumulation_steps
     warmup_fraction final_learning_rate_fraction weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm ema_decay
     gradient_checkpointing sync_batch_norm deterministic torch_compile torch_compile_mode text_lengths
     log_every_steps trackers save_every_steps accept_identity process_timeout_minutes keep_checkpoints dry_run
