@@ -15,6 +15,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, BinaryIO, NamedTuple
@@ -22,6 +23,7 @@ from typing import IO, Any, BinaryIO, NamedTuple
 import numpy as np
 
 from .files import json_text, write_atomically, written_aside
+from .parquet_pages import ALWAYS_BYTES, LARGEST_RATIO, check_rows, check_whole, group_bytes
 
 SUFFIXES = (".parquet", ".npz")
 KINDS = ("path", "text")
@@ -246,13 +248,13 @@ def read_embeddings(path: str | os.PathLike) -> StoredEmbeddings:
     kind = metadata["kind"]
     try:
         if path.suffix == ".parquet":
-            _, parquet = _pyarrow()
-            table = parquet.read_table(path, columns=[kind, "embedding"])
+            with _opened_parquet(path, [kind, "embedding"]) as file:
+                table = file.read([kind, "embedding"])
             names = table.column(kind).to_pylist()
             rows = table.column("embedding").combine_chunks()
             embeddings = rows.flatten().to_numpy(zero_copy_only=False, writable=True).reshape(len(names), -1)
         else:
-            with np.load(path, allow_pickle=False) as arrays:
+            with _opened_npz(path) as arrays:
                 names, embeddings = arrays[kind].tolist(), arrays["embedding"]
     except ImportError:
         raise
@@ -300,13 +302,14 @@ def rows_at(path: str | os.PathLike, places: np.ndarray, column: str) -> np.ndar
     """What a column ("embedding" or the file's kind) has at `places` (n,), ascending: (n, D) or (n,)."""
     path = Path(path)
     if path.suffix == ".parquet":
-        _, parquet = _pyarrow()
-        with parquet.ParquetFile(path) as file:
+        with _opened_parquet(path) as file, open(path, "rb") as pages:
             ends = np.cumsum([file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)])
             found = []
             for group in np.unique(np.searchsorted(ends, places, side="right")):
                 first = ends[group - 1] if group else 0
                 own = places[(places >= first) & (places < ends[group])] - first
+                if group_bytes(pages, file, group, [column]) > max(ALWAYS_BYTES, LARGEST_RATIO * path.stat().st_size):
+                    raise ValueError(f"{path}: {column} of row group {group} unpacks to more than the file can hold")
                 table = file.read_row_group(group, columns=[column], use_threads=False)
                 values = table.column(0).combine_chunks()
                 taken = values.take(own)
@@ -314,7 +317,7 @@ def rows_at(path: str | os.PathLike, places: np.ndarray, column: str) -> np.ndar
             return np.concatenate(found)
     if column == "embedding":
         return np.concatenate(list(_taken(embedding_blocks(path), places)))
-    with np.load(path, allow_pickle=False) as arrays:
+    with _opened_npz(path) as arrays:
         return arrays[column][places]
 
 
@@ -330,13 +333,13 @@ def _vectors(column: Any) -> np.ndarray:
 
 
 def _parquet_blocks(path: Path) -> Iterator[np.ndarray]:
-    _, parquet = _pyarrow()
-    with parquet.ParquetFile(path) as file:
+    with _opened_parquet(path, ["embedding"]) as file:
         for batch in file.iter_batches(batch_size=_BLOCK, columns=["embedding"]):
             yield _vectors(batch.column(0))
 
 
 def _npz_blocks(path: Path) -> Iterator[np.ndarray]:
+    _check_archive(path)
     with zipfile.ZipFile(path) as archive, archive.open("embedding.npy") as member:
         np.lib.format.read_magic(member)
         (rows, width), fortran, dtype = np.lib.format.read_array_header_1_0(member)
@@ -360,7 +363,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
             _, parquet = _pyarrow()
             text = (parquet.read_schema(path).metadata or {})[_METADATA_KEY.encode()]
         else:
-            with np.load(path, allow_pickle=False) as arrays:
+            with _opened_npz(path) as arrays:
                 text = str(arrays["metadata"])
         metadata = json.loads(text)
         known = {"model": str, "model_sha256": str, "kind": str, "settings": dict, "rows": int, "skipped": list}
@@ -378,14 +381,43 @@ def _read_names(path: Path, kind: str) -> list[str]:
     """What the rows of a file of embeddings are of; the embeddings are not read."""
     try:
         if path.suffix == ".parquet":
-            _, parquet = _pyarrow()
-            return parquet.read_table(path, columns=[kind]).column(kind).to_pylist()
-        with np.load(path, allow_pickle=False) as arrays:
+            with _opened_parquet(path, [kind]) as file:
+                return file.read([kind]).column(kind).to_pylist()
+        with _opened_npz(path) as arrays:
             return arrays[kind].tolist()
     except ImportError:
         raise
     except Exception as error:  # of damaged files, zipfile, zlib and NumPy raise almost anything
         raise _not_ours(path, error) from error
+
+
+@contextmanager
+def _opened_parquet(path: Path, columns: Sequence[str] | None = None) -> Iterator[Any]:
+    """The `pyarrow.parquet.ParquetFile`; ValueError where `columns` (None: not looked at) unpack to too much."""
+    _, parquet = _pyarrow()
+    with parquet.ParquetFile(path) as file:
+        check_rows(file, path.stat().st_size)
+        if columns is not None:
+            with open(path, "rb") as pages:
+                check_whole(pages, file, columns)
+        yield file
+
+
+@contextmanager
+def _opened_npz(path: Path) -> Iterator[Any]:
+    """What `numpy.load` gives; ValueError where it unpacks to too much."""
+    _check_archive(path)
+    with np.load(path, allow_pickle=False) as arrays:
+        yield arrays
+
+
+def _check_archive(path: Path) -> None:
+    """ValueError where the members of a zip archive say that they unpack to too much; no more of them is read."""
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        total = sum(member.file_size for member in archive.infolist())
+    if total > max(ALWAYS_BYTES, LARGEST_RATIO * size):
+        raise ValueError(f"{path} unpacks to {total} bytes, of a file of {size}: more than is read")
 
 
 def _not_ours(path: Path, error: Exception) -> ValueError:

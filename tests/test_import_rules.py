@@ -45,8 +45,9 @@ SIBLINGS = {
     "zero_shot": PREPROCESSING | {"processing_pyramidclip"},
     "files": set(),
     "pages": set(),
+    "parquet_pages": set(),
     "hits_page": {"pages", "image_processing_pyramidclip", "picture_files"},
-    "embedding_files": {"files"},
+    "embedding_files": {"files", "parquet_pages"},
     "embedding_index": PREPROCESSING | {"processing_pyramidclip", "zero_shot", "embedding_files", "files"},
     "picture_files": {"image_processing_pyramidclip", "files"},
 }

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
-from pyramidclip_hf.files import visible
+from pyramidclip_hf.files import read_regular, visible
 from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
+from training.data.hub_sets import RefusedFile, load_checked, load_saved
 from training.data.labelled import (
     LabelledPictures,
     check_class_names,
@@ -24,7 +25,7 @@ from training.data.labelled import (
 )
 from training.data.records import Sample
 from training.data.samples import Samples, open_picture
-from training.data.shards import read_dataset_json
+from training.data.shards import MAX_MEMBER_BYTES, read_dataset_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -176,13 +177,15 @@ def _load(data: str, split: str | None, subset: str | None) -> _Loaded:
     name, _, revision = data.removeprefix(HUB_PREFIX).partition("@") if not path.exists() else (data, "", "")
     try:
         if path.is_dir() and any((path / file).is_file() for file in _SAVED):
-            saved = datasets.load_from_disk(data)
+            saved = load_saved(data)
             rows = saved[wanted] if isinstance(saved, datasets.DatasetDict) else saved
             wanted = str(rows.split or wanted)
         elif path.is_file():
-            rows, wanted = datasets.load_dataset("parquet", data_files=data, split="train"), split
+            rows, wanted = load_checked("parquet", data_files=data, split="train"), split
         else:
-            rows = datasets.load_dataset(name, subset, split=wanted, revision=revision or None)
+            rows = load_checked(name, subset, split=wanted, revision=revision or None)
+    except RefusedFile as error:
+        raise ValueError(f"{data}: {error}") from error
     except (OSError, KeyError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise FileNotFoundError(
             f"{data}: no split {wanted!r} of a data set could be loaded ({type(error).__name__}: {error}). Expected a "
@@ -281,5 +284,5 @@ def _bytes(value: Any, data: str, row: int) -> bytes:
     if value.get("bytes") is not None:
         return value["bytes"]
     if value.get("path") and Path(value["path"]).is_file():
-        return Path(value["path"]).read_bytes()
+        return read_regular(value["path"], MAX_MEMBER_BYTES)
     raise ValueError(f"{data}, row {row}: no picture; a caption or label without one cannot be evaluated")

@@ -147,6 +147,38 @@ def test_rows_that_are_no_unit_vectors_and_too_few_are_named(stored, tmp_path):
         list(embedding_blocks(tmp_path / "short.npz"))
 
 
+def test_parquet_of_embeddings_that_stands_for_far_more_than_it_is_is_refused(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason='needs pyarrow: pip install "pyramidclip-hf[train]"')
+    import pyarrow
+
+    path, _ = written(tmp_path / "rows.parquet", rows=4)
+    metadata = parquet.read_schema(path).metadata
+    long = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 256), pyarrow.array(["c" * (4 << 20)]))
+    table = pyarrow.table({"path": long, "embedding": [[1.0, 0.0]] * 256}).replace_schema_metadata(metadata)
+    parquet.write_table(table, path, compression="zstd", dictionary_pagesize_limit=1 << 30, write_statistics=False)
+    assert path.stat().st_size < 20_000
+    before, pool = pyarrow.default_memory_pool(), pyarrow.proxy_memory_pool(pyarrow.system_memory_pool())
+    pyarrow.set_memory_pool(pool)
+    try:
+        for read in (read_embeddings, lambda path: rows_at(path, np.array([0]), "path")):
+            with pytest.raises(ValueError, match=r"its rows may have 1\d{9} bytes|more than the file can hold"):
+                read(path)
+    finally:
+        pyarrow.set_memory_pool(before)
+    assert pool.max_memory() < 100 << 20
+
+
+def test_npz_of_embeddings_that_unpacks_to_far_more_than_it_is_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding_files, "ALWAYS_BYTES", 1 << 20)
+    path, _ = written(tmp_path / "rows.npz", rows=4)
+    with np.load(path) as arrays:
+        parts = {**arrays, "embedding": np.zeros((1000, 1000), np.float32)}
+    np.savez_compressed(path, **parts)
+    for read in (read_embeddings, lambda path: list(embedding_blocks(path))):
+        with pytest.raises(ValueError, match=r"unpacks to 4\d{6} bytes"):
+            read(path)
+
+
 def test_the_command_gives_the_same_by_all_three_ways(embedded, tmp_path, capsys, monkeypatch):
     pytest.importorskip("faiss", reason='needs faiss-cpu: pip install "pyramidclip-hf[search]"')
     argv = ["search", embedded, "--text", "a red bat", "fox", "--top-k", 3, "--json"]

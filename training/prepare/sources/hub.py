@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from training.data.hub_sets import load_checked, load_saved
 from training.prepare.sources.columns import choose_columns, fill, key_text
 from training.prepare.sources.pairs import RawPair, SourceArguments, SourcePart
 
@@ -36,15 +37,17 @@ class HubSource:
             raise ImportError('Hub datasets need the train extra: pip install -e ".[train]"') from error
         name, options = self.arguments.input[0], self.arguments
         if os.path.exists(name):
-            data = datasets.load_from_disk(name)
+            data = load_saved(name)
             if not isinstance(data, datasets.DatasetDict):
                 return data
             if options.split not in data:
                 raise ValueError(f"{name} has the splits {', '.join(data)}: give one of them with --split")
             return data[options.split]
         try:
+            if not options.streaming:
+                return load_checked(name, options.subset, split=options.split, revision=options.revision)
             return datasets.load_dataset(
-                name, options.subset, split=options.split, revision=options.revision, streaming=options.streaming
+                name, options.subset, split=options.split, revision=options.revision, streaming=True
             )
         except OSError as error:
             raise FileNotFoundError(

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-from training.prepare.sources import parquet_pages
+from pyramidclip_hf import parquet_pages
 from training.prepare.sources.columns import Columns, choose_columns, fill, key_text
 from training.prepare.sources.pairs import Fault, RawPair, SourceArguments, SourcePart
 
@@ -275,10 +275,10 @@ def _rows_of_parquet(part: SourcePart, columns: Sequence[str | None] | None) -> 
 
 
 def _rows_at_once(path: str, table: "ParquetFile", group: int) -> int:
-    """How many rows of a row group stay below `_BATCH_BYTES` even where each holds its column's longest value.
+    """How many rows of a row group stay below `_BATCH_BYTES` even where each is the longest that there may be.
 
     Parquet writes equal values once, so a few bytes of a file may stand for any number of long rows.
     """
     with open(path, "rb") as file:
-        largest = parquet_pages.unpacked_bytes(file, table, group)
+        largest = parquet_pages.row_bytes(file, table, group)
     return min(max(_BATCH_BYTES // max(largest, 1), 1), 256)

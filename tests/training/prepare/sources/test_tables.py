@@ -8,6 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from pyramidclip_hf import parquet_pages
 from tests.training.prepare.small_data import (
     read_tars,
     run_step,
@@ -16,7 +17,6 @@ from tests.training.prepare.small_data import (
 )
 from training.data.shards import read_dataset_json
 from training.prepare import pack, sources
-from training.prepare.sources import parquet_pages
 
 
 def run(output, *flags):
@@ -97,7 +97,7 @@ def test_equal_rows_of_parquet_are_not_all_unpacked_at_once(tmp_path, lies):
     column = write_equal_rows(tmp_path / "a.parquet")
     if lies:
         lie(tmp_path / "a.parquet", column.total_uncompressed_size, 1)
-    before, pool = pyarrow.default_memory_pool(), pyarrow.system_memory_pool()
+    before, pool = pyarrow.default_memory_pool(), pyarrow.proxy_memory_pool(pyarrow.system_memory_pool())
     pyarrow.set_memory_pool(pool)
     try:
         first_row(tmp_path / "a.parquet")
@@ -125,7 +125,7 @@ def test_a_list_of_more_values_than_its_bytes_can_hold_is_refused(tmp_path, monk
 def test_columns_outside_of_the_file_are_refused(tmp_path):
     column = write_equal_rows(tmp_path / "a.parquet")
     lie(tmp_path / "a.parquet", column.total_compressed_size, (1 << 13) - 1)
-    with pytest.raises(ValueError, match="column caption says to lie at .* to 8|goes beyond|no end"):
+    with pytest.raises(ValueError, match="column caption, row group 0: it says to lie at .* to 8|goes beyond|no end"):
         first_row(tmp_path / "a.parquet")
 
 
@@ -136,6 +136,82 @@ def test_more_rows_than_a_file_can_tell_apart_are_refused(tmp_path):
     source = sources.open_source(sources.SourceArguments(input=[str(tmp_path / "a.parquet")]))
     with pytest.raises(ValueError, match="10000000 rows in"):
         source.parts()
+
+
+def write_lists(path, lengths, text, **options):
+    """Rows with lists of one text, which stands once in the file."""
+    texts = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0] * sum(lengths), pyarrow.int32()), pyarrow.array([text])
+    )
+    ends = pyarrow.array(np.cumsum([0, *lengths]), pyarrow.int32())
+    table = pyarrow.table(
+        {
+            "image": ["x.jpg"] * len(lengths),
+            "caption": ["c"] * len(lengths),
+            "more": pyarrow.ListArray.from_arrays(ends, texts),
+        }
+    )
+    pyarrow.parquet.write_table(
+        table, path, dictionary_pagesize_limit=1 << 30, store_schema=False, write_statistics=False, **options
+    )
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_a_row_whose_list_repeats_a_long_text_is_refused_before_it_is_unpacked(tmp_path, version):
+    """Few bytes that stand for a gigabyte in one row."""
+    write_lists(tmp_path / "a.parquet", [1, 0, 1000], "c" * (1 << 20), compression="zstd", data_page_version=version)
+    assert (tmp_path / "a.parquet").stat().st_size < 10_000
+    before, pool = pyarrow.default_memory_pool(), pyarrow.proxy_memory_pool(pyarrow.system_memory_pool())
+    pyarrow.set_memory_pool(pool)
+    try:
+        with pytest.raises(
+            ValueError, match=r"more\.list\.element.*the 1000 values of a row may have 1048576000 bytes"
+        ):
+            first_row(tmp_path / "a.parquet")
+    finally:
+        pyarrow.set_memory_pool(before)
+    assert pool.max_memory() < 100 << 20
+
+
+def test_as_many_long_texts_in_short_lists_are_read_some_rows_at_a_time(tmp_path):
+    write_lists(tmp_path / "a.parquet", [10] * 60, "c" * (1 << 20), compression="zstd")
+    before, pool = pyarrow.default_memory_pool(), pyarrow.proxy_memory_pool(pyarrow.system_memory_pool())
+    pyarrow.set_memory_pool(pool)
+    try:
+        source = sources.open_source(sources.SourceArguments(input=[str(tmp_path / "a.parquet")]))
+        assert sum(1 for part in source.parts() for _ in source.read(part)) == 60
+    finally:
+        pyarrow.set_memory_pool(before)
+    assert pool.max_memory() < 500 << 20
+
+
+def test_a_list_of_texts_that_go_on_from_the_one_before_is_refused(tmp_path, monkeypatch):
+    """DELTA_BYTE_ARRAY repeats a text without a dictionary."""
+    monkeypatch.setattr(parquet_pages, "ALWAYS_BYTES", 1 << 20)
+    table = pyarrow.table({"image": ["x"], "caption": ["c"], "more": [["c" * 10_000] * 1000]})
+    pyarrow.parquet.write_table(
+        table, tmp_path / "a.parquet", use_dictionary=False, column_encoding={"more.list.element": "DELTA_BYTE_ARRAY"}
+    )
+    with pytest.raises(ValueError, match="the 1000 values of a row may have"):
+        first_row(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("compression", ["none", "snappy", "gzip", "brotli", "lz4", "zstd"])
+@pytest.mark.parametrize("deep", [False, True])
+def test_the_longest_row_is_counted_by_its_levels(tmp_path, version, compression, deep):
+    rng = np.random.default_rng(0)
+    rows = [["w" * int(rng.integers(1, 50))] * int(rng.integers(0, 40)) if i % 7 else None for i in range(1000)]
+    lists = [row and [row[:3], row[3:]] for row in rows] if deep else rows
+    longest = max(sum(max(1, len(inner)) for inner in row) if deep and row else max(1, len(row or ())) for row in lists)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"more": lists}), tmp_path / "a.parquet", compression=compression, data_page_version=version,
+        data_page_size=3000,
+    )  # fmt: skip
+    table = pyarrow.parquet.ParquetFile(tmp_path / "a.parquet")
+    with open(tmp_path / "a.parquet", "rb") as file:
+        (column,) = parquet_pages._columns(file, table, 0)
+        assert len(column.pages) > 3 and parquet_pages._longest_row(file, column) == longest
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
