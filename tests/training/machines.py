@@ -42,10 +42,13 @@ def mounting():
     return None
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port(among=(0,)):
+    """The first of these ports that nobody listens at; of 0 whichever the system gives."""
+    for port in among:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return probe.getsockname()[1]
+    raise OSError(f"none of {among} is free")
 
 
 class Machine:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import psutil
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
+from tests.training.machines import free_port
 from tests.training.prepare.small_data import FEATURES, write_shards
 from tests.training.tiny import VIT
 from training import pretrain
@@ -47,6 +49,8 @@ class Cluster:
         self.bin, self.run, self.asked = folder / "bin", folder / "run", folder / "asked"
         self.bin.mkdir()
         self.jobs = []
+        self.port = free_port(random.sample(range(10_000, 30_000), 50))
+        self.job_id = str(self.port + 10_000)
         self.stand_in("scontrol", f'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >>{self.asked}; fi')
         self.stand_in("python", "exit 0")
 
@@ -58,7 +62,7 @@ class Cluster:
     def environment(self, nodes, **more):
         return os.environ | {
             "PATH": f"{self.bin}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "SLURM_JOB_ID": "4711",
+            "SLURM_JOB_ID": self.job_id,
             "SLURM_JOB_NUM_NODES": str(nodes),
             "SLURM_JOB_NODELIST": "node[1-2]",
             "SLURM_CPUS_PER_TASK": "1",
@@ -86,7 +90,7 @@ class Cluster:
         """(exit code, whether the job went back into the queue, what was said) of a whole job."""
         self.asked.unlink(missing_ok=True)
         code = self.start(**more).wait(timeout=60)
-        back = self.asked.is_file() and self.asked.read_text() == "requeue 4711\n"
+        back = self.asked.is_file() and self.asked.read_text() == f"requeue {self.job_id}\n"
         return code, back, (self.run.parent / "output").read_text()
 
 
@@ -133,7 +137,7 @@ def test_the_launcher_understands_what_the_script_asks(cluster, monkeypatch):
     words = told.read_text().splitlines()
     assert words[0] == "launch"
     args = launch_command_parser().parse_args(words[1:])
-    assert (args.num_machines, args.num_processes, args.machine_rank, args.main_process_port) == (4, 4, 1, 24711)
+    assert (args.num_machines, args.num_processes, args.machine_rank, args.main_process_port) == (4, 4, 1, cluster.port)
     assert args.module and args.training_script == "training.pretrain" and args.main_process_ip == "127.0.0.1"
     monkeypatch.setenv("RANK", "0")  # as the launcher sets it: whether data are there is then for the run to say
     settings = pretrain.parse(args.training_script_args)
@@ -175,8 +179,9 @@ def test_a_job_starts_is_stopped_goes_back_and_finishes(cluster, tmp_path, patie
         time.sleep(0.1)
     subprocess.run(["pkill", "-TERM", "-P", str(job.pid)], check=True)  # its only child is srun
     assert job.wait(timeout=patience) == 0
-    assert cluster.asked.read_text() == "requeue 4711\n"
+    assert cluster.asked.read_text() == f"requeue {cluster.job_id}\n"
     outcome = read_outcome(cluster.run)
+    assert outcome, (tmp_path / "output").read_text()[-3000:]
     assert outcome["reason"] == "asked to stop" and 3 <= outcome["step"] < steps
     assert list_checkpoints(cluster.run)[-1].name == f"step-{outcome['step']:08d}"
     cluster.asked.unlink()

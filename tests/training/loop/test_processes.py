@@ -14,6 +14,7 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType, is_deepspeed_available
 
 from pyramidclip_command import run_command
+from tests.training.machines import free_port
 from tests.training.processes import run_in_processes
 from tests.training.runs import settings, use_memory
 from training import pretrain
@@ -37,12 +38,6 @@ def test_what_does_not_train_these_models_is_refused_with_its_reason(engine, rea
     check_engine(DistributedType.MULTI_GPU)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def timeouts(rank, world_size, args, port):
     """Those of the groups that a run makes: the processes' own, and that of the votes."""
     found, make = [], dist.new_group
@@ -64,7 +59,7 @@ def timeouts(rank, world_size, args, port):
 def test_the_time_out_reaches_every_group(tmp_path, monkeypatch):
     use_memory(monkeypatch)
     args = settings(tmp_path, max_steps=1, process_timeout_minutes=7.5)
-    for found in run_in_processes(timeouts, 2, args, free_port()):
+    for found in run_in_processes(timeouts, 2, args, str(free_port())):
         # A minute behind the watch, which knows who is missing. The day is of the group for file work of the first one.
         assert set(found) == {timedelta(minutes=8.5), timedelta(days=1)} and len(found) >= 3
 
@@ -213,7 +208,7 @@ def under_engine(rank, world_size, args, asked, port):
 def test_an_engine_that_some_were_told_to_use_is_called_by_nobody_and_ends_all(tmp_path, failing_engine, asked):
     """Else the others would wait for whoever the engine fails in."""
     began = time.monotonic()
-    found = run_in_processes(under_engine, 2, settings(tmp_path / "run"), asked, free_port())
+    found = run_in_processes(under_engine, 2, settings(tmp_path / "run"), asked, str(free_port()))
     for rank, (code, said) in enumerate(found):
         first = "" if rank in asked else f"process {asked[0]}: "
         assert code == 2 and said.startswith(f"{first}the engine is refused: DeepSpeed"), said

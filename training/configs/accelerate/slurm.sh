@@ -33,7 +33,8 @@ from training.pretrain import parse
 sys.exit(run_command(parse, lambda settings: 0))' --config "$recipe" --output-dir "$run"
 
 export ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs on a node do not meet
+# Two jobs on a node do not meet, and Linux gives ports from 32768 on to whoever asks for any.
+export PORT=$((10000 + SLURM_JOB_ID % 20000))
 export RECIPE=$recipe RUN=$run CONFIGURATION=$configuration NODES=$SLURM_JOB_NUM_NODES
 export PROCESSES=$((NODES * ${SLURM_GPUS_ON_NODE:-8}))
 
