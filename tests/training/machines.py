@@ -92,15 +92,18 @@ class Machine:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         environment |= {"GLOO_SOCKET_IFNAME": "lo", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN), **self.variables}
         environment.pop("PYTHONPATH", None)
+        # Through a process of its own: what is said must not end at the limit on files of a process with a full disk.
         with open(self.disk / "output", "w") as output:
-            self.launcher = subprocess.Popen(
-                command,
-                cwd=self.disk / "project",
-                stdout=output,
-                stderr=output,
-                env=environment,
-                start_new_session=True,
-            )
+            self.writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=output)
+        self.launcher = subprocess.Popen(
+            command,
+            cwd=self.disk / "project",
+            stdout=self.writer.stdin,
+            stderr=self.writer.stdin,
+            env=environment,
+            start_new_session=True,
+        )
+        self.writer.stdin.close()
 
     @property
     def said(self):
@@ -165,6 +168,7 @@ class Cluster:
                 machine.launcher.wait(timeout=max(end - time.monotonic(), 0.1))
             except subprocess.TimeoutExpired:
                 raise AssertionError(f"machine {machine.number} is still there\n{self.told()}") from None
+            machine.writer.wait(timeout=60)  # it ends with the last process that can say something
         return [machine.code() for machine in self.machines]
 
     def told(self):

@@ -29,13 +29,14 @@ MODEL = {"text_config": TEXT, "vision_config": {**VIT, "roi_feature_size": FEATU
 
 # One local process a node, with Slurm's variables; SIGTERM goes to all processes of the step, as --signal sends it.
 SRUN = """
-import os, signal, subprocess, sys
+import contextlib, os, signal, subprocess, sys
 import psutil
 words = [word for word in sys.argv[1:] if not word.startswith("--")]
 nodes = [subprocess.Popen(words, env=os.environ | {"SLURM_NODEID": str(n)}) for n in range(int(os.environ["NODES"]))]
 def tell(signum, frame):
     for process in psutil.Process().children(recursive=True):
-        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(psutil.NoSuchProcess):  # a loader may end with the parent that was told before it
+            process.send_signal(signal.SIGTERM)
 signal.signal(signal.SIGTERM, tell)
 codes = [node.wait() for node in nodes]
 sys.exit(max(codes))

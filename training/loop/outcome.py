@@ -14,6 +14,8 @@ write down.
 import contextlib
 import errno
 import json
+import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -158,6 +160,8 @@ def is_finished(told: dict[str, Any]) -> bool:
 def forget_outcome(folder: Path) -> None:
     """A run goes on from here."""
     (Path(folder) / NAME).unlink(missing_ok=True)
+    for leftover in Path(folder).glob(f".{NAME}.*.partial"):  # of a process that was killed while it wrote
+        leftover.unlink(missing_ok=True)
 
 
 @dataclass
@@ -208,9 +212,23 @@ def write_outcome(folder: Path, outcome: Outcome, step: int, **more: Any) -> Non
         **more,
     }
     path = Path(folder) / NAME
+    # Written aside: a process with a full disk must not leave half of a file, in place of what another could say.
+    aside = path.with_name(f".{NAME}.{secrets.token_hex(6)}.partial")
     try:
-        with open(path, "x", encoding="utf-8") as file:
+        with open(aside, "x", encoding="utf-8") as file:
             file.write(json_text(told, indent=1) + "\n")
+        fsync(aside)
+        _put_first(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _put_first(aside: Path, path: Path) -> None:
+    """Gives a file its name, unless another process has put one there."""
+    try:
+        os.link(aside, path)
     except FileExistsError:
         return
-    fsync(path)
+    except OSError:  # a file system without hard links: two processes that fail at one moment may both come here
+        if not path.exists():
+            os.replace(aside, path)

@@ -1,8 +1,10 @@
 """RUN/stopped.json: why a run ended, and whether the same command may go further."""
 
+import errno
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -104,10 +106,33 @@ def test_the_process_that_fails_is_the_one_that_tells(tmp_path, monkeypatch):
     assert "process 1 got 3 pairs at step 3" in read_outcome(tmp_path)["message"]
 
 
-def test_what_happened_first_stays(tmp_path):
+@pytest.mark.parametrize("links", [True, False])
+def test_what_happened_first_stays(tmp_path, monkeypatch, links):
+    if not links:
+
+        def refuse(*paths):
+            raise OSError(errno.EPERM, "Operation not permitted")  # as FAT and some shares have it
+
+        monkeypatch.setattr(os, "link", refuse)
     write_outcome(tmp_path, Outcome("not finite", "first"), 3)
     write_outcome(tmp_path, Outcome("another process", "second"), 4)
     assert told(tmp_path) == ("not finite", False, 1, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["stopped.json"]
+
+
+def test_who_cannot_write_leaves_it_to_the_others(tmp_path):
+    """Also what stands there: a file of which the disk took the beginning would be in their way."""
+
+    def limited(rank, world_size):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))
+        with pytest.raises(OSError, match="File too large"):
+            write_outcome(tmp_path, Outcome("disk full", "first"), 3)
+
+    run_in_processes(limited, 1)
+    assert not list(tmp_path.iterdir())
+    write_outcome(tmp_path, Outcome("disk full", "second"), 3)
+    assert told(tmp_path) == ("disk full", False, 1, 3)
 
 
 @pytest.fixture
