@@ -7,12 +7,17 @@ and
     def main(argv: Sequence[str] | None = None) -> int:
         return run_command(parse, run, argv)
 
-Results go to stdout; an error is one line on stderr.
+Results go to stdout; an error is one line on stderr. Where the work needs torch, whose import takes seconds, `parse`
+stands above the imports that bring it, and between them
+
+    if __name__ == "__main__":
+        answer_words(parse)
 """
 
 import argparse
 import contextlib
 import errno
+import importlib
 import io
 import json
 import os
@@ -201,6 +206,36 @@ def _is_missing(path: str) -> bool:
     except (OSError, ValueError):
         pass
     return False
+
+
+# Whether this process is a command that has not come to its work yet.
+_reads_words = False
+
+
+def expect_words() -> None:
+    """Says that this process reads a command's words first, where `python -m PACKAGE.NAME` imports the package now."""
+    global _reads_words
+    _reads_words = sys.argv[0] == "-m"  # which stands there until the module is found
+
+
+def reads_words() -> bool:
+    """Whether a command still reads its words, see `answer_words`; `import pyramidclip_hf` is cheap as long."""
+    return _reads_words
+
+
+def answer_words(parse: Callable[[Sequence[str]], object]) -> None:
+    """Answers help and mistakes of the running command and ends it; returns where there is work to do.
+
+    Args:
+        parse: see `run_command`, which calls it once more.
+    """
+    global _reads_words
+    code = run_command(parse, lambda settings: None)
+    if code:
+        sys.exit(code)
+    _reads_words = False
+    if "pyramidclip_hf" in sys.modules:
+        importlib.import_module("pyramidclip_hf.auto_classes")
 
 
 def run_command(

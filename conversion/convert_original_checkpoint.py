@@ -15,45 +15,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from safetensors import safe_open
-
-from conversion.architecture import check_checkpoint, config_from_shapes, describe
-from conversion.checkpoint_file import as_float32, read_checkpoint, state_dict_of
-from conversion.key_map import key_table, to_original, to_transformers
-from conversion.model_folder import (
-    assemble_model,
-    check_output_folder,
-    file_written_aside,
-    make_processor,
-    model_written_aside,
-)
-from pyramidclip_command import CommandParser, check_there, run_command
-from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES, PyramidCLIPConfig
-from pyramidclip_hf.hub import AUTHORS_WEIGHTS_LICENSE, build_model_card
-from pyramidclip_hf.loading import load_dual_encoder
-from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
-
-Say = Callable[[str], object]
-
-MAX_DIFFERENCE = 1e-4
-# Rows of the key table compared at a time; the mapped file is let go in between, which bounds the memory.
-_ROWS_AT_A_TIME = 16
-# Stored output -> level, stored input -> model input.
-OUTPUT_LEVELS = {
-    "global_image_features": "global",
-    "local_image_features": "local",
-    "roi_image_features": "roi",
-    "summary_text_features": "summary",
-    "caption_text_features": "caption",
-    "tag_text_features": "tags",
-}
-_INPUT_NAMES = {"global_pixel_values": "pixel_values", "caption_input_ids": "input_ids"}
-
-
-class CheckFailed(ValueError):
-    """A converted folder does not hold what the checkpoint holds; the message lists the differences."""
+from pyramidclip_command import CommandParser, answer_words, check_there, run_command
+from pyramidclip_hf.architectures_pyramidclip import ARCHITECTURES
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -89,6 +52,56 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     check_there("--checkpoint", arguments.checkpoint, "the released checkpoint")
     check_there("--model", arguments.model, "folder or Hub id", "id")
     return arguments
+
+
+if __name__ == "__main__":
+    answer_words(parse_arguments)
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from conversion.architecture import check_checkpoint, config_from_shapes, describe
+from conversion.checkpoint_file import as_float32, read_checkpoint, state_dict_of
+from conversion.key_map import key_table, to_original, to_transformers
+from conversion.model_folder import (
+    assemble_model,
+    check_output_folder,
+    file_written_aside,
+    make_processor,
+    model_written_aside,
+)
+from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
+from pyramidclip_hf.hub import AUTHORS_WEIGHTS_LICENSE, build_model_card
+from pyramidclip_hf.loading import load_dual_encoder
+from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+
+Say = Callable[[str], object]
+
+
+MAX_DIFFERENCE = 1e-4
+
+
+# Rows of the key table compared at a time; the mapped file is let go in between, which bounds the memory.
+_ROWS_AT_A_TIME = 16
+
+
+# Stored output -> level, stored input -> model input.
+OUTPUT_LEVELS = {
+    "global_image_features": "global",
+    "local_image_features": "local",
+    "roi_image_features": "roi",
+    "summary_text_features": "summary",
+    "caption_text_features": "caption",
+    "tag_text_features": "tags",
+}
+
+
+_INPUT_NAMES = {"global_pixel_values": "pixel_values", "caption_input_ids": "input_ids"}
+
+
+class CheckFailed(ValueError):
+    """A converted folder does not hold what the checkpoint holds; the message lists the differences."""
 
 
 def convert(

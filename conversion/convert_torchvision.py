@@ -14,29 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-from PIL import Image
-from transformers import ResNetConfig, ResNetForImageClassification
-
-from conversion.checkpoint_file import as_float32, read_checkpoint, state_dict_of
-from conversion.model_folder import check_output_folder, model_written_aside
-from pyramidclip_command import CommandParser, check_there, run_command
-from pyramidclip_hf.image_processing_pyramidclip import PyramidCLIPImageProcessor
-from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
-
-CACHED = "resnet50-0676ba61.pth"
-# What torchvision's weights were trained and are measured with.
-MEAN, STD, RESIZED, CROP = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 256, 224
-_NAMES = (
-    (r"^conv1\.", "resnet.embedder.embedder.convolution."),
-    (r"^bn1\.", "resnet.embedder.embedder.normalization."),
-    (r"^fc\.", "classifier.1."),
-    (r"^layer(\d)\.(\d+)\.", lambda found: f"resnet.encoder.stages.{int(found[1]) - 1}.layers.{found[2]}."),
-    (r"\.conv(\d)\.", lambda found: f".layer.{int(found[1]) - 1}.convolution."),
-    (r"\.bn(\d)\.", lambda found: f".layer.{int(found[1]) - 1}.normalization."),
-    (r"\.downsample\.0\.", ".shortcut.convolution."),
-    (r"\.downsample\.1\.", ".shortcut.normalization."),
-)
+from pyramidclip_command import CommandParser, answer_words, check_there, run_command
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -53,6 +31,37 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     check_there("--checkpoint", arguments.checkpoint, "weights under torchvision's names")
     return arguments
+
+
+if __name__ == "__main__":
+    answer_words(parse_arguments)
+
+import torch
+from PIL import Image
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from conversion.checkpoint_file import as_float32, read_checkpoint, state_dict_of
+from conversion.model_folder import check_output_folder, model_written_aside
+from pyramidclip_hf.image_processing_pyramidclip import PyramidCLIPImageProcessor
+from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
+
+CACHED = "resnet50-0676ba61.pth"
+
+
+# What torchvision's weights were trained and are measured with.
+MEAN, STD, RESIZED, CROP = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 256, 224
+
+
+_NAMES = (
+    (r"^conv1\.", "resnet.embedder.embedder.convolution."),
+    (r"^bn1\.", "resnet.embedder.embedder.normalization."),
+    (r"^fc\.", "classifier.1."),
+    (r"^layer(\d)\.(\d+)\.", lambda found: f"resnet.encoder.stages.{int(found[1]) - 1}.layers.{found[2]}."),
+    (r"\.conv(\d)\.", lambda found: f".layer.{int(found[1]) - 1}.convolution."),
+    (r"\.bn(\d)\.", lambda found: f".layer.{int(found[1]) - 1}.normalization."),
+    (r"\.downsample\.0\.", ".shortcut.convolution."),
+    (r"\.downsample\.1\.", ".shortcut.normalization."),
+)
 
 
 def cached_checkpoint() -> Path:

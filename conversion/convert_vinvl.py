@@ -14,27 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
-from conversion.checkpoint_file import as_float32, read_checkpoint, state_dict_of
-from conversion.model_folder import check_output_folder, model_written_aside
-from pyramidclip_command import CommandParser, check_there, run_command
-from pyramidclip_hf.files import read_utf8
-from pyramidclip_hf.vinvl import VinVLConfig, VinVLForObjectAttributeDetection, VinVLImageProcessor
-from pyramidclip_hf.vinvl.boxes_vinvl import cell_anchors
-
-# Beginnings of the names: ours and the released ones.
-_PREFIXES = (
-    ("backbone.", "backbone.body."),
-    ("rpn.", "rpn.head."),
-    ("roi_head.layer4.", "roi_heads.box.feature_extractor.head.layer4."),
-    ("roi_head.", "roi_heads.box.predictor."),
-    ("attribute_head.", "attribute.predictor."),
-)
-_FOURTH_STAGE = "roi_heads.box.feature_extractor.head.layer4."
-# The attribute head shared its extractor with the box head, so the file names it twice.
-_FOURTH_STAGE_AGAIN = "attribute.feature_extractor.head.layer4."
-_ANCHORS = "rpn.anchor_generator.cell_anchors.0"
+from pyramidclip_command import CommandParser, answer_words, check_there, run_command
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -52,6 +32,37 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     check_there("--checkpoint", arguments.checkpoint, "vinvl_vg_x152c4.pth")
     check_there("--labelmap", arguments.labelmap, "VG-SGG-dicts-vgoi6-clipped.json")
     return arguments
+
+
+if __name__ == "__main__":
+    answer_words(parse_arguments)
+
+import torch
+
+from conversion.checkpoint_file import as_float32, read_checkpoint, state_dict_of
+from conversion.model_folder import check_output_folder, model_written_aside
+from pyramidclip_hf.files import read_utf8
+from pyramidclip_hf.vinvl import VinVLConfig, VinVLForObjectAttributeDetection, VinVLImageProcessor
+from pyramidclip_hf.vinvl.boxes_vinvl import cell_anchors
+
+# Beginnings of the names: ours and the released ones.
+_PREFIXES = (
+    ("backbone.", "backbone.body."),
+    ("rpn.", "rpn.head."),
+    ("roi_head.layer4.", "roi_heads.box.feature_extractor.head.layer4."),
+    ("roi_head.", "roi_heads.box.predictor."),
+    ("attribute_head.", "attribute.predictor."),
+)
+
+
+_FOURTH_STAGE = "roi_heads.box.feature_extractor.head.layer4."
+
+
+# The attribute head shared its extractor with the box head, so the file names it twice.
+_FOURTH_STAGE_AGAIN = "attribute.feature_extractor.head.layer4."
+
+
+_ANCHORS = "rpn.anchor_generator.cell_anchors.0"
 
 
 def convert(

@@ -16,22 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
-from conversion.architecture import make_config
-from conversion.clip_sources import ClipSource, read_clip
-from conversion.leff_start import leff_from_mlp
-from conversion.model_folder import check_output_folder, make_processor, model_written_aside
-from pyramidclip_command import CommandParser, check_there, run_command
-from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
-from pyramidclip_hf.hub import build_model_card
-from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
-
-_LICENSE = (
-    "The weights come from the CLIP model named above, and its licence holds for them; it was not looked up here. "
-    "State it before you pass this folder on."
-)
+from pyramidclip_command import CommandParser, answer_words, check_there, run_command
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -63,6 +48,26 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     check_there("--model", arguments.model, "a folder, a Hub id, or a file of weights", "id")
     check_there("--config", arguments.config, "open_clip's JSON configuration")
     return arguments
+
+
+if __name__ == "__main__":
+    answer_words(parse_arguments)
+
+import torch
+import torch.nn.functional as F
+
+from conversion.architecture import make_config
+from conversion.clip_sources import ClipSource, read_clip
+from conversion.leff_start import leff_from_mlp
+from conversion.model_folder import check_output_folder, make_processor, model_written_aside
+from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
+from pyramidclip_hf.hub import build_model_card
+from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+
+_LICENSE = (
+    "The weights come from the CLIP model named above, and its licence holds for them; it was not looked up here. "
+    "State it before you pass this folder on."
+)
 
 
 def start_model(

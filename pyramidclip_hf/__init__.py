@@ -5,60 +5,12 @@
 >>> model, processor = PyramidCLIPModel.from_pretrained(folder), PyramidCLIPProcessor.from_pretrained(folder)
 """
 
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForZeroShotImageClassification,
-    AutoProcessor,
-    AutoTokenizer,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-# From its own module: among the names of transformers it needs torchvision in versions below 5.23.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-from .configuration_pyramidclip import (
-    ARCHITECTURES,
-    PyramidCLIPBackboneConfig,
-    PyramidCLIPConfig,
-    PyramidCLIPTextConfig,
-    PyramidCLIPVisionConfig,
-)
-from .image_processing_pyramidclip import PyramidCLIPImageProcessor
-from .modeling_pyramidclip import (
-    PyramidCLIPForImageClassification,
-    PyramidCLIPModel,
-    PyramidCLIPOutput,
-    PyramidCLIPPreTrainedModel,
-    PyramidCLIPTextModel,
-    PyramidCLIPTextModelWithProjection,
-    PyramidCLIPVisionModel,
-    PyramidCLIPVisionModelWithProjection,
-)
-from .modeling_pyramidclip_backbone import PyramidCLIPBackbone
-from .processing_pyramidclip import PyramidCLIPProcessor
-from .tokenization_pyramidclip import PyramidCLIPTokenizer
+from pyramidclip_command import reads_words
 
 __version__ = "0.1.0"
-
-for _config in (PyramidCLIPConfig, PyramidCLIPTextConfig, PyramidCLIPVisionConfig, PyramidCLIPBackboneConfig):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-AutoModel.register(PyramidCLIPConfig, PyramidCLIPModel, exist_ok=True)
-AutoModel.register(PyramidCLIPTextConfig, PyramidCLIPTextModel, exist_ok=True)
-AutoModel.register(PyramidCLIPVisionConfig, PyramidCLIPVisionModel, exist_ok=True)
-AutoBackbone.register(PyramidCLIPBackboneConfig, PyramidCLIPBackbone, exist_ok=True)
-AutoModelForZeroShotImageClassification.register(PyramidCLIPConfig, PyramidCLIPModel, exist_ok=True)
-AutoModelForImageClassification.register(PyramidCLIPConfig, PyramidCLIPForImageClassification, exist_ok=True)
-AutoProcessor.register(PyramidCLIPConfig, PyramidCLIPProcessor, exist_ok=True)
-for _config in (PyramidCLIPConfig, PyramidCLIPVisionConfig):
-    AutoImageProcessor.register(
-        _config,
-        image_processor_classes={"pil": PyramidCLIPImageProcessor, "torchvision": PyramidCLIPImageProcessor},
-        exist_ok=True,
-    )
-for _config in (PyramidCLIPConfig, PyramidCLIPTextConfig):
-    AutoTokenizer.register(_config, tokenizer_class=PyramidCLIPTokenizer, exist_ok=True)
 
 __all__ = [
     "ARCHITECTURES",
@@ -79,3 +31,32 @@ __all__ = [
     "PyramidCLIPVisionModel",
     "PyramidCLIPVisionModelWithProjection",
 ]
+
+# torch and transformers take seconds to import; a command answers help and mistakes before.
+if TYPE_CHECKING or not reads_words():
+    from .auto_classes import (
+        ARCHITECTURES,
+        PyramidCLIPBackbone,
+        PyramidCLIPBackboneConfig,
+        PyramidCLIPConfig,
+        PyramidCLIPForImageClassification,
+        PyramidCLIPImageProcessor,
+        PyramidCLIPModel,
+        PyramidCLIPOutput,
+        PyramidCLIPPreTrainedModel,
+        PyramidCLIPProcessor,
+        PyramidCLIPTextConfig,
+        PyramidCLIPTextModel,
+        PyramidCLIPTextModelWithProjection,
+        PyramidCLIPTokenizer,
+        PyramidCLIPVisionConfig,
+        PyramidCLIPVisionModel,
+        PyramidCLIPVisionModelWithProjection,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    """A class that is asked for while a command still reads its words; it brings all of them."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".auto_classes", __name__), name)

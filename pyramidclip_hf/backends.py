@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .configuration_pyramidclip import LEVELS, PyramidCLIPConfig
+from .configuration_pyramidclip import PyramidCLIPConfig
+from .levels_pyramidclip import LEVELS
 from .loading import Loaded, load_processor, model_folder
 from .loss_pyramidclip import normalize_embeds
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The PyramidCLIP for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Configurations of PyramidCLIP (arXiv 2204.14095), its levels and loss terms, and the nine named architectures.
+"""Configurations of PyramidCLIP (arXiv 2204.14095).
 
 >>> config = PyramidCLIPConfig.from_architecture("ViT-B-16")
 >>> config.vision_config.num_leff_layers
@@ -9,8 +9,7 @@
 from .versions_pyramidclip import BUILDS_SUB_CONFIGS  # isort: skip  # first: it says which versions this needs
 
 import difflib
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from huggingface_hub.dataclasses import strict
@@ -18,53 +17,8 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationConfig
 
-
-@dataclass(frozen=True)
-class Level:
-    """One level of the pyramid. Its name is also the field of a training sample that holds it; pictures share one.
-
-    Attributes:
-        kind: `"picture"` and `"regions"` go through the image tower, `"text"` through the text tower.
-        holds: what the level is, in words.
-        input: name of the model input that carries it.
-        output: field of `PyramidCLIPOutput` with its embeddings.
-        argument: the processor's argument for it.
-        mask: name of the model input, (B,) or (B, K) bool, that says which samples have it; `None`: all have.
-    """
-
-    kind: Literal["picture", "regions", "text"]
-    holds: str
-    input: str
-    output: str
-    argument: str
-    mask: str | None = None
-
-
-# The pyramid, in the order in which its levels are encoded: image levels first.
-LEVELS: dict[str, Level] = {
-    "global": Level("picture", "the whole picture", "pixel_values", "image_embeds", "images"),
-    "local": Level("picture", "a part of the picture", "local_pixel_values", "local_image_embeds", "local_images"),
-    "roi": Level("regions", "features of detected objects", "roi_features", "roi_embeds", "regions", "roi_mask"),
-    "summary": Level("text", "the gist", "summary_input_ids", "summary_embeds", "summary", "has_summary"),
-    "caption": Level("text", "the detailed text", "input_ids", "text_embeds", "text"),
-    "tags": Level("text", "attributes and names of objects", "tag_input_ids", "tag_embeds", "tags", "has_tags"),
-}
-
-# A loss term pairs one image level with one text level: name -> (image level, text level).
-TERMS: dict[str, tuple[str, str]] = {
-    "global_summary": ("global", "summary"),
-    "local_caption": ("local", "caption"),
-    "roi_summary": ("roi", "summary"),
-    "global_tags": ("global", "tags"),
-    "roi_caption": ("roi", "caption"),
-    "local_tags": ("local", "tags"),
-    "roi_tags": ("roi", "tags"),
-    "global_caption": ("global", "caption"),
-    "local_summary": ("local", "summary"),
-}
-
-# Three groups of two (peer, global relation, local relation), each group a third of the loss (paper, section 3.4).
-DEFAULT_LOSS_WEIGHTS: dict[str, float] = dict.fromkeys(list(TERMS)[:6], 1 / 6)
+from .architectures_pyramidclip import ARCHITECTURES
+from .levels_pyramidclip import DEFAULT_LOSS_WEIGHTS, check_loss_weights
 
 # What a saved configuration may hold beside its fields. A list, because a version of transformers does not know all the
 # keys that earlier and later ones write.
@@ -74,48 +28,6 @@ _BASE_CONFIG_KEYS = {
     "tokenizer_class", "use_cache", "tie_last_hidden_states", "transformers_weights", "use_bfloat16", "torchscript",
     "processor_class", "tie_encoder_decoder", "finetuning_task", "task_specific_params", "pruned_heads",
 }  # fmt: skip
-
-
-def _is_weight(value: Any) -> bool:
-    try:
-        return 0 <= float(value) < float("inf")
-    except (OverflowError, TypeError, ValueError):
-        return False
-
-
-def check_loss_weights(weights: Mapping[str, float], terms: Collection[str] = TERMS) -> dict[str, float]:
-    """The mapping without its zero weights.
-
-    Args:
-        weights: term name -> weight.
-        terms: the names that there are.
-
-    Raises:
-        ValueError: a name that is no loss term, a negative or non-finite weight, or no term left.
-    """
-    if not isinstance(weights, Mapping):
-        raise ValueError(f"loss_weights must be a mapping of term name to weight, got {type(weights).__name__}.")
-    unknown = sorted(set(weights) - set(terms))
-    if unknown:
-        raise ValueError(f"loss_weights names unknown terms {unknown}; the terms are {list(terms)}.")
-    wrong = {name: weight for name, weight in weights.items() if not _is_weight(weight)}
-    if wrong:
-        raise ValueError(f"loss_weights must be finite and not negative, got {wrong}.")
-    kept = {name: float(weight) for name, weight in weights.items() if weight}
-    if not kept:
-        raise ValueError(f"loss_weights names no term (a weight of 0 is not named); choose among {list(terms)}.")
-    return kept
-
-
-def levels_of(weights: Mapping[str, float]) -> tuple[str, ...]:
-    """The levels that the named terms need, image levels first, in the order in which they are encoded."""
-    needed = {level for name in check_loss_weights(weights) for level in TERMS[name]}
-    return tuple(level for level in LEVELS if level in needed)
-
-
-def levels_of_kind(kind: Literal["picture", "regions", "text"], among: Collection[str] = LEVELS) -> tuple[str, ...]:
-    """The levels of one kind among the named ones, in the order in which they are encoded."""
-    return tuple(name for name, level in LEVELS.items() if level.kind == kind and name in among)
 
 
 def _reject_unknown_keys(config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> None:
@@ -421,29 +333,6 @@ class PyramidCLIPConfig(PreTrainedConfig):
             **{"projection_dim": projection_dim, **kwargs},
         )
 
-
-def _resnet(layers: tuple[int, ...], image_size: int, width: int) -> dict[str, Any]:
-    return {"tower": "resnet", "layers": layers, "image_size": image_size, "width": width}
-
-
-def _vit(hidden_size: int, num_hidden_layers: int, patch_size: int, image_size: int = 224) -> dict[str, Any]:
-    return {"tower": "vit", "hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers,
-            "patch_size": patch_size, "image_size": image_size}  # fmt: skip
-
-
-# CLIP's dimensions: name -> (projection_dim, vision fields, text fields). RN50x64: the reference's file says a text
-# width of 512, which contradicts its own weights; CLIP's is 1024.
-ARCHITECTURES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
-    "RN50": (1024, _resnet((3, 4, 6, 3), 224, 64), {"hidden_size": 512}),
-    "RN101": (512, _resnet((3, 4, 23, 3), 224, 64), {"hidden_size": 512}),
-    "RN50x4": (640, _resnet((4, 6, 10, 6), 288, 80), {"hidden_size": 640}),
-    "RN50x16": (768, _resnet((6, 8, 18, 8), 384, 96), {"hidden_size": 768}),
-    "RN50x64": (1024, _resnet((3, 15, 36, 10), 448, 128), {"hidden_size": 1024}),
-    "ViT-B-32": (512, _vit(768, 12, 32), {"hidden_size": 512}),
-    "ViT-B-16": (512, _vit(768, 12, 16), {"hidden_size": 512}),
-    "ViT-L-14": (768, _vit(1024, 24, 14), {"hidden_size": 768}),
-    "ViT-L-14-336": (768, _vit(1024, 24, 14, 336), {"hidden_size": 768}),
-}
 
 __all__ = [
     "ARCHITECTURES",

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 
-from .configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS, check_loss_weights
+from .levels_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS, check_loss_weights
 from .versions_pyramidclip import exact_products
 
 # Keys of a process's texts (n,) and of the global batch's (N,), int64: equal texts have equal keys.

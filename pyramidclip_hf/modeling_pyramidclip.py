@@ -23,14 +23,11 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_pyramidclip import (
-    LEVELS,
-    TERMS,
     PyramidCLIPConfig,
     PyramidCLIPTextConfig,
     PyramidCLIPVisionConfig,
-    levels_of,
-    levels_of_kind,
 )
+from .levels_pyramidclip import LEVELS, TERMS, levels_of, levels_of_kind
 from .loss_pyramidclip import PyramidLoss, normalize_embeds, pyramid_loss
 from .modeling_pyramidclip_base import PyramidCLIPPreTrainedModel
 from .modeling_pyramidclip_resnet import PyramidCLIPAttentionPool, PyramidCLIPResNet

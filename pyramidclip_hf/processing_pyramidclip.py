@@ -16,8 +16,8 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs
 
-from .configuration_pyramidclip import LEVELS
 from .image_processing_pyramidclip import PyramidCLIPImageProcessor
+from .levels_pyramidclip import LEVELS
 from .tokenization_pyramidclip import PyramidCLIPTokenizer
 from .versions_pyramidclip import HAS_PROCESSOR_DEFAULTS
 

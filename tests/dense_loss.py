@@ -5,7 +5,7 @@ The closed form must equal it, and is timed against it."""
 import torch
 import torch.nn.functional as F
 
-from pyramidclip_hf.configuration_pyramidclip import TERMS
+from pyramidclip_hf.levels_pyramidclip import TERMS
 
 
 def dense_term(image, text, scale, smoothing):

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, PyramidCLIPConfig
+from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
+from pyramidclip_hf.levels_pyramidclip import DEFAULT_LOSS_WEIGHTS
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from training.loop.objective import ContrastiveObjective
 from training.loop.optim import MovingAverage, build_optimizer

@@ -5,6 +5,7 @@ import ast
 import errno
 import importlib
 import re
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -202,6 +203,21 @@ def test_what_is_missing_is_said_without_torch(words, tmp_path, monkeypatch, cap
     words = words.replace(gone, there).replace("MODEL", str(tmp_path))
     assert main_of("pyramidclip_command")(words.split()) == 2
     assert "pyramidclip_hf.commands" in error_line(capsys)
+
+
+# Commands that import torch before they answer a mistake in their words, and why: none.
+NEEDS_TORCH_TO_ANSWER: dict[str, str] = {}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_mistake_is_answered_without_torch(name):
+    """As it is typed; `--help` stands behind the same imports. transformers without torch takes half a second."""
+    command = [sys.executable, "-X", "importtime", "-m", name, *SUBCOMMANDS.get(name, []), "--no-such-flag"]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert done.returncode == 2 and "error: " in done.stderr.splitlines()[-1], done.stderr[-500:]
+    assert "pyramidclip_command" in imported or name == "pyramidclip_command"
+    assert bool({"torch", "transformers.modeling_utils"} & imported) == (name in NEEDS_TORCH_TO_ANSWER)
 
 
 def parts_of(name):

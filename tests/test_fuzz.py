@@ -35,7 +35,8 @@ from training.data.shards import ShardReader, ShardWriter
 from training.data.sources import open_data_set
 from training.prepare.formats import BadRow, FormatOptions, open_format
 from training.prepare.formats.lxmert import LxmertOptions
-from training.prepare.sources import SourceArguments, open_source
+from training.prepare.sources import open_source
+from training.prepare.steps.flags import SourceArguments
 from training.prepare.steps.pictures import picture_suffix
 from training.prepare.steps.regions import best_regions
 from training.prepare.steps.work import Tally

@@ -18,15 +18,23 @@ CORE_BRINGS = {"filelock", "tqdm", "yaml", "fsspec", "packaging", "regex"}
 OURS = {"pyramidclip_command", "pyramidclip_hf", "conversion", "training"}
 
 # Each module of the package and the siblings it may import. A new module gets its place here first.
-TOWERS = {"versions_pyramidclip", "configuration_pyramidclip", "loss_pyramidclip", "half_weights_pyramidclip"}
+LEVELS = {"levels_pyramidclip", "architectures_pyramidclip", "configuration_pyramidclip", "versions_pyramidclip"}
+TOWERS = LEVELS | {"loss_pyramidclip", "half_weights_pyramidclip"}
 PARTS = {"modeling_pyramidclip_text", "modeling_pyramidclip_resnet"}
 BLOCKS = TOWERS | PARTS | {"modeling_pyramidclip_vit"}
 MODEL = BLOCKS | {"fusion_pyramidclip", "modeling_pyramidclip_base"}
-PREPROCESSING = {"configuration_pyramidclip", "image_processing_pyramidclip", "tokenization_pyramidclip"}
+PREPROCESSING = {
+    "levels_pyramidclip",
+    "configuration_pyramidclip",
+    "image_processing_pyramidclip",
+    "tokenization_pyramidclip",
+}
 SIBLINGS = {
     "versions_pyramidclip": set(),
-    "configuration_pyramidclip": {"versions_pyramidclip"},
-    "loss_pyramidclip": {"configuration_pyramidclip", "versions_pyramidclip"},
+    "levels_pyramidclip": set(),
+    "architectures_pyramidclip": set(),
+    "configuration_pyramidclip": {"versions_pyramidclip", "levels_pyramidclip", "architectures_pyramidclip"},
+    "loss_pyramidclip": LEVELS,
     "half_weights_pyramidclip": set(),
     "modeling_pyramidclip_text": TOWERS,
     "modeling_pyramidclip_resnet": TOWERS | {"modeling_pyramidclip_text"},
@@ -52,9 +60,20 @@ SIBLINGS = {
     "picture_files": {"image_processing_pyramidclip", "files"},
 }
 # These put the parts together and may import any sibling.
-ASSEMBLERS = {"__init__", "hub", "loading", "backends", "export", "embedding_search", "app", "app_page", "commands"}
+ASSEMBLERS = {
+    "__init__",
+    "auto_classes",
+    "hub",
+    "loading",
+    "backends",
+    "export",
+    "embedding_search",
+    "app",
+    "app_page",
+    "commands",
+}
 # Installed with the package, for these modules: what else is copied to the Hub with a model must not need them.
-HELPERS = {"filelock": {"files"}, "pyramidclip_command": {"commands", "export", "loading", "app_page"}}
+HELPERS = {"filelock": {"files"}, "pyramidclip_command": {"__init__", "commands", "export", "loading", "app_page"}}
 
 # The layers of `training/` from the top: an import leads to a lower line or stays in its room. What lies directly in
 # `training/` is a command, and so is what lies directly in `training/prepare/`, whose rooms hold what it is made of.

@@ -51,3 +51,30 @@ def test_import_leaves_optional_packages_alone():
     code += f"print(*sorted(set({optional}) & (set(sys.modules) - before)))"
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert shown.stdout.split() == []
+
+
+def test_a_command_that_reads_its_words_leaves_the_classes_for_later(checkout, tmp_path):
+    """And has all of them when it begins its work, registered; a package of the same name elsewhere changes nothing."""
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "__init__.py").write_text("from pyramidclip_command import expect_words\n\nexpect_words()\n")
+    (tmp_path / "words" / "work.py").write_text(
+        "import sys\n\n"
+        "import pyramidclip_hf\n"
+        "import pyramidclip_hf.files\n"
+        "from pyramidclip_command import answer_words\n\n"
+        "assert 'torch' not in sys.modules and not hasattr(pyramidclip_hf, 'no_such_name')\n"
+        "answer_words(list)\n"
+        "from transformers import AutoConfig\n\n"
+        "print(AutoConfig.for_model('pyramidclip').model_type, pyramidclip_hf.PyramidCLIPModel.__name__)\n"
+    )
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "__init__.py").touch()
+    (tmp_path / "training" / "own.py").write_text(
+        "import pyramidclip_hf\nfrom transformers import AutoConfig\n\n"
+        "print(AutoConfig.for_model('pyramidclip').model_type, 'PyramidCLIPModel' in vars(pyramidclip_hf))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{checkout}"}
+    for module, shown in (("words.work", "pyramidclip PyramidCLIPModel\n"), ("training.own", "pyramidclip True\n")):
+        command = [sys.executable, "-m", module]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert (done.stdout, done.returncode) == (shown, 0), done.stderr

@@ -99,7 +99,7 @@ def test_links_lead_to_files():
 
 
 def test_loss_table_is_the_code():
-    from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVELS, TERMS
+    from pyramidclip_hf.levels_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVELS, TERMS
 
     rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", section("The objective"), re.MULTILINE)
     assert [name for name, _ in rows] == list(TERMS)

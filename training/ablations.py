@@ -35,25 +35,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
-
-from pyramidclip_command import EXIT_FAILED, EXIT_STOPPED, run_command
-from pyramidclip_hf.files import json_text, locked, write_atomically
-from training import pretrain
-from training.data.shards import read_dataset_json
-from training.emoji.scenes import SPLITS
-from training.emoji.scoring import PER_OBJECT, TRAIN, VALIDATION, draw_scenes, score_model
-from training.reports.ablations_page import Family, Plan, write_page
+from pyramidclip_command import EXIT_FAILED, EXIT_STOPPED, answer_words, run_command
 from training.settings.fields import usable_cores
-from training.settings.pretraining import PretrainingArguments
-from training.settings.reading import parse_settings, read_settings, with_changes
-
-SECONDS_TO_STOP = 120
-SCENES = {"train": TRAIN, "validation": VALIDATION, "per_object": PER_OBJECT}
-# Settings of a ViT that count blocks, and how many of these the paper's ViTs have.
-BLOCKS, PAPER_DEPTH = ("num_leff_layers", "num_picture_layers"), 12
-# What has to do with where a run is and how it is watched, not with its result.
-WATCHING: dict[str, Any] = {"validation_data": None, "trackers": [], "eval_every_steps": 0, "push_to_hub": None}
+from training.settings.reading import parse_settings
 
 
 @dataclass(kw_only=True)
@@ -116,6 +100,39 @@ class AblationArguments:
     def scenes(self) -> Path:
         """Where the data are."""
         return Path(self.data) if self.data else self.folder / "scenes"
+
+
+def parse(argv: Sequence[str]) -> AblationArguments:
+    """The settings that the words of the command line stand for."""
+    return parse_settings(AblationArguments, argv, __doc__, config=False)
+
+
+if __name__ == "__main__":
+    answer_words(parse)
+
+import yaml
+
+from pyramidclip_hf.files import json_text, locked, write_atomically
+from training import pretrain
+from training.data.shards import read_dataset_json
+from training.emoji.scenes import PER_OBJECT, SPLITS, TRAIN, VALIDATION
+from training.emoji.scoring import draw_scenes, score_model
+from training.reports.ablations_page import Family, Plan, write_page
+from training.settings.pretraining import PretrainingArguments
+from training.settings.reading import read_settings, with_changes
+
+SECONDS_TO_STOP = 120
+
+
+SCENES = {"train": TRAIN, "validation": VALIDATION, "per_object": PER_OBJECT}
+
+
+# Settings of a ViT that count blocks, and how many of these the paper's ViTs have.
+BLOCKS, PAPER_DEPTH = ("num_leff_layers", "num_picture_layers"), 12
+
+
+# What has to do with where a run is and how it is watched, not with its result.
+WATCHING: dict[str, Any] = {"validation_data": None, "trackers": [], "eval_every_steps": 0, "push_to_hub": None}
 
 
 ##################################################################################################
@@ -486,11 +503,6 @@ def run_ablations(args: AblationArguments) -> tuple[Path, list[Job]]:
             return write_page(plan, read_results(args.folder), args.folder), failed
     except BlockingIOError as error:
         raise ValueError(f"{args.folder}: another process of this command is at work there") from error
-
-
-def parse(argv: Sequence[str]) -> AblationArguments:
-    """The settings that the words of the command line stand for."""
-    return parse_settings(AblationArguments, argv, __doc__, config=False)
 
 
 def run(args: AblationArguments) -> int:

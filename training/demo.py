@@ -27,45 +27,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
-import torch
-import transformers
-
-from pyramidclip_command import EXIT_STOPPED, Failure, run_command
+from pyramidclip_command import EXIT_STOPPED, Failure, answer_words, run_command
 from pyramidclip_command import main as pyramidclip
-from pyramidclip_hf.files import json_text, write_atomically
-from pyramidclip_hf.loading import choose_device, load_model
-from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
-from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
-from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES
-from training import pretrain
-from training.data.labelled import labelled_shards
-from training.data.samples import ShardSamples
-from training.emoji.pictures import ATTRIBUTION
-from training.emoji.scoring import PER_OBJECT, TRAIN, VALIDATION, Scores, draw_scenes, save_arrays, score_model
-from training.emoji.trying import write_pictures
-from training.evaluation.embedding import embed_levels
-from training.loop.tracking import read_metrics
-from training.reports.demo_page import SCENES_SHOWN, ReportedDemo, ReportedRun, write_report
+from training.emoji.scenes import PER_OBJECT, TRAIN, VALIDATION
 from training.settings.fields import usable_cores
-from training.settings.pretraining import PretrainingArguments
 from training.settings.reading import parse_settings, read_chain
 
 CLIP = "training/configs/clip.yaml"
-TITLES = {"pyramid": "Pyramid", "clip": "CLIP, same samples", "clip_same_time": "CLIP, same time"}
-STAGE_TITLES = {
-    "scenes": "drawing the scenes",
-    "pyramid": "training the pyramid",
-    "clip": "training CLIP, same samples",
-    "clip_same_time": "training CLIP, same time",
-    "reload": "loading in a new process and comparing",
-    "evaluate": "evaluating the three models",
-    "try": "pictures to try two of them on",
-}
 
 
 @dataclass(kw_only=True)
@@ -90,23 +62,22 @@ class DemoArguments:
     max_steps: int | None = field(default=None, metadata={"help": "length of that training"})
 
     def __post_init__(self) -> None:
-        """Settles the number of processes and their threads, and checks what is given."""
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device == "cuda":
-            choose_device("cuda")
-        self.processes = self.processes or (1 if self.device == "cuda" else min(2, usable_cores()))
+        """Checks what is given; `settled` decides the rest."""
         for file in (self.config, CLIP):
             if not Path(file).is_file():
                 raise ValueError(f"--config: there is no {file}; run the demo in the checkout's folder")
         for name in ("train", "validation", "per_object"):
             if getattr(self, name) < 2:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least 2, got {getattr(self, name)}")
-        if self.processes < 1:
+        if self.processes < 0:
             raise ValueError(f"--processes: expected 0 or more, got {self.processes}")
-        self.threads = max(1, usable_cores() // self.processes)
         if self.stage is None and (self.max_steps is not None or self.training != "pyramid"):
             raise ValueError(f"--training and --max-steps belong to --stage; the length of all is in {self.config}")
+
+    @property
+    def threads(self) -> int:
+        """Of each training process."""
+        return max(1, usable_cores() // max(1, self.processes))
 
     @property
     def folder(self) -> Path:
@@ -119,6 +90,48 @@ class DemoArguments:
         content = b"".join(path.read_bytes() for path, _ in read_chain(self.config, CLIP))
         digest = hashlib.sha256(content).hexdigest()[:16]
         return {name: getattr(self, name) for name in ("train", "validation", "per_object")} | {"config": digest}
+
+
+def parse(argv: Sequence[str]) -> DemoArguments:
+    """The settings that the words of the command line stand for."""
+    return parse_settings(DemoArguments, argv, __doc__, config=False)
+
+
+if __name__ == "__main__":
+    answer_words(parse)
+
+import numpy as np
+import torch
+import transformers
+
+from pyramidclip_hf.files import json_text, write_atomically
+from pyramidclip_hf.loading import choose_device, load_model
+from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
+from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES
+from training import pretrain
+from training.data.labelled import labelled_shards
+from training.data.samples import ShardSamples
+from training.emoji.pictures import ATTRIBUTION
+from training.emoji.scoring import Scores, draw_scenes, save_arrays, score_model
+from training.emoji.trying import write_pictures
+from training.evaluation.embedding import embed_levels
+from training.loop.tracking import read_metrics
+from training.reports.demo_page import SCENES_SHOWN, ReportedDemo, ReportedRun, write_report
+from training.settings.pretraining import PretrainingArguments
+
+TITLES = {"pyramid": "Pyramid", "clip": "CLIP, same samples", "clip_same_time": "CLIP, same time"}
+
+
+STAGE_TITLES = {
+    "scenes": "drawing the scenes",
+    "pyramid": "training the pyramid",
+    "clip": "training CLIP, same samples",
+    "clip_same_time": "training CLIP, same time",
+    "reload": "loading in a new process and comparing",
+    "evaluate": "evaluating the three models",
+    "try": "pictures to try two of them on",
+}
 
 
 class Stages:
@@ -455,13 +468,23 @@ def summary(stages: Stages, path: Path) -> str:
     return "\n".join(lines)
 
 
-def parse(argv: Sequence[str]) -> DemoArguments:
-    """The settings that the words of the command line stand for."""
-    return parse_settings(DemoArguments, argv, __doc__, config=False)
+def settled(args: DemoArguments) -> DemoArguments:
+    """With the device and the number of processes that `auto` and 0 stand for.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    device: Literal["cpu", "cuda"] = "cuda" if args.device == "cuda" else "cpu"
+    if args.device == "auto" and torch.cuda.is_available():
+        device = "cuda"
+    if device == "cuda":
+        choose_device("cuda")
+    return replace(args, device=device, processes=args.processes or (1 if device == "cuda" else min(2, usable_cores())))
 
 
 def run(args: DemoArguments) -> int | None:
     """The demo, or the one stage that the process was started for."""
+    args = settled(args)
     if args.stage:
         return {"train": train_stage, "reload": reload_stage}[args.stage](args)
     path = run_demo(args)

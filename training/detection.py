@@ -24,10 +24,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyramidclip_command import EXIT_STOPPED, answer_words, run_command
+from training.settings.detecting import DetectionArguments
+from training.settings.fields import check_named
+from training.settings.reading import parse_settings
+
+
+def parse(words: Sequence[str]) -> DetectionArguments:
+    """The settings that the words of a command line stand for."""
+    return check_named(parse_settings(DetectionArguments, words, __doc__, exit_codes=(EXIT_STOPPED,)))
+
+
+if __name__ == "__main__":
+    answer_words(parse)
+
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
-from pyramidclip_command import EXIT_STOPPED, run_command
 from pyramidclip_hf.files import json_text, write_atomically
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.annotations import AnnotatedPictures, open_annotations, refuse_shared_pictures
@@ -38,9 +51,6 @@ from training.loop.optim import build_optimizer, build_sgd, learning_rate_at
 from training.loop.run import RunResult, complete_run, exit_code
 from training.loop.task import AUTOCAST, Metrics, Plan, Reader, Task, plan_steps
 from training.reports.detections_page import write_page
-from training.settings.detecting import DetectionArguments
-from training.settings.fields import check_named
-from training.settings.reading import parse_settings
 from training.transfer.detection_batches import DetectionReader
 from training.transfer.detector import (
     DetectionObjective,
@@ -239,11 +249,6 @@ def detection_task(args: DetectionArguments, accelerator: Any, folder: Path) -> 
     reader = DetectionReader(parts["train"], args, model.config, accelerator.device)
     objective = DetectionObjective(model, AUTOCAST[args.precision]).to(accelerator.device)
     return DetectionTask(args, objective, processor, reader, plan, parts, folder, {})
-
-
-def parse(words: Sequence[str]) -> DetectionArguments:
-    """The settings that the words of a command line stand for."""
-    return check_named(parse_settings(DetectionArguments, words, __doc__, exit_codes=(EXIT_STOPPED,)))
 
 
 def run(args: DetectionArguments) -> RunResult:

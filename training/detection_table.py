@@ -15,15 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pyramidclip_command import EXIT_STOPPED, run_command
-from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES
-from pyramidclip_hf.files import json_text, write_atomically
-from training import detection
-from training.settings.detecting import DetectionArguments
+from pyramidclip_command import EXIT_STOPPED, answer_words, run_command
 from training.settings.fields import check_named
 from training.settings.reading import parse_settings
-
-COLUMNS = ("voc_ap", "voc_ap50", "voc_ap75", "box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75")
 
 
 @dataclass(kw_only=True)
@@ -51,6 +45,22 @@ class TableArguments:
             raise ValueError(f"models: expected NAME=MODEL with different names, got {wrong or self.models}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: expected different numbers, got {self.seeds}")
+
+
+def parse(words: Sequence[str]) -> TableArguments:
+    """The settings that the words of a command line stand for."""
+    return check_named(parse_settings(TableArguments, words, __doc__, config=False, exit_codes=(EXIT_STOPPED,)))
+
+
+if __name__ == "__main__":
+    answer_words(parse)
+
+from pyramidclip_hf.architectures_pyramidclip import ARCHITECTURES
+from pyramidclip_hf.files import json_text, write_atomically
+from training import detection
+from training.settings.detecting import DetectionArguments
+
+COLUMNS = ("voc_ap", "voc_ap50", "voc_ap75", "box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75")
 
 
 def settings_of(args: TableArguments, name: str, model: str, seed: int) -> DetectionArguments:
@@ -106,11 +116,6 @@ def run(args: TableArguments) -> int:
         write_atomically(folder / "table.md", table_of(values).encode())
     print(table_of(values))
     return 0
-
-
-def parse(words: Sequence[str]) -> TableArguments:
-    """The settings that the words of a command line stand for."""
-    return check_named(parse_settings(TableArguments, words, __doc__, config=False, exit_codes=(EXIT_STOPPED,)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

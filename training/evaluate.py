@@ -22,19 +22,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pyramidclip_command import answer_words, run_command
+from training.evaluation.arguments import EvaluationArguments
+from training.settings.fields import check_named
+from training.settings.reading import parse_settings
+
+
+def parse(argv: Sequence[str]) -> EvaluationArguments | list[str]:
+    """The settings, or the words themselves where they are for clip-benchmark."""
+    if "--bench" in argv:
+        return list(argv)
+    return check_named(parse_settings(EvaluationArguments, argv, __doc__, config=False))
+
+
+if __name__ == "__main__":
+    answer_words(parse)
+
 import torch
 from huggingface_hub import EvalResult
 
-from pyramidclip_command import run_command
 from pyramidclip_hf.backends import load_exported
 from pyramidclip_hf.loading import Loaded, load_model, told_slow_type
 from training.evaluation.clip_benchmark import run_clip_benchmark
 from training.evaluation.process import this_process
 from training.evaluation.results import make_place, results_table, write_csv, write_json
-from training.evaluation.tasks import TASKS, EmbeddingScoring, EvaluationArguments, Scoring
+from training.evaluation.tasks import TASKS, EmbeddingScoring, Scoring
 from training.loop.token_scoring import TokenScoring
-from training.settings.fields import check_named
-from training.settings.reading import parse_settings
 
 
 def evaluate(args: EvaluationArguments) -> list[EvalResult]:
@@ -73,13 +86,6 @@ def _scoring(args: EvaluationArguments, loaded: Loaded[Any]) -> Scoring:
     if args.scoring == "tokens":
         return TokenScoring.of_folder(loaded.folder, loaded.model, loaded.processor, f"--model {loaded.name}")
     return EmbeddingScoring(loaded.model, loaded.processor)
-
-
-def parse(argv: Sequence[str]) -> EvaluationArguments | list[str]:
-    """The settings, or the words themselves where they are for clip-benchmark."""
-    if "--bench" in argv:
-        return list(argv)
-    return check_named(parse_settings(EvaluationArguments, argv, __doc__, config=False))
 
 
 def run(settings: EvaluationArguments | list[str]) -> int:

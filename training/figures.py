@@ -20,31 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from PIL import Image
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-from pyramidclip_command import CommandParser, run_command
-from pyramidclip_hf.explain import explain_image, explain_regions
-from pyramidclip_hf.files import write_atomically
-from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
-from pyramidclip_hf.loading import load_model
-from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
-from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
-from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES, class_embeddings, image_embeddings, retrieve, text_embeddings
-from training.data.records import Sample, best_objects, phrase
-from training.data.samples import ShardSamples, open_picture
-from training.data.shards import read_dataset_json
-from training.evaluation.classification import read_templates
-from training.evaluation.tasks import EvaluationArguments, open_labelled, open_samples
-from training.reports.plots import INK, SOFT
+from pyramidclip_command import CommandParser, answer_words, run_command
+from training.data.records import MAX_IMAGE_PIXELS
+from training.evaluation.arguments import EvaluationArguments
 from training.settings.fields import check_named
 from training.settings.reading import parse_settings
-
-RIGHT_COLOUR = "#17804a"
 
 
 @dataclass(kw_only=True)
@@ -167,6 +147,50 @@ class CheckArguments(FigureArguments):
         rest = self.prompt.replace("{label}", "").replace("{phrase}", "")
         if rest == self.prompt or "{" in rest or "}" in rest:
             raise ValueError(f"--prompt {self.prompt!r}: expected a text with {{label}} or {{phrase}}")
+
+
+# What can be asked for.
+NAMES = {"tsne": TsneArguments, "retrieval": RetrievalArguments, "check": CheckArguments}
+
+
+def parse(argv: Sequence[str]) -> FigureArguments:
+    """The settings of the figure, or of the check, that the words of the command line stand for."""
+    if argv and argv[0] in ("-h", "--help", "--version"):
+        usage = f"%(prog)s {{{','.join(NAMES)}}} [--flag value ...]"
+        CommandParser(usage=usage, description=__doc__).parse_args(argv[:1])
+    if not argv or argv[0] not in NAMES:
+        got = repr(argv[0]) if argv else "nothing"
+        raise ValueError(f"expected one of {', '.join(NAMES)}, as in `python -m training.figures tsne`, got {got}")
+    name, *words = argv
+    kind = NAMES[name]
+    return check_named(parse_settings(kind, words, kind.__doc__, config=False, command=name))
+
+
+if __name__ == "__main__":
+    answer_words(parse)
+
+import numpy as np
+from PIL import Image
+
+from pyramidclip_hf.explain import explain_image, explain_regions
+from pyramidclip_hf.files import write_atomically
+from pyramidclip_hf.loading import load_model
+from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
+from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES, class_embeddings, image_embeddings, retrieve, text_embeddings
+from training.data.records import Sample, best_objects, phrase
+from training.data.samples import ShardSamples, open_picture
+from training.data.shards import read_dataset_json
+from training.evaluation.arguments import read_templates
+from training.evaluation.tasks import open_labelled, open_samples
+from training.reports.plots import INK, SOFT
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+RIGHT_COLOUR = "#17804a"
 
 
 def attribution_of(data: str) -> str | None:
@@ -456,31 +480,17 @@ def _save(figure: "Figure", output: str) -> None:
     write_atomically(output, file.getvalue())
 
 
-# What can be asked for -> its settings, and the function that draws and returns what to print.
-FIGURES: dict[str, tuple[type[FigureArguments], Callable[[Any], str]]] = {
-    "tsne": (TsneArguments, draw_tsne),
-    "retrieval": (RetrievalArguments, draw_retrieval),
-    "check": (CheckArguments, print_check),
+# The function that draws and returns what to print.
+FIGURES: dict[type[FigureArguments], Callable[[Any], str]] = {
+    TsneArguments: draw_tsne,
+    RetrievalArguments: draw_retrieval,
+    CheckArguments: print_check,
 }
-
-
-def parse(argv: Sequence[str]) -> FigureArguments:
-    """The settings of the figure, or of the check, that the words of the command line stand for."""
-    if argv and argv[0] in ("-h", "--help", "--version"):
-        usage = f"%(prog)s {{{','.join(FIGURES)}}} [--flag value ...]"
-        CommandParser(usage=usage, description=__doc__).parse_args(argv[:1])
-    if not argv or argv[0] not in FIGURES:
-        got = repr(argv[0]) if argv else "nothing"
-        raise ValueError(f"expected one of {', '.join(FIGURES)}, as in `python -m training.figures tsne`, got {got}")
-    name, *words = argv
-    kind, _ = FIGURES[name]
-    return check_named(parse_settings(kind, words, kind.__doc__, config=False, command=name))
 
 
 def run(args: FigureArguments) -> None:
     """Draws or checks, and says what."""
-    (draw,) = [draw for kind, draw in FIGURES.values() if type(args) is kind]
-    print(draw(args))
+    print(FIGURES[type(args)](args))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,11 +18,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyramidclip_command import EXIT_STOPPED, answer_words, run_command
+from training.settings.fields import check_named
+from training.settings.finetuning import FinetuneArguments
+from training.settings.reading import parse_settings
+
+
+def parse(words: Sequence[str]) -> FinetuneArguments:
+    """The settings that the words of a command line stand for."""
+    return check_named(parse_settings(FinetuneArguments, words, __doc__, exit_codes=(EXIT_STOPPED,)))
+
+
+if __name__ == "__main__":
+    answer_words(parse)
+
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
-from pyramidclip_command import EXIT_STOPPED, run_command
 from pyramidclip_hf.files import json_text
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPForImageClassification
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
@@ -33,9 +46,6 @@ from training.loop.distributed import broadcast_buffers, sum_over_processes, wor
 from training.loop.identity import Identity
 from training.loop.run import RunResult, complete_run, exit_code
 from training.loop.task import AUTOCAST, Batch, Metrics, Plan, Reader, StepLoss, Task, plan_steps
-from training.settings.fields import check_named
-from training.settings.finetuning import FinetuneArguments
-from training.settings.reading import parse_settings
 from training.transfer.batches import LabelledReader
 from training.transfer.classifier import ClassificationObjective, classify, initial_classifier
 from training.transfer.parts import Part, measurable, open_parts
@@ -180,11 +190,6 @@ def classification_task(args: FinetuneArguments, accelerator: Any, folder: Path)
     reader = LabelledReader(parts["train"], processor, args, accelerator.device)
     objective = ClassificationObjective(model, args.label_smoothing, AUTOCAST[args.precision]).to(accelerator.device)
     return ClassificationTask(args, objective, processor, reader, plan, parts, len(bad))
-
-
-def parse(words: Sequence[str]) -> FinetuneArguments:
-    """The settings that the words of a command line stand for."""
-    return check_named(parse_settings(FinetuneArguments, words, __doc__, exit_codes=(EXIT_STOPPED,)))
 
 
 def run(args: FinetuneArguments) -> RunResult:

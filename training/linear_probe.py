@@ -24,34 +24,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
-import torch
-from huggingface_hub import EvalResult
-
-from pyramidclip_command import run_command
-from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
-from pyramidclip_hf.loading import load_model
-from training.evaluation.classification import classification_metrics
-from training.evaluation.process import this_process
-from training.evaluation.results import (
-    average_results,
-    make_place,
-    metric_results,
-    results_table,
-    write_csv,
-    write_json,
-)
-from training.evaluation.sets import TABLE_7
+from pyramidclip_command import answer_words, run_command
+from training.data.records import MAX_IMAGE_PIXELS
+from training.evaluation.arguments import TABLE_7_SETS
 from training.settings.fields import check_named
 from training.settings.parts import check_part_settings
 from training.settings.reading import parse_settings
-from training.transfer.features import FeatureKind, Features, cached_features
-from training.transfer.parts import Numbers, Part, open_parts
 
 Metric = Literal["top_1", "mean_per_class"]
-Scores = np.ndarray[Any, np.dtype[np.floating[Any]]]
-# The sweep (CLIP, appendix A.3): exponents of C from -6 to 6 in steps of 1/8, first every 16th of them.
-STEPS_PER_DECADE, DECADES, COARSE = 8, (-6, 6), 16
 
 
 @dataclass(kw_only=True)
@@ -71,7 +51,7 @@ class LinearProbeArguments:
     dataset: list[str] = field(
         default_factory=list,
         metadata={
-            "help": f"train and test part of {', '.join(TABLE_7)}; several at once; train_data is the folder that "
+            "help": f"train and test part of {', '.join(TABLE_7_SETS)}; several at once; train_data is the folder that "
             "holds them"
         },
     )
@@ -86,7 +66,7 @@ class LinearProbeArguments:
         default=None,
         metadata={"names": "path", "help": "file with class names, one a line (folders also: folder<TAB>name)"},
     )
-    features: FeatureKind = field(
+    features: Literal["backbone", "projected"] = field(
         default="backbone", metadata={"help": "pooled vector before the projection, or the embedding behind it"}
     )
     metric: Metric | None = field(
@@ -137,9 +117,39 @@ class LinearProbeArguments:
         if self.c is None and not self.validation_data and not self.validation_fraction:
             raise ValueError("sweeping C needs validation data: give validation_data, validation_fraction or c")
 
-    def metric_of(self, dataset: str | None) -> Metric:
-        """What the sweep of C maximises on one of the data sets; None: on the data that `train_data` are."""
-        return self.metric or (cast(Metric, TABLE_7[dataset].metric) if dataset else "top_1")
+
+def parse(words: Sequence[str]) -> LinearProbeArguments:
+    """The settings that the words of a command line stand for."""
+    return check_named(parse_settings(LinearProbeArguments, words, __doc__, config=False))
+
+
+if __name__ == "__main__":
+    answer_words(parse)
+
+import numpy as np
+import torch
+from huggingface_hub import EvalResult
+
+from pyramidclip_hf.loading import load_model
+from training.evaluation.classification import classification_metrics
+from training.evaluation.process import this_process
+from training.evaluation.results import (
+    average_results,
+    make_place,
+    metric_results,
+    results_table,
+    write_csv,
+    write_json,
+)
+from training.evaluation.sets import TABLE_7
+from training.transfer.features import Features, cached_features
+from training.transfer.parts import Numbers, Part, open_parts
+
+Scores = np.ndarray[Any, np.dtype[np.floating[Any]]]
+
+
+# The sweep (CLIP, appendix A.3): exponents of C from -6 to 6 in steps of 1/8, first every 16th of them.
+STEPS_PER_DECADE, DECADES, COARSE = 8, (-6, 6), 16
 
 
 @dataclass(frozen=True)
@@ -292,7 +302,7 @@ def probe(args: LinearProbeArguments) -> list[EvalResult] | None:
     for name in parts:
         data = parts[name]["test"].data
         with all_cores(state.num_processes):  # the other processes are at their end
-            metrics, one = fitted_to(parts[name], found.pop(name), args.metric_of(name), args)
+            metrics, one = fitted_to(parts[name], found.pop(name), metric_of(args, name), args)
         results += metric_results("image-classification", data, args.split, metrics, config, args.dataset_name)
         if name and data.main_metric:
             main_values[name] = metrics[data.main_metric[0]]
@@ -309,6 +319,11 @@ def probe(args: LinearProbeArguments) -> list[EvalResult] | None:
         of = f"{name}: " if len(told) > 1 else ""
         print(f"{of}C {one['c']:.4g}, {one['iterations']} iterations, features of width {one['feature_size']}")
     return results
+
+
+def metric_of(args: LinearProbeArguments, dataset: str | None) -> Metric:
+    """What the sweep of C maximises on one of the data sets; None: on the data that `train_data` are."""
+    return args.metric or (cast(Metric, TABLE_7[dataset].metric) if dataset else "top_1")
 
 
 def fitted_to(
@@ -361,11 +376,6 @@ def report_doubts(fitted: Fit, c: float, swept: Sequence[Mapping[str, Any]], arg
         print(f"fits of the sweep that had not converged: C = {', '.join(unfinished)}", file=sys.stderr)
     if swept and c in (c_of(0), c_of((DECADES[1] - DECADES[0]) * STEPS_PER_DECADE)):
         print(f"the best C, {c:.3g}, is at the end of the range that was searched", file=sys.stderr)
-
-
-def parse(words: Sequence[str]) -> LinearProbeArguments:
-    """The settings that the words of a command line stand for."""
-    return check_named(parse_settings(LinearProbeArguments, words, __doc__, config=False))
 
 
 def run(args: LinearProbeArguments) -> None:

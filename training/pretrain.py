@@ -14,11 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyramidclip_command import EXIT_STOPPED, EXIT_UNPUBLISHED, Failure, answer_words, run_command
+from training.settings.fields import check_named
+from training.settings.pretraining import PretrainingArguments
+from training.settings.reading import parse_settings
+
+
+def parse(words: Sequence[str]) -> PretrainingArguments:
+    """The settings that the words of a command line stand for."""
+    return check_named(
+        parse_settings(PretrainingArguments, words, __doc__, exit_codes=(EXIT_UNPUBLISHED, EXIT_STOPPED))
+    )
+
+
+if __name__ == "__main__":
+    answer_words(parse)
+
 import torch
 from torch import nn
 
-from pyramidclip_command import EXIT_STOPPED, EXIT_UNPUBLISHED, Failure, run_command
-from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES, PyramidCLIPConfig, levels_of
+from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES, PyramidCLIPConfig
+from pyramidclip_hf.levels_pyramidclip import levels_of
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.coverage import Coverage
 from training.data.inputs import in_table_order
@@ -46,12 +62,11 @@ from training.loop.token_scoring import save_token_heads, token_pairs
 from training.loop.tracking import duplicate_rates
 from training.loop.validation import ValidationSet
 from training.scale import most_pairs
-from training.settings.fields import check_named
-from training.settings.pretraining import PretrainingArguments
-from training.settings.reading import parse_settings
 
 # Of a GPU's memory, what a run can have: the driver and the allocator's waste take the rest.
 USABLE = 0.95
+
+
 # Heads begin at other numbers than the model.
 HEADS_SEED = 1_000_000_007
 
@@ -308,13 +323,6 @@ def check_text_lengths(args: PretrainingArguments, config: PyramidCLIPConfig) ->
             "torch_compile_mode: reduce-overhead records a CUDA graph for each length of texts, and under pooling eos "
             f"each batch has another: set text_lengths, e.g. 32 {context}"
         )
-
-
-def parse(words: Sequence[str]) -> PretrainingArguments:
-    """The settings that the words of a command line stand for."""
-    return check_named(
-        parse_settings(PretrainingArguments, words, __doc__, exit_codes=(EXIT_UNPUBLISHED, EXIT_STOPPED))
-    )
 
 
 def run(args: PretrainingArguments) -> RunResult:

@@ -17,9 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyramidclip_command import CommandParser, check_there, run_command
-from training.loop.card import publish
-from training.loop.space import publish_page, write_space
+from pyramidclip_command import CommandParser, answer_words, check_there, run_command
 from training.settings.fields import check_repo_id
 
 
@@ -41,6 +39,13 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     check_there("--results", args.results, "result files of training.evaluate")
     check_there("--labels-file", args.labels_file)
     return args
+
+
+if __name__ == "__main__":
+    answer_words(parse)
+
+from training.loop.card import publish
+from training.loop.space import publish_page, write_space
 
 
 def run(args: argparse.Namespace) -> None:

@@ -12,37 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-
-from pyramidclip_command import run_command
-from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES, LEVELS, PyramidCLIPConfig
-from pyramidclip_hf.loss_pyramidclip import BYTES_PER_ENTRY, block_of
-from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
-from training.data.inputs import MASKED_LABELS, MASKED_POSITIONS, RUN_LEVELS, any_level, inputs_of_kind
-from training.data.pixels import Normalisation
-from training.loop.objective import PAIRS, ContrastiveObjective
-from training.loop.terms.encoding import levels_in
-from training.loop.terms.table import read_objective
+from pyramidclip_command import answer_words, run_command
 from training.settings.fields import check_named
-from training.settings.pretraining import PretrainingArguments
-from training.settings.reading import parse_settings, read_settings
-
-GB = 1e9
-# Masked words of a caption of 24 tokens in one of a few hundred, with a share of 0.15.
-MOST_MASKED = 10
-# Both views of 512 x 384 px, regions and texts, measured (docs/scale.md).
-SAMPLES_A_CORE = 190
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# The fused attention of the CPU, on which the trace runs; torch counts only its siblings on GPUs.
-CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+from training.settings.reading import parse_settings
 
 
 @dataclass(kw_only=True)
@@ -68,6 +40,53 @@ class ScaleArguments:
                 raise ValueError(f"{name}: expected a number of at least 1, got {getattr(self, name)}")
         if not self.teraflops > 0:
             raise ValueError(f"teraflops: expected a number above 0, got {self.teraflops}")
+
+
+def parse(argv: Sequence[str]) -> ScaleArguments:
+    """The settings that the words of the command line stand for."""
+    return check_named(parse_settings(ScaleArguments, argv, __doc__, config=False))
+
+
+if __name__ == "__main__":
+    answer_words(parse)
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from pyramidclip_hf.configuration_pyramidclip import ARCHITECTURES, PyramidCLIPConfig
+from pyramidclip_hf.levels_pyramidclip import LEVELS
+from pyramidclip_hf.loss_pyramidclip import BYTES_PER_ENTRY, block_of
+from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+from training.data.inputs import MASKED_LABELS, MASKED_POSITIONS, RUN_LEVELS, any_level, inputs_of_kind
+from training.data.pixels import Normalisation
+from training.loop.objective import PAIRS, ContrastiveObjective
+from training.loop.terms.encoding import levels_in
+from training.loop.terms.table import read_objective
+from training.settings.pretraining import PretrainingArguments
+from training.settings.reading import read_settings
+
+GB = 1e9
+
+
+# Masked words of a caption of 24 tokens in one of a few hundred, with a share of 0.15.
+MOST_MASKED = 10
+
+
+# Both views of 512 x 384 px, regions and texts, measured (docs/scale.md).
+SAMPLES_A_CORE = 190
+
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# The fused attention of the CPU, on which the trace runs; torch counts only its siblings on GPUs.
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
+    return sdpa_flop_count(query, key, value)
 
 
 @dataclass(frozen=True)
@@ -328,11 +347,6 @@ def report(args: PretrainingArguments, num_gpus: int, teraflops: float, samples:
 def _fake_model(config: PyramidCLIPConfig) -> PyramidCLIPModel:
     with torch.device("meta"):
         return PyramidCLIPModel(config)
-
-
-def parse(argv: Sequence[str]) -> ScaleArguments:
-    """The settings that the words of the command line stand for."""
-    return check_named(parse_settings(ScaleArguments, argv, __doc__, config=False))
 
 
 def run(args: ScaleArguments) -> None:

@@ -16,21 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyramidclip_command import CommandParser, check_there, run_command
-from pyramidclip_hf.backends import load_exported
-from pyramidclip_hf.files import folder_written_aside, json_text, read_utf8
-from pyramidclip_hf.pages import render
-from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES
+from pyramidclip_command import CommandParser, answer_words, check_there, run_command
 
-_TEMPLATE = Path(__file__).with_name("static_page_template.html")
-_SCRIPT = Path(__file__).with_name("static_page.js")
 _ENDINGS = {"float32": "", "float16": "_fp16", "int8": "_quantized"}
-# What the page needs of the two packages.
-_PACKAGE_FILES = {
-    "runtime": "onnxruntime-web/dist/ort.wasm.bundle.min.mjs",
-    "wasm": "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm",
-    "tokenizers": "@huggingface/tokenizers/dist/tokenizers.min.mjs",
-}
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -48,6 +36,28 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     check_there("--packages", args.packages, "the folder node_modules in which npm installed both packages")
     check_there("--labels-file", args.labels_file, "a file, one label a line")
     return args
+
+
+if __name__ == "__main__":
+    answer_words(parse)
+
+from pyramidclip_hf.backends import load_exported
+from pyramidclip_hf.files import folder_written_aside, json_text, read_utf8
+from pyramidclip_hf.pages import render
+from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES
+
+_TEMPLATE = Path(__file__).with_name("static_page_template.html")
+
+
+_SCRIPT = Path(__file__).with_name("static_page.js")
+
+
+# What the page needs of the two packages.
+_PACKAGE_FILES = {
+    "runtime": "onnxruntime-web/dist/ort.wasm.bundle.min.mjs",
+    "wasm": "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm",
+    "tokenizers": "@huggingface/tokenizers/dist/tokenizers.min.mjs",
+}
 
 
 def run(args: argparse.Namespace) -> None:

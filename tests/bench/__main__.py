@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from pyramidclip_hf import PyramidCLIPConfig, PyramidCLIPModel
-from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVELS
+from pyramidclip_hf.levels_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVELS
 from pyramidclip_hf.loss_pyramidclip import pyramid_loss
 from tests.bench.bench_data import loader_row, views_row
 from tests.bench.bench_model import against_clip, against_plain_form, has_bf16_instructions, short_texts

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from pyramidclip_hf import PyramidCLIPConfig, PyramidCLIPModel
-from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVELS
+from pyramidclip_hf.levels_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVELS
 from tests.bench.paired import Comparison, compare
 from tests.dense_loss import dense_loss
 from tests.plain_forms import DualEncoder, plain_form

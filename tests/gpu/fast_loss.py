@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from pyramidclip_hf.configuration_pyramidclip import LEVELS
+from pyramidclip_hf.levels_pyramidclip import LEVELS
 from pyramidclip_hf.loss_pyramidclip import pyramid_loss
 from tests.gpu.measure import exact, in_turn, peak
 from tests.gpu.models import CLIP, PYRAMID, imported

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from pyramidclip_hf.configuration_pyramidclip import LEVELS
+from pyramidclip_hf.levels_pyramidclip import LEVELS
 from pyramidclip_hf.loss_pyramidclip import pyramid_loss
 from tests.dense_loss import dense_loss
 from tests.gpu.measure import apart, exact, waits_counted

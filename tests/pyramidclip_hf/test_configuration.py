@@ -15,7 +15,7 @@ from pyramidclip_hf import (
     PyramidCLIPTextConfig,
     PyramidCLIPVisionConfig,
 )
-from pyramidclip_hf.configuration_pyramidclip import LEVELS, TERMS
+from pyramidclip_hf.levels_pyramidclip import LEVELS, TERMS
 
 # CLIP's published dimensions, from the paper "Learning Transferable Visual Models", tables 19 and 20:
 # embedding, pixels, vision width (ResNet: pooled), vision depth, vision heads, text width, text heads.

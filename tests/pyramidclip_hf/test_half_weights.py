@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyramidclip_hf import modeling_pyramidclip_text as blocks
-from pyramidclip_hf.configuration_pyramidclip import LEVELS
+from pyramidclip_hf.levels_pyramidclip import LEVELS
 from tests.pyramidclip_hf.tiny import BOTH, make_batch, tiny
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyramidclip_hf.configuration_pyramidclip import LEVELS
+from pyramidclip_hf.levels_pyramidclip import LEVELS
 from pyramidclip_hf.modeling_pyramidclip_resnet import halved
 from pyramidclip_hf.modeling_pyramidclip_text import PyramidCLIPLayerNorm, PyramidCLIPQuickGELU
 from tests.plain_forms import lively, plain_form

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 from pyramidclip_hf import loss_pyramidclip
-from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS, check_loss_weights, levels_of
+from pyramidclip_hf.levels_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS, check_loss_weights, levels_of
 from pyramidclip_hf.loss_pyramidclip import block_of, normalize_embeds, pyramid_loss
 from tests.dense_loss import dense_loss
 

@@ -13,7 +13,7 @@ from pyramidclip_hf import (
     PyramidCLIPVisionModel,
     PyramidCLIPVisionModelWithProjection,
 )
-from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVELS, TERMS, levels_of
+from pyramidclip_hf.levels_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVELS, TERMS, levels_of
 from pyramidclip_hf.modeling_pyramidclip_text import activation_named, text_starts
 from tests.plain_forms import lively, plain_form
 from tests.pyramidclip_hf.tiny import BOTH, OLD_TORCH, TEXT, WIDEST, make_batch, tiny

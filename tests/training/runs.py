@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pyramidclip_hf.configuration_pyramidclip import LEVELS, TERMS
+from pyramidclip_hf.levels_pyramidclip import LEVELS, TERMS
 from tests.training.processes import run_in_processes
 from tests.training.tiny import TEXT, VIT, tiny_batch
 from training import pretrain

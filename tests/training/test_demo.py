@@ -90,7 +90,7 @@ def test_a_gpu_is_taken_where_there_is_one(args, monkeypatch, asked, there, on_g
     monkeypatch.setattr(demo, "choose_device", torch.device)
     monkeypatch.setattr(demo, "usable_cores", lambda: 2)
     monkeypatch.setattr(subprocess, "run", run)
-    chosen = DemoArguments(output_dir=args.output_dir, config=args.config, device=asked)
+    chosen = demo.settled(DemoArguments(output_dir=args.output_dir, config=args.config, device=asked))
     demo.start(chosen, "train", "pyramid", processes=chosen.processes)
     [(command, on_cpu)] = started
     assert ("torch.distributed.run" in command, on_cpu) == (not on_gpu, str(not on_gpu).lower())

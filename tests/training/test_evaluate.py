@@ -14,22 +14,26 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pyramidclip_hf.configuration_pyramidclip import LEVELS, TERMS
+from pyramidclip_hf import image_processing_pyramidclip
+from pyramidclip_hf.levels_pyramidclip import LEVELS, TERMS
 from pyramidclip_hf.loading import load_model
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPForImageClassification
 from tests.hub_server import Repository, client_environment, running_hub
 from tests.rounding import assert_equal_to_rounding
 from tests.training.processes import run_in_processes
 from tests.training.to_evaluate import COUNTS, FEATURES, WIDEST, save_tiny_model, write_pictures
+from training.data import records
 from training.data.records import Region, Sample, tag_text
 from training.data.samples import ShardSamples
 from training.data.shards import ShardWriter, write_dataset_json
 from training.evaluate import main
-from training.evaluation.classification import classification_metrics, read_templates, zero_shot_scores
+from training.evaluation.arguments import KARPATHY_SETS, TABLE_7_SETS, read_templates
+from training.evaluation.captions import CAPTION_SETS
+from training.evaluation.classification import classification_metrics, zero_shot_scores
 from training.evaluation.embedding import embed_levels, local_view
 from training.evaluation.results import read_json
 from training.evaluation.retrieval import retrieval_metrics
-from training.evaluation.sets import open_set
+from training.evaluation.sets import TABLE_7, open_set
 
 WORDS = "red green blue big small dog cat bird house tree car boat sun moon star".split()
 
@@ -375,3 +379,8 @@ def test_templates(tmp_path):
     with pytest.raises(FileNotFoundError, match="no template file"):
         read_templates(str(tmp_path / "nowhere"))
     assert read_templates(None) is None
+
+
+def test_names_that_settings_know_without_torch_are_those_of_the_tables():
+    assert tuple(TABLE_7) == TABLE_7_SETS and tuple(CAPTION_SETS) == KARPATHY_SETS
+    assert records.MAX_IMAGE_PIXELS == image_processing_pyramidclip.MAX_IMAGE_PIXELS

@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_info
 
 from tests.training.processes import run_in_processes
 from tests.training.to_evaluate import COUNTS, write_pictures
-from training.linear_probe import LinearProbeArguments, all_cores, c_of, fit, main, probe, sweep
+from training.linear_probe import LinearProbeArguments, all_cores, c_of, fit, main, metric_of, probe, sweep
 from training.transfer import features as kept
 
 
@@ -152,7 +152,7 @@ def test_the_paper_s_data_sets(probe_args, tmp_path):
         cpu=True,
         cache_dir=probe_args.cache_dir,
     )
-    assert named.metric_of("pets") == "mean_per_class" and probe_args.metric_of(None) == "top_1"
+    assert metric_of(named, "pets") == "mean_per_class" and metric_of(probe_args, None) == "top_1"
     found = probe(named)
     assert "Oxford-IIIT Pets (not the paper's split: found 24 in 3 classes" in found[0].dataset_name
     plain = LinearProbeArguments(

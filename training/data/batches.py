@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from pyramidclip_command import Failure
-from pyramidclip_hf.configuration_pyramidclip import LEVELS
+from pyramidclip_hf.levels_pyramidclip import LEVELS
 from pyramidclip_hf.tokenization_pyramidclip import PyramidCLIPTokenizer
 from training.data.inputs import MASKED_LABELS, MASKED_POSITIONS, NO_WORD, RUN_LEVELS, any_level, inputs_of_kind
 from training.data.mixing import MixedOrder

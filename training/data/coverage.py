@@ -8,8 +8,8 @@ import collections
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVELS, TERMS
 from pyramidclip_hf.files import json_text
+from pyramidclip_hf.levels_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVELS, TERMS
 from training.data.records import BadSample, Fault, has_level, sample_from_members
 from training.data.remote import ShardCache, is_url
 from training.data.sources import DataSet, Unit

@@ -6,7 +6,7 @@ A saved model knows none of them; batches, objective and memory estimate read th
 from collections.abc import Collection
 from typing import Literal
 
-from pyramidclip_hf.configuration_pyramidclip import LEVELS, Level, levels_of_kind
+from pyramidclip_hf.levels_pyramidclip import LEVELS, Level, levels_of_kind
 
 # Made for each sample and epoch anew by random numbers of their own, so that no other input changes when they are read.
 RUN_LEVELS: dict[str, Level] = {

@@ -23,8 +23,8 @@ from typing import Any, cast
 
 import torch
 
-from pyramidclip_hf.configuration_pyramidclip import levels_of_kind
 from pyramidclip_hf.files import json_text
+from pyramidclip_hf.levels_pyramidclip import levels_of_kind
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from pyramidclip_hf.tokenization_pyramidclip import PyramidCLIPTokenizer
 from training.data.batches import Batch, BatchMaker, BatchReport, BatchSettings, DataError

@@ -15,13 +15,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from pyramidclip_hf.configuration_pyramidclip import LEVELS
 from pyramidclip_hf.files import json_text
+from pyramidclip_hf.levels_pyramidclip import LEVELS
 
 IMAGE_SUFFIXES = ("jpg", "png", "webp")
 MAX_ATTRIBUTES = 3
 # Objects of a picture that a model is shown, unless told otherwise (paper).
 MAX_REGIONS = 10
+# Of a picture, as the image processor has it.
+MAX_IMAGE_PIXELS = 100_000_000
 MAX_JSON_BYTES = 8 << 20
 MAX_TEXT_BYTES = 1 << 20
 # Detectors round boxes to pixels and may overshoot the edge by a fraction of one; more than this is a unit mistake

@@ -14,8 +14,8 @@ from typing import Any, overload
 
 from PIL import Image
 
-from pyramidclip_hf.configuration_pyramidclip import LEVELS
 from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
+from pyramidclip_hf.levels_pyramidclip import LEVELS
 from training.data.records import BadSample, Sample, sample_from_members
 from training.data.sources import UnitReader, open_data_set
 from training.data.views import BadPicture, decoded_picture

@@ -52,6 +52,8 @@ from training.prepare.steps.flags import parse_dataclasses
 
 SCENES_VERSION = 3
 SPLITS = ("train", "validation", "objects")
+# How many scenes of each (of a single object for the last) there are where nothing else is asked for.
+TRAIN, VALIDATION, PER_OBJECT = 12_000, 500, 12
 # x1, y1, x2, y2 in pixels.
 PixelBox = tuple[int, int, int, int]
 

@@ -16,8 +16,6 @@ from training.evaluation.classification import classification_metrics, zero_shot
 from training.evaluation.embedding import embed_levels
 from training.evaluation.retrieval import level_metrics
 
-# How many scenes there are where nothing else is asked for.
-TRAIN, VALIDATION, PER_OBJECT = 12_000, 500, 12
 _PICTURE_SIZE, _SHARD_SIZE, _SEED = 96, 500, 0
 _BATCH_SIZE = 64
 

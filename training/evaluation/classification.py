@@ -1,42 +1,15 @@
 """Zero-shot classification: scores of pictures and classes, and what is counted from them."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from pyramidclip_hf.files import read_utf8
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES, class_embeddings
 from training.data.labelled import LabelledPictures
 from training.evaluation.embedding import map_batches
 from training.evaluation.retrieval import rank_counts
-
-
-def read_templates(path: str | None) -> list[str] | None:
-    """The prompts of a file, one a line, blank lines left out.
-
-    Args:
-        path: of the file; None: no templates of one's own.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: no lines, or one without `{}`.
-    """
-    if path is None:
-        return None
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"there is no template file {path}; expected one prompt a line, {{}} for the class name"
-        )
-    templates = [line.strip() for line in read_utf8(path).splitlines() if line.strip()]
-    wrong = [line for line in templates if line.count("{}") != 1]
-    if wrong or not templates:
-        raise ValueError(
-            f"{path}: every prompt needs {{}} once, where the class name goes; got {wrong[:3] or 'no lines'}"
-        )
-    return templates
 
 
 def distinct_classes(names: Sequence[str]) -> tuple[list[str], list[int]]:

@@ -19,15 +19,15 @@ import torch.distributed as dist
 from PIL import Image
 from transformers import BatchFeature
 
-from pyramidclip_hf.configuration_pyramidclip import LEVELS, TERMS, levels_of_kind
 from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
+from pyramidclip_hf.levels_pyramidclip import LEVELS, TERMS, levels_of_kind
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.picture_files import read_ahead
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.records import MAX_REGIONS, Sample, best_objects
 from training.data.samples import open_picture
+from training.evaluation.arguments import check_pairs
 from training.evaluation.process import hosts
-from training.evaluation.retrieval import check_pairs
 
 Result = TypeVar("Result")
 Inputs: TypeAlias = BatchFeature | dict[str, torch.Tensor]

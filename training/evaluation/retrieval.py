@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pyramidclip_hf.loss_pyramidclip import TERMS
+from pyramidclip_hf.levels_pyramidclip import TERMS
+from training.evaluation.arguments import check_pairs
 
 DEFAULT_KS = (1, 5, 10)
 
@@ -204,15 +205,6 @@ def metrics_of_counts(directions: Mapping[str, RankCounts], ks: Sequence[int] = 
             metrics[f"{direction}_R@{k}"] = float(counts.recall(k).mean())
         metrics[f"{direction}_mean_rank"] = float(counts.rank().mean())
     return metrics
-
-
-def check_pairs(pairs: Iterable[str]) -> list[str]:
-    """The names of level pairs as a list, each once; ValueError names an unknown one and lists the nine."""
-    pairs = list(dict.fromkeys(pairs))
-    unknown = [name for name in pairs if name not in TERMS]
-    if unknown or not pairs:
-        raise ValueError(f"unknown level pair(s) {unknown}: expected some of {', '.join(TERMS)}")
-    return pairs
 
 
 def level_metrics(

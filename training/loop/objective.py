@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pyramidclip_hf.configuration_pyramidclip import LEVELS, TERMS, check_loss_weights, levels_of_kind
+from pyramidclip_hf.levels_pyramidclip import LEVELS, TERMS, check_loss_weights, levels_of_kind
 from pyramidclip_hf.loss_pyramidclip import pyramid_loss
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from training.data.inputs import any_level, inputs_of_kind

@@ -16,18 +16,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pyramidclip_hf.configuration_pyramidclip import TERMS, PyramidCLIPConfig
+from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
 from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
+from pyramidclip_hf.levels_pyramidclip import TERMS
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES
 from training.data.inputs import any_level
 from training.data.labelled import LabelledPictures
 from training.data.records import Sample, best_objects, level_text
+from training.evaluation.arguments import EvaluationArguments
 from training.evaluation.classification import distinct_classes
 from training.evaluation.embedding import Inputs, map_batches, seen_inputs
 from training.evaluation.retrieval import counts_of_scores, metrics_of_counts
-from training.evaluation.tasks import EvaluationArguments
 from training.loop.terms.encoding import encode
 from training.loop.terms.term import Term, Wanted
 from training.loop.terms.tokens import SUFFIX, TOKEN_PAIRS, TokenPair, token_scores

@@ -30,8 +30,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from pyramidclip_command import Failure
-from pyramidclip_hf.configuration_pyramidclip import LEVELS, levels_of_kind
 from pyramidclip_hf.files import json_text, write_atomically
+from pyramidclip_hf.levels_pyramidclip import LEVELS, levels_of_kind
 from training.loop.distributed import everyone, rank, sum_over_processes
 from training.loop.record import sum_of
 from training.loop.task import NO_CHOICE, StepLoss

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from pyramidclip_hf.configuration_pyramidclip import TERMS
 from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
+from pyramidclip_hf.levels_pyramidclip import TERMS
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.records import BadSample, Sample, best_objects, has_level

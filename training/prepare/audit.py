@@ -21,12 +21,61 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+from pyramidclip_command import CommandParser, answer_words, check_there, run_command
+from training.data.records import MAX_REGIONS
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The words of the command as settings. Raises `ValueError`."""
+    parser = CommandParser(description=__doc__)
+    parser.add_argument(
+        "sources", nargs="+", metavar="SOURCE", help="folder of shards, glob, list, URL or JSONL manifest"
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        help="keeps the report as text, JSON and PNG, and the list of bad samples; a stopped audit continues",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, default=4096, help="global batch in which twins are expected (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-image-pixels", type=int, default=100_000_000, help="as in training (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-regions",
+        type=int,
+        default=MAX_REGIONS,
+        help="objects of a picture, as in training (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--drop-repeated-tags", action="store_true", help="as in training: a tag of several objects comes once"
+    )
+    parser.add_argument(
+        "--add-checksums",
+        action="store_true",
+        help="keep a checksum of each member with the index of a shard that has none, so that damage is noticed later",
+    )
+    parser.add_argument(
+        "--allow-unfinished", action="store_true", help="also data of which a step has begun and not ended"
+    )
+    arguments = parser.parse_args(words)
+    for name in ("workers", "batch_size", "max_image_pixels", "max_regions"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected 1 or more, got {getattr(arguments, name)}")
+    check_there("", arguments.sources, "shards or a manifest", "data")
+    return arguments
+
+
+if __name__ == "__main__":
+    answer_words(parse)
+
 from tqdm.auto import tqdm
 
-from pyramidclip_command import CommandParser, check_there, run_command
 from pyramidclip_hf import PyramidCLIPTokenizer
 from pyramidclip_hf.files import json_text, write_text
-from training.data.records import MAX_REGIONS
 from training.data.sources import DataSet, open_data_set
 from training.prepare.auditing.counts import (
     AS_BY_DEFAULT,
@@ -46,6 +95,8 @@ from training.prepare.auditing.report import AuditReport, as_text, summarise
 
 # (number of the data set, number of its unit).
 Job = tuple[int, int]
+
+
 Audited = tuple[Job, AuditCounts, Hashes]
 
 
@@ -136,50 +187,6 @@ def _results(sources: Sequence[DataSet], jobs: Sequence[Job], workers: int, limi
             yield last.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The words of the command as settings. Raises `ValueError`."""
-    parser = CommandParser(description=__doc__)
-    parser.add_argument(
-        "sources", nargs="+", metavar="SOURCE", help="folder of shards, glob, list, URL or JSONL manifest"
-    )
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        help="keeps the report as text, JSON and PNG, and the list of bad samples; a stopped audit continues",
-    )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read (default: %(default)s)")
-    parser.add_argument(
-        "--batch-size", type=int, default=4096, help="global batch in which twins are expected (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-image-pixels", type=int, default=100_000_000, help="as in training (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-regions",
-        type=int,
-        default=MAX_REGIONS,
-        help="objects of a picture, as in training (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--drop-repeated-tags", action="store_true", help="as in training: a tag of several objects comes once"
-    )
-    parser.add_argument(
-        "--add-checksums",
-        action="store_true",
-        help="keep a checksum of each member with the index of a shard that has none, so that damage is noticed later",
-    )
-    parser.add_argument(
-        "--allow-unfinished", action="store_true", help="also data of which a step has begun and not ended"
-    )
-    arguments = parser.parse_args(words)
-    for name in ("workers", "batch_size", "max_image_pixels", "max_regions"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected 1 or more, got {getattr(arguments, name)}")
-    check_there("", arguments.sources, "shards or a manifest", "data")
-    return arguments
 
 
 def keep(report: AuditReport, bad: Sequence[BadEntry], folder: Path) -> None:

@@ -13,28 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
-from PIL import Image
-
-from pyramidclip_command import Failure, check_there, run_command
-from training.data.shards import ShardReader
-from training.data.views import BadPicture, decoded_picture
-from training.prepare.steps.detectors import Detector, DetectorArguments, open_detector
-from training.prepare.steps.flags import parse_dataclasses
-from training.prepare.steps.regions import Detections, best_regions
-from training.prepare.steps.rewriting import (
-    NO_REGIONS,
-    Opened,
-    describe_dataset,
-    refuse_other_maker,
-    rewrite_shards,
-    shards_of,
-)
-from training.prepare.steps.work import Advance, Stage, Tally, WorkArguments, Worker, this_worker
-
-# The level it makes, as `import_features` does.
-STAGE = "regions"
-# So many pictures one after the other that a detector refuses are no accident.
-_REFUSALS_IN_A_ROW = 100
+from pyramidclip_command import Failure, answer_words, check_there, run_command
+from training.prepare.steps.flags import DetectorArguments, WorkArguments, parse_dataclasses
 
 
 @dataclass
@@ -48,10 +28,6 @@ class DetectArguments:
     decode_threads: int = field(default=4, metadata={"help": "Threads that decode pictures while the detector runs."})
 
 
-# A picture, or why it cannot be shown to a detector: (reason, detail).
-Shown = Image.Image | tuple[str, str]
-
-
 @dataclass
 class DetectSettings:
     """All flags."""
@@ -59,11 +35,6 @@ class DetectSettings:
     detect: DetectArguments
     detector: DetectorArguments
     work: WorkArguments
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
-    return run_command(parse, _command, argv)
 
 
 def parse(words: Sequence[str]) -> DetectSettings:
@@ -79,6 +50,42 @@ def parse(words: Sequence[str]) -> DetectSettings:
     for name in ("names", "attributes"):
         check_there(f"--{name}", getattr(settings.detector, name), "a file, one a line")
     return settings
+
+
+if __name__ == "__main__":
+    answer_words(parse)
+
+from PIL import Image
+
+from training.data.shards import ShardReader
+from training.data.views import BadPicture, decoded_picture
+from training.prepare.steps.detectors import Detector, open_detector
+from training.prepare.steps.regions import Detections, best_regions
+from training.prepare.steps.rewriting import (
+    NO_REGIONS,
+    Opened,
+    describe_dataset,
+    refuse_other_maker,
+    rewrite_shards,
+    shards_of,
+)
+from training.prepare.steps.work import Advance, Stage, Tally, Worker, this_worker
+
+# The level it makes, as `import_features` does.
+STAGE = "regions"
+
+
+# So many pictures one after the other that a detector refuses are no accident.
+_REFUSALS_IN_A_ROW = 100
+
+
+# A picture, or why it cannot be shown to a detector: (reason, detail).
+Shown = Image.Image | tuple[str, str]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(parse, _command, argv)
 
 
 def _command(settings: DetectSettings) -> None:

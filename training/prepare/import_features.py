@@ -15,28 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pyramidclip_command import check_there, run_command
-from training.data.records import Sample
-from training.data.shards import ShardReader, ShardWriter
-from training.prepare.formats import BadRow, FormatFlags, RegionFormat, Size, format_flags, open_formats
-from training.prepare.steps.flags import parse_dataclasses
-from training.prepare.steps.pictures import picture_size
-from training.prepare.steps.regions import Detections, best_regions
-from training.prepare.steps.rewriting import (
-    NO_REGIONS,
-    Levels,
-    MadeBy,
-    Opened,
-    describe_dataset,
-    mark_unfinished,
-    refuse_other_maker,
-    rewrite_shards,
-    shards_of,
-)
-from training.prepare.steps.work import Advance, Stage, Tally, WorkArguments, Worker, this_worker
-
-# The level it makes: `detect` makes the same one, and what is done by one is not done by the other.
-STAGE = "regions"
+from pyramidclip_command import answer_words, check_there, run_command
+from training.prepare.steps.flags import FORMAT_FLAGS, FormatFlags, WorkArguments, parse_dataclasses
 
 
 @dataclass
@@ -96,15 +76,10 @@ class ImportSettings:
         }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
-    return run_command(parse, run, argv)
-
-
 def parse(words: Sequence[str]) -> ImportSettings:
     """The words of the command as settings. Raises `ValueError`."""
     places, *formats, rows, work = parse_dataclasses(
-        words, __doc__, ImportArguments, *format_flags(), RowArguments, WorkArguments
+        words, __doc__, ImportArguments, *FORMAT_FLAGS, RowArguments, WorkArguments
     )
     if (places.merge_into is None) == (places.store_dir is None):
         raise ValueError(
@@ -115,6 +90,36 @@ def parse(words: Sequence[str]) -> ImportSettings:
     check_there("--merge-into", places.merge_into, "a folder of shards, as training.prepare.pack writes them")
     check_there("--input", places.input, "files of features", "data")
     return ImportSettings(places, formats, rows, work)
+
+
+if __name__ == "__main__":
+    answer_words(parse)
+
+from training.data.records import Sample
+from training.data.shards import ShardReader, ShardWriter
+from training.prepare.formats import BadRow, RegionFormat, Size, open_formats
+from training.prepare.steps.pictures import picture_size
+from training.prepare.steps.regions import Detections, best_regions
+from training.prepare.steps.rewriting import (
+    NO_REGIONS,
+    Levels,
+    MadeBy,
+    Opened,
+    describe_dataset,
+    mark_unfinished,
+    refuse_other_maker,
+    rewrite_shards,
+    shards_of,
+)
+from training.prepare.steps.work import Advance, Stage, Tally, Worker, this_worker
+
+# The level it makes: `detect` makes the same one, and what is done by one is not done by the other.
+STAGE = "regions"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(parse, run, argv)
 
 
 def run(settings: ImportSettings) -> None:

@@ -18,30 +18,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from pyramidclip_command import check_there, run_command
-from pyramidclip_hf.files import json_text, write_atomically
-from training.data.records import IMAGE_SUFFIXES, BadSample, sample_from_members
-from training.data.shards import ShardWriter
-from training.prepare.sources import (
-    TABLE_SUFFIXES,
-    PairSource,
-    RawPair,
-    SourceArguments,
-    SourcePart,
-    expand_inputs,
-    open_source,
-    refuse_own_folder,
-)
-from training.prepare.steps.flags import parse_dataclasses
-from training.prepare.steps.pictures import picture_suffix
-from training.prepare.steps.rewriting import MadeBy, describe_dataset, mark_unfinished
-from training.prepare.steps.work import Advance, Stage, StageReport, Tally, WorkArguments, Worker, this_worker
-
-STAGE = "pack"
-# Keys are compared within buckets of about this many, so that 100 million of them need little memory at a time.
-_BUCKET = 1 << 22
+from pyramidclip_command import answer_words, check_there, run_command
+from training.prepare.steps.flags import TABLE_SUFFIXES, SourceArguments, WorkArguments, parse_dataclasses
 
 
 @dataclass
@@ -64,10 +42,6 @@ class PackArguments:
     )
 
 
-# {position in a part: where the key came first}.
-Repeats = dict[int, str]
-
-
 @dataclass
 class PackSettings:
     """All flags."""
@@ -83,11 +57,6 @@ class PackSettings:
         return settings
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
-    return run_command(parse, run, argv)
-
-
 def parse(words: Sequence[str]) -> PackSettings:
     """The words of the command as settings. Raises `ValueError`."""
     settings = PackSettings(*parse_dataclasses(words, __doc__, SourceArguments, PackArguments, WorkArguments))
@@ -95,6 +64,35 @@ def parse(words: Sequence[str]) -> PackSettings:
         kind = "data" if one.endswith((".tar", *TABLE_SUFFIXES)) else "id"
         check_there("--input", one, "tars, tables, folders of either, or the name of a Hub dataset", kind)
     return settings
+
+
+if __name__ == "__main__":
+    answer_words(parse)
+
+import numpy as np
+
+from pyramidclip_hf.files import json_text, write_atomically
+from training.data.records import IMAGE_SUFFIXES, BadSample, sample_from_members
+from training.data.shards import ShardWriter
+from training.prepare.sources import PairSource, RawPair, SourcePart, expand_inputs, open_source, refuse_own_folder
+from training.prepare.steps.pictures import picture_suffix
+from training.prepare.steps.rewriting import MadeBy, describe_dataset, mark_unfinished
+from training.prepare.steps.work import Advance, Stage, StageReport, Tally, Worker, this_worker
+
+STAGE = "pack"
+
+
+# Keys are compared within buckets of about this many, so that 100 million of them need little memory at a time.
+_BUCKET = 1 << 22
+
+
+# {position in a part: where the key came first}.
+Repeats = dict[int, str]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(parse, run, argv)
 
 
 def run(settings: PackSettings) -> None:

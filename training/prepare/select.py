@@ -17,36 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
-from pyramidclip_command import check_there, run_command
-from pyramidclip_hf.files import json_text, write_text, written_aside
-from training.data.records import BadSample
-from training.data.remote import is_url
-from training.data.shards import ShardWriter, read_dataset_json, refuse_unfinished, write_dataset_json
-from training.prepare.selecting.candidates import Candidate
-from training.prepare.selecting.decide import Decision, Output, Selection, decide, outputs
-from training.prepare.selecting.facts import Column, is_whole, measure_part
-from training.prepare.selecting.page import page
-from training.prepare.selecting.reading import read_rules
-from training.prepare.sources import (
-    PairSource,
-    RawPair,
-    SourceArguments,
-    SourcePart,
-    expand_inputs,
-    open_source,
-    refuse_own_folder,
-)
-from training.prepare.sources.hub import HubSource
-from training.prepare.sources.tars import TarSource
-from training.prepare.steps.flags import parse_dataclasses
-from training.prepare.steps.rewriting import mark_unfinished
-from training.prepare.steps.work import Advance, Stage, Tally, WorkArguments, Worker, this_worker
-
-STAGE = "select"
-_NO_LEVELS = ("format", "made_by", "roi_feature_size", "counts", "shards", "unfinished")
+from pyramidclip_command import answer_words, check_there, run_command
+from training.prepare.steps.flags import SourceArguments, WorkArguments, parse_dataclasses
 
 
 @dataclass
@@ -75,17 +47,44 @@ class SelectSettings:
     work: WorkArguments
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
-    return run_command(parse, run, argv)
-
-
 def parse(words: Sequence[str]) -> SelectSettings:
     """The words of the command as settings. Raises `ValueError`, `FileNotFoundError`."""
     settings = SelectSettings(*parse_dataclasses(words, __doc__, SourceArguments, SelectArguments, WorkArguments))
     check_there("--input", settings.source.input, "tars, tables or folders of either", "data")
     check_there("--rules", settings.select.rules, "a YAML file, see docs/prepare.md")
     return settings
+
+
+if __name__ == "__main__":
+    answer_words(parse)
+
+import numpy as np
+from tqdm import tqdm
+
+from pyramidclip_hf.files import json_text, write_text, written_aside
+from training.data.records import BadSample
+from training.data.remote import is_url
+from training.data.shards import ShardWriter, read_dataset_json, refuse_unfinished, write_dataset_json
+from training.prepare.selecting.candidates import Candidate
+from training.prepare.selecting.decide import Decision, Output, Selection, decide, outputs
+from training.prepare.selecting.facts import Column, is_whole, measure_part
+from training.prepare.selecting.page import page
+from training.prepare.selecting.reading import read_rules
+from training.prepare.sources import PairSource, RawPair, SourcePart, expand_inputs, open_source, refuse_own_folder
+from training.prepare.sources.hub import HubSource
+from training.prepare.sources.tars import TarSource
+from training.prepare.steps.rewriting import mark_unfinished
+from training.prepare.steps.work import Advance, Stage, Tally, Worker, this_worker
+
+STAGE = "select"
+
+
+_NO_LEVELS = ("format", "made_by", "roi_feature_size", "counts", "shards", "unfinished")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(parse, run, argv)
 
 
 def run(settings: SelectSettings) -> None:

@@ -19,33 +19,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
+from pyramidclip_command import answer_words, check_there, run_command
+from training.prepare.steps.flags import WorkArguments, parse_dataclasses
 
-from pyramidclip_command import check_there, run_command
-from pyramidclip_hf.files import cache_folder, json_text
-from training.data.machine import own_name
-from training.data.records import BadSample, sample_from_members
-from training.data.shards import ShardReader
-from training.prepare.steps.checkpoints import checkpoint_config, checkpoint_content, checkpoint_expected
-from training.prepare.steps.databases import errors_of
-from training.prepare.steps.first_clause import first_clause
-from training.prepare.steps.flags import parse_dataclasses
-from training.prepare.steps.rewriting import (
-    MadeBy,
-    Opened,
-    describe_dataset,
-    refuse_other_maker,
-    rewrite_shards,
-    shards_of,
-)
-from training.prepare.steps.work import Advance, Stage, Tally, WorkArguments, this_worker
-
-STAGE = "summary"
 NO_MODEL = "first-clause"
-SEQ2SEQ_PROMPT = "summarize: {caption}"
-CAUSAL_PROMPT = (
-    "Rewrite this image caption as one short plain sentence about what can be seen.\nCaption: {caption}\nShort:"
-)
 
 
 @dataclass
@@ -109,6 +86,59 @@ class SummarizeSettings:
     work: WorkArguments
 
 
+def parse(words: Sequence[str]) -> SummarizeSettings:
+    """The words of the command as settings. Raises `ValueError`."""
+    settings = SummarizeSettings(*parse_dataclasses(words, __doc__, SummarizeArguments, SummaryConfig, WorkArguments))
+    _check(settings.summary)
+    check_there("--input-dir", settings.places.input_dir, "a folder of shards, as training.prepare.pack writes them")
+    check_there("--model", settings.summary.model, f"a folder, a Hub name, or {NO_MODEL}", "id")
+    return settings
+
+
+def _check(config: SummaryConfig) -> None:
+    positive = ("max_input_tokens", "num_beams", "max_new_tokens", "batch_size", "pad_to_multiple_of")
+    wrong = [name for name in positive if getattr(config, name) < 1]
+    if wrong:
+        raise ValueError(f"{', '.join(f'{name}={getattr(config, name)}' for name in wrong)}: expected 1 or more")
+    if config.prompt is not None and "{caption}" not in config.prompt:
+        raise ValueError(f"prompt {config.prompt!r}: expected {{caption}} in it, where the caption goes")
+    if config.dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype {config.dtype!r}: expected auto, float32, bfloat16 or float16")
+
+
+if __name__ == "__main__":
+    answer_words(parse)
+
+import torch
+
+from pyramidclip_hf.files import cache_folder, json_text
+from training.data.machine import own_name
+from training.data.records import BadSample, sample_from_members
+from training.data.shards import ShardReader
+from training.prepare.steps.checkpoints import checkpoint_config, checkpoint_content, checkpoint_expected
+from training.prepare.steps.databases import errors_of
+from training.prepare.steps.first_clause import first_clause
+from training.prepare.steps.rewriting import (
+    MadeBy,
+    Opened,
+    describe_dataset,
+    refuse_other_maker,
+    rewrite_shards,
+    shards_of,
+)
+from training.prepare.steps.work import Advance, Stage, Tally, this_worker
+
+STAGE = "summary"
+
+
+SEQ2SEQ_PROMPT = "summarize: {caption}"
+
+
+CAUSAL_PROMPT = (
+    "Rewrite this image caption as one short plain sentence about what can be seen.\nCaption: {caption}\nShort:"
+)
+
+
 class Summarizer(Protocol):
     """What makes summaries; `made_by` is what `dataset.json` says of it."""
 
@@ -122,15 +152,6 @@ class Summarizer(Protocol):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     return run_command(parse, run, argv)
-
-
-def parse(words: Sequence[str]) -> SummarizeSettings:
-    """The words of the command as settings. Raises `ValueError`."""
-    settings = SummarizeSettings(*parse_dataclasses(words, __doc__, SummarizeArguments, SummaryConfig, WorkArguments))
-    _check(settings.summary)
-    check_there("--input-dir", settings.places.input_dir, "a folder of shards, as training.prepare.pack writes them")
-    check_there("--model", settings.summary.model, f"a folder, a Hub name, or {NO_MODEL}", "id")
-    return settings
 
 
 def run(settings: SummarizeSettings) -> None:
@@ -161,17 +182,6 @@ def summarize(settings: SummarizeSettings) -> Tally | None:
     if worker.index == 0 or total is not None:
         print(stage.summary(total))
     return total
-
-
-def _check(config: SummaryConfig) -> None:
-    positive = ("max_input_tokens", "num_beams", "max_new_tokens", "batch_size", "pad_to_multiple_of")
-    wrong = [name for name in positive if getattr(config, name) < 1]
-    if wrong:
-        raise ValueError(f"{', '.join(f'{name}={getattr(config, name)}' for name in wrong)}: expected 1 or more")
-    if config.prompt is not None and "{caption}" not in config.prompt:
-        raise ValueError(f"prompt {config.prompt!r}: expected {{caption}} in it, where the caption goes")
-    if config.dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype {config.dtype!r}: expected auto, float32, bfloat16 or float16")
 
 
 def open_summarizer(

@@ -13,23 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from pyramidclip_command import CommandParser, check_there, run_command
-from pyramidclip_hf.files import write_text
-from pyramidclip_hf.pages import data_uri, render
-from training.data.records import BadSample, Region, phrase, sample_from_members
-from training.data.shards import ShardReader, read_dataset_json
-from training.data.views import decoded_picture
-
-COLOURS = ("#e6194b", "#3cb44b", "#0082c8", "#f58231", "#911eb4", "#008080", "#d0a000", "#f032e6", "#7a4a1e", "#444444")
-_WIDTH, _LEAST = 640, 384
-_TEMPLATE = Path(__file__).with_name("view_template.html")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
-    return run_command(parse, run, argv)
+from pyramidclip_command import CommandParser, answer_words, check_there, run_command
 
 
 def parse(words: Sequence[str]) -> Namespace:
@@ -45,6 +29,31 @@ def parse(words: Sequence[str]) -> Namespace:
     arguments = parser.parse_args(words)
     check_there("", arguments.shard, "a shard", "data")
     return arguments
+
+
+if __name__ == "__main__":
+    answer_words(parse)
+
+from PIL import Image
+
+from pyramidclip_hf.files import write_text
+from pyramidclip_hf.pages import data_uri, render
+from training.data.records import BadSample, Region, phrase, sample_from_members
+from training.data.shards import ShardReader, read_dataset_json
+from training.data.views import decoded_picture
+
+COLOURS = ("#e6194b", "#3cb44b", "#0082c8", "#f58231", "#911eb4", "#008080", "#d0a000", "#f032e6", "#7a4a1e", "#444444")
+
+
+_WIDTH, _LEAST = 640, 384
+
+
+_TEMPLATE = Path(__file__).with_name("view_template.html")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(parse, run, argv)
 
 
 def run(arguments: Namespace) -> None:

@@ -8,7 +8,7 @@ torchvision's defaults.
 
 from dataclasses import dataclass
 
-from training.evaluation.sets import TABLE_7
+from training.evaluation.arguments import TABLE_7_SETS
 from training.settings.fields import Through, check_area, setting
 from training.settings.parts import check_part_settings
 from training.settings.run import RunSettings, changed
@@ -44,7 +44,7 @@ class FinetuneArguments(RunSettings):
 
     dataset: str | None = setting(
         None,
-        f"both parts of {', '.join(TABLE_7)}; train_data is the folder that holds it",
+        f"both parts of {', '.join(TABLE_7_SETS)}; train_data is the folder that holds it",
         section="data",
         identity=_PICTURES,
     )

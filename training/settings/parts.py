@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from training.evaluation.sets import TABLE_7
+from training.evaluation.arguments import TABLE_7_SETS
 from training.settings.fields import check_share
 
 
@@ -40,7 +40,7 @@ def check_part_settings(settings: PartSettings, datasets: Sequence[str] = ()) ->
 
     Args:
         settings: To check.
-        datasets: Those that are named beside them, each of `TABLE_7`, which have test parts of their own.
+        datasets: Those that are named beside them, each of `TABLE_7_SETS`, which have test parts of their own.
 
     Raises:
         ValueError: The message names the setting, what was expected and what came.
@@ -50,7 +50,7 @@ def check_part_settings(settings: PartSettings, datasets: Sequence[str] = ()) ->
     if not settings.train_data:
         raise ValueError("train_data: expected a folder with a sub-folder of pictures for each class, or shards")
     for name in datasets:
-        if name not in TABLE_7:
-            raise ValueError(f"dataset: expected one of {', '.join(TABLE_7)}, got {name!r}")
+        if name not in TABLE_7_SETS:
+            raise ValueError(f"dataset: expected one of {', '.join(TABLE_7_SETS)}, got {name!r}")
         if settings.test_data or settings.test_fraction:
             raise ValueError(f"dataset {name} has its own test part: leave out test_data and test_fraction")

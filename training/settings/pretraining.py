@@ -9,7 +9,7 @@ processes in `per_device_batch_size`.
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pyramidclip_hf.loss_pyramidclip import check_loss_weights
+from pyramidclip_hf.levels_pyramidclip import check_loss_weights
 from training.data.mixing import check_shares, positions_of
 from training.settings.fields import Through, check_area, check_lengths, check_repo_id, check_share_or_all, setting
 from training.settings.run import RunSettings, changed, told_processes

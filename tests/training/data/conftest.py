@@ -3,7 +3,7 @@
 import pytest
 
 from pyramidclip_hf import PyramidCLIPImageProcessor, PyramidCLIPProcessor, PyramidCLIPTokenizer
-from pyramidclip_hf.configuration_pyramidclip import LEVELS
+from pyramidclip_hf.levels_pyramidclip import LEVELS
 from tests.training.prepare.small_data import FEATURES, write_shards
 from training.data.loader import TrainingReader, settings_for
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS, check_loss_weights
+from pyramidclip_hf.levels_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS, check_loss_weights
 from tests.training.prepare.small_data import FEATURES, make_sample, write_pictures
 from training.data.coverage import Coverage, look_at
 from training.data.shards import ShardWriter

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from pyramidclip_hf.configuration_pyramidclip import LEVELS
+from pyramidclip_hf.levels_pyramidclip import LEVELS
 from training.data.records import (
     BadSample,
     Region,

@@ -27,7 +27,8 @@ from training.data.remote import DownloadError, ShardCache
 from training.data.samples import ShardSamples
 from training.data.shards import ShardWriter, read_dataset_json
 from training.data.sources import Manifest, open_data_set, shard_names
-from training.evaluation.tasks import EvaluationArguments, open_labelled, open_samples
+from training.evaluation.arguments import EvaluationArguments
+from training.evaluation.tasks import open_labelled, open_samples
 from training.prepare import audit
 from training.prepare.formats.store import StoreRows
 

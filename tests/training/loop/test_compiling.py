@@ -5,7 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS
+from pyramidclip_hf.levels_pyramidclip import DEFAULT_LOSS_WEIGHTS
 from tests.training.processes import run_in_processes
 from tests.training.tiny import RESNET, TEXT, VIT, rows_of, tiny_batch, tiny_model
 from training.loop.compiling import GRAPHS, begin_step, compile_blocks

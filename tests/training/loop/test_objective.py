@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVELS, TERMS, Level
+from pyramidclip_hf.levels_pyramidclip import DEFAULT_LOSS_WEIGHTS, LEVELS, TERMS, Level
 from tests.training.processes import run_in_processes
 from tests.training.tiny import RESNET, VIT, rows_of, tiny_batch, tiny_model
 from training.loop.distributed import StopVote, any_process, check_equal_batches, gather_rows, sum_over_processes

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pyramidclip_hf import PyramidCLIPModel
-from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS
+from pyramidclip_hf.levels_pyramidclip import DEFAULT_LOSS_WEIGHTS
 from tests.training.processes import run_in_processes
 from tests.training.runs import MemoryReader, run_settings, settings, use_memory
 from training import pretrain

@@ -20,8 +20,8 @@ from training.data.records import Sample
 from training.data.samples import ShardSamples
 from training.data.shards import ShardWriter, write_dataset_json
 from training.evaluate import main
+from training.evaluation.arguments import EvaluationArguments
 from training.evaluation.results import read_json
-from training.evaluation.tasks import EvaluationArguments
 from training.loop.token_scoring import TokenScoring
 from training.settings.pretraining import PretrainingArguments
 

@@ -14,7 +14,8 @@ from training.emoji import scenes
 from training.prepare import audit, detect, import_features, pack, summarize, view
 from training.prepare.formats import open_format
 from training.prepare.formats.store import StoreRows
-from training.prepare.sources import SourceArguments, open_source
+from training.prepare.sources import open_source
+from training.prepare.steps.flags import SourceArguments
 from training.prepare.steps.rewriting import shards_of
 
 COMMANDS = {

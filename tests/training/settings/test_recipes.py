@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from pyramidclip_hf.configuration_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS
+from pyramidclip_hf.levels_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from tests.training.runs import MODEL_CONFIG, MemoryReader, use_memory
 from tests.training.tiny import RESNET

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from pyramidclip_hf.configuration_pyramidclip import LEVELS, levels_of_kind
+from pyramidclip_hf.levels_pyramidclip import LEVELS, levels_of_kind
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from training.data.inputs import MASKED_ID, any_level, in_table_order, inputs_of_kind
 from training.loop.terms.term import Wanted

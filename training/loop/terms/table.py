@@ -5,7 +5,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from pyramidclip_hf.configuration_pyramidclip import TERMS, PyramidCLIPConfig
+from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
+from pyramidclip_hf.levels_pyramidclip import TERMS
 from training.loop.terms.encoding import levels_in
 from training.loop.terms.masked_words import MaskedWords
 from training.loop.terms.neighbours import NearestNeighbours

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pyramidclip_hf.configuration_pyramidclip import LEVELS, PyramidCLIPConfig
+from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
+from pyramidclip_hf.levels_pyramidclip import LEVELS
 from pyramidclip_hf.modeling_pyramidclip import MAX_LOGIT_SCALE
 from pyramidclip_hf.versions_pyramidclip import exact_products
 from training.data.inputs import RUN_LEVELS, any_level

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 
 from pyramidclip_hf import PyramidCLIPTokenizer
-from pyramidclip_hf.configuration_pyramidclip import levels_of_kind
 from pyramidclip_hf.files import json_text, write_atomically
+from pyramidclip_hf.levels_pyramidclip import levels_of_kind
 from training.data.records import (
     MAX_REGIONS,
     BadSample,

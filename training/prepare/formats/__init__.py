@@ -4,7 +4,7 @@ A format gives the `Detections` of one row. What a row lacks makes it a `BadRow`
 with the reason, or listed in `lacks`; nothing is made up. Nothing is unpickled.
 
 A new format is a class of the form of `RegionFormat`, with a `FileFormat` to open it, in a file of its own here, and
-its name in `FORMATS`.
+its name in `FORMATS`; its flags, where it has some, stand in `training.prepare.steps.flags`.
 """
 
 import json
@@ -13,14 +13,15 @@ from pathlib import Path
 
 from training.prepare.formats.lxmert import LxmertRows
 from training.prepare.formats.oscar import OscarRows
-from training.prepare.formats.protocols import FileFormat, FormatFlags, RegionFormat
+from training.prepare.formats.protocols import FileFormat, RegionFormat
 from training.prepare.formats.scene_graph import SceneGraphRows
 from training.prepare.formats.several import JoinedRows
 from training.prepare.formats.store import StoreRows
 from training.prepare.formats.tsv import FormatOptions, Head, Size
 from training.prepare.formats.tsv_index import BadRow, TsvIndex
+from training.prepare.steps.flags import FormatFlags
 
-__all__ = ["FORMATS", "BadRow", "FormatOptions", "RegionFormat", "Size", "format_flags", "open_format", "open_formats"]
+__all__ = ["FORMATS", "BadRow", "FormatOptions", "RegionFormat", "Size", "open_format", "open_formats"]
 
 
 FORMATS: tuple[FileFormat, ...] = (StoreRows, OscarRows, SceneGraphRows, LxmertRows)
@@ -33,11 +34,6 @@ _UNREADABLE = {
     ".npz": "the arrays of bottom-up-attention.pytorch, whose names and scores are a pickled dictionary",
     ".npy": "the pairs of MMF, whose boxes and names are a pickled dictionary",
 }
-
-
-def format_flags() -> list[type[FormatFlags]]:
-    """The dataclasses of the formats' own flags."""
-    return [known.options for known in FORMATS if known.options is not None]
 
 
 def open_formats(paths: Sequence[str], key_pattern: str | None = None, *flags: FormatFlags) -> RegionFormat:

@@ -1,25 +1,11 @@
 """LXMERT's ten columns, as bottom-up-attention's TSV files have them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from training.prepare.formats.tsv import FormatOptions, Head, Size, TsvRows, detections_of, integer_of, numbers_of
 from training.prepare.formats.tsv_index import BadRow, TsvIndex
-from training.prepare.steps.regions import Detections, confident_attributes, read_names
-
-
-@dataclass
-class LxmertOptions:
-    """Flags of LXMERT's columns."""
-
-    objects: str | None = field(default=None, metadata={"help": "LXMERT: class names, one a line."})
-    attributes: str | None = field(default=None, metadata={"help": "LXMERT: attribute names, one a line."})
-    attribute_threshold: float = field(default=0.1, metadata={"help": "LXMERT: least confidence of an attribute."})
-
-    def check(self, inputs: int) -> None:
-        """Raises `ValueError` or `FileNotFoundError` where a list of names cannot be read; any number of inputs."""
-        for path in filter(None, (self.objects, self.attributes)):
-            read_names(path)
+from training.prepare.steps.flags import LxmertOptions, read_names
+from training.prepare.steps.regions import Detections, confident_attributes
 
 
 class LxmertRows(TsvRows):

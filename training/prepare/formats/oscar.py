@@ -1,6 +1,5 @@
 """Features of Oscar and VinVL, with their names and scores in a second table."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,11 @@ from training.prepare.formats.tsv import (
     json_of,
 )
 from training.prepare.formats.tsv_index import BadRow, TsvIndex
+from training.prepare.steps.flags import OscarOptions
 from training.prepare.steps.regions import Detections
 
 # Boxes stored twice (in pixels, and as part of the feature) may differ by this share of the picture.
 BOX_AGREEMENT = 0.01
-
-
-@dataclass
-class OscarOptions:
-    """Flags of Oscar's features."""
-
-    predictions: list[str] = field(
-        default_factory=list, metadata={"help": "Oscar: the tables of names and scores (default: beside each input)."}
-    )
-
-    def check(self, inputs: int) -> None:
-        """Raises `ValueError` where there are not as many as inputs."""
-        if len(self.predictions) not in (0, inputs):
-            raise ValueError(f"--predictions: {len(self.predictions)} files for {inputs} inputs")
 
 
 class OscarRows(TsvRows):

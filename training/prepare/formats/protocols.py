@@ -1,10 +1,11 @@
 """What a format of region features is to the rest: how an input is opened, read, and told from others."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Protocol
 
 from training.prepare.formats.tsv import FormatOptions, Head, Place, Size
 from training.prepare.formats.tsv_index import RowProblem
+from training.prepare.steps.flags import FormatFlags
 from training.prepare.steps.regions import Detections
 from training.prepare.steps.rewriting import MadeBy
 
@@ -55,16 +56,6 @@ class RegionFormat(Protocol):
 
     def read(self, row: int, size: Size | None) -> Detections:
         """The detections of a row in a picture of `size`. Raises `BadRow`."""
-        ...
-
-
-class FormatFlags(Protocol):
-    """Flags of `import_features` that belong to one format: a dataclass whose fields have defaults."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    def check(self, inputs: int) -> None:
-        """Raises `ValueError` where they do not fit so many inputs."""
         ...
 
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,22 +9,8 @@ import numpy as np
 from pyramidclip_hf.vinvl import VinVLConfig, phrase_attributes
 from training.prepare.formats.tsv import FormatOptions, Head, Size, TsvRows, detections_of, json_of, numbers_of
 from training.prepare.formats.tsv_index import BadRow, TsvIndex
+from training.prepare.steps.flags import SceneGraphOptions
 from training.prepare.steps.regions import Detections
-
-
-@dataclass
-class SceneGraphOptions:
-    """Flags of scene-graph-benchmark."""
-
-    hw: list[str] = field(
-        default_factory=list,
-        metadata={"help": "scene-graph-benchmark: hw.tsv with picture sizes, one or one an input."},
-    )
-
-    def check(self, inputs: int) -> None:
-        """Raises `ValueError` where there are neither one nor as many as inputs."""
-        if len(self.hw) not in (0, 1, inputs):
-            raise ValueError(f"--hw: {len(self.hw)} files for {inputs} inputs")
 
 
 class SceneGraphRows(TsvRows):

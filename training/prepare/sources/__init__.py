@@ -13,9 +13,10 @@ from pyramidclip_hf.files import visible
 from training.data.remote import is_url
 from training.data.sources import shard_names
 from training.prepare.sources.hub import HubSource
-from training.prepare.sources.pairs import Fault, PairSource, RawPair, SourceArguments, SourcePart
-from training.prepare.sources.tables import TABLE_SUFFIXES, TableSource
+from training.prepare.sources.pairs import Fault, PairSource, RawPair, SourcePart
+from training.prepare.sources.tables import TableSource
 from training.prepare.sources.tars import TarSource
+from training.prepare.steps.flags import TABLE_SUFFIXES, SourceArguments
 from training.prepare.steps.work import contents_of
 
 __all__ = [

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from pyramidclip_hf.files import json_text, reason_of
 from training.data.records import BadSample
 from training.data.remote import is_url
-from training.prepare.sources.pairs import MAX_PICTURE_BYTES, REMOTE_PICTURE, Fault, RawPair, SourceArguments
+from training.prepare.sources.pairs import MAX_PICTURE_BYTES, REMOTE_PICTURE, Fault, RawPair
+from training.prepare.steps.flags import SourceArguments
 
 _KNOWN_COLUMNS = {
     "image": ("image", "file_name", "path", "jpg", "png", "webp", "img", "image_path"),

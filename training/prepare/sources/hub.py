@@ -6,7 +6,8 @@ from typing import Any
 
 from training.data.hub_sets import load_checked, load_saved
 from training.prepare.sources.columns import choose_columns, fill, key_text
-from training.prepare.sources.pairs import RawPair, SourceArguments, SourcePart
+from training.prepare.sources.pairs import RawPair, SourcePart
+from training.prepare.steps.flags import SourceArguments
 
 
 class HubSource:

@@ -63,33 +63,6 @@ class SourcePart:
     file_number: int = 0
 
 
-@dataclass
-class SourceArguments:
-    """What to read."""
-
-    input: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Tars, tables (.jsonl .csv .tsv .parquet), folders of either, or one Hub dataset name."},
-    )
-    picture_root: str | None = field(
-        default=None, metadata={"help": "Folder that the paths of a table start from (default: the table's own)."}
-    )
-    image_column: str | None = field(
-        default=None, metadata={"help": "Column of the picture: path or bytes (default: image, file_name, path, jpg)."}
-    )
-    caption_column: str | None = field(
-        default=None, metadata={"help": "Column of the text (default: caption, text, alt, title, txt)."}
-    )
-    key_column: str | None = field(
-        default=None, metadata={"help": "Column with a unique name of each row (default: rows are numbered)."}
-    )
-    split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
-    subset: str | None = field(default=None, metadata={"help": "Configuration name of a Hub dataset."})
-    revision: str | None = field(default=None, metadata={"help": "Revision of a Hub dataset."})
-    streaming: bool = field(default=True, metadata={"help": "Read a Hub dataset as a stream, without a copy on disk."})
-    samples_per_shard: int = field(default=10_000, metadata={"help": "Rows to a shard (tars keep their own size)."})
-
-
 class PairSource(Protocol):
     """Where pairs come from. A new kind is a class of this form in a file of its own, and a line in `open_source`.
 

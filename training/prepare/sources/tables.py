@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from pyramidclip_hf import parquet_pages
 from training.prepare.sources.columns import Columns, choose_columns, fill, key_text
-from training.prepare.sources.pairs import Fault, RawPair, SourceArguments, SourcePart
+from training.prepare.sources.pairs import Fault, RawPair, SourcePart
+from training.prepare.steps.flags import SourceArguments
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
-
-TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 # Of Parquet, so much is unpacked at a time, or one row.
 _BATCH_BYTES = 256 << 20

@@ -7,8 +7,7 @@ on them.
 import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,42 +16,9 @@ from PIL import Image
 # Importing the package registers the configuration with AutoConfig.
 from pyramidclip_hf.vinvl import VinVLForObjectAttributeDetection, VinVLImageProcessor, phrase_attributes
 from training.prepare.steps.checkpoints import checkpoint_config, checkpoint_content, checkpoint_expected
-from training.prepare.steps.regions import Detections, read_names
+from training.prepare.steps.flags import DetectorArguments, read_names
+from training.prepare.steps.regions import Detections
 from training.prepare.steps.rewriting import MadeBy
-
-
-@dataclass
-class DetectorArguments:
-    """Which detector, and how it is asked."""
-
-    detector: str = field(
-        metadata={"help": "Folder or Hub name: VinVL (conversion.convert_vinvl), or a Transformers detector."}
-    )
-    revision: str | None = field(default=None, metadata={"help": "Revision of a Hub checkpoint."})
-    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
-    top: int = field(default=10, metadata={"help": "Regions kept of a picture."})
-    features: Literal["backbone", "queries"] = field(
-        default="backbone",
-        metadata={"help": "Transformers detectors: pooled from the feature map, or the query's state."},
-    )
-    feature_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Required width: chooses the feature map of the backbone that has it (default: the last map)."
-        },
-    )
-    score_threshold: float = field(
-        default=0.05, metadata={"help": "Least confidence of a region (not VinVL, which has its own)."}
-    )
-    names: str | None = field(default=None, metadata={"help": "Open vocabulary: class names, one a line."})
-    attributes: str | None = field(default=None, metadata={"help": "Open vocabulary: attribute names, one a line."})
-    attribute_threshold: float = field(
-        default=0.1, metadata={"help": "Open vocabulary: least confidence of an attribute."}
-    )
-    names_per_prompt: int = field(default=50, metadata={"help": "Open vocabulary: names asked at once."})
-    nms_threshold: float = field(
-        default=0.5, metadata={"help": "Open vocabulary: overlap above which the less likely goes."}
-    )
 
 
 class Detector(Protocol):

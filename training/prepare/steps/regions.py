@@ -4,12 +4,10 @@ Used for detections made here and for those that others made. Whatever is left o
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pyramidclip_hf.files import read_utf8
 from training.data.records import BOX_TOLERANCE, Region, phrase
 from training.prepare.steps.rewriting import Levels
 from training.prepare.steps.work import Tally
@@ -138,21 +136,3 @@ def confident_attributes(names: Sequence[str], scores: Sequence[float], threshol
         if score > 0 and score >= threshold and name and name != "__no_attribute__"
     ]
     return [name for _, _, name in sorted(pairs)]
-
-
-def read_names(path: str | Path) -> list[str]:
-    """One name a line, as bottom-up-attention's lists have them.
-
-    The line number, from 0, is the id; of comma-separated synonyms the first is taken.
-
-    Raises:
-        ValueError: the file is empty or has a blank line in the middle (the ids behind it would be wrong).
-        FileNotFoundError: it is not there.
-    """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path} is not there: expected a file with one name a line")
-    lines = read_utf8(path).rstrip().split("\n")
-    names = [line.split(",")[0].strip() for line in lines]
-    if not all(names):
-        raise ValueError(f"{path}, line {names.index('') + 1}: expected one name a line, found a blank one")
-    return names

@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -23,24 +23,11 @@ from tqdm import tqdm
 
 from pyramidclip_hf.files import json_text, write_text
 from pyramidclip_hf.loading import choose_device
+from training.prepare.steps.flags import WorkArguments
 
 Item = TypeVar("Item")
 # Moves a progress bar by so many.
 Advance = Callable[[int], object]
-
-
-@dataclass
-class WorkArguments:
-    """How it is run; none of these flags changes the result."""
-
-    part_index: int = field(default=0, metadata={"help": "This launch's number among --part-count (Slurm array id)."})
-    part_count: int = field(default=1, metadata={"help": "How many launches share the work, without talking."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Do finished shards again where they were made with other settings."}
-    )
-    device: str = field(
-        default="auto", metadata={"help": "cpu, cuda, cuda:1, mps; auto: an accelerator a process if there is one."}
-    )
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from training.prepare import formats, import_features
-from training.prepare.formats import FORMATS, format_flags, open_format, open_formats
-from training.prepare.formats.lxmert import LxmertOptions
-from training.prepare.formats.oscar import OscarOptions
+from training.prepare.formats import FORMATS, open_format, open_formats
 from training.prepare.formats.tsv import FormatOptions, Head, TsvRows
+from training.prepare.steps.flags import FORMAT_FLAGS, LxmertOptions, OscarOptions
 from training.prepare.steps.regions import Detections
 
 
@@ -35,8 +34,8 @@ def test_a_folder_is_a_store(tmp_path):
 
 
 def test_flags_belong_to_one_format_and_each_has_a_default():
-    names = [name for kind in format_flags() for name in kind.__dataclass_fields__]
-    assert len(names) == len(set(names)) and all(kind() == kind() for kind in format_flags())
+    names = [name for kind in FORMAT_FLAGS for name in kind.__dataclass_fields__]
+    assert len(names) == len(set(names)) and all(kind() == kind() for kind in FORMAT_FLAGS)
     options = FormatOptions(OscarOptions(["a", "b"]), number=1)
     assert options.of(OscarOptions).predictions == ["a", "b"] and options.of(LxmertOptions) == LxmertOptions()
     assert [FormatOptions(number=n).companion(files) for n, files in ((0, []), (1, ["a"]), (1, ["a", "b"]))] == [
@@ -78,11 +77,16 @@ class GreetingRows(TsvRows):
         return Detections([[0, 0, 1, 1]], [0.5], ["cat"], [[1.0, 2.0]])
 
 
-def test_a_new_format_is_a_class_and_a_name_in_one_tuple(tmp_path, monkeypatch):
+def test_flags_of_formats_are_named_once_more_where_help_is_quick():
+    assert tuple(known.options for known in FORMATS if known.options is not None) == FORMAT_FLAGS
+
+
+def test_a_new_format_is_a_class_and_a_name_in_one_tuple_and_its_flags_in_another(tmp_path, monkeypatch):
     (tmp_path / "t.tsv").write_text("a\thello there\nb\thello\n")
     with pytest.raises(ValueError, match="its first row has 2 columns and is none of"):
         open_format(tmp_path / "t.tsv")
     monkeypatch.setattr(formats, "FORMATS", (*FORMATS, GreetingRows))
+    monkeypatch.setattr(import_features, "FORMAT_FLAGS", (*FORMAT_FLAGS, GreetingOptions))
     rows = open_formats([str(tmp_path / "t.tsv")] * 2, None, GreetingOptions("hello there"))
     assert len(rows) == 4 and rows.name == "greeting" and rows.key(3) == "b" and rows.place(3).line == 2
     with pytest.raises(ValueError, match="--word is empty"):

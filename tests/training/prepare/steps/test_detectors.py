@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from training.prepare.steps import detectors
-from training.prepare.steps.detectors import DetectorArguments, open_detector, prompted_name, queries_of
+from training.prepare.steps.detectors import open_detector, prompted_name, queries_of
+from training.prepare.steps.flags import DetectorArguments
 from training.prepare.steps.regions import Detections
 
 pytest.importorskip("torchvision")

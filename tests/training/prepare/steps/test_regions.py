@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from training.prepare.steps.regions import Detections, best_regions, confident_attributes, faults_of, read_names
+from training.prepare.steps.flags import read_names
+from training.prepare.steps.regions import Detections, best_regions, confident_attributes, faults_of
 from training.prepare.steps.work import Tally
 
 
