@@ -125,9 +125,11 @@ def test_who_cannot_write_leaves_it_to_the_others(tmp_path):
 
     def limited(rank, world_size):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
         with pytest.raises(OSError, match="File too large"):
             write_outcome(tmp_path, Outcome("disk full", "first"), 3)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)  # the group's own file is still to be written
 
     run_in_processes(limited, 1)
     assert not list(tmp_path.iterdir())

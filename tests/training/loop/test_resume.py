@@ -179,10 +179,12 @@ def test_torch_hides_no_full_disk(tmp_path, numbers):
 
     def limited(rank, world_size):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
         state = TrainingState(tiny_model(), None, identity={})
         with pytest.raises(CheckpointError, match=r"of step 2 .*: OSError: \[Errno 27\] File too large"):
             write_checkpoint(tmp_path, state, Progress(step=2, reader={"seen": list(range(numbers))}), keep=1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)  # the group's own file is still to be written
 
     run_in_processes(limited, 1)
 
