@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # What Python tells its audit hooks of; safetensors and tokenizers write their files by themselves.
-_CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
+_CHANGES = {"os.mkdir", "os.link", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 # What needs room.
 GROWING = ("open", "os.mkdir")
 UNEXPECTED = 70

@@ -160,8 +160,14 @@ def is_finished(told: dict[str, Any]) -> bool:
 def forget_outcome(folder: Path) -> None:
     """A run goes on from here."""
     (Path(folder) / NAME).unlink(missing_ok=True)
-    for leftover in Path(folder).glob(f".{NAME}.*.partial"):  # of a process that was killed while it wrote
+
+
+def forget_unfinished(folder: Path) -> None:
+    """The same, unless the run in this folder went to its end; what a process killed in writing left goes anyway."""
+    for leftover in Path(folder).glob(f".{NAME}.*.partial"):
         leftover.unlink(missing_ok=True)
+    if not is_finished(read_outcome(folder)):
+        forget_outcome(folder)
 
 
 @dataclass

@@ -42,11 +42,9 @@ from training.loop.outcome import (
     RunFailed,
     Way,
     explained,
-    forget_outcome,
-    is_finished,
+    forget_unfinished,
     is_full_disk,
     outcome_of,
-    read_outcome,
     write_outcome,
 )
 from training.loop.pace import Pace
@@ -155,7 +153,7 @@ def complete_run(settings: Settings, make_task: MakeTask[Settings]) -> RunResult
         if not settings.dry_run:
             if told := first_decides(lambda: stack.enter_context(sole_run(folder))):
                 accelerator.print(told)
-            first_decides(lambda: None if is_finished(read_outcome(folder)) else forget_outcome(folder))
+            first_decides(lambda: forget_unfinished(folder))
             way.folder = folder
         with explained(way), end_told(watch):
             run = start(settings, make_task, folder, accelerator)
