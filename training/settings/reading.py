@@ -34,6 +34,8 @@ _ARGUMENT = re.compile(r"^argument [^:]*: ")
 # Far more than settings are: bytes of a file, and values and letters with every alias written out.
 _MAX_YAML_BYTES, _MAX_YAML_VALUES = 1 << 17, 1 << 20
 _MAX_YAML_DEPTH = 100
+# More names than this are no help in one line.
+_MOST_TOLD = 20
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _TRUTHS = dict.fromkeys(("yes", "true", "t", "y", "1"), True)
 _TRUTHS |= dict.fromkeys(("no", "false", "f", "n", "0"), False)
@@ -203,10 +205,17 @@ def _dashed(word: str) -> str:
 def _unknown(settings_class: type[Any], kind: str, name: str, where: str) -> ValueError:
     known = list(value_types(settings_class))
     said = {one: f"--{one.replace('_', '-')}" if kind == "flag" else one for one in known}
-    near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, n=3, cutoff=0.5)
-    hint = (
-        f"; did you mean {' or '.join(said[one] for one in near)}?" if near else f"; known: {', '.join(said.values())}"
-    )
+    plain = name.lstrip("-").replace("-", "_")
+    # As people shorten them: lr, wd.
+    near = [one for one in known if plain == "".join(word[0] for word in one.split("_"))]
+    for least in (0.8, 0.5):
+        near = near or difflib.get_close_matches(plain, known, n=3, cutoff=least)
+    if near:
+        hint = f"; did you mean {' or '.join(said[one] for one in near)}?"
+    elif len(known) <= _MOST_TOLD:
+        hint = f"; known: {', '.join(said.values())}"
+    else:
+        hint = f"; --help lists the {len(known)} that there are"
     return ValueError(f"unknown {kind} {name!r} in {where}{hint}")
 
 

@@ -71,6 +71,8 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     ("words", "message"),
     [
         (["--learning-rat", "1"], "unknown flag '--learning-rat' in the command line; did you mean --learning-rate"),
+        (["--lr", "1"], "unknown flag '--lr' in the command line; did you mean --learning-rate[?]$"),
+        (["--zzz", "1"], "unknown flag '--zzz' in the command line; --help lists the [0-9]+ that there are$"),
         (["--push-to-hub", "a/b/c"], "push_to_hub: expected an id of the Hub, such as user/name, got 'a/b/c'"),
         (["stray"], "unknown word 'stray'"),
         (["--learning-rate", "fast"], "learning.rate.*invalid float value: 'fast'"),
