@@ -446,6 +446,8 @@ def _queries(args: argparse.Namespace, metadata: dict[str, Any], messages: _Mess
 
 def _picture_of(flag: str, path: str, max_image_pixels: int) -> Image.Image:
     """`read_picture` of what a flag names; ValueError where that does not work."""
+    if os.path.isdir(path):
+        raise ValueError(f"{flag} {path} is a folder: expected the file of one picture.".lstrip())
     try:
         return read_picture(path, max_image_pixels)
     except UnreadablePicture as error:
@@ -459,8 +461,6 @@ def run_explain(args: argparse.Namespace) -> int:
     """Writes the picture with what speaks for the text laid over it, and prints the score."""
     messages = _Messages(args)
     check_picture_output(args.output, args.overwrite)
-    if os.path.isdir(args.picture):
-        raise ValueError(f"{args.picture} is a folder: expected the file of one picture.")
     picture = _picture_of("", args.picture, args.max_image_pixels)
 
     # The relevance is read off the plain modules, which the fused form does not have.

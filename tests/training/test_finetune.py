@@ -256,6 +256,7 @@ def test_what_cannot_be_run_is_refused(tmp_path, data):
     assert "only in few: []; not in it: ['dark red']" in refusal(validation_data=few)
     assert "24 samples, fewer than one global batch" in refusal(global_batch_size=25)
     assert "head_epochs 9 are part of all epochs" in refusal(head_epochs=9)
+    assert "set both, or head_epochs: 0" in refusal(head_epochs=9)
     assert "model: expected a folder" in refusal(model="")
     assert "train_data: expected a folder" in refusal(train_data="")
     assert "crop_area: expected two shares" in refusal(crop_area=[0.9, 0.1])

@@ -56,7 +56,7 @@ def test_what_is_wrong_is_said_before_anything_is_printed(embedded, pictures, ca
         (["--text", "fox", "--output", tmp_path / "a.png", "--font", tmp_path / "font.txt"], "TrueType"),
         (["--text", "fox", "--output", tmp_path / "a.png", "--font", tmp_path / "gone.ttf"], "gone.ttf"),
         (["--text", "fox", "--image", tmp_path / "gone.jpg"], "gone.jpg: there is no such file or folder"),
-        (["--text", "fox", "--image", pictures], f"{pictures}: cannot be read: Is a directory"),
+        (["--text", "fox", "--image", pictures], f"--image {pictures} is a folder: expected the file of one picture"),
     ]:
         code, out, err = run(capsys, "search", embedded, *words)
         assert (code, out) == (2, "") and message in err and "Errno" not in err and err.count("\n") == 1, err
