@@ -47,6 +47,8 @@ _NUMPY_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 ]
 # Left in front of names by DistributedDataParallel and torch.compile, in any order.
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
+# As of Parquet: so much may be unpacked whatever it is packed into, beyond it so many times the file.
+_ALWAYS_BYTES, _LARGEST_RATIO = 256 << 20, 16
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 
 
@@ -73,6 +75,8 @@ def read_checkpoint(path: str | Path, allow_torchscript: bool = False) -> Any:
         is_archive = file.read(4) == b"PK\x03\x04"
     try:
         has_end = not is_archive or zipfile.is_zipfile(path)
+        if is_archive and has_end:
+            _check_archive(path)
         is_torchscript = is_archive and has_end and _is_torchscript(path)
     except Exception as error:  # on damaged archives, zipfile raises almost anything
         raise _damaged(path, error) from error
@@ -124,10 +128,22 @@ def state_dict_of(checkpoint: Any, where: str | Path) -> dict[str, torch.Tensor]
     other = {name: type(value).__name__ for name, value in weights.items() if not isinstance(value, torch.Tensor)}
     if other:
         raise ValueError(f"{where}: these entries among the weights are no tensors: {other}.")
+    for name, value in weights.items():
+        _check_tensor(name, value, where)
     names = {name: _WRAPPERS.sub("", str(name)) for name in weights}
     if len(set(names.values())) < len(names):
         raise ValueError(f"{where} holds the same weight with and without `module.` or `_orig_mod.` in its name.")
     return {names[name]: value for name, value in weights.items()}
+
+
+def _check_tensor(name: Any, tensor: torch.Tensor, where: str | Path) -> None:
+    """ValueError where a tensor says to have more numbers than it brings: a stride of 0 repeats one without end."""
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes() or 0 in tensor.shape:
+        raise ValueError(
+            f"{where}: {name} stands for {tuple(tensor.shape)} numbers and does not hold them. Save the weights "
+            "plainly, as contiguous tensors on the CPU."
+        )
 
 
 def as_float32(state_dict: dict[str, torch.Tensor], where: str | Path) -> tuple[dict[str, torch.Tensor], int]:
@@ -151,6 +167,14 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except Exception as error:  # SafetensorError, and others for headers that are JSON of another kind
         raise ValueError(f"{path} is truncated or no safetensors file ({error}). Copy or download it again.") from error
+
+
+def _check_archive(path: Path) -> None:
+    """ValueError where the members of an archive, which torch stores as they are, unpack to more than the file has."""
+    with zipfile.ZipFile(path) as archive:
+        total = sum(member.file_size for member in archive.infolist())
+    if total > max(_ALWAYS_BYTES, _LARGEST_RATIO * path.stat().st_size):
+        raise ValueError(f"its parts unpack to {total} bytes")
 
 
 def _is_torchscript(path: Path) -> bool:

@@ -5,9 +5,9 @@ transformer, so the same table (`key_map`) reads them; the rows of the region br
 What a configuration says and we cannot do is refused: a model that computes something else is worse than none.
 """
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from conversion.architecture import grid_side, make_config, token_ids
 from conversion.checkpoint_file import as_float32, read_checkpoint, state_dict_of
 from conversion.key_map import REFERENCE_SPLIT, Row, key_table
 from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
-from pyramidclip_hf.files import read_utf8
+from pyramidclip_hf.files import parse_json, read_utf8
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 
 # Only PyramidCLIP has these parameters.
@@ -83,34 +83,47 @@ def read_clip(
         ValueError: the model is no CLIP, or has what PyramidCLIP's towers do not compute.
         OSError: nothing there, or no connection to the Hub.
     """
-    path = Path(model)
-    if path.is_file() or (not path.exists() and path.suffix in _FILES):
-        tensors, widened = as_float32(_weights_of(read_checkpoint(path, allow_torchscript), path), path)
-        settings = _open_clip_settings(_read_json(config_file)) if config_file is not None else None
-        if settings is None:
-            settings, note = _shape_settings(hidden_act, vision_heads, text_heads)
-        source = _from_openai_names(tensors, settings)
-        source.notes += ([] if config_file is not None else [note]) + _widening_notes(widened)
-        return source
-    given = {"--config": config_file, "--hidden-act": hidden_act, "--vision-heads": vision_heads,
-             "--text-heads": text_heads}  # fmt: skip
-    if any(value is not None for value in given.values()):
-        raise ValueError(f"{list(given)} are for a file of weights; {model} brings its own configuration.")
-    config_path = _model_file(model, "config.json")
-    if config_path is not None and _read_json(config_path).get("model_type") == "clip":
-        return _from_transformers(model)
-    config_path = _model_file(model, "open_clip_config.json")
-    if config_path is not None:
-        return _from_open_clip(model, config_path, allow_torchscript)
-    raise ValueError(
-        f"{model} is no CLIP model: expected config.json with model_type clip, or open_clip_config.json, in a folder "
-        "or on the Hub; or a file of weights."
-    )
+    with _read_as_clip(model):
+        path = Path(model)
+        if path.is_file() or (not path.exists() and path.suffix in _FILES):
+            tensors, widened = as_float32(_weights_of(read_checkpoint(path, allow_torchscript), path), path)
+            settings = _open_clip_settings(_read_json(config_file)) if config_file is not None else None
+            if settings is None:
+                settings, note = _shape_settings(hidden_act, vision_heads, text_heads)
+            source = _from_openai_names(tensors, settings)
+            source.notes += ([] if config_file is not None else [note]) + _widening_notes(widened)
+            return source
+        given = {"--config": config_file, "--hidden-act": hidden_act, "--vision-heads": vision_heads,
+                 "--text-heads": text_heads}  # fmt: skip
+        if any(value is not None for value in given.values()):
+            raise ValueError(f"{list(given)} are for a file of weights; {model} brings its own configuration.")
+        config_path = _model_file(model, "config.json")
+        if config_path is not None and _read_json(config_path).get("model_type") == "clip":
+            return _from_transformers(model)
+        config_path = _model_file(model, "open_clip_config.json")
+        if config_path is not None:
+            return _from_open_clip(model, config_path, allow_torchscript)
+        raise ValueError(
+            f"{model} is no CLIP model: expected config.json with model_type clip, or open_clip_config.json, in a "
+            "folder or on the Hub; or a file of weights."
+        )
+
+
+@contextmanager
+def _read_as_clip(model: str | Path) -> Iterator[None]:
+    """What a description with values of other kinds, or weights of other dimensions, raise becomes a ValueError."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{model} is no CLIP model that can be read: {type(error).__name__}: {error}") from error
 
 
 def _read_json(path: str | Path) -> dict[str, Any]:
     try:
-        return json.loads(read_utf8(path))
+        content = parse_json(read_utf8(path))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}, expected a mapping")
+        return content
     except ValueError as error:
         raise ValueError(f"{path} is no JSON file: {error}") from error
 

@@ -52,6 +52,10 @@ CACHED = "resnet50-0676ba61.pth"
 MEAN, STD, RESIZED, CROP = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 256, 224
 
 
+# A ResNet-152 has 36 in a stage.
+MOST_BLOCKS = 100
+
+
 _NAMES = (
     (r"^conv1\.", "resnet.embedder.embedder.convolution."),
     (r"^bn1\.", "resnet.embedder.embedder.normalization."),
@@ -105,6 +109,8 @@ def convert(state_dict: Mapping[str, torch.Tensor], where: str | Path) -> ResNet
             f"{where}: expected a ResNet-50, 101 or 152 under torchvision's names (conv1.weight, "
             f"layer1.0.conv3.weight, fc.weight), got {list(state_dict)[:4]}"
         )
+    if state_dict["conv1.weight"].dim() != 4 or state_dict["fc.weight"].dim() != 2 or max(depths) > MOST_BLOCKS:
+        raise ValueError(f"{where}: these are not the weights of a plain ResNet: blocks {depths}, or other dimensions")
     width = len(state_dict["conv1.weight"])
     config = ResNetConfig(
         embedding_size=width,
@@ -112,12 +118,15 @@ def convert(state_dict: Mapping[str, torch.Tensor], where: str | Path) -> ResNet
         depths=depths,
     )
     config.num_labels = len(state_dict["fc.weight"])
-    model = ResNetForImageClassification(config)
+    # Nothing is made that the file does not hold.
+    with torch.device("meta"):
+        model = ResNetForImageClassification(config)
     try:
-        model.load_state_dict({renamed(name): value for name, value in state_dict.items()})
+        named = {renamed(name): value for name, value in state_dict.items()}
+        model.load_state_dict(named, assign=True)
     except RuntimeError as error:
-        told = str(error).splitlines()
-        raise ValueError(f"{where}: these are not the weights of a plain ResNet: {told[1].strip()}") from error
+        told = str(error).splitlines()[1:] or [str(error)]
+        raise ValueError(f"{where}: these are not the weights of a plain ResNet: {told[0].strip()}") from error
     return model.eval()
 
 

@@ -8,7 +8,6 @@ dropped.
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,7 +40,7 @@ import torch
 
 from conversion.checkpoint_file import as_float32, read_checkpoint, state_dict_of
 from conversion.model_folder import check_output_folder, model_written_aside
-from pyramidclip_hf.files import read_utf8
+from pyramidclip_hf.files import parse_json, read_utf8
 from pyramidclip_hf.vinvl import VinVLConfig, VinVLForObjectAttributeDetection, VinVLImageProcessor
 from pyramidclip_hf.vinvl.boxes_vinvl import cell_anchors
 
@@ -122,7 +121,7 @@ def read_label_map(path: str | Path) -> tuple[dict[int, str], dict[int, str]]:
         ValueError: no JSON, no such mappings, or ids that are not 1 .. n.
     """
     try:
-        content = json.loads(read_utf8(path))
+        content = parse_json(read_utf8(path))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON file: {error}") from error
     found: list[dict[int, str]] = []

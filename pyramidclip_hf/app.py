@@ -171,7 +171,7 @@ def read_regions(description: str, features: str) -> Regions:
         array = np.load(BytesIO(read_regular(features, _MAX_REGION_BYTES)), allow_pickle=False)
         if array.ndim != 2 or array.dtype.kind != "f" or len(array) != len(listed) or boxes.shape != (len(listed), 4):
             raise ValueError(f"{len(listed)} regions with boxes {boxes.shape} and features {array.shape}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+    except Exception as error:  # of a damaged head of numbers, NumPy raises what Python's tokenizer does
         raise ValueError(
             "The regions cannot be read. Expected NAME.json with their boxes and NAME.roi.npy with their features, as "
             f"shards hold them ({reason_of(error)[:200]})."

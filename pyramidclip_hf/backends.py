@@ -11,7 +11,6 @@ which weights each file was made and how far its unit embeddings were from their
 
 import hashlib
 import importlib
-import json
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from .configuration_pyramidclip import PyramidCLIPConfig
+from .files import parse_json, read_regular
 from .levels_pyramidclip import LEVELS
 from .loading import Loaded, load_processor, model_folder
 from .loss_pyramidclip import normalize_embeds
@@ -32,6 +32,7 @@ DTYPE_ENDINGS = {"float32": "", "float16": "_fp16", "int8": "_quantized"}
 FILE_ENDINGS = {"onnx": ".onnx", "openvino": ".xml"}
 TOWERS = ("vision", "text", "region")
 RECORD = "export.json"
+_MAX_RECORD_BYTES = 1 << 20
 # Embeddings of one model from two engines may be compared where no number of a unit vector is further off than this.
 MAX_DISAGREEMENT = 1e-3
 
@@ -243,7 +244,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder}: holds no exported model ({RECORD}). Make one: pyramidclip export.")
     try:
-        record = json.loads(path.read_text(encoding="utf8"))
+        record = parse_json(read_regular(path, _MAX_RECORD_BYTES))
         known = {"model_sha256": str, "logit_scale": float, "files": dict}
         wrong = [name for name, kind in known.items() if not isinstance(record[name], kind)]
         wrong += [name for name, entry in record["files"].items() if not isinstance(entry["disagreement"], float)]

@@ -303,7 +303,7 @@ def rows_at(path: str | os.PathLike, places: np.ndarray, column: str) -> np.ndar
     path = Path(path)
     if path.suffix == ".parquet":
         with _opened_parquet(path) as file, open(path, "rb") as pages:
-            ends = np.cumsum([file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)])
+            ends = np.cumsum(check_rows(pages, file))
             found = []
             for group in np.unique(np.searchsorted(ends, places, side="right")):
                 first = ends[group - 1] if group else 0
@@ -396,9 +396,10 @@ def _opened_parquet(path: Path, columns: Sequence[str] | None = None) -> Iterato
     """The `pyarrow.parquet.ParquetFile`; ValueError where `columns` (None: not looked at) unpack to too much."""
     _, parquet = _pyarrow()
     with parquet.ParquetFile(path) as file:
-        check_rows(file, path.stat().st_size)
-        if columns is not None:
-            with open(path, "rb") as pages:
+        with open(path, "rb") as pages:
+            if columns is None:
+                check_rows(pages, file)
+            else:
                 check_whole(pages, file, columns)
         yield file
 

@@ -42,6 +42,8 @@ def _check_engines(metadata: dict[str, Any], loaded: Loaded[Any], path: str) -> 
     """ValueError where embeddings of one model come from engines that are further apart than a search can bear."""
     there = metadata["settings"].get("engine")
     here = loaded.model.engine._asdict() if isinstance(loaded.model, ExportedModel) else None
+    if there and not (isinstance(there, dict) and {"backend", "dtype"} <= there.keys() and _is_share(there)):
+        raise ValueError(f"{path}: what its settings say of the engine cannot be read. Make the file again.")
     apart = sum(one["disagreement"] for one in (there, here) if one)
     same = {name: (there or {}).get(name) == (here or {}).get(name) for name in ("backend", "dtype")}
     if apart > MAX_DISAGREEMENT and not all(same.values()):
@@ -51,6 +53,10 @@ def _check_engines(metadata: dict[str, Any], loaded: Loaded[Any], path: str) -> 
             f"{apart:.1e} apart, more than the {MAX_DISAGREEMENT:.0e} that a search can bear. Take the same --backend "
             "and --dtype."
         )
+
+
+def _is_share(engine: dict[str, Any]) -> bool:
+    return isinstance(engine.get("disagreement"), float) and engine["disagreement"] >= 0
 
 
 def best_hits(path: str, kind: str, queries: torch.Tensor, top_k: int, index: str | None = None) -> list[list[Hit]]:

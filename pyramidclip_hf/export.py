@@ -38,7 +38,7 @@ from .backends import (
     read_record,
 )
 from .configuration_pyramidclip import PyramidCLIPConfig
-from .files import json_text, locked, write_atomically, written_aside
+from .files import json_text, locked, parse_json, read_utf8, write_atomically, written_aside
 from .loading import Loaded
 from .loss_pyramidclip import normalize_embeds
 from .modeling_pyramidclip import PyramidCLIPModel
@@ -365,9 +365,9 @@ def read_pairs(path: str | Path) -> list[dict[str, str]]:
         ValueError: a line is something else, or there is none; names the line.
     """
     pairs = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(read_utf8(path).splitlines(), start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             pair = {"image": str(Path(path).parent / record["image"]), "caption": record["caption"]}
             if not isinstance(pair["caption"], str) or not pair["caption"].strip():
                 raise ValueError("the caption is no text")

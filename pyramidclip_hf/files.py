@@ -86,6 +86,18 @@ def read_utf8(path: str | os.PathLike[str]) -> str:
         raise ValueError(f"{os.fspath(path)} is not UTF-8 text: {error}") from None
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text that somebody else may have written stands for.
+
+    Raises:
+        ValueError: it is no JSON, or nested deeper than anything that is read here.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
 @contextmanager
 def written_aside(path: str | os.PathLike[str], *, sole_writer: bool = False) -> Iterator[Path]:
     """A file to fill that takes the place of `path` once the block ends well, and vanishes where it fails.

@@ -3,12 +3,15 @@
 
 The sizes in a file's footer are only said. Those of a page hold: pyarrow unpacks a page into exactly so many bytes, or
 fails. It offers neither these headers nor a limit of its own, so that they are read here (Thrift's compact protocol).
+So is the footer: asked what a damaged one says of a column, pyarrow ends the process.
 
 A page may stand for more than it unpacks to: a text of the column's dictionary for each of its numbers, and one that
 goes on from the text before it (DELTA_BYTE_ARRAY). So values are counted too, and in lists those of each row.
 """
 
+import io
 import os
+import weakref
 from collections.abc import Collection, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -30,9 +33,15 @@ _DATA, _DICTIONARY, _DATA_V2 = 0, 2, 3
 _HEADERS = {_DATA: 5, _DICTIONARY: 7, _DATA_V2: 8}
 _BY_DICTIONARY, _BY_TEXT_BEFORE = (2, 8), 7
 _RUN_LENGTHS = 3
+# A page is unpacked by each, and the worst of what they give counts: asked which one it is, pyarrow ends the process
+# where a damaged footer names none.
+_FRAMED = "lz4 in frames"
+_CODECS = (None, "snappy", "zstd", "gzip", "lz4_raw", "brotli", _FRAMED)
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 12}
 
-_Struct = dict[int, "int | bytes | None | _Struct"]
+_Struct = dict[int, Any]  # of what Thrift has: numbers, bytes, lists, structs
+# Of a table that is open, its footer is read once.
+_FOOTERS: "weakref.WeakKeyDictionary[Any, list[_Struct]]" = weakref.WeakKeyDictionary()
 
 
 class _Page(NamedTuple):
@@ -50,7 +59,7 @@ class _Page(NamedTuple):
 class _Column(NamedTuple):
     """A column of a row group; `width` of a value that is no text, `longest` text that its dictionary has."""
 
-    described: Any
+    packed: int
     name: str
     pages: list[_Page]
     limit: int
@@ -84,21 +93,23 @@ class _Column(NamedTuple):
         return max((page.unpacked for page in self.pages), default=0)
 
 
-def check_rows(table: Any, size: int) -> None:
-    """Refuses a table of more rows than a file can tell apart.
+def check_rows(file: BinaryIO, table: Any) -> list[int]:
+    """The rows of each row group; refuses a table of more than a file can tell apart.
 
     Args:
-        table: a `pyarrow.parquet.ParquetFile`.
-        size: of the file in bytes.
+        file: opened for reading.
+        table: a `pyarrow.parquet.ParquetFile` of it.
 
     Raises:
-        ValueError: so it is.
+        ValueError: so it is, or the footer is damaged.
     """
-    rows = [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
+    size = os.fstat(file.fileno()).st_size
+    rows = [_whole(group, 3) for group in _groups(file, table)]
     if min(rows, default=0) < 0 or sum(rows) != table.metadata.num_rows:
         raise ValueError(f"its row groups have {sum(rows)} rows, and the whole says {table.metadata.num_rows}")
     if sum(rows) > 64 * size:
         raise ValueError(f"it says to have {sum(rows)} rows in {size} bytes")
+    return rows
 
 
 def unpacked_bytes(file: BinaryIO, table: Any, group: int) -> int:
@@ -149,7 +160,7 @@ def check_whole(file: BinaryIO, table: Any, wanted: Collection[str] | None = Non
         ValueError: as `unpacked_bytes`; or more than 256 MiB and than 16 times the file's size.
     """
     size = os.fstat(file.fileno()).st_size
-    check_rows(table, size)
+    check_rows(file, table)
     total, limit = 0, max(ALWAYS_BYTES, LARGEST_RATIO * size)
     for group in range(table.num_row_groups):
         total += group_bytes(file, table, group, wanted)
@@ -173,31 +184,36 @@ def group_bytes(file: BinaryIO, table: Any, group: int, wanted: Collection[str] 
 
 
 def _columns(file: BinaryIO, table: Any, group: int, wanted: Collection[str] | None = None) -> list[_Column]:
-    described = table.metadata.row_group(group)
+    chunks = _groups(file, table)[group].get(1)
+    if not isinstance(chunks, list) or len(chunks) != len(table.schema):
+        raise ValueError(f"row group {group} has not the {len(table.schema)} columns of the table")
     columns = []
-    for number in range(described.num_columns):
-        chunk = described.column(number)
-        if wanted is not None and chunk.path_in_schema.split(".")[0] not in wanted:
+    for number, chunk in enumerate(chunks):
+        schema = table.schema.column(number)
+        if wanted is not None and schema.path.split(".")[0] not in wanted:
             continue
         try:
-            columns.append(_column(file, chunk, table.schema.column(number)))
+            columns.append(_column(file, chunk, schema))
         except ValueError as error:
-            raise ValueError(f"column {chunk.path_in_schema}, row group {group}: {error}") from error
+            raise ValueError(f"column {schema.path}, row group {group}: {error}") from error
     _check_total(sum(column.plain() for column in columns), columns, f"row group {group}:")
     return columns
 
 
 def _check_total(total: int, columns: list[_Column], what: str) -> None:
-    limit = max(ALWAYS_BYTES, LARGEST_RATIO * sum(column.described.total_compressed_size for column in columns))
+    limit = max(ALWAYS_BYTES, LARGEST_RATIO * sum(column.packed for column in columns))
     if total > limit:
         raise ValueError(f"{what} {len(columns)} columns unpack to {total} bytes, at most {limit} are read")
 
 
 def _column(file: BinaryIO, chunk: Any, schema: Any) -> _Column:
-    start = chunk.data_page_offset
-    if chunk.has_dictionary_page and 0 < (chunk.dictionary_page_offset or 0) < start:
-        start = chunk.dictionary_page_offset
-    end, size = start + chunk.total_compressed_size, os.fstat(file.fileno()).st_size
+    described = chunk.get(3) if isinstance(chunk, dict) else None
+    if not isinstance(described, dict):
+        raise ValueError("the footer does not describe it")
+    start = _whole(described, 9)
+    if 0 < described.get(11, 0) < start:
+        start = _whole(described, 11)
+    end, size = start + _whole(described, 7), os.fstat(file.fileno()).st_size
     if not 0 <= start <= end <= size:
         raise ValueError(f"it says to lie at {start} to {end} of {size} bytes")
     limit, depth = max(ALWAYS_BYTES, LARGEST_RATIO * (end - start)), schema.max_repetition_level
@@ -213,8 +229,8 @@ def _column(file: BinaryIO, chunk: Any, schema: Any) -> _Column:
     longest = 0
     for page in pages:
         if page.kind == _DICTIONARY and width is None:
-            longest = max(longest, _longest_text(file, chunk.compression, page))
-    return _Column(chunk, chunk.path_in_schema, pages, limit, depth, width, longest)
+            longest = max(longest, _longest_text(file, page))
+    return _Column(end - start, schema.path, pages, limit, depth, width, longest)
 
 
 def _pages(file: BinaryIO, start: int, end: int) -> Iterator[_Page]:
@@ -235,48 +251,64 @@ def _pages(file: BinaryIO, start: int, end: int) -> Iterator[_Page]:
         file.seek(place + packed)
 
 
-def _bytes_of(file: BinaryIO, codec: str, page: _Page) -> bytes | None:
-    """What a page unpacks to; None where nothing here can unpack it."""
+def _bytes_of(file: BinaryIO, codec: str | None, page: _Page) -> bytes | None:
+    """What a page unpacks to by a codec (None: it is not packed); None where it does not."""
+    file.seek(page.start)
+    data = file.read(page.packed)
+    if codec is None:
+        return data if page.packed == page.unpacked else None
+    if codec == _FRAMED:  # as Hadoop wrote it, in blocks with their sizes; not unpacked here
+        frame = [int.from_bytes(data[at : at + 4], "big") for at in (0, 4)]
+        return b"" if len(data) > 8 and frame[0] <= page.unpacked and frame[1] <= len(data) - 8 else None
     try:
         import pyarrow
     except ImportError:
         return None
-    file.seek(page.start)
-    data = file.read(page.packed)
-    if codec == "UNCOMPRESSED" or not page.unpacked:
-        return data
     try:
-        name = {"LZ4": "lz4_raw"}.get(codec, codec.lower())
-        return pyarrow.decompress(data, page.unpacked, codec=name, asbytes=True)
+        return pyarrow.decompress(data, page.unpacked, codec=codec, asbytes=True)
     except (ValueError, OSError, MemoryError):
         return None
 
 
-def _longest_text(file: BinaryIO, codec: str, page: _Page) -> int:
+def _longest_text(file: BinaryIO, page: _Page) -> int:
     """Of a dictionary: bytes of its longest text, or at most so many."""
-    data = _bytes_of(file, codec, page) if page.values <= _MOST_TEXTS else None
-    if data is None:
-        return page.unpacked
+    contents = [_bytes_of(file, codec, page) for codec in _CODECS] if page.values <= _MOST_TEXTS else []
+    found = [_longest_of(data) if data else page.unpacked for data in contents if data is not None]
+    return min(max(found, default=page.unpacked), page.unpacked)
+
+
+def _longest_of(data: bytes) -> int:
     at = longest = 0
     while at + 4 <= len(data):
         length = int.from_bytes(data[at : at + 4], "little")
         longest, at = max(longest, length), at + 4 + length
-    return min(longest, page.unpacked)
+    return longest
 
 
 def _longest_row(file: BinaryIO, column: _Column) -> int:
     """How many values a row of lists has at most: all of them where the levels cannot be read."""
+    found = [_longest_row_by(file, codec, column) for codec in _CODECS]
+    return max((count for count in found if count is not None), default=column.values())
+
+
+def _longest_row_by(file: BinaryIO, codec: str | None, column: _Column) -> int | None:
+    """None where `codec` is not that of the column."""
     carried = longest = runs = 0
     bits = column.depth.bit_length()
     for page in column.pages:
         if page.kind == _DICTIONARY:
             continue
-        data = _repetition_levels(file, column.described.compression, page)
-        if data is None:
-            return column.values()
+        if page.kind == _DATA_V2:  # whose levels are never packed
+            file.seek(page.start)
+            levels = file.read(min(_number(page.header, 6), page.packed))
+        else:
+            data = _bytes_of(file, codec, page)
+            if data is None:
+                return None
+            levels = data[4 : 4 + int.from_bytes(data[:4], "little")] if page.header.get(4) == _RUN_LENGTHS else b""
         at = done = 0
         while done < page.values:
-            run, at = _run(data, at, bits, page.values - done)
+            run, at = _run(levels, at, bits, page.values - done)
             runs += 1
             if not len(run) or runs > _MOST_RUNS:
                 return column.values()
@@ -288,14 +320,6 @@ def _longest_row(file: BinaryIO, column: _Column) -> int:
                 carried += len(run)
             done += len(run)
     return max(longest, carried)
-
-
-def _repetition_levels(file: BinaryIO, codec: str, page: _Page) -> bytes | None:
-    if page.kind == _DATA_V2:  # whose levels are never packed
-        file.seek(page.start)
-        return file.read(min(_number(page.header, 6), page.packed))
-    data = _bytes_of(file, codec, page) if page.header.get(4) == _RUN_LENGTHS else None
-    return None if data is None else data[4 : 4 + int.from_bytes(data[:4], "little")]
 
 
 def _run(data: bytes, at: int, bits: int, most: int) -> tuple[np.ndarray, int]:
@@ -314,6 +338,29 @@ def _run(data: bytes, at: int, bits: int, most: int) -> tuple[np.ndarray, int]:
     return np.full(min(head >> 1, most), any(data[at:stop]), bool), stop
 
 
+def _groups(file: BinaryIO, table: Any) -> list[_Struct]:
+    """The row groups of the footer: {1: columns, 3: rows}, a column {3: {7: bytes, 9, 11: offsets}}."""
+    if table not in _FOOTERS:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(max(0, size - 8 - length))
+        groups = _read_struct(io.BytesIO(file.read(length))).get(4)
+        if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+            groups = []
+        if len(groups) != table.num_row_groups:
+            raise ValueError("its footer cannot be read")
+        _FOOTERS[table] = groups
+    return _FOOTERS[table]
+
+
+def _whole(struct: _Struct, field: int) -> int:
+    value = struct.get(field)
+    if not isinstance(value, int):
+        raise ValueError(f"the footer has {value!r} where a number belongs")
+    return value
+
+
 def _number(struct: object, field: int) -> int:
     value = struct.get(field) if isinstance(struct, dict) else None
     if not isinstance(value, int) or not 0 <= value < 1 << 31:
@@ -322,9 +369,9 @@ def _number(struct: object, field: int) -> int:
 
 
 def _read_struct(file: BinaryIO, depth: int = 0) -> _Struct:
-    """{number of a field: its value}; lists are read over."""
+    """{number of a field: its value}."""
     if depth > _DEEPEST:
-        raise ValueError("a page's header has no end")
+        raise ValueError("a header has no end")
     found: _Struct = {}
     field = 0
     while head := _byte(file):
@@ -333,7 +380,7 @@ def _read_struct(file: BinaryIO, depth: int = 0) -> _Struct:
     return found
 
 
-def _read_value(file: BinaryIO, kind: int, depth: int) -> "int | bytes | None | _Struct":
+def _read_value(file: BinaryIO, kind: int, depth: int) -> Any:
     match kind:
         case 1 | 2:
             return int(kind == 1)
@@ -350,10 +397,9 @@ def _read_value(file: BinaryIO, kind: int, depth: int) -> "int | bytes | None | 
             return file.read(length)
         case 9 | 10:
             head = _byte(file)
-            for _ in range(_varint(file) if head >> 4 == 15 else head >> 4):
-                # In a list, a truth value has a byte of its own.
-                _read_value(file, 3 if head & 15 in (1, 2) else head & 15, depth)
-            return None
+            # In a list, a truth value has a byte of its own.
+            kind = 3 if head & 15 in (1, 2) else head & 15
+            return [_read_value(file, kind, depth) for _ in range(_varint(file) if head >> 4 == 15 else head >> 4)]
         case 12:
             return _read_struct(file, depth + 1)
     raise ValueError(f"a page's header has a field of kind {kind}")

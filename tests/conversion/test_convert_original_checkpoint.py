@@ -311,6 +311,32 @@ def test_damage_anywhere_in_a_checkpoint_is_a_sentence(tmp_path):
             read_checkpoint(tmp_path / "x.pt")
 
 
+def test_weights_that_stand_for_more_than_they_hold_are_refused(tmp_path):
+    """A stride of 0 makes a terabyte of one number; so does a size without storage."""
+    for name, weight in {
+        "repeated": torch.ones(1).expand(10**6, 10**6), "sparse": torch.zeros(10**6, 10**6, layout=torch.sparse_coo),
+        "empty": torch.ones(10**9, 0), "absent": torch.ones(10**6, 10**6, device="meta"),
+    }.items():  # fmt: skip
+        torch.save({"token_embedding.weight": weight}, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match=r"token_embedding.weight stands for .* and does not hold them|no PyTorch"):
+            convert(tmp_path / "x.pt", tmp_path / "model")
+        assert name and not (tmp_path / "model").exists()
+
+
+def test_an_archive_whose_parts_unpack_to_far_more_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("conversion.checkpoint_file._ALWAYS_BYTES", 1 << 20)
+    torch.save({"a": torch.zeros(1 << 19)}, tmp_path / "whole.pt")
+    assert read_checkpoint(tmp_path / "whole.pt")["a"].shape == (1 << 19,)
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pt") as whole,
+        zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    with pytest.raises(ValueError, match="its parts unpack to 2"):
+        read_checkpoint(tmp_path / "x.pt")
+
+
 def test_folder_with_a_model_needs_overwrite(small_file, tmp_path, refused):
     folder = tmp_path / "model"
     folder.mkdir()

@@ -9,9 +9,9 @@ is an error that says what to do. Boxes are x1, y1, x2, y2 in pixels, from 0, th
 
 import collections
 import hashlib
-import json
 import math
 import os
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from pyramidclip_hf.files import json_text
+from pyramidclip_hf.files import json_text, parse_json, read_regular, read_utf8
 from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS, open_undecoded
 from training.data.records import Fault
 
@@ -29,6 +29,12 @@ OUTSIDE = 1.0
 # More boxes without area than this share are no accident.
 MOST_EMPTY = 0.01
 NAMED_FAULTS = 5
+_MAX_XML_BYTES, _MAX_JSON_BYTES = 8 << 20, 4 << 30
+# Of a file's own word for its letters; others could hide a DOCTYPE from a look at its bytes.
+_ENCODING = re.compile(rb"""^<\?xml[^>]{0,80}encoding=["']([\w.-]{1,40})["']""")
+_ENCODINGS = ("utf", "ascii", "us-ascii", "iso-8859", "latin", "windows-125", "cp125", "gb", "big5", "euc", "shift")
+# A point of a polygon lies in its picture; one far outside would cost time and memory without end.
+_FARTHEST_POINT = 10_000.0
 
 Box = tuple[float, float, float, float]
 
@@ -227,7 +233,7 @@ def _read_voc(folder: Path, split: str, faults: list[Fault]) -> tuple[dict[str, 
         raise FileNotFoundError(
             f"{listing} is no file: expected a VOC folder with Annotations/, JPEGImages/ and ImageSets/Main/{split}.txt"
         )
-    names = [line.split()[0] for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = [line.split()[0] for line in read_utf8(listing).splitlines() if line.strip()]
     raw, classes = [], set()
     for name in names:
         one = _voc_picture(folder, name, faults)
@@ -237,15 +243,15 @@ def _read_voc(folder: Path, split: str, faults: list[Fault]) -> tuple[dict[str, 
 
 
 def _voc_picture(folder: Path, name: str, faults: list[Fault]) -> _Raw:
-    path = folder / "Annotations" / f"{name}.xml"
+    path = _inside(folder / "Annotations", f"{name}.xml", folder / "ImageSets")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file, but ImageSets/Main lists {name}: add it, or take the name out")
-    text = path.read_bytes()
-    if b"<!DOCTYPE" in text or b"<!ENTITY" in text:
+    text = _xml_text(path)
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise ValueError(f"{path}: has a DOCTYPE, which no annotation needs and which could hide anything: remove it")
     try:
         root = ET.fromstring(text)
-    except ET.ParseError as error:
+    except (ET.ParseError, ValueError) as error:
         raise ValueError(f"{path}: is no XML ({error})") from error
     picture = _inside(folder / "JPEGImages", root.findtext("filename") or f"{name}.jpg", path)
     if not picture.is_file():  # some tools write another name into the file than the picture has
@@ -254,6 +260,24 @@ def _voc_picture(folder: Path, name: str, faults: list[Fault]) -> _Raw:
     objects = [_voc_object(path, number, node, faults) for number, node in enumerate(root.iter("object"))]
     sides = (0, 0) if size is None else (_whole(path, size, "width"), _whole(path, size, "height"))
     return _Raw(name, picture, sides, objects)
+
+
+def _xml_text(path: Path) -> str:
+    """The text of a file, decoded here: what expat is given as text, it decodes no other way."""
+    data = read_regular(path, _MAX_XML_BYTES)
+    said = _ENCODING.match(data.removeprefix(b"\xef\xbb\xbf"))
+    encoding = said[1].decode().lower() if said else "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
+    if encoding == "utf-8":
+        encoding = "utf-8-sig"
+    try:
+        if not encoding.startswith(_ENCODINGS):
+            raise LookupError(f"encoding {encoding}")
+        text = data.decode(encoding)
+        if "\0" in text:  # which expat takes for UTF-16 whatever it is told
+            raise UnicodeError("it has NUL letters")
+        return text
+    except (LookupError, UnicodeError) as error:
+        raise ValueError(f"{path}: is no XML ({error}): save it as UTF-8") from error
 
 
 def _voc_object(path: Path, number: int, node: ET.Element, faults: list[Fault]) -> tuple[str, str, Box, dict[str, Any]]:
@@ -279,7 +303,7 @@ def _whole(path: Path, node: ET.Element, name: str) -> int:
     text = node.findtext(name) or "0"
     try:
         return int(float(text))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{path}: size/{name} is {text!r}, expected a number of pixels") from error
 
 
@@ -303,8 +327,8 @@ def _read_coco(file: Path, pictures: str, faults: list[Fault]) -> tuple[dict[str
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: expected the pictures of {file}")
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        document = parse_json(read_regular(file, _MAX_JSON_BYTES))
+    except ValueError as error:
         raise ValueError(f"{file}: is no JSON ({error})") from error
     parts = [document.get(name) if isinstance(document, dict) else None for name in
              ("images", "annotations", "categories")]  # fmt: skip
@@ -313,7 +337,7 @@ def _read_coco(file: Path, pictures: str, faults: list[Fault]) -> tuple[dict[str
     images, annotations, categories = (part or [] for part in parts)
     try:
         return _coco_parts(file, folder, images, annotations, categories, faults)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{file}: an entry lacks a field or has one of another kind: {error!r}") from error
 
 
@@ -351,11 +375,31 @@ def _mask_fault(segmentation: Any, size: tuple[int, int]) -> tuple[Any, str]:
     if not segmentation:
         return None, ""
     if isinstance(segmentation, dict):
-        if list(segmentation.get("size", ())) != [size[1], size[0]]:
+        if segmentation.get("size") != [size[1], size[0]]:
             return None, f"run lengths for {segmentation.get('size')} in a picture of height, width {[*size[::-1]]}"
+        counts = segmentation.get("counts")
+        if isinstance(counts, list) and (
+            not all(type(one) is int and one >= 0 for one in counts) or sum(counts) != size[0] * size[1]
+        ):
+            return None, f"run lengths that are not those of {size[0] * size[1]} pixels"
+        if not isinstance(counts, list) and not (isinstance(counts, str) and counts.isascii()):
+            return None, f"run lengths in a {type(counts).__name__}"
         return segmentation, ""
-    good = [one for one in segmentation if isinstance(one, list) and len(one) >= 6 and len(one) % 2 == 0]
-    return good or None, "" if len(good) == len(segmentation) else "a polygon of fewer than three points"
+    if not isinstance(segmentation, list):
+        return None, f"a {type(segmentation).__name__}, expected polygons or run lengths"
+    good = [one for one in segmentation if _is_polygon(one)]
+    short = any(not isinstance(one, list) or len(one) < 6 or len(one) % 2 for one in segmentation)
+    wrong = "a polygon of fewer than three points" if short else "a polygon with a point far outside"
+    return good or None, "" if len(good) == len(segmentation) else wrong
+
+
+def _is_polygon(points: Any) -> bool:
+    return (
+        isinstance(points, list)
+        and len(points) >= 6
+        and len(points) % 2 == 0
+        and all(type(value) in (int, float) and abs(value) <= _FARTHEST_POINT for value in points)
+    )
 
 
 ##################################################################################################
@@ -369,9 +413,12 @@ def _checked(raw: _Raw, names: Sequence[str], faults: list[Fault], training: boo
         raise FileNotFoundError(f"{raw.path} is no file, but the annotations name it: add it, or take it out of them")
     width, height = raw.size
     if min(width, height) < 1:  # VOC files of some tools lack it
-        with open_undecoded(raw.path) as picture:
-            turned = picture.getexif().get(0x0112, 1) >= 5
-            width, height = picture.size[::-1] if turned else picture.size
+        try:
+            with open_undecoded(raw.path) as picture:
+                turned = picture.getexif().get(0x0112, 1) >= 5
+                width, height = picture.size[::-1] if turned else picture.size
+        except Exception as error:  # on damaged data, Pillow's readers raise almost anything
+            raise ValueError(f"{raw.path}: no picture whose size can be read: {error}") from error
     numbers = {name: number for number, name in enumerate(names)}
     objects = []
     for where, name, box, flags in raw.objects:
@@ -387,7 +434,7 @@ def _checked(raw: _Raw, names: Sequence[str], faults: list[Fault], training: boo
         if wrong:
             faults.append(Fault(str(raw.number), where, "polygons", wrong + ", left out"))
         area = flags.get("area")
-        if not isinstance(area, (int, float)) or not 0 < area < math.inf:
+        if not isinstance(area, (int, float)) or not 0 < area < width * height * 2:
             area = (found[2] - found[0]) * (found[3] - found[1])
         crowd, difficult = bool(flags.get("iscrowd")), bool(flags.get("difficult"))
         objects.append(Annotation(found, numbers[name], crowd, difficult, float(area), segmentation))

@@ -6,14 +6,13 @@ has a limit. So each file passes here first.
 
 import bz2
 import gzip
-import json
 import lzma
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from pyramidclip_hf.files import read_regular
+from pyramidclip_hf.files import parse_json, read_regular
 from pyramidclip_hf.parquet_pages import ALWAYS_BYTES, LARGEST_RATIO, check_whole
 
 if TYPE_CHECKING:
@@ -168,9 +167,9 @@ def _length(stream: BinaryIO, limit: int) -> int:
 
 def _arrow_files(state: Path) -> Iterator[Path]:
     try:
-        listed = json.loads(read_regular(state, _MOST_STATE_BYTES))["_data_files"]
+        listed = parse_json(read_regular(state, _MOST_STATE_BYTES))["_data_files"]
         names = [str(entry["filename"]) for entry in listed]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise RefusedFile(f"{state} is not what save_to_disk writes: {error}") from error
     for name in names:
         if Path(name).name != name:

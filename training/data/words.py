@@ -7,14 +7,13 @@ probability 0.1, the last one never. A caption without a word that can be change
 Masking is BERT's: of the share of tokens that is chosen, 80 % become the mask, 10 % a random word and 10 % stay.
 """
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from pyramidclip_hf.files import read_regular
+from pyramidclip_hf.files import parse_json, read_regular
 from training.data.inputs import MASKED_ID
 
 LEFT_OUT = 0.1
@@ -31,7 +30,7 @@ def read_synonyms(path: str | Path) -> dict[str, list[str]]:
         ValueError: It is of another form; the message says what was expected.
     """
     try:
-        found = json.loads(read_regular(Path(path), MOST_BYTES))
+        found = parse_json(read_regular(Path(path), MOST_BYTES))
     except ValueError as error:
         raise ValueError(f"synonyms {path}: expected JSON, {error}") from error
     fits = isinstance(found, dict) and all(

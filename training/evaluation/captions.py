@@ -5,14 +5,13 @@ Three annotation formats are read: Karpathy's (`dataset_flickr30k.json`, `datase
 (`flickr30k_test_karpathy.txt`: a header, then `picture,caption` a line). Every caption counts; nothing is skipped.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyramidclip_hf.files import read_utf8
+from pyramidclip_hf.files import parse_json, read_utf8
 from training.data.records import Sample
 from training.data.samples import Samples
 
@@ -87,13 +86,13 @@ def read_captions(captions_file: str, split: str = "test") -> dict[str, list[str
     text = read_utf8(captions_file)
     if captions_file.endswith(".json"):
         try:
-            content = json.loads(text)
+            content = parse_json(text)
             images = content["images"]
             if "annotations" in content:
                 captions = _coco(images, content["annotations"], captions_file)
             else:
                 captions = _karpathy(images, split, captions_file)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{captions_file}: expected {FORMATS} ({error!r})") from error
     else:
         captions = _lines(text.splitlines(), captions_file)

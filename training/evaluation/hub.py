@@ -186,7 +186,7 @@ def _load(data: str, split: str | None, subset: str | None) -> _Loaded:
             rows = load_checked(name, subset, split=wanted, revision=revision or None)
     except RefusedFile as error:
         raise ValueError(f"{data}: {error}") from error
-    except (OSError, KeyError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # of damaged files, `datasets` raises almost anything
         raise FileNotFoundError(
             f"{data}: no split {wanted!r} of a data set could be loaded ({type(error).__name__}: {error}). Expected a "
             "data set of the Hub or a folder that datasets.load_dataset takes; --split and --subset say which part"

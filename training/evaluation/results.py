@@ -6,7 +6,6 @@ index, the form that model cards carry (`huggingface_hub.repocard_data.model_ind
 
 import csv
 import io
-import json
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
-from pyramidclip_hf.files import json_text, read_utf8, write_atomically
+from pyramidclip_hf.files import json_text, parse_json, read_utf8, write_atomically
 from training.data.labelled import LabelledPictures
 
 COLUMNS = ("task", "dataset", "config", "split", "metric", "note", "value")
@@ -167,10 +166,10 @@ def write_json(
 def read_json(path: str | Path) -> tuple[str, list[EvalResult], dict[str, Any]]:
     """Model name, results and details of a file of `write_json`; ValueError where it is something else."""
     try:
-        document = json.loads(read_utf8(path))
+        document = parse_json(read_utf8(path))
         name, results = model_index_to_eval_results(document["model-index"])
         return name, results, document["details"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: expected a result file of training.evaluate ({error!r})") from error
 
 

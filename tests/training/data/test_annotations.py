@@ -160,6 +160,43 @@ def test_voc_files_of_strangers(tmp_path):
         open_annotations([voc(tmp_path / "c", [("cat", ("x", 1, 2, 3), "")])], training=True)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "cp037"])
+def test_a_doctype_is_seen_in_whatever_letters_it_is_written(tmp_path, encoding):
+    source = voc(tmp_path, [("cat", (1, 1, 9, 9), "")])
+    path = tmp_path / "Annotations" / "000001.xml"
+    head = f'<?xml version="1.0" encoding="{encoding}"?>'
+    hidden = '<!DOCTYPE x [<!ENTITY y "zzzzzzzz">]>' + path.read_text().replace("cat", "&y;")
+    as_utf16 = encoding.startswith("utf-16")
+    path.write_bytes((head + hidden).encode(encoding) if as_utf16 else head.encode() + hidden.encode(encoding))
+    with pytest.raises(ValueError, match="DOCTYPE|is no XML"):
+        open_annotations([source], training=True)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "iso-8859-1", "gb2312"])
+def test_names_in_other_letters_than_utf_8_are_read(tmp_path, encoding):
+    name = "猫" if encoding == "gb2312" else "Bär"
+    source = voc(tmp_path, [(name, (1, 1, 9, 9), "")], head=f'<?xml version="1.0" encoding="{encoding}"?>')
+    path = tmp_path / "Annotations" / "000001.xml"
+    path.write_bytes(path.read_text().encode(encoding))
+    assert open_annotations([source], training=True).class_names == [name]
+
+
+def test_annotations_that_would_cost_without_end_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="leads out of"):
+        open_annotations([voc(tmp_path / "v", [("a", (1, 1, 2, 2), "")], listed="../other")], training=True)
+    sources = coco(tmp_path / "c", [thing(segmentation=[[1, 1, 9e9, 1, 5, 5]]), thing(2, area=10**400)])
+    data = open_annotations(sources, training=True)
+    assert "1 polygons: a.json, annotation 1: " in told(data)
+    assert [one.segmentation for one in data.pictures[0].objects] == [None, None]
+    assert data.pictures[0].objects[1].area == 120
+    for counts in ([1, 2], [-1, 1201], [600, 600.0], 7, "\u00e9"):
+        with pytest.raises(ValueError, match="annotation 1: run lengths"):
+            open_annotations(coco(tmp_path / "r", [thing(segmentation={"size": [30, 40], "counts": counts})]), True)
+    (tmp_path / "c" / "a.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is no JSON .nested too deep"):
+        open_annotations(sources, training=True)
+
+
 def test_training_and_test_data_have_one_set_of_categories(tmp_path):
     train = coco(tmp_path / "a", [thing()], images=1)
     data = open_annotations(train, training=True)

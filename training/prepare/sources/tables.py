@@ -79,7 +79,7 @@ class TableSource:
 def _cut(path: str, step: int) -> Iterator[tuple[int, int, int, int]]:
     """Yields (start, first row, rows, line) for every `step` rows of a table."""
     if _is_parquet(path):
-        total = _parquet(path).metadata.num_rows
+        total = sum(_parquet(path)[1])
         yield from ((start, start, min(step, total - start), start + 1) for start in range(0, total, step))
         return
     begin, first, line, rows = 0, 0, 1, 0
@@ -227,15 +227,16 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _parquet(path: str) -> "ParquetFile":
+def _parquet(path: str) -> tuple["ParquetFile", list[int]]:
+    """The table, and the rows of each of its row groups."""
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise ImportError('Parquet tables need pyarrow: pip install -e ".[train]"') from error
     try:
         table = ParquetFile(path)
-        parquet_pages.check_rows(table, Path(path).stat().st_size)
-        return table
+        with open(path, "rb") as file:
+            return table, parquet_pages.check_rows(file, table)
     except _PARQUET_ERRORS as error:
         raise ValueError(f"{path} is no Parquet table that can be read: {error}") from error
 
@@ -258,10 +259,9 @@ def _part_of_parquet(part: SourcePart, columns: Sequence[str | None] | None) -> 
 
 
 def _rows_of_parquet(part: SourcePart, columns: Sequence[str | None] | None) -> Iterator[TableRow]:
-    table, stop = _parquet(part.path), part.start + (part.rows or 0)
+    (table, counts), stop = _parquet(part.path), part.start + (part.rows or 0)
     position = 0
-    for group in range(table.num_row_groups):
-        size = table.metadata.row_group(group).num_rows
+    for group, size in enumerate(counts):
         if position < stop and part.start < position + size:
             step = _rows_at_once(part.path, table, group)
             for batch in table.iter_batches(step, row_groups=[group], columns=columns):

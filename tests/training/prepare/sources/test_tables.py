@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow
@@ -136,6 +138,31 @@ def test_more_rows_than_a_file_can_tell_apart_are_refused(tmp_path):
     source = sources.open_source(sources.SourceArguments(input=[str(tmp_path / "a.parquet")]))
     with pytest.raises(ValueError, match="10000000 rows in"):
         source.parts()
+
+
+def test_no_byte_of_a_footer_ends_the_process(tmp_path):
+    """pyarrow dies of being asked for a codec or a column of some of these, so another process reads them."""
+    table = pyarrow.table({"image": ["a.jpg"] * 9, "caption": ["words"] * 9, "more": [["x", "y"]] * 9})
+    pyarrow.parquet.write_table(table, tmp_path / "whole", store_schema=False)
+    code = f"""
+import contextlib, importlib.util, pathlib, pyarrow.parquet
+found = importlib.util.spec_from_file_location("parquet_pages", {parquet_pages.__file__!r})  # alone: it is soon there
+pages = importlib.util.module_from_spec(found)
+found.loader.exec_module(pages)
+whole = pathlib.Path({str(tmp_path / "whole")!r}).read_bytes()
+footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+for at in range(footer, len(whole) - 8):
+    path = pathlib.Path({str(tmp_path / "damaged")!r})
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 32]) + whole[at + 1 :])
+    with contextlib.suppress(Exception), open(path, "rb") as file:
+        table = pyarrow.parquet.ParquetFile(path)
+        pages.row_bytes(file, table, 0)
+        pages.check_whole(file, table)
+        list(table.iter_batches())
+print("done")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert ended.stdout == "done\n", ended.stderr[-500:]
 
 
 def write_lists(path, lengths, text, **options):
