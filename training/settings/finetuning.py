@@ -128,6 +128,6 @@ class FinetuneArguments(RunSettings):
         check_part_settings(self, [self.dataset] if self.dataset else [])
         if self.head_epochs > self.epochs:
             raise ValueError(
-                f"head_epochs {self.head_epochs} are part of all epochs, of which there are {self.epochs}: set both, or "
-                f"head_epochs: 0 to train the whole model from the start"
+                f"head_epochs {self.head_epochs} are part of all epochs, of which there are {self.epochs}: set both, "
+                f"or head_epochs: 0 to train the whole model from the start"
             )
