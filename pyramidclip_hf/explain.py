@@ -219,8 +219,9 @@ def draw_regions(image: Image.Image, boxes: Any, relevance: Any, labels: Sequenc
 def _write_label(
     draw: ImageDraw.ImageDraw, label: str, corner: tuple[float, float], colour: tuple[int, ...], size: int
 ) -> None:
-    """Writes on a plate inside the box's upper left corner."""
-    corner = (corner[0] + size / 5, corner[1] + size / 5)
+    """Writes on a plate inside the box's upper left corner, further left where the picture would cut it."""
+    width = draw.textlength(label, font_size=size)
+    corner = (max(1, min(corner[0] + size / 5, draw.im.size[0] - width - 2)), corner[1] + size / 5)
     plate = draw.textbbox(corner, label, font_size=size)
     draw.rectangle((plate[0] - 1, plate[1] - 1, plate[2] + 1, plate[3] + 1), fill=colour)
     draw.text(corner, label, fill=(255, 255, 255), font_size=size)

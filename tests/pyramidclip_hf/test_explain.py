@@ -347,6 +347,9 @@ def test_overlay_and_regions_are_drawn(processors):
     assert red[:, :45].any() and not red[:, 55:].any() and grey[:, 55:].any() and not grey[:, :45].any()
     labelled = np.asarray(draw_regions(black, boxes, [0.2, -0.1, 0.0], ["cat", "dog", "pad"]))
     assert (labelled != frames).any()
+    at_the_edge = draw_regions(Image.new("RGB", (300, 300)), [(0.8, 0.5, 0.99, 0.9)], [1.0], ["a small balloon"])
+    letters = (np.asarray(at_the_edge) > 200).all(-1)
+    assert letters[:, :240].any() and not letters[:, -2:].any()  # begins left of its box, and is not cut
     with pytest.raises(ValueError, match=r"relevance \(K,\), got shapes \(3, 4\) and \(2,\)"):
         draw_regions(black, boxes, [0.2, 0.1])
     with pytest.raises(ValueError, match="Expected 3 labels, one a box, got 1"):

@@ -42,7 +42,8 @@ from training.data.records import BadSample, Region, phrase, sample_from_members
 from training.data.shards import ShardReader, read_dataset_json
 from training.data.views import decoded_picture
 
-COLOURS = ("#e6194b", "#3cb44b", "#0082c8", "#f58231", "#911eb4", "#008080", "#d0a000", "#f032e6", "#7a4a1e", "#444444")
+# White words can be read on each of them.
+COLOURS = ("#d0143c", "#1e7d34", "#0069b4", "#b35400", "#911eb4", "#00797a", "#806400", "#c2189e", "#7a4a1e", "#444444")
 
 
 _WIDTH, _LEAST = 640, 384
@@ -81,7 +82,8 @@ def page(shard: str | Path, number: int, first: int = 0, max_pixels: int = 100_0
     made_by = (read_dataset_json(folder) or {}).get("made_by", {})
     named = {level: made.get("maker") if isinstance(made, dict) else made for level, made in made_by.items()}
     makers = "; ".join(f"{level} by {maker}" for level, maker in named.items() if maker)
-    return render(_TEMPLATE, {"shard": str(shard), "size": size, "samples": samples, "makers": makers})
+    content = {"shard": str(shard), "name": Path(str(shard)).name, "size": size, "samples": samples, "makers": makers}
+    return render(_TEMPLATE, content)
 
 
 def _shown(reader: ShardReader, i: int, max_pixels: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from pyramidclip_hf.files import write_atomically
 from pyramidclip_hf.image_processing_pyramidclip import open_undecoded, upright_rgb
@@ -18,7 +18,9 @@ _TEMPLATE = Path(__file__).with_name("detections_template.html")
 SHOWN = 48
 SURE = 0.5
 _SIDE = 320
-_RIGHT, _WRONG, _MISSED = "#2a9d4a", "#d62839", "#e08e00"
+# White words can be read on each of them.
+_RIGHT, _WRONG, _MISSED = "#1f7f3b", "#d02438", "#a85d00"
+_LETTERS = 15
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,13 @@ def _figure(data: AnnotatedPictures, found: Found, compared: Compared, picture: 
 
 
 def _drawn(picture: Image.Image, entries: Sequence[tuple[np.ndarray, str, str]], scale: float) -> Image.Image:
-    pen = ImageDraw.Draw(picture)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(_LETTERS)
     for box, colour, text in entries:
         x1, y1, x2, y2 = (float(side) * scale for side in box)
         pen.rectangle((x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)), outline=colour, width=2)
         if text:
-            place = (max(0.0, x1) + 2, max(0.0, y1 - 12))
-            left, top, right, bottom = pen.textbbox(place, text)
+            place = (max(0.0, x1) + 2, max(0.0, y1 - _LETTERS - 2))
+            left, top, right, bottom = pen.textbbox(place, text, font=font)
             pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=colour)
-            pen.text(place, text, fill="white")
+            pen.text(place, text, fill="white", font=font)
     return picture

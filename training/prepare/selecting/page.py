@@ -92,7 +92,7 @@ def _example(raw: RawPair, max_image_pixels: int) -> Example:
         told.append(bad.reason)
     if raw.picture is not None:
         try:
-            told.append(f"{candidate.header.width} x {candidate.header.height}")
+            told.append(f"{candidate.header.width}\u00a0x\u00a0{candidate.header.height}")
             picture = _small(candidate.pixels)
         except BadSample as bad:
             told.append(bad.reason)
