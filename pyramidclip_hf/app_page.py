@@ -8,6 +8,7 @@ import argparse
 import html
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -55,30 +56,21 @@ _POLICY = (
 )
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
-# Gradio's examples are buttons without words, and its tabs know no arrow keys.
-_SCRIPT = """() => {
-  const name = () => document.querySelectorAll("button.gallery-item:not([aria-label])").forEach(
-    (button, number) => button.setAttribute("aria-label", `Example ${number + 1}`));
-  new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
-  name();
-  document.addEventListener("keydown", (event) => {
-    const tab = event.target.closest("[role=tab]");
-    const step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
-    if (!tab || !step) return;
-    const tabs = [...tab.parentElement.querySelectorAll("[role=tab]")];
-    const next = tabs[(tabs.indexOf(tab) + step + tabs.length) % tabs.length];
-    next.click();
-    next.focus();
-    event.preventDefault();
-  });
-}"""
 _SURPRISE = "Something went wrong while answering. It is written down where the page was started; nothing else is lost."
 
 
 def run_app(args: argparse.Namespace) -> int:
     """Serves the page until Ctrl-C; prints its address."""
-    web = _web()
-    _fill_in_the_demo(args)
+    with tempfile.TemporaryDirectory(prefix="pyramidclip-app-") as folder:
+        # Gradio asks for it when it is imported, and whenever it keeps what was uploaded or answered.
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        web = _web()
+        check_address(args.host, args.port)
+        _fill_in_the_demo(args)
+        return _served(web, args)
+
+
+def _served(web: SimpleNamespace, args: argparse.Namespace) -> int:
     labels = "\n".join(labels_of(read_utf8(args.labels_file))) if args.labels_file else ""
     paths = find_pictures(args.examples)[:MAX_EXAMPLES] if args.examples else []
     for path in paths:
@@ -91,18 +83,38 @@ def run_app(args: argparse.Namespace) -> int:
         revision = args.revision if flag == "--model" else None
         models.append(TriedModel(load_model(name, revision=revision, device=device, flag=flag), title))
     distribute_embeddings(models, args.embeddings)
-    with tempfile.TemporaryDirectory(prefix="pyramidclip-app-") as folder:
-        # Gradio asks for it whenever it keeps what was uploaded or answered.
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        page = Page(web, models, examples, labels, args.max_image_pixels).blocks
-        address = _serve(web, page, args)
-        print(address, flush=True)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            threading.Event().wait()
-        finally:
-            page.close(verbose=False)
+    page = Page(web, models, examples, labels, args.max_image_pixels).blocks
+    address = _serve(web, page, args)
+    print(address, flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        threading.Event().wait()
+    finally:
+        page.close(verbose=False)
     return 0
+
+
+def check_address(host: str, port: int | None) -> None:
+    """Looks whether the page can be served there, before models are read.
+
+    Gradio would try a hundred ports of a host that is none of this machine's, for five seconds each.
+
+    Raises:
+        ValueError: the port is taken, or the host is none of this machine's.
+    """
+    try:
+        places = socket.getaddrinfo(host.strip("[]"), port or 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, place = places[0]
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(place)
+    except OSError as error:
+        raise _no_place(host, port, error) from error
+
+
+def _no_place(host: str, port: int | None, error: OSError) -> ValueError:
+    where = f"--host {host}" + (f" --port {port}" if port else "")
+    return ValueError(f"{where}: the page cannot be served there ({error}). Choose another --host or --port.")
 
 
 def _web() -> SimpleNamespace:
@@ -148,7 +160,7 @@ def _serve(web: SimpleNamespace, page: Any, args: argparse.Namespace) -> str:
     """Starts the server and returns the page's address.
 
     Raises:
-        ValueError: the port is taken, or the host is none of this machine's.
+        ValueError: the port has been taken since, or --share was given and there is no public address.
     """
     local = args.host in _LOOPBACK and not args.share
     middleware = [web.middleware(_Headers, framed=not local)]
@@ -172,12 +184,14 @@ def _serve(web: SimpleNamespace, page: Any, args: argparse.Namespace) -> str:
             max_file_size=MAX_UPLOAD_BYTES,
             app_kwargs={"middleware": middleware, "docs_url": None, "redoc_url": None, "openapi_url": None},
             theme=_theme(web.gradio),
-            js=_SCRIPT,
+            js=Path(__file__).with_name("app_page.js").read_text(encoding="utf8"),
             css=Path(__file__).with_name("app_page.css").read_text(encoding="utf8"),
         )
     except OSError as error:
-        where = f"--host {args.host}" + (f" --port {args.port}" if args.port else "")
-        raise ValueError(f"{where}: the page cannot be served there ({error}). Choose another --port.") from error
+        raise _no_place(args.host, args.port, error) from error
+    if args.share and not shared:
+        page.close(verbose=False)
+        raise ValueError("--share: Gradio's servers gave no public address. Is the network there? Or leave it out.")
     return str(shared or address)
 
 
@@ -283,10 +297,10 @@ class Page:
         )
         # Gradio would decode it, whatever it is, before anybody has looked at its size.
         picture.preprocess = _path_of
+        self.picture_message = self._message_place()
         if self.examples.paths:
             rows = [[path] for path in self.examples.paths]
             self.gradio.Examples(rows, picture, label="Examples", cache_examples=False, examples_per_page=MAX_EXAMPLES)
-        self.picture_message = self._message_place()
         return picture
 
     def _look_at(self, path: str | None) -> str:

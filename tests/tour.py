@@ -36,6 +36,7 @@ DESCRIPTIONS = {
     "tests/pyramidclip_hf/contrast.js": "which texts of a page are too faint",
     "pyramidclip_hf/page.css": "how all pages that are written as files look",
     "pyramidclip_hf/page.html": "the form of all pages that are written as files",
+    "pyramidclip_hf/app_page.js": "what Gradio's pages lack: arrow keys, Ctrl-V, names of the examples",
     "pyramidclip_hf/app_page.css": "how the page of `pyramidclip app` looks, over Gradio's own style",
     "pyramidclip_hf/py.typed": "says that the package has types",
     "training/configs/emoji_synonyms.json": "words of the scenes' captions and their synonyms",

@@ -1,5 +1,6 @@
 """The page of `pyramidclip app` in a real browser, as a person uses it (`make test-app`); with pictures in runs/."""
 
+import base64
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ from tests.pyramidclip_hf.page import CHECKOUT, COLOURS, make_folder, running_pa
 pytestmark = [pytest.mark.slow, pytest.mark.loopback]
 SHOTS = CHECKOUT / "runs" / "app"
 WINDOWS = {"desktop": (1280, 900, "light"), "phone": (390, 844, "dark")}
+LABELS = ["a cat", "a dog", "a red bat"]  # of the file that the page begins with
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -38,7 +40,8 @@ def browser():
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     assert path, f"expected one of {', '.join(BROWSERS)} on the PATH, as in apt-get install chromium"
     with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox", *camera])
         yield browser
         browser.close()
 
@@ -128,20 +131,92 @@ def test_an_example_is_one_click(page, folder):
     page.wait_for_selector("#picture img")
     page.get_by_label("In CLIP's 80 sentences").uncheck()
     page.click("#classify")
-    same(bars(page), wanted_bars(folder, "one", "green.png", ["a cat", "a dog", "a red bat"]))
+    same(bars(page), wanted_bars(folder, "one", "green.png", LABELS))
+
+
+def copied(page, path):
+    """Puts a picture into the clipboard, as another program does."""
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    data = base64.b64encode(path.read_bytes()).decode()
+    page.evaluate(
+        """async (data) => {
+            const picture = new Blob([Uint8Array.from(atob(data), (one) => one.charCodeAt())], {type: "image/png"});
+            await navigator.clipboard.write([new ClipboardItem({"image/png": picture})]);
+        }""",
+        data,
+    )
+
+
+def test_a_picture_is_pasted(page, folder):
+    """By the button, then by Ctrl-V in its place; words are still pasted where words go."""
+    page.get_by_label("In CLIP's 80 sentences").uncheck()
+    copied(page, folder / "pictures" / "yellow.png")
+    page.get_by_label("Paste from clipboard").click()
+    page.wait_for_selector("#picture img")
+    page.click("#classify")
+    same(bars(page), wanted_bars(folder, "one", "yellow.png", LABELS))
+    copied(page, folder / "pictures" / "purple.png")
+    page.keyboard.press("Control+v")
+    page.wait_for_selector("#bars dd", state="detached")
+    page.wait_for_selector("#picture img")
+    page.click("#classify")
+    same(bars(page), wanted_bars(folder, "one", "purple.png", LABELS))
+    page.evaluate("navigator.clipboard.writeText('a fox')")
+    page.fill("#labels textarea", "")
+    page.focus("#labels textarea")
+    page.keyboard.press("Control+v")
+    assert page.input_value("#labels textarea") == "a fox" and page.locator("#picture img").count() == 1
+
+
+def test_a_picture_is_taken_with_the_camera(page):
+    """Chromium's own camera, which shows a green picture with a clock."""
+    page.get_by_label("Capture from camera").click()
+    page.get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("document.querySelector('#picture video')?.videoWidth > 0")
+    shot(page, "camera")
+    page.get_by_label("capture photo").click()
+    page.wait_for_selector("#picture img")
+    page.get_by_label("In CLIP's 80 sentences").uncheck()
+    page.click("#classify")
+    assert sorted(label for label, _ in bars(page)) == sorted(LABELS)
+    page.wait_for_selector("#picture video", state="detached")
+
+
+def tab_to(page, selector):
+    """Presses Tab until the element has the focus."""
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("selector => document.activeElement.matches(selector)", selector):
+            return
+    raise AssertionError(f"Tab does not reach {selector}")
 
 
 def test_by_keyboard_alone(page, folder):
-    """From the labels on: Tab reaches check box and button, Enter presses it, and arrows turn to another part."""
-    give(page, folder / "pictures" / "blue.png")
-    page.focus("#labels textarea")
-    page.keyboard.press("Tab")
+    """Picture, labels, check box and button by Tab, Enter and Space; arrows turn to another part."""
+    tab_to(page, "#picture button")
+    opened = []
+    page.on("filechooser", lambda chooser: opened.append(chooser))
+    for _ in range(30):  # a slow machine draws the button before it does anything
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(1000)
+        if opened:
+            break
+    opened[0].set_files(folder / "pictures" / "blue.png")
+    page.wait_for_selector("#picture img")
+    tab_to(page, "#labels textarea")
+    page.keyboard.press("Control+a")
+    page.keyboard.insert_text("a red bat\na bear")
+    tab_to(page, "input[type=checkbox]")
     page.keyboard.press("Space")
-    page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.closest('#classify') !== null")
+    tab_to(page, "#classify")
     page.keyboard.press("Enter")
-    same(bars(page), wanted_bars(folder, "one", "blue.png", ["a cat", "a dog", "a red bat"]))
-    page.focus("[role=tab][aria-selected=true]")
+    same(bars(page), wanted_bars(folder, "one", "blue.png", ["a red bat", "a bear"]))
+    page.reload()
+    page.wait_for_selector("#classify")
+    tab_to(page, "button.gallery-item")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#picture img")
+    tab_to(page, "[role=tab][aria-selected=true]")
     page.keyboard.press("ArrowRight")
     page.wait_for_selector("#heat")
     assert page.evaluate("document.activeElement.innerText") == "Why"
@@ -201,7 +276,7 @@ def test_search(page, folder):
     shot(page, "search")
     give(page, folder / "pictures" / "blue.png")
     page.click("#by-picture")
-    page.wait_for_function("document.querySelector('#hits .caption-label').innerText.endsWith('blue.png')")
+    page.wait_for_function("document.querySelector('#hits .caption-label').innerText.endsWith('1.000 blue.png')")
     query = plain_image_embedding(str(folder / "one"), folder / "pictures" / "blue.png")
     assert captions(page, "#hits") == wanted_captions(folder, "one", query, 6)
 
@@ -214,7 +289,7 @@ def test_compare(page, folder):
     page.locator("#both-query").locator("input, textarea").fill("a cat")
     page.click("#compare-search")
     for number, model in enumerate(("one", "two")):
-        same(bars(page, f"#bars-{number}"), wanted_bars(folder, model, "red.png", ["a cat", "a dog", "a red bat"]))
+        same(bars(page, f"#bars-{number}"), wanted_bars(folder, model, "red.png", LABELS))
         query = plain_text_embeddings(str(folder / model), ["a cat"])[0]
         assert captions(page, f"#hits-{number}") == wanted_captions(folder, model, query, 6)
     shot(page, "compare")
@@ -262,8 +337,7 @@ def test_two_people_at_once(browser, address, folder):
     for page in pages:
         page.click("#classify")
     for page, colour in zip(pages, COLOURS):
-        labels = ["a cat", "a dog", "a red bat"]
-        same(bars(page), wanted_bars(folder, "one", f"{colour}.png", labels, IMAGENET_TEMPLATES))
+        same(bars(page), wanted_bars(folder, "one", f"{colour}.png", LABELS, IMAGENET_TEMPLATES))
         page.context.close()
 
 

@@ -1,6 +1,7 @@
 """The server behind the page of `pyramidclip app`: what it lets in and out (`make test-app`, which has Gradio)."""
 
 import json
+import socket
 import sys
 import urllib.error
 import urllib.request
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import pyramidclip_command
+from pyramidclip_hf import app_page
 from pyramidclip_hf.app_page import MAX_UPLOAD_BYTES, Page
 from tests.pyramidclip_hf.page import files_below, make_folder, running_page
 
@@ -116,6 +118,44 @@ def test_the_browser_is_told_to_stay_here_and_other_names_are_refused(page):
     assert asked(address, "/", headers={"Host": "evil.example"})[0] == 400
 
 
+def test_it_is_served_to_this_machine_alone(page):
+    """Not at 127.0.0.2, which stands for the machine's other addresses: who serves all is reached there."""
+    port = int(page[0].rpartition(":")[2])
+    with socket.create_server(("0.0.0.0", 0)) as all_addresses:
+        try:
+            socket.create_connection(("127.0.0.2", all_addresses.getsockname()[1]), timeout=10).close()
+        except OSError:
+            pytest.skip("this system has no 127.0.0.2")
+    socket.create_connection(("127.0.0.1", port), timeout=10).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), timeout=10)
+
+
+@pytest.mark.parametrize("words", [[], ["--share"]])
+def test_nothing_is_shared_unless_asked(words, folder, monkeypatch, capsys):
+    """What Gradio is told; where it then gives no public address, that is said."""
+    gradio = pytest.importorskip("gradio", reason=NEEDS_GRADIO)
+    told = {}
+
+    def launch(blocks, **given):
+        told.update(given)
+        return None, "http://127.0.0.1:7860/", None
+
+    def stopped():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gradio.Blocks, "launch", launch)
+    monkeypatch.setattr(app_page, "threading", SimpleNamespace(Event=lambda: SimpleNamespace(wait=stopped)))
+    monkeypatch.setenv("GRADIO_SHARE", "True")
+    code = pyramidclip_command.main(["app", "--model", str(folder / "one"), *words])
+    assert (told["share"], told["server_name"]) == (bool(words), "127.0.0.1")
+    out, err = capsys.readouterr()
+    if words:
+        assert code == 2 and out == "" and "error: --share: Gradio's servers gave no public address" in err
+    else:
+        assert code == 130 and out == "http://127.0.0.1:7860/\n"
+
+
 def test_large_uploads_are_refused(page):
     address, home, _ = page
     assert uploaded(address, "small.jpg", bytes(1000)) is not None
@@ -132,7 +172,10 @@ def test_nothing_is_written_outside_a_temporary_folder_which_goes_at_the_end(fol
         assert all(name.startswith("tmp/pyramidclip-app-") for name in files_below(tmp_path)), files_below(tmp_path)
         assert kept.startswith(str(tmp_path / "tmp" / "pyramidclip-app-"))
     assert process.returncode == 130
-    assert files_below(tmp_path) == set() and files_below(folder) == before
+    assert files_below(folder) == before
+    # Importing Transformers makes torch leave an empty folder in any temporary folder.
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert {name for name in left if "torchinductor" not in name} == {"tmp", "here"}
 
 
 @pytest.mark.parametrize(
