@@ -28,12 +28,13 @@ def damaged(whole: bytes, chance: random.Random) -> bytes:
     return bytes(data)
 
 
-def fuzz(name: str, seconds: float, folder: Path) -> int:
+def fuzz(name: str, seconds: float, least: int, folder: Path) -> None:
+    """As many inputs as the seconds allow, on a busy machine `least` in longer."""
     make, read, documented = READERS[name]
     whole, number = make(folder), 0
     read(whole, folder)
     end = time.monotonic() + seconds
-    while number < 2 or time.monotonic() < end:
+    while number < least or time.monotonic() < end:
         data = damaged(whole, random.Random(zlib.crc32(name.encode()) + number))
         began = time.monotonic()
         try:
@@ -45,15 +46,14 @@ def fuzz(name: str, seconds: float, folder: Path) -> int:
         longest = time.monotonic() - began
         assert longest < LONGEST, f"{name}: input {number} takes {longest:.1f} s"
         number += 1
-    return number
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_bytes_give_the_documented_error(name: str, tmp_path: Path) -> None:
-    assert fuzz(name, 10 / len(READERS), tmp_path) > 1
+    fuzz(name, 10 / len(READERS), 2, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_many_damaged_bytes_give_the_documented_error(name: str, tmp_path: Path) -> None:
-    assert fuzz(name, 60 / len(READERS), tmp_path) > 10
+    fuzz(name, 60 / len(READERS), 10, tmp_path)
