@@ -70,8 +70,15 @@ from training.prepare.selecting.decide import Decision, Output, Selection, decid
 from training.prepare.selecting.facts import Column, is_whole, measure_part
 from training.prepare.selecting.page import page
 from training.prepare.selecting.reading import read_rules
-from training.prepare.sources import PairSource, RawPair, SourcePart, expand_inputs, open_source, refuse_own_folder
-from training.prepare.sources.hub import HubSource
+from training.prepare.sources import (
+    PairSource,
+    RawPair,
+    SourcePart,
+    expand_inputs,
+    is_hub_name,
+    open_source,
+    refuse_own_folder,
+)
 from training.prepare.sources.tars import TarSource
 from training.prepare.steps.rewriting import mark_unfinished
 from training.prepare.steps.work import Advance, Stage, Tally, Worker, this_worker
@@ -114,9 +121,11 @@ class _Data:
 
     def __init__(self, arguments: SourceArguments, called: str):
         arguments.input = expand_inputs(arguments.input)
+        for name in arguments.input:  # before the Hub is asked, which may take a minute without a network
+            if is_hub_name(name):
+                what = "a data set of the Hub" if Path(name).exists() else "no file or folder here"
+                raise ValueError(f"{called} {name} is {what}: a data set of the Hub is packed first (prepare.pack)")
         self.source: PairSource = open_source(arguments)
-        if isinstance(self.source, HubSource):
-            raise ValueError(f"{called} {arguments.input[0]} is a data set of the Hub: pack it first (prepare.pack)")
         self.names = list(arguments.input)
         self.described = self._described()
         for folder, content in self.described.items():

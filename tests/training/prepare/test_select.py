@@ -439,6 +439,9 @@ def test_inputs_that_cannot_be_chosen_from(source, tmp_path):
         run(source, source, rule)
     with pytest.raises(FileNotFoundError, match="--rules .*none.yaml: there is no such file"):
         run_step(select, ["--input", source, "--output-dir", tmp_path / "out", "--rules", tmp_path / "none.yaml"])
+    others = {"x": {"rule": "repeats", "of": "pair", "against": ["data/missing"]}}
+    with pytest.raises(ValueError, match="^against: data/missing is no file or folder here: .*prepare.pack"):
+        run(source, tmp_path / "out", others)  # as --input it would be looked for on the Hub
     (source / "dataset.json").write_text(json.dumps({"format": 1, "unfinished": ["regions"]}))
     with pytest.raises(ValueError, match="regions has begun and not ended"):
         run(source, tmp_path / "out", rule)

@@ -72,7 +72,7 @@ def open_source(arguments: SourceArguments) -> PairSource:
     if arguments.samples_per_shard < 1:
         raise ValueError(f"samples_per_shard is {arguments.samples_per_shard}, expected 1 or more")
     first = arguments.input[0]
-    if len(arguments.input) == 1 and _is_hub_name(first):
+    if len(arguments.input) == 1 and is_hub_name(first):
         return HubSource(arguments)
     files = _files(arguments.input)
     tars = [name for name in files if name.endswith(".tar")]
@@ -83,7 +83,8 @@ def open_source(arguments: SourceArguments) -> PairSource:
     raise ValueError(f"--input names {len(tars)} tars and {len(files) - len(tars)} tables: pack them into two folders")
 
 
-def _is_hub_name(name: str) -> bool:
+def is_hub_name(name: str) -> bool:
+    """Whether a source is one of the Hub: what `save_to_disk` wrote, or a name that is no path here."""
     if os.path.exists(name):
         return (Path(name) / "dataset_info.json").exists() or (Path(name) / "dataset_dict.json").exists()
     return (

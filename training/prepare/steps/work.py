@@ -291,5 +291,12 @@ def contents_of(folder: str | Path) -> str:
     folder = Path(folder)
     if not folder.is_dir():
         return "it is a file" if folder.exists() else "it is not there"
-    kinds = Counter(f"*{path.suffix}" if path.is_file() else "folder" for path in folder.iterdir())
-    return "it holds " + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(3)) if kinds else "it is empty"
+    kinds = Counter(
+        "folder" if path.is_dir() else f"*{path.suffix}" if path.suffix else "without an ending"
+        for path in folder.iterdir()
+    )
+    if not kinds:
+        return "it is empty"
+    named = [f"{n} {kind}" for kind, n in kinds.most_common(3)]
+    others = kinds.total() - sum(n for _, n in kinds.most_common(3))
+    return "it holds " + ", ".join([*named, f"{others} others"] if others else named)

@@ -24,7 +24,7 @@ from tests.training.prepare.small_data import (
 )
 from training.data.shards import read_dataset_json
 from training.prepare import detect, import_features, pack, summarize
-from training.prepare.steps.work import Stage, Tally, Worker
+from training.prepare.steps.work import Stage, Tally, Worker, contents_of
 
 
 def command(module, *flags, checkout, launch=()):
@@ -203,3 +203,14 @@ def test_a_report_counts_only_with_its_settings(tmp_path):
     assert Stage(tmp_path, "s", {"a": 2}, overwrite=True).report("x") is None
     with pytest.raises(ValueError, match="a: then 2, now 1"):
         Stage(tmp_path, "s", {"a": 1})
+
+
+def test_what_a_folder_holds_is_counted_whole(tmp_path):
+    for name in ("a.jpg", "b.jpg", "c.jpg", "plain", "other"):
+        (tmp_path / name).touch()
+    assert contents_of(tmp_path) == "it holds 3 *.jpg, 2 without an ending"
+    for name in ("d.heic", "e.avif"):
+        (tmp_path / name).touch()
+    (tmp_path / "inner").mkdir()
+    told = contents_of(tmp_path)
+    assert told.startswith("it holds 3 *.jpg, 2 without an ending, 1 ") and told.endswith(", 2 others")
