@@ -10,9 +10,8 @@ import pytest
 
 OURS = "import pyramidclip_hf"
 THEIRS = "from transformers import CLIPModel"
-ROUNDS = 3
-# What else the machine does disturbs single measurements: one quiet attempt of so many is enough.
-ATTEMPTS = 3
+# What else the machine does disturbs single measurements: one quiet attempt is enough, of medians of so many rounds.
+ATTEMPTS = (1, 3, 3)
 
 
 def processor_seconds(code, checkout):
@@ -26,21 +25,21 @@ def processor_seconds(code, checkout):
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
-def median_difference(checkout):
+def median_difference(checkout, rounds):
     """Median over rounds of (ours - theirs), each round one process of either, in alternation."""
     return statistics.median(
-        processor_seconds(OURS, checkout) - processor_seconds(THEIRS, checkout) for _ in range(ROUNDS)
+        processor_seconds(OURS, checkout) - processor_seconds(THEIRS, checkout) for _ in range(rounds)
     )
 
 
-@pytest.mark.timeout(1800)  # 18 imports at worst, on a machine that may be very busy
+@pytest.mark.timeout(1800)  # 14 imports at worst, on a machine that may be very busy
 def test_import_costs_at_most_0_3_seconds_more_than_clip(checkout):
     differences = []
-    for _ in range(ATTEMPTS):
-        differences.append(median_difference(checkout))
+    for rounds in ATTEMPTS:
+        differences.append(median_difference(checkout, rounds))
         if differences[-1] <= 0.3:
             break
-    print(f"seconds more than CLIPModel's import, medians of {ROUNDS}:", differences)
+    print(f"seconds more than CLIPModel's import, medians of {ATTEMPTS}:", differences)
     assert min(differences) <= 0.3, differences
 
 
