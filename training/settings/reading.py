@@ -297,7 +297,9 @@ def _chain(place: str, above: tuple[Path, ...]) -> list[tuple[Path, str, dict[st
     path = Path(name)
     if not path.is_file():
         said = f"{above[-1]}: extends" if above else "--config"
-        raise ValueError(f"{said}: expected a YAML file, and {path} is not one")
+        raise ValueError(
+            f"{said}: expected a YAML file, and {path} {'is not one' if path.exists() else 'is not there'}"
+        )
     if path.resolve() in [file.resolve() for file in above]:
         circle = above[[file.resolve() for file in above].index(path.resolve()) :]
         raise ValueError(f"{above[-1]}: extends goes in a circle: {' -> '.join(map(str, [*circle, path]))}")

@@ -92,7 +92,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
         ([*GRAPHS, "--per-device-chunk-size", "8"], "reduce-overhead with per_device_chunk_size is not possible"),
         (["--text-lengths", "32", "16"], r"text_lengths: expected rising numbers .* got \[32, 16\]"),
         (["--text-lengths", "1"], r"text_lengths: expected .* from 2 on, each once, got \[1\]"),
-        (["--config", "nowhere.yaml"], "expected a YAML file, and nowhere.yaml is not one"),
+        (["--config", "nowhere.yaml"], "expected a YAML file, and nowhere.yaml is not there"),
     ],
 )
 def test_a_wrong_word_is_an_error_that_says_what_to_do(words, message):

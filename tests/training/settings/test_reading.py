@@ -60,7 +60,7 @@ def test_several_files_are_one_after_another_and_changes_to_the_model_add_up(tmp
     for place, message in (
         (f"{rows}:table.raw", "rows.yaml:table.raw: there is no raw; there: row, other"),
         (f"{rows}:table.row.seed", "there is no seed; there: learning_rate"),
-        (f"{tmp_path}/no.yaml:table", "--config: expected a YAML file, and .*/no.yaml is not one"),
+        (f"{tmp_path}/no.yaml:table", "--config: expected a YAML file, and .*/no.yaml is not there"),
     ):
         with pytest.raises(ValueError, match=message):
             read_settings(PretrainingArguments, place)
@@ -74,7 +74,7 @@ def test_several_files_are_one_after_another_and_changes_to_the_model_add_up(tmp
             r"a.yaml: extends goes in a circle: \S*b.yaml -> \S*a.yaml -> ",
         ),
         ({"a": "extends: a.yaml"}, r"a.yaml: extends goes in a circle: \S*a.yaml -> \S*a.yaml$"),
-        ({"a": "extends: nowhere.yaml"}, r"/a.yaml: extends: expected a YAML file, and \S*/nowhere.yaml is not one"),
+        ({"a": "extends: nowhere.yaml"}, r"/a.yaml: extends: expected a YAML file, and \S*/nowhere.yaml is not there"),
         (
             {"a": "extends: {b: 1}"},
             r"/a.yaml: extends: expected the name of a YAML file, or a list of such, got {'b': 1}",
