@@ -16,9 +16,11 @@ are too many.
 """
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 from pyramidclip_command import CommandParser, answer_words, check_there, run_command
@@ -144,31 +146,34 @@ def audit(
         The counts, and {text level: how often its texts repeat}.
     """
     tally, repeats = AuditCounts(), {level: RepeatCounter() for level in TEXTS}
-    jobs: list[Job] = []
-    done: list[Job] = []
-    for d, data in enumerate(sources):
-        for u, unit in enumerate(data.units):
-            (done if parts is not None and part_path(parts, unit, limits).exists() else jobs).append((d, u))
-    with tqdm(total=sum(data.samples for data in sources), unit="sample", desc="audit", disable=not progress) as bar:
-
-        def take(found: AuditCounts, hashes: Hashes) -> None:
+    everything = [(d, u) for d, data in enumerate(sources) for u in range(len(data.units))]
+    kept = {(d, u): part_path(parts, sources[d].units[u], limits) for d, u in everything} if parts is not None else {}
+    jobs = [job for job in everything if job not in kept or not kept[job].exists()]
+    to_do = set(jobs)
+    total = sum(data.samples for data in sources)
+    with (
+        contextlib.closing(_results(sources, jobs, workers, limits)) as results,
+        tqdm(total=total, unit="sample", desc="audit", disable=not progress) as bar,
+    ):
+        # In the order of the units, whoever read them and when: sums of floats depend on it in their last place.
+        for job in everything:
+            if job in to_do:
+                _, found, hashes = next(results)
+                if job in kept:
+                    save_part(kept[job], found, hashes)
+            else:
+                found, hashes = load_part(kept[job])
             tally.add(found)
             for level in TEXTS:
                 repeats[level].add(hashes[level])
             bar.update(found.samples)
-
-        for d, u in done:
-            if parts is not None:
-                take(*load_part(part_path(parts, sources[d].units[u], limits)))
-        for (d, u), found, hashes in _results(sources, jobs, workers, limits):
-            if parts is not None:
-                save_part(part_path(parts, sources[d].units[u], limits), found, hashes)
-            take(found, hashes)
     tally.bad.sort(key=lambda entry: (entry.where, entry.key))
     return tally, repeats
 
 
-def _results(sources: Sequence[DataSet], jobs: Sequence[Job], workers: int, limits: AuditLimits) -> Iterator[Audited]:
+def _results(
+    sources: Sequence[DataSet], jobs: Sequence[Job], workers: int, limits: AuditLimits
+) -> Generator[Audited, None, None]:
     if workers <= 1:
         auditor = _Auditor(sources, limits)
         yield from map(auditor.audit, jobs)
@@ -176,14 +181,12 @@ def _results(sources: Sequence[DataSet], jobs: Sequence[Job], workers: int, limi
     pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(sources, limits))
     try:
         # A few ahead of the workers: the results of all would not fit into memory.
-        waiting: set[Future[Audited]] = set()
+        waiting: deque[Future[Audited]] = deque()
         for job in jobs:
-            waiting.add(pool.submit(_audit_job, job))
-            if len(waiting) >= 2 * workers:
-                first = next(as_completed(waiting))
-                waiting.remove(first)
-                yield first.result()
-        for last in as_completed(waiting):
+            waiting.append(pool.submit(_audit_job, job))
+            if len(waiting) >= 4 * workers:
+                yield waiting.popleft().result()
+        for last in waiting:
             yield last.result()
     finally:
         pool.shutdown(cancel_futures=True)

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -113,6 +114,21 @@ def test_two_processes_count_the_same(shards):
     one, _ = audited(shards)
     two, _ = audited(shards, workers=2)
     assert json.dumps(one, sort_keys=True) == json.dumps(two, sort_keys=True)
+
+
+def test_results_count_in_the_order_of_the_units(shards, tmp_path, monkeypatch):
+    """And not in that of the processes that come first: sums of floats would differ in their last place."""
+    audit_unit, saved = module.audit_unit, []
+
+    def slow_at_first(data, unit, *rest):
+        time.sleep(0.5 if unit is data.units[0] else 0)
+        return audit_unit(data, unit, *rest)
+
+    monkeypatch.setattr(module, "audit_unit", slow_at_first)
+    monkeypatch.setattr(module, "save_part", lambda path, *_: saved.append(path))
+    audited(shards, workers=2, parts=tmp_path)
+    units = open_data_set(shards).units
+    assert len(units) == 4 and saved == [module.part_path(tmp_path, unit, module.AS_BY_DEFAULT) for unit in units]
 
 
 def test_continues_where_it_was_stopped(shards, tmp_path, monkeypatch):
