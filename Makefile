@@ -8,7 +8,7 @@ CORE_TORCH := 2.13.0
 CORE_TESTS := tests/pyramidclip_hf --ignore tests/pyramidclip_hf/vinvl tests/test_core_environment.py
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-main test-core test-app test-all test-ranks test-faults test-kernels test-upstream bench gpu gpu-wheels test-versions lint clean
+.PHONY: help setup demo test test-main test-core test-app test-ray test-all test-ranks test-faults test-kernels test-upstream bench gpu gpu-wheels test-versions lint clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -45,7 +45,7 @@ $(CORE)/installed: setup.cfg pyproject.toml constraints.txt
 
 test-all: $(VENV)/installed  ## every test, the long ones too
 	$(PYTEST) -n $(WORKERS)
-	$(MAKE) test-core test-app test-versions
+	$(MAKE) test-core test-app test-ray test-versions
 
 APP := .venv-app
 APP_TESTS := $(wildcard tests/pyramidclip_hf/test_app*.py) tests/training/test_static_page.py
@@ -61,6 +61,11 @@ $(APP)/installed: setup.cfg pyproject.toml constraints.txt constraints-app.txt
 		--editable ".[app,export]" accelerate playwright pytest pytest-timeout pytest-xdist
 	npm install --no-fund --no-audit --prefix $(APP) $(NPM_PACKAGES)
 	touch $@
+
+# Without an environment of its own, as nothing that is installed changes.
+test-ray: $(VENV)/installed  ## --engine ray, on a cluster of two workers on this machine
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[ray]"
+	$(PYTEST) tests/training/prepare/steps/test_ray.py
 
 test-faults: $(VENV)/installed  ## runs killed at each file operation, on a full disk, with damaged files; hostile bytes; the launcher
 	$(PYTEST) -n $(WORKERS) tests/faults tests/test_fuzz.py tests/training/data/test_faults.py \

@@ -475,6 +475,18 @@ def _add_embed(parser: argparse.ArgumentParser) -> None:
         help="rows between two saves; a stopped job repeats at most these (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="take the place of a finished or unfinished file")
+    parser.add_argument(
+        "--engine",
+        default="local",
+        choices=("local", "ray"),
+        help="who embeds: this process, or workers on a Ray cluster that see the same folders (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ray-address", help="HOST:PORT of the cluster, or auto; default: $RAY_ADDRESS, else one on this machine"
+    )
+    parser.add_argument(
+        "--ray-workers", type=_at_least_one, help="default: one a GPU of the cluster, or one a processor core"
+    )
     _add_common(parser, batches=True)
 
 

@@ -7,6 +7,7 @@ Results go to stdout, tab-separated or with `--json` one object a line; everythi
 import argparse
 import hashlib
 import os
+import platform
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from PIL import Image
 
-from pyramidclip_command import EXIT_SKIPPED
+from pyramidclip_command import EXIT_SKIPPED, Failure
 
 from .app_page import run_app
 from .backends import ExportedModel, load_exported
@@ -30,6 +31,7 @@ from .explain import explain_image
 from .export import compare_on_data, export_model, read_pairs
 from .files import json_text, write_text
 from .fusion_pyramidclip import LinearBackend, OneDNNLinear
+from .handing_out import Advance, Phase
 from .hits_page import hits_page
 from .loading import Loaded, choose_device, load_model, told_slow_type
 from .modeling_pyramidclip import PyramidCLIPModel
@@ -47,6 +49,7 @@ from .picture_files import (
     told_passed_over,
 )
 from .processing_pyramidclip import PyramidCLIPProcessor
+from .ray_engine import RayOptions, run_on_ray
 from .zero_shot import (
     IMAGENET_TEMPLATES,
     class_embeddings,
@@ -278,7 +281,10 @@ def run_embed(args: argparse.Namespace) -> int:
     _say_where_it_stands(job, items, messages)
     if not job.complete and isinstance(loaded.model, PyramidCLIPModel):
         _fuse_as_before(job, loaded.model)
-    (_embed_texts if args.texts else _embed_pictures)(job, loaded, args, messages)
+    if args.engine == "ray":
+        _embed_on_ray(job, settings, args, messages)
+    else:
+        (_embed_texts if args.texts else _embed_pictures)(job, loaded, args, messages, job.missing())
     rows, skipped = job.finish()
     messages.note(f"{output}: {rows} embeddings")
     if args.json:
@@ -340,8 +346,62 @@ def _fuse_as_before(job: EmbeddingJob, model: PyramidCLIPModel) -> None:
     model.fuse(linear=cast("LinearBackend", job.remembered("linear", choose)))
 
 
-def _embed_pictures(job: EmbeddingJob, loaded: Loaded[Any], args: argparse.Namespace, messages: _Messages) -> None:
-    missing = job.missing()
+def _embed_on_ray(job: EmbeddingJob, settings: dict[str, Any], args: argparse.Namespace, messages: _Messages) -> None:
+    """Has the workers of a cluster make the missing parts; names what they skipped."""
+    known = set(job.skipped())
+    if job.missing():
+        with_gpu = None if args.device == "auto" else args.device != "cpu"
+        options = RayOptions(args.ray_address, args.ray_workers, with_gpu)
+        told = argparse.Namespace(**{**vars(args), "quiet": True})
+        run_on_ray("pyramidclip_hf.commands:open_embed_job", (told, settings), options)
+    if left := job.missing():
+        raise Failure(f"{len(left)} parts are not in {job.folder}: the workers do not see that folder, or another one")
+    for item, reason in job.skipped():
+        if (item, reason) not in known:
+            messages.skip(item, reason)
+
+
+def open_embed_job(asked: tuple[argparse.Namespace, dict[str, Any]]) -> "_EmbedJob":
+    """What a worker of Ray has of an embedding job. asked: the arguments, and the settings of the job as it began."""
+    args, settings = asked
+    loaded = _load(args, _Messages(args), fuse=False)
+    if loaded.sha256() != settings["model_sha256"]:
+        raise Failure(f"--model {args.model} is another model on {platform.node()} than where the command began")
+    job = EmbeddingJob(Path(args.output), loaded.name, settings, [], args.part_size, args.overwrite)
+    if isinstance(loaded.model, PyramidCLIPModel):
+        _fuse_as_before(job, loaded.model)
+    return _EmbedJob(job, loaded, args)
+
+
+class _EmbedJob:
+    """The parts of an embedding job, see `handing_out.Job`; putting them together is left to whoever began it."""
+
+    def __init__(self, job: EmbeddingJob, loaded: Loaded[Any], args: argparse.Namespace):
+        self.job, self.loaded, self.args = job, loaded, args
+
+    def phases(self) -> Iterator[Phase]:
+        """One: all parts."""
+        items: dict[str, int | None] = {str(number): len(self.job.items_of(number)) for number in self.job.parts}
+        unit = "text" if self.args.texts else "picture"
+        yield Phase("embed", items, lambda item: not self.job.is_missing(int(item)), self._do, unit)
+
+    def _do(self, item: str, advance: Advance) -> None:
+        embed = _embed_texts if self.args.texts else _embed_pictures
+        embed(self.job, self.loaded, self.args, _Messages(self.args), [int(item)])
+        advance(len(self.job.items_of(int(item))))
+
+    def finish(self) -> None:
+        """Nothing is left to a worker."""
+        return
+
+    def told(self, result: None) -> str:
+        """Nothing."""
+        return ""
+
+
+def _embed_pictures(
+    job: EmbeddingJob, loaded: Loaded[Any], args: argparse.Namespace, messages: _Messages, missing: Sequence[int]
+) -> None:
     paths = (path for number in missing for path in job.items_of(number))
     parts = [(number, len(job.items_of(number))) for number in missing]
     total, left = len(job.items), sum(count for _, count in parts)
@@ -360,8 +420,9 @@ def _embed_pictures(job: EmbeddingJob, loaded: Loaded[Any], args: argparse.Names
                 names, skipped, rows = [], [], rows[:1]
 
 
-def _embed_texts(job: EmbeddingJob, loaded: Loaded[Any], args: argparse.Namespace, messages: _Messages) -> None:
-    missing = job.missing()
+def _embed_texts(
+    job: EmbeddingJob, loaded: Loaded[Any], args: argparse.Namespace, messages: _Messages, missing: Sequence[int]
+) -> None:
     left = sum(len(job.items_of(number)) for number in missing)
     with messages.bar(len(job.items), "text", initial=len(job.items) - left) as bar:
         for number in missing:

@@ -162,7 +162,11 @@ class EmbeddingJob:
 
     def missing(self) -> list[int]:
         """The numbers of the parts that are not done."""
-        return [] if self.complete else [number for number in self.parts if not self._part_file(number).exists()]
+        return [] if self.complete else [number for number in self.parts if self.is_missing(number)]
+
+    def is_missing(self, number: int) -> bool:
+        """Whether a part is not done."""
+        return not (self.complete or self._part_file(number).exists())
 
     def items_of(self, number: int) -> list[str]:
         """The items of a part."""

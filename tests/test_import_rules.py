@@ -52,6 +52,8 @@ SIBLINGS = {
     "processing_pyramidclip": PREPROCESSING | {"versions_pyramidclip"},
     "zero_shot": PREPROCESSING | {"processing_pyramidclip"},
     "files": set(),
+    "handing_out": set(),
+    "ray_engine": {"handing_out"},
     "pages": set(),
     "parquet_pages": set(),
     "hits_page": {"pages", "image_processing_pyramidclip", "picture_files"},
@@ -73,7 +75,10 @@ ASSEMBLERS = {
     "commands",
 }
 # Installed with the package, for these modules: what else is copied to the Hub with a model must not need them.
-HELPERS = {"filelock": {"files"}, "pyramidclip_command": {"__init__", "commands", "export", "loading", "app_page"}}
+HELPERS = {
+    "filelock": {"files"},
+    "pyramidclip_command": {"__init__", "commands", "export", "loading", "app_page", "handing_out", "ray_engine"},
+}
 
 # The layers of `training/` from the top: an import leads to a lower line or stays in its room. What lies directly in
 # `training/` is a command, and so is what lies directly in `training/prepare/`, whose rooms hold what it is made of.

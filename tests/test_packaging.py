@@ -189,9 +189,10 @@ def test_the_citation_is_the_model_cards():
 def test_dependencies_are_the_core_and_dev_is_everything_but_the_page():
     core = requirement_names(setup_cfg()["options"]["install_requires"])
     assert core == set("torch transformers huggingface_hub safetensors pillow tokenizers numpy ftfy".split())
-    named = {"train", "demo", "vinvl", "detection", "eval", "export", "search", "select", "app", "dev"}
+    named = {"train", "demo", "vinvl", "detection", "eval", "export", "search", "select", "ray", "app", "dev"}
     assert set(extras()) == named
     dev = setup_cfg()["options.extras_require"]["dev"]
+    # Ray is wanted by clusters alone: `make test-ray` installs it.
     assert "pyramidclip-hf[train,demo,vinvl,detection,eval,export,search,select]" in dev
 
 

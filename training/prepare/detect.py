@@ -57,6 +57,7 @@ if __name__ == "__main__":
 
 from PIL import Image
 
+from pyramidclip_hf.handing_out import Advance
 from training.data.shards import ShardReader
 from training.data.views import BadPicture, decoded_picture
 from training.prepare.steps.detectors import Detector, open_detector
@@ -64,12 +65,12 @@ from training.prepare.steps.regions import Detections, best_regions
 from training.prepare.steps.rewriting import (
     NO_REGIONS,
     Opened,
+    Rewriting,
     describe_dataset,
     refuse_other_maker,
-    rewrite_shards,
     shards_of,
 )
-from training.prepare.steps.work import Advance, Stage, Tally, Worker, this_worker
+from training.prepare.steps.work import Stage, Tally, Worker, ray_worker, run_here, run_job
 
 # The level it makes, as `import_features` does.
 STAGE = "regions"
@@ -100,9 +101,18 @@ def detect(settings: DetectSettings) -> Tally | None:
         FileNotFoundError: there are no shards.
     """
     shards_of(settings.detect.input_dir)
-    worker = this_worker(settings.work)
+    return run_job("training.prepare.detect:worker_job", open_job, settings, settings.work, has_model=True)
+
+
+def worker_job(settings: DetectSettings) -> Rewriting:
+    """The job of a worker of Ray."""
+    return open_job(settings, ray_worker(settings.work))
+
+
+def open_job(settings: DetectSettings, worker: Worker) -> Rewriting:
+    """The step as a job; raises as `detect`."""
     detector = open_detector(settings.detector, worker.device)
-    return run(detector, settings.detect, settings.detector.top, worker, settings.work.overwrite)
+    return _job(detector, settings.detect, settings.detector.top, worker, settings.work.overwrite)
 
 
 def run(
@@ -120,30 +130,26 @@ def run(
     Returns:
         The total, or None while other processes have not finished theirs.
     """
-    folder = arguments.output_dir or arguments.input_dir
+    return run_here(_job(provider, arguments, top, worker, overwrite), worker)
+
+
+def _job(provider: Detector, arguments: DetectArguments, top: int, worker: Worker, overwrite: bool) -> Rewriting:
     refuse_other_maker(arguments.input_dir, "regions", provider.made_by, overwrite)
     settings = {
         "regions": provider.made_by,
         "batch_size": arguments.batch_size,
         "max_image_pixels": arguments.max_image_pixels,
     }
-    stage = Stage(folder, STAGE, settings, overwrite)
-    change = Change(provider, arguments, top)
-    total = rewrite_shards(stage, arguments.input_dir, worker, change)
-    if total is not None:
+    stage = Stage(arguments.output_dir or arguments.input_dir, STAGE, settings, overwrite)
+
+    def describe(total: Tally) -> None:
         sizes = [int(name.removeprefix("feature_size_")) for name in total.counts if name.startswith("feature_size_")]
         if len(sizes) > 1:
             raise Failure(f"the detector gave features of different widths: {sorted(sizes)}")
-        describe_dataset(
-            stage,
-            arguments.input_dir,
-            total,
-            {"regions": provider.made_by},
-            sizes[0] if sizes else provider.feature_size,
-        )
-    if worker.index == 0 or total is not None:
-        print(stage.summary(total))
-    return total
+        width = sizes[0] if sizes else provider.feature_size
+        describe_dataset(stage, arguments.input_dir, total, {"regions": provider.made_by}, width)
+
+    return Rewriting(stage, arguments.input_dir, Change(provider, arguments, top), describe, worker)
 
 
 class Change:

@@ -95,6 +95,7 @@ def parse(words: Sequence[str]) -> ImportSettings:
 if __name__ == "__main__":
     answer_words(parse)
 
+from pyramidclip_hf.handing_out import Advance, Phase
 from training.data.records import Sample
 from training.data.shards import ShardReader, ShardWriter
 from training.prepare.formats import BadRow, RegionFormat, Size, open_formats
@@ -105,13 +106,13 @@ from training.prepare.steps.rewriting import (
     Levels,
     MadeBy,
     Opened,
+    Rewriting,
     describe_dataset,
     mark_unfinished,
     refuse_other_maker,
-    rewrite_shards,
     shards_of,
 )
-from training.prepare.steps.work import Advance, Stage, Tally, Worker, this_worker
+from training.prepare.steps.work import Stage, Tally, Worker, ray_worker, run_job
 
 # The level it makes: `detect` makes the same one, and what is done by one is not done by the other.
 STAGE = "regions"
@@ -136,23 +137,24 @@ def import_features(settings: ImportSettings) -> Tally | None:
     """
     if settings.places.merge_into is not None:
         shards_of(settings.places.merge_into)
-    worker = this_worker(settings.work, has_model=False)
-    rows = open_formats(settings.places.input, settings.rows.key_pattern, *settings.formats)
-    importer = Importer(rows, settings)
-    total = importer.store(worker) if settings.places.store_dir else importer.merge(worker)
-    if total is not None:
-        importer.describe(total)
-    if worker.index == 0 or total is not None:
-        if rows.lacks:
-            print(f"{rows.name} here has no {' and no '.join(rows.lacks)}: tags are made without")
-        print(importer.stage.summary(total))
-    return total
+    return run_job("training.prepare.import_features:worker_job", open_job, settings, settings.work)
+
+
+def worker_job(settings: ImportSettings) -> "Importer":
+    """The job of a worker of Ray."""
+    return open_job(settings, ray_worker(settings.work, has_model=False))
+
+
+def open_job(settings: ImportSettings, worker: Worker) -> "Importer":
+    """The step as a job; raises as `import_features`."""
+    return Importer(open_formats(settings.places.input, settings.rows.key_pattern, *settings.formats), settings, worker)
 
 
 class Importer:
-    """Reads the rows of one format (`training.prepare.formats`) into shards or into a store."""
+    """Reads the rows of one format (`training.prepare.formats`) into shards or into a store, as a job."""
 
-    def __init__(self, rows: RegionFormat, settings: ImportSettings):
+    def __init__(self, rows: RegionFormat, settings: ImportSettings, worker: Worker):
+        self.worker = worker
         self.rows, self.places, self.arguments = rows, settings.places, settings.rows
         overwrite = settings.work.overwrite
         self.feature_size = _feature_size(rows)
@@ -163,10 +165,40 @@ class Importer:
         # Samples that get no new regions must not keep those of the other detector.
         self.without: Levels = NO_REGIONS if before not in (None, self.made_by) else {}
         self.stage = Stage(self.places.folder, STAGE, settings.that_decide(), overwrite)
+        self.merging: Rewriting | None = None
+        if self.places.merge_into is not None:
+            self.merging = Rewriting(
+                self.stage, self.places.merge_into, self._change, self._describe, worker, self._close_merge
+            )
+        step = self.arguments.rows_per_shard
+        self.pieces = {
+            f"{number:05d}": range(start, min(start + step, len(rows)))
+            for number, start in enumerate(range(0, len(rows), step))
+        }
 
-    def merge(self, worker: Worker) -> Tally | None:
-        """Adds the regions to existing shards; returns the total or None."""
-        return rewrite_shards(self.stage, self.places.merge_into or "", worker, self._change, self._close_merge)
+    def phases(self) -> Iterator[Phase]:
+        """One: all shards, or all pieces of the store."""
+        if self.merging is not None:
+            yield from self.merging.phases()
+            return
+        if any(self.stage.report(name) is None for name in self.worker.share(self.pieces)):
+            mark_unfinished(self.stage)
+        yield self.stage.phase({name: len(rows) for name, rows in self.pieces.items()}, self._store, unit="row")
+
+    def finish(self) -> Tally | None:
+        """The total, or None while shards are missing."""
+        if self.merging is not None:
+            return self.merging.finish()
+        total = self.stage.finish(self.pieces, self._close_store)
+        if total is not None:
+            self._describe(total)
+        return total
+
+    def told(self, result: Tally | None) -> str:
+        """What people are told of the total."""
+        lacks = " and no ".join(self.rows.lacks)
+        told = [f"{self.rows.name} here has no {lacks}: tags are made without"] if lacks else []
+        return "\n".join([*told, self.stage.summary(result)])
 
     def _close_merge(self, total: Tally) -> None:
         total.count("rows", len(self.rows) + len(self.rows.problems))
@@ -233,25 +265,13 @@ class Importer:
             )
         return found
 
-    def store(self, worker: Worker) -> Tally | None:
-        """Writes the regions alone, in the order of the file; returns the total or None."""
-        step = self.arguments.rows_per_shard
-        items = {
-            f"{number:05d}": range(start, min(start + step, len(self.rows)))
-            for number, start in enumerate(range(0, len(self.rows), step))
-        }
-
-        def do(name: str, tally: Tally, advance: Advance) -> None:
-            with ShardWriter(self.stage.folder / f"{name}.tar") as writer:
-                for row in items[name]:
-                    advance(1)
-                    tally.count("in")
-                    self._store_row(row, writer, tally)
-
-        if any(self.stage.report(name) is None for name in worker.share(items)):
-            mark_unfinished(self.stage)
-        self.stage.run({name: len(rows) for name, rows in items.items()}, do, worker, unit="row")
-        return self.stage.finish(items, self._close_store)
+    def _store(self, name: str, tally: Tally, advance: Advance) -> None:
+        """Writes the regions of a piece alone, in the order of the file."""
+        with ShardWriter(self.stage.folder / f"{name}.tar") as writer:
+            for row in self.pieces[name]:
+                advance(1)
+                tally.count("in")
+                self._store_row(row, writer, tally)
 
     def _store_row(self, row: int, writer: ShardWriter, tally: Tally) -> None:
         key, (path, line) = self.rows.key(row), self.rows.place(row)
@@ -277,8 +297,7 @@ class Importer:
             total.count("in")
             total.reject(path, key, reason, detail, line)
 
-    def describe(self, total: Tally) -> None:
-        """Writes `dataset.json`."""
+    def _describe(self, total: Tally) -> None:
         source = self.places.merge_into or self.stage.folder
         describe_dataset(self.stage, source, total, {"regions": self.made_by}, self.feature_size)
 

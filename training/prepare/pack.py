@@ -11,7 +11,7 @@ came before. See docs/prepare.md.
 import io
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from itertools import chain, islice
@@ -72,12 +72,13 @@ if __name__ == "__main__":
 import numpy as np
 
 from pyramidclip_hf.files import json_text, write_atomically
+from pyramidclip_hf.handing_out import Advance, Phase
 from training.data.records import IMAGE_SUFFIXES, BadSample, sample_from_members
 from training.data.shards import ShardWriter
 from training.prepare.sources import PairSource, RawPair, SourcePart, expand_inputs, open_source, refuse_own_folder
 from training.prepare.steps.pictures import picture_suffix
 from training.prepare.steps.rewriting import MadeBy, describe_dataset, mark_unfinished
-from training.prepare.steps.work import Advance, Stage, StageReport, Tally, Worker, this_worker
+from training.prepare.steps.work import Stage, StageReport, Tally, Worker, ray_worker, run_job
 
 STAGE = "pack"
 
@@ -114,28 +115,72 @@ def pack(settings: PackSettings) -> Tally | None:
         FileNotFoundError: the input is not there.
     """
     settings.source.input = expand_inputs(settings.source.input)
-    worker = this_worker(settings.work, has_model=False)
     refuse_own_folder(settings.source.input, settings.pack.output_dir)
-    source = open_source(settings.source)
-    stage = Stage(settings.pack.output_dir, STAGE, settings.that_decide(), settings.work.overwrite)
-    parts = _plan(stage, source)
-    looks_everywhere = source.has_keys and settings.pack.duplicates == "dataset"
-    repeats = _find_repeats(stage, source, parts, worker) if looks_everywhere else {}
-    packer = Packer(stage, source, settings, repeats)
-    if any(stage.report(name) is None for name in worker.share(parts)):
-        mark_unfinished(stage)
+    return run_job("training.prepare.pack:worker_job", open_job, settings, settings.work)
 
-    def do(name: str, tally: Tally, advance: Advance) -> None:
-        packer.pack(parts[name], tally, advance)
 
-    stage.run({name: part.rows for name, part in parts.items()}, do, worker)
-    total = stage.finish(parts)
-    if total is not None:
-        _remove_stale(stage)
-        describe_dataset(stage, stage.folder, total, {STAGE: _made_by(settings.source, source)})
-    if worker.index == 0 or total is not None:
-        print(stage.summary(total))
-    return total
+def worker_job(settings: PackSettings) -> "Packing":
+    """The job of a worker of Ray."""
+    return open_job(settings, ray_worker(settings.work, has_model=False))
+
+
+def open_job(settings: PackSettings, worker: Worker) -> "Packing":
+    """The step as a job; raises as `pack`."""
+    return Packing(settings, worker)
+
+
+class Packing:
+    """All parts of the source, as a job: first the keys are listed, then the shards are written."""
+
+    def __init__(self, settings: PackSettings, worker: Worker):
+        self.settings, self.worker = settings, worker
+        self.source = open_source(settings.source)
+        self.stage = Stage(settings.pack.output_dir, STAGE, settings.that_decide(), settings.work.overwrite)
+        self.parts: dict[str, SourcePart] = {}
+
+    def phases(self) -> Iterator[Phase]:
+        """The keys, where they are compared over the whole source, and the shards."""
+        parts = self.parts = _plan(self.stage, self.source)
+        rows = {name: part.rows for name, part in parts.items()}
+        repeats: dict[str, Repeats] = {}
+        if self.source.has_keys and self.settings.pack.duplicates == "dataset":
+            folder = self.stage.reports / f"keys-{self.stage.fingerprint}"
+            folder.mkdir(exist_ok=True)
+            found = folder / "duplicates.json"
+
+            def is_listed(name: str) -> bool:
+                return found.exists() or (folder / f"{name}.npy").exists()
+
+            def list_keys(name: str, advance: Advance) -> None:
+                hashes = np.array([_hash(key) for key in self.source.keys(parts[name])], np.uint64)
+                buffer = io.BytesIO()
+                np.save(buffer, hashes)
+                write_atomically(folder / f"{name}.npy", buffer.getvalue())
+                advance(len(hashes))
+
+            yield Phase("keys", rows, is_listed, list_keys, wanted_whole=True)
+            repeats = _read_repeats(found, folder, list(parts))
+        packer = Packer(self.stage, self.source, self.settings, repeats)
+        if any(self.stage.report(name) is None for name in self.worker.share(parts)):
+            mark_unfinished(self.stage)
+
+        def do(name: str, tally: Tally, advance: Advance) -> None:
+            packer.pack(parts[name], tally, advance)
+
+        yield self.stage.phase(rows, do)
+
+    def finish(self) -> Tally | None:
+        """The total, or None while parts are missing."""
+        total = self.stage.finish(self.parts)
+        if total is not None:
+            _remove_stale(self.stage)
+            made_by = {STAGE: _made_by(self.settings.source, self.source)}
+            describe_dataset(self.stage, self.stage.folder, total, made_by)
+        return total
+
+    def told(self, result: Tally | None) -> str:
+        """What people are told of the total."""
+        return self.stage.summary(result)
 
 
 def _remove_stale(stage: Stage) -> None:
@@ -164,22 +209,10 @@ def _plan(stage: Stage, source: PairSource) -> dict[str, SourcePart]:
     return {part.name: part for part in parts}
 
 
-def _find_repeats(stage: Stage, source: PairSource, parts: dict[str, SourcePart], worker: Worker) -> dict[str, Repeats]:
-    """{part name: repeats}, for all keys that came before in the order of the source.
-
-    Every process lists the keys of its own parts and then those that nobody has listed yet, so none waits for another.
-    """
-    folder = stage.reports / f"keys-{stage.fingerprint}"
-    folder.mkdir(exist_ok=True)
-    found = folder / "duplicates.json"
+def _read_repeats(found: Path, folder: Path, names: Sequence[str]) -> dict[str, Repeats]:
+    """{part name: repeats}, for all keys that came before in the order of the source, from the lists of keys."""
     if not found.exists():
-        for name in worker.shared_after_own(parts):
-            if not (folder / f"{name}.npy").exists():
-                hashes = np.array([_hash(key) for key in source.keys(parts[name])], np.uint64)
-                buffer = io.BytesIO()
-                np.save(buffer, hashes)
-                write_atomically(folder / f"{name}.npy", buffer.getvalue())
-        write_atomically(found, (json_text(_repeated(folder, list(parts))) + "\n").encode())
+        write_atomically(found, (json_text(_repeated(folder, names)) + "\n").encode())
     table = json.loads(found.read_text(encoding="utf-8"))
     return {name: {int(position): first for position, first in positions.items()} for name, positions in table.items()}
 

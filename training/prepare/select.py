@@ -59,9 +59,9 @@ if __name__ == "__main__":
     answer_words(parse)
 
 import numpy as np
-from tqdm import tqdm
 
 from pyramidclip_hf.files import json_text, write_text, written_aside
+from pyramidclip_hf.handing_out import Advance, Phase
 from training.data.records import BadSample
 from training.data.remote import is_url
 from training.data.shards import ShardWriter, read_dataset_json, refuse_unfinished, write_dataset_json
@@ -73,7 +73,6 @@ from training.prepare.selecting.reading import read_rules
 from training.prepare.sources import (
     PairSource,
     RawPair,
-    SourcePart,
     expand_inputs,
     is_hub_name,
     open_source,
@@ -81,7 +80,7 @@ from training.prepare.sources import (
 )
 from training.prepare.sources.tars import TarSource
 from training.prepare.steps.rewriting import mark_unfinished
-from training.prepare.steps.work import Advance, Stage, Tally, Worker, this_worker
+from training.prepare.steps.work import Stage, Tally, Worker, ray_worker, run_job
 
 STAGE = "select"
 
@@ -106,14 +105,19 @@ def select(settings: SelectSettings) -> Tally | None:
         ValueError: input or rules cannot be used, or the output holds something else.
         FileNotFoundError: the input is not there.
     """
-    chooser = Chooser(settings)
-    worker = this_worker(settings.work, has_model=False)
-    decision = chooser.decide(worker)
-    if settings.select.dry_run:
-        if worker.index == 0:
-            chooser.print_taken(decision)
-        return None
-    return chooser.write(decision, worker)
+    dry_run = settings.select.dry_run
+    target = "training.prepare.select:worker_job"
+    return run_job(target, open_job, settings, settings.work, gives_total=not dry_run)
+
+
+def worker_job(settings: SelectSettings) -> "Chooser":
+    """The job of a worker of Ray."""
+    return open_job(settings, ray_worker(settings.work, has_model=False))
+
+
+def open_job(settings: SelectSettings, worker: Worker) -> "Chooser":
+    """The step as a job; raises as `select`."""
+    return Chooser(settings, worker)
 
 
 class _Data:
@@ -148,18 +152,15 @@ class _Data:
 
 
 class Chooser:
-    """Measures, decides and writes.
-
-    Each of the three is done by parts and outputs that do not know of each other, whose results are files; so anything
-    may hand them out: here it is by number of the process.
+    """Measures, decides and writes, as a job: what is measured and written are parts that do not know of each other.
 
     Raises:
         ValueError: input or rules cannot be used.
         FileNotFoundError: the input is not there.
     """
 
-    def __init__(self, settings: SelectSettings):
-        self.settings, own = settings, settings.select
+    def __init__(self, settings: SelectSettings, worker: Worker):
+        self.settings, own, self.worker = settings, settings.select, worker
         self.selection: Selection = read_rules(own.rules)
         self.data = _Data(settings.source, "--input")
         refuse_own_folder(self.data.names, own.output_dir)
@@ -169,16 +170,18 @@ class Chooser:
         self.merged = _merged(self.data.described)
         self.folder = Path(own.output_dir)
 
-    def decide(self, worker: Worker) -> Decision:
-        """Measures what has not been measured, this process's share first, and asks the rules."""
+    def phases(self) -> Iterator[Phase]:
+        """What has not been measured, of every data set; then, unless it is a dry run, the outputs."""
         columns = self.selection.columns()
         own = self.files(self.data, columns, self.with_pictures)
-        self._measure(self.data, columns, own, worker)
+        yield self._measuring(self.data, columns, own)
         against = {}
         for name, of_others in self.selection.against().items():
             against[name] = self.files(self.against[name], of_others, True)
-            self._measure(self.against[name], of_others, against[name], worker)
-        return decide(self.selection, own, against, self.data.source.has_keys)
+            yield self._measuring(self.against[name], of_others, against[name])
+        self.decision = decide(self.selection, own, against, self.data.source.has_keys)
+        if not self.settings.select.dry_run:
+            yield self._writing(self.decision)
 
     def files(self, data: _Data, columns: Mapping[str, Column], with_pictures: bool) -> dict[str, Path]:
         """{part: where its facts are kept}, by what is measured of which data."""
@@ -190,25 +193,15 @@ class Chooser:
         folder = self.folder / "reports" / STAGE / f"facts-{name}"
         return {part: folder / f"{part}.npz" for part in data.parts}
 
-    def measure(
-        self, data: _Data, part: SourcePart, columns: Mapping[str, Column], path: Path, advance: Advance
-    ) -> None:
-        """Measures one part, unless that is done."""
-        if not is_whole(path):
-            with_pictures = data is not self.data or self.with_pictures
-            measure_part(
-                data.source, part, columns, path, self.settings.select.max_image_pixels, with_pictures, advance
-            )
+    def _measuring(self, data: _Data, columns: Mapping[str, Column], files: Mapping[str, Path]) -> Phase:
+        with_pictures = data is not self.data or self.with_pictures
+        limit = self.settings.select.max_image_pixels
 
-    def _measure(self, data: _Data, columns: Mapping[str, Column], files: Mapping[str, Path], worker: Worker) -> None:
-        # Those of others from behind: they come from the front, and nobody waits for who does not come.
-        own = worker.share(files)
-        rest = [name for name in reversed(list(files)) if name not in set(own)]
-        waiting = [name for name in [*own, *rest] if not is_whole(files[name])]
-        with tqdm(total=None, unit="pair", desc="measure", disable=worker.index > 0 or not waiting) as bar:
-            for done, name in enumerate(waiting, start=1):
-                self.measure(data, data.parts[name], columns, files[name], bar.update)
-                bar.set_postfix(parts=f"{done}/{len(waiting)}", refresh=False)
+        def measure(name: str, advance: Advance) -> None:
+            measure_part(data.source, data.parts[name], columns, files[name], limit, with_pictures, advance)
+
+        rows = {name: data.parts[name].rows for name in files}
+        return Phase("measure", rows, lambda name: is_whole(files[name]), measure, wanted_whole=True)
 
     def read(self, part: int, positions: Sequence[int]) -> Iterator[RawPair]:
         """The pairs of part number `part` at rising positions."""
@@ -220,45 +213,53 @@ class Chooser:
         pairs = (raw for raw in source.read(of_part) if not raw.is_note)
         yield from (raw for position, raw in enumerate(pairs) if position in wanted)
 
-    def print_taken(self, decision: Decision) -> None:
-        """Prints what each rule took, and writes the page."""
-        facts = decision.facts
-        faults = int(np.count_nonzero(facts.verdicts >= facts.SAME_KEY))
-        print(f"select: {len(facts)} in, {faults} that cannot be used")
-        for rule, taken, left in decision.taken:
-            print(f"  {rule}: takes {taken}, leaves {left}")
-        if self.selection.split is not None:
-            print(f"  split: {int(decision.validation.sum())} to validation")
-        path = self.folder / "selection.html"
-        limit = self.settings.select.max_image_pixels
-        write_text(path, page(self.selection, decision, self.data.names, self.read, limit))
-        print(f"  with examples: {path}")
+    def finish(self) -> Tally | None:
+        """The total, or None after a dry run or while outputs are missing."""
+        if self.settings.select.dry_run:
+            if self.worker.index == 0:
+                limit = self.settings.select.max_image_pixels
+                write_text(self.page, page(self.selection, self.decision, self.data.names, self.read, limit))
+            return None
+        total = self.stage.finish(self.plan)
+        if total is not None:
+            self._close(self.stage, self.plan, self.sides, total)
+        return total
 
-    def write(self, decision: Decision, worker: Worker) -> Tally | None:
-        """Writes this process's share of the outputs; returns the total, or None while others are not finished."""
+    def told(self, result: Tally | None) -> str:
+        """What people are told: of a dry run what each rule took, else the total."""
+        if not self.settings.select.dry_run:
+            return self.stage.summary(result)
+        facts = self.decision.facts
+        faults = int(np.count_nonzero(facts.verdicts >= facts.SAME_KEY))
+        lines = [f"select: {len(facts)} in, {faults} that cannot be used"]
+        lines += [f"  {rule}: takes {taken}, leaves {left}" for rule, taken, left in self.decision.taken]
+        if self.selection.split is not None:
+            lines.append(f"  split: {int(self.decision.validation.sum())} to validation")
+        return "\n".join([*lines, f"  with examples: {self.page}"])
+
+    @property
+    def page(self) -> Path:
+        """Where a dry run shows examples."""
+        return self.folder / "selection.html"
+
+    def _writing(self, decision: Decision) -> Phase:
         own = self.settings.select
         is_split = self.selection.split is not None
-        plan = outputs(decision, is_split, self.settings.source.samples_per_shard)
-        stage = Stage(self.folder, STAGE, self._that_decide(), self.settings.work.overwrite)
-        sides = {
+        plan = self.plan = outputs(decision, is_split, self.settings.source.samples_per_shard)
+        stage = self.stage = Stage(self.folder, STAGE, self._that_decide(), self.settings.work.overwrite)
+        self.sides = {
             side: Stage(self.folder / side, STAGE, self._that_decide(), True) if side else stage
             for side in dict.fromkeys(output.side for output in plan.values())
         }
-        if not own.keys_only and any(stage.report(item) is None for item in worker.share(plan)):
-            for side in sides.values():
+        if not own.keys_only and any(stage.report(item) is None for item in self.worker.share(plan)):
+            for side in self.sides.values():
                 mark_unfinished(side)
         writer = _Writer(self, decision, stage)
 
         def do(item: str, tally: Tally, advance: Advance) -> None:
             writer.write(item, plan[item], tally, advance)
 
-        stage.run({item: output.samples for item, output in plan.items()}, do, worker)
-        total = stage.finish(plan)
-        if total is not None:
-            self._close(stage, plan, sides, total)
-        if worker.index == 0 or total is not None:
-            print(stage.summary(total))
-        return total
+        return stage.phase({item: output.samples for item, output in plan.items()}, do)
 
     def _that_decide(self) -> dict[str, Any]:
         source = {**asdict(self.settings.source), "input": [Path(name).name for name in self.data.names]}

@@ -112,6 +112,7 @@ if __name__ == "__main__":
 import torch
 
 from pyramidclip_hf.files import cache_folder, json_text
+from pyramidclip_hf.handing_out import Advance
 from training.data.machine import own_name
 from training.data.records import BadSample, sample_from_members
 from training.data.shards import ShardReader
@@ -121,12 +122,12 @@ from training.prepare.steps.first_clause import first_clause
 from training.prepare.steps.rewriting import (
     MadeBy,
     Opened,
+    Rewriting,
     describe_dataset,
     refuse_other_maker,
-    rewrite_shards,
     shards_of,
 )
-from training.prepare.steps.work import Advance, Stage, Tally, this_worker
+from training.prepare.steps.work import Stage, Tally, Worker, ray_worker, run_job, this_worker
 
 STAGE = "summary"
 
@@ -166,22 +167,36 @@ def summarize(settings: SummarizeSettings) -> Tally | None:
         ValueError: the model cannot be used, or the shards have summaries of another.
         FileNotFoundError: there are no shards.
     """
-    arguments, config, work = settings.places, settings.summary, settings.work
-    shards_of(arguments.input_dir)
-    worker = this_worker(work, has_model=config.model != NO_MODEL)
-    summarizer = open_summarizer(config, worker.device, arguments.cache)
-    if arguments.dry_run:
-        print_pairs(summarizer, arguments.input_dir, arguments.dry_run)
+    shards_of(settings.places.input_dir)
+    if settings.places.dry_run:
+        device = this_worker(settings.work, _has_model(settings)).device
+        summarizer = open_summarizer(settings.summary, device, settings.places.cache)
+        print_pairs(summarizer, settings.places.input_dir, settings.places.dry_run)
         return None
-    folder = arguments.output_dir or arguments.input_dir
-    refuse_other_maker(arguments.input_dir, "summary", summarizer.made_by, work.overwrite)
-    stage = Stage(folder, STAGE, summarizer.made_by, work.overwrite)
-    total = rewrite_shards(stage, arguments.input_dir, worker, Change(summarizer))
-    if total is not None:
+    target = "training.prepare.summarize:worker_job"
+    return run_job(target, open_job, settings, settings.work, _has_model(settings))
+
+
+def _has_model(settings: SummarizeSettings) -> bool:
+    return settings.summary.model != NO_MODEL
+
+
+def worker_job(settings: SummarizeSettings) -> Rewriting:
+    """The job of a worker of Ray."""
+    return open_job(settings, ray_worker(settings.work, _has_model(settings)))
+
+
+def open_job(settings: SummarizeSettings, worker: Worker) -> Rewriting:
+    """The step as a job; raises as `summarize`."""
+    arguments, overwrite = settings.places, settings.work.overwrite
+    summarizer = open_summarizer(settings.summary, worker.device, arguments.cache)
+    refuse_other_maker(arguments.input_dir, "summary", summarizer.made_by, overwrite)
+    stage = Stage(arguments.output_dir or arguments.input_dir, STAGE, summarizer.made_by, overwrite)
+
+    def describe(total: Tally) -> None:
         describe_dataset(stage, arguments.input_dir, total, {"summary": summarizer.made_by})
-    if worker.index == 0 or total is not None:
-        print(stage.summary(total))
-    return total
+
+    return Rewriting(stage, arguments.input_dir, Change(summarizer), describe, worker)
 
 
 def open_summarizer(

@@ -3,6 +3,7 @@
 Pictures, tables and shards; models with random weights; a data set with all levels, and what serves it.
 """
 
+import base64
 import io
 import json
 import tarfile
@@ -258,3 +259,25 @@ class Served:
     def __exit__(self, *exception):
         self.server.shutdown()
         self.server.server_close()
+
+
+def write_plain_shards(folder, shards, per_shard, size):
+    """Shards of pictures without regions; keys k0, k1, ..."""
+    for shard in range(shards):
+        numbers = range(shard * per_shard, (shard + 1) * per_shard)
+        rows = [(f"k{i}", {"jpg": picture(i, size), "txt": b"a caption"}) for i in numbers]
+        write_tar(folder / f"{shard:05d}.tar", rows)
+
+
+def lxmert_row(key, count, width, seed):
+    """One row of LXMERT's table for a 100 x 50 picture, with `count` regions of `width` numbers."""
+    rng = np.random.default_rng(seed)
+
+    def text(values, dtype):
+        return base64.b64encode(np.asarray(values, dtype).tobytes()).decode()
+
+    ids, scores = rng.integers(0, 3, count), rng.random(count)
+    boxes = np.tile([0, 0, 50, 25], (count, 1))
+    columns = [key, 50, 100, text(ids, "<i8"), text(scores, "<f4"), text(ids % 2, "<i8"), text(scores, "<f4"), count]
+    columns += [text(boxes, "<f4"), text(rng.random((count, width)), "<f4")]
+    return "\t".join(map(str, columns))

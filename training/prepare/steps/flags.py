@@ -83,6 +83,17 @@ class SourceArguments:
 class WorkArguments:
     """How it is run; none of these flags changes the result."""
 
+    engine: Literal["local", "ray"] = field(
+        default="local",
+        metadata={"help": "Who hands shards out: these processes themselves, or a Ray cluster (extra ray)."},
+    )
+    ray_address: str | None = field(
+        default=None,
+        metadata={"help": "HOST:PORT of a Ray cluster, or auto (default: $RAY_ADDRESS, else one on this machine)."},
+    )
+    ray_workers: int | None = field(
+        default=None, metadata={"help": "With Ray: how many (default: one a GPU of the cluster, or one a core)."}
+    )
     part_index: int = field(default=0, metadata={"help": "This launch's number among --part-count (Slurm array id)."})
     part_count: int = field(default=1, metadata={"help": "How many launches share the work, without talking."})
     overwrite: bool = field(

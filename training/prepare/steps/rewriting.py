@@ -9,9 +9,10 @@ from typing import Any, TypedDict
 import numpy as np
 
 from pyramidclip_hf.files import json_text, visible, write_text
+from pyramidclip_hf.handing_out import Advance, Phase
 from training.data.records import BadSample, Region, Sample, json_bytes, members_from_sample, sample_from_members
 from training.data.shards import DATASET_FORMAT, ShardReader, ShardWriter, read_dataset_json, write_dataset_json
-from training.prepare.steps.work import Advance, Stage, Tally, Worker, contents_of
+from training.prepare.steps.work import Stage, Tally, Worker, contents_of
 
 # Who made a level, as JSON: data sets with equal entries may be mixed.
 MadeBy = dict[str, Any]
@@ -86,39 +87,47 @@ def shards_of(folder: str | Path) -> dict[str, Path]:
     return shards
 
 
-def rewrite_shards(
-    stage: Stage,
-    source: str | Path,
-    worker: Worker,
-    change: Change,
-    closing: Callable[[Tally], None] | None = None,
-) -> Tally | None:
-    """Runs a step that adds levels to the samples of existing shards.
+class Rewriting:
+    """A step that adds levels to the samples of existing shards, as a job (`steps.work.StageJob`).
 
     Args:
         stage: the step; its folder may be `source`.
         source: folder of the shards.
-        worker: whose shards.
         change: gives the samples their levels; those whose bytes cannot be read are rejected before it sees them.
+        describe: called with the total, to describe what is there.
+        worker: which of several processes this is, for what it says of unfinished data.
         closing: may add to the total what no single shard knows.
-
-    Returns:
-        The total, or None while shards are missing.
 
     Raises:
         FileNotFoundError: `source` has no shards.
     """
-    shards = shards_of(source)
-    sizes = (read_dataset_json(source) or {}).get("shards", {})
-    items = {name: sizes.get(name, {}).get("samples") for name in shards}
-    if any(stage.report(name) is None for name in worker.share(items)):
-        mark_unfinished(stage)
 
-    def do(name: str, tally: Tally, advance: Advance) -> None:
-        with ShardReader(shards[name]) as reader, ShardWriter(stage.folder / name) as writer:
+    def __init__(
+        self,
+        stage: Stage,
+        source: str | Path,
+        change: Change,
+        describe: Callable[[Tally], None],
+        worker: Worker,
+        closing: Callable[[Tally], None] | None = None,
+    ):
+        self.stage, self.change, self.describe, self.worker, self.closing = stage, change, describe, worker, closing
+        self.shards = shards_of(source)
+        sizes = (read_dataset_json(source) or {}).get("shards", {})
+        self.items: dict[str, int | None] = {name: sizes.get(name, {}).get("samples") for name in self.shards}
+
+    def phases(self) -> Iterator[Phase]:
+        """One: all shards."""
+        if any(self.stage.report(name) is None for name in self.worker.share(self.items)):
+            mark_unfinished(self.stage)
+        yield self.stage.phase(self.items, self._do)
+
+    def _do(self, name: str, tally: Tally, advance: Advance) -> None:
+        shard = self.shards[name]
+        with ShardReader(shard) as reader, ShardWriter(self.stage.folder / name) as writer:
             if reader.truncated:
-                tally.note(shards[name], None, "truncated-shard", "the tar ends in the middle: fetch it again")
-            for opened in change(reader, _opened(reader, tally), tally, advance):
+                tally.note(shard, None, "truncated-shard", "the tar ends in the middle: fetch it again")
+            for opened in self.change(reader, _opened(reader, tally), tally, advance):
                 try:
                     writer.write_members(opened.key, opened.members_now())
                 except ValueError as error:  # a foreign shard with a key twice, or one that is no key
@@ -126,8 +135,16 @@ def rewrite_shards(
                     continue
                 tally.count("out")
 
-    stage.run(items, do, worker)
-    return stage.finish(items, closing)
+    def finish(self) -> Tally | None:
+        """The total, or None while shards are missing."""
+        total = self.stage.finish(self.items, self.closing)
+        if total is not None:
+            self.describe(total)
+        return total
+
+    def told(self, result: Tally | None) -> str:
+        """What people are told of the total."""
+        return self.stage.summary(result)
 
 
 def _opened(reader: ShardReader, tally: Tally) -> Iterator[Opened]:

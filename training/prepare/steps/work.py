@@ -2,9 +2,12 @@
 
 A shard is done or not done. Its tar is written aside and renamed (`training.data.shards.ShardWriter`); after that its
 report is, in `FOLDER/reports/STAGE/`, and only the report counts as done. So a run that was killed does the
-interrupted shard again and leaves the same bytes as one that was not. Shard i belongs to process i mod P; processes
-never wait for each other, so it does not matter whether they are those of one `accelerate launch`, of several
-machines or of a Slurm array whose tasks run days apart. Whoever finds all reports there adds them up.
+interrupted shard again and leaves the same bytes as one that was not.
+
+Two engines hand shards out. The local one: shard i belongs to process i mod P; processes never wait for each other, so
+it does not matter whether they are those of one `accelerate launch`, of several machines or of a Slurm array whose
+tasks run days apart. Whoever finds all reports there adds them up. Ray (`pyramidclip_hf.ray_engine`): the next shard
+goes to whoever is free, on all machines of a cluster, and one whose worker died to another.
 
 What could not be used is never dropped silently: every report lists it with place and reason, and what came in equals
 what went out and what was rejected, or the run stops.
@@ -13,21 +16,23 @@ what went out and what was rejected, or the run stops.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Protocol, TypedDict, TypeVar
 
 import torch
 from tqdm import tqdm
 
+from pyramidclip_command import Failure
 from pyramidclip_hf.files import json_text, write_text
+from pyramidclip_hf.handing_out import Advance, Phase
 from pyramidclip_hf.loading import choose_device
+from pyramidclip_hf.ray_engine import RayOptions, run_on_ray
 from training.prepare.steps.flags import WorkArguments
 
 Item = TypeVar("Item")
-# Moves a progress bar by so many.
-Advance = Callable[[int], object]
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,9 @@ class Worker:
         """All items, this process's own first: for small jobs that anybody may do where their owner has not."""
         items = list(items)
         own = self.share(items)
-        return own + [item for item in items if item not in set(own)]
+        chosen = set(own)
+        # Those of others from behind: they come from the front, and nobody waits for who does not come.
+        return own + [item for item in reversed(items) if item not in chosen]
 
 
 def this_worker(arguments: WorkArguments, has_model: bool = True) -> Worker:
@@ -80,6 +87,88 @@ def this_worker(arguments: WorkArguments, has_model: bool = True) -> Worker:
             torch.distributed.barrier()
         state.destroy_process_group()
     return worker
+
+
+class StageJob(Protocol):
+    """A preparation step as the engines see it: a `pyramidclip_hf.handing_out.Job` whose result is a `Tally`."""
+
+    def phases(self) -> Iterator[Phase]:
+        """The phases in turn."""
+        ...
+
+    def finish(self) -> "Tally | None":
+        """The total, or None while shards are missing."""
+        ...
+
+    def told(self, result: "Tally | None") -> str:
+        """What people are told of it."""
+        ...
+
+
+def run_job(
+    target: str,
+    open_job: Callable[[Settings, Worker], StageJob],
+    settings: Settings,
+    work: WorkArguments,
+    has_model: bool = False,
+    gives_total: bool = True,
+) -> "Tally | None":
+    """Does a step with the engine of the flags; prints what is told of it, and returns the total or None.
+
+    Args:
+        target: "module:function", by which an actor of Ray opens the job for the settings alone.
+        open_job: gives the job for the settings and the worker.
+        settings: of the command.
+        work: its flags on how it is run.
+        has_model: whether its workers have a model, and so an accelerator each.
+        gives_total: whether it has a total in the end; not where it only looks.
+
+    Raises:
+        ValueError: flags of one engine for the other.
+        Failure: no total although all was done.
+    """
+    if work.engine == "local":
+        if work.ray_address is not None or work.ray_workers is not None:
+            raise ValueError("--ray-address and --ray-workers are of --engine ray; processes are started by a launcher")
+        worker = this_worker(work, has_model)
+        return run_here(open_job(settings, worker), worker)
+    if work.part_count != 1:
+        raise ValueError("--part-count is of --engine local: Ray hands out shards itself")
+    if work.ray_workers is not None and work.ray_workers < 1:
+        raise ValueError(f"ray_workers is {work.ray_workers}, expected 1 or more")
+    with_gpu = False if not has_model or work.device == "cpu" else None if work.device == "auto" else True
+    total, told = run_on_ray(target, settings, RayOptions(work.ray_address, work.ray_workers, with_gpu))
+    if total is None and gives_total:
+        raise Failure(
+            "all is done, and not all is there: the machines of the cluster do not see one and the same output folder"
+        )
+    print(told)
+    return total
+
+
+def run_here(job: StageJob, worker: Worker) -> "Tally | None":
+    """Does this process's share of a job, which the number of the process says."""
+    for phase in job.phases():
+        own = worker.shared_after_own(phase.items) if phase.wanted_whole else worker.share(phase.items)
+        waiting = [item for item in own if not phase.is_done(item)]
+        sizes = [phase.items[item] for item in waiting]
+        total = None if None in sizes else sum(size or 0 for size in sizes)
+        title = phase.name if worker.count == 1 else f"{phase.name} (process 1 of {worker.count})"
+        silent = worker.index > 0 or (phase.wanted_whole and not waiting)
+        with tqdm(total=total, unit=phase.unit, desc=title, disable=silent, smoothing=0.05) as bar:
+            for done, item in enumerate(waiting, start=1):
+                if not phase.is_done(item):  # by another process meanwhile
+                    phase.do(item, bar.update)
+                bar.set_postfix(shards=f"{done}/{len(waiting)}", refresh=False)
+    total_tally = job.finish()
+    if worker.index == 0 or total_tally is not None:
+        print(job.told(total_tally))
+    return total_tally
+
+
+def ray_worker(work: WorkArguments, has_model: bool = True) -> Worker:
+    """The `Worker` of an actor of Ray, which has shown it its GPU and no other."""
+    return Worker(device=choose_device(work.device) if has_model else torch.device("cpu"))
 
 
 class Problem(TypedDict, total=False):
@@ -203,31 +292,26 @@ class Stage:
         write_text(self.reports / f"{item}.json", json_text(report, ensure_ascii=False) + "\n")
         return report
 
-    def run(
+    def phase(
         self,
         items: Mapping[str, int | None],
         do: Callable[[str, Tally, Advance], None],
-        worker: Worker,
         unit: str = "pair",
-    ) -> None:
-        """Does this process's items that are not done, and stores their reports.
+    ) -> Phase:
+        """The shards of this step as a phase of a job; a shard is done when its report is stored.
 
         Args:
             items: {name: expected number of samples, or None}.
             do: gets the name, a tally to fill, and a function that moves the progress bar.
-            worker: whose items.
             unit: what is counted, for the progress bar.
         """
-        own = [item for item in worker.share(items) if self.report(item) is None]
-        sizes = [items[item] for item in own]
-        total = None if None in sizes else sum(size or 0 for size in sizes)
-        title = self.name if worker.count == 1 else f"{self.name} (process 1 of {worker.count})"
-        with tqdm(total=total, unit=unit, desc=title, disable=worker.index > 0, smoothing=0.05) as bar:
-            for done, item in enumerate(own, start=1):
-                tally = Tally()
-                do(item, tally, bar.update)
-                self.save(item, tally)
-                bar.set_postfix(shards=f"{done}/{len(own)}", refresh=False)
+
+        def one(item: str, advance: Advance) -> None:
+            tally = Tally()
+            do(item, tally, advance)
+            self.save(item, tally)
+
+        return Phase(self.name, items, lambda item: self.report(item) is not None, one, unit)
 
     def finish(self, items: Iterable[str], closing: Callable[[Tally], None] | None = None) -> Tally | None:
         """Adds up the reports once all are there: `reports/STAGE.json` and `reports/STAGE.problems.jsonl`.

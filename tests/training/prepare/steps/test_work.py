@@ -1,17 +1,16 @@
 """How the preparation commands run: killed and continued, on several processes, in parts."""
 
-import base64
 import os
 import signal
 import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 
 from tests.training.prepare.small_data import (
     counts,
+    lxmert_row,
     make_language_model,
     make_vinvl,
     picture,
@@ -20,6 +19,7 @@ from tests.training.prepare.small_data import (
     tree,
     write_jsonl,
     write_pictures,
+    write_plain_shards,
     write_tar,
 )
 from training.data.shards import read_dataset_json
@@ -104,14 +104,6 @@ def test_killed_summarising_continues_to_the_same_bytes(tmp_path, checkout):
     assert counts(tmp_path / "whole", "summary")["summaries"] == 24
 
 
-def write_shards(folder, shards, per_shard, size):
-    """Shards of pictures without regions; keys k0, k1, ..."""
-    for shard in range(shards):
-        numbers = range(shard * per_shard, (shard + 1) * per_shard)
-        rows = [(f"k{i}", {"jpg": picture(i, size), "txt": b"a caption"}) for i in numbers]
-        write_tar(folder / f"{shard:05d}.tar", rows)
-
-
 def killed_and_whole(name, module, flags, tmp_path, checkout, into):
     """Runs one command in place on cut/, killed once and continued, and undisturbed on whole/, then compares."""
     reports = tmp_path / "cut" / "reports" / "regions"
@@ -124,7 +116,7 @@ def killed_and_whole(name, module, flags, tmp_path, checkout, into):
 
 def test_killed_detection_continues_to_the_same_bytes(tmp_path, checkout):
     for folder in ("cut", "whole"):
-        write_shards(tmp_path / folder, 40, 2, (64, 48))
+        write_plain_shards(tmp_path / folder, 40, 2, (64, 48))
     flags = ["--detector", make_vinvl(tmp_path / "vinvl"), "--batch_size", "2", "--device", "cpu"]
     killed_and_whole("detect", detect, flags, tmp_path, checkout, "--input_dir")
     assert counts(tmp_path / "whole", "regions")["in"] == 80
@@ -132,7 +124,7 @@ def test_killed_detection_continues_to_the_same_bytes(tmp_path, checkout):
 
 def test_killed_import_continues_to_the_same_bytes(tmp_path, checkout):
     for folder in ("cut", "whole"):
-        write_shards(tmp_path / folder, 80, 3, (100, 50))
+        write_plain_shards(tmp_path / folder, 80, 3, (100, 50))
     table = tmp_path / "lxmert.tsv"
     table.write_text("".join(f"{lxmert_row(f'k{i}', count=10, width=512, seed=i)}\n" for i in range(240)))
     for name, words in (("objects", "cat dog tree"), ("attributes", "red big")):
@@ -141,20 +133,6 @@ def test_killed_import_continues_to_the_same_bytes(tmp_path, checkout):
     flags += ["--objects", tmp_path / "objects.txt", "--attributes", tmp_path / "attributes.txt"]
     killed_and_whole("import_features", import_features, flags, tmp_path, checkout, "--merge_into")
     assert counts(tmp_path / "whole", "regions")["rows"] == 240
-
-
-def lxmert_row(key, count, width, seed):
-    """One row of LXMERT's table for a 100 x 50 picture, with `count` regions of `width` numbers."""
-    rng = np.random.default_rng(seed)
-
-    def text(values, dtype):
-        return base64.b64encode(np.asarray(values, dtype).tobytes()).decode()
-
-    ids, scores = rng.integers(0, 3, count), rng.random(count)
-    boxes = np.tile([0, 0, 50, 25], (count, 1))
-    columns = [key, 50, 100, text(ids, "<i8"), text(scores, "<f4"), text(ids % 2, "<i8"), text(scores, "<f4"), count]
-    columns += [text(boxes, "<f4"), text(rng.random((count, width)), "<f4")]
-    return "\t".join(map(str, columns))
 
 
 def test_parts_that_never_meet_give_what_one_process_gives(tmp_path, table):
