@@ -45,9 +45,11 @@ class LinearProbeArguments:
     model: str = field(metadata={"names": "id", "help": "folder of a saved model, or Hub id"})
     train_data: str = field(metadata={"names": "data", "help": "folder with a sub-folder a class, or labelled shards"})
     validation_data: str | None = field(
-        default=None, metadata={"names": "data", "help": "the same, for the sweep of C"}
+        default=None, metadata={"names": "data", "help": "for the sweep of C, in the form of train_data"}
     )
-    test_data: str | None = field(default=None, metadata={"names": "data", "help": "the same, for the result"})
+    test_data: str | None = field(
+        default=None, metadata={"names": "data", "help": "for the result, in the form of train_data"}
+    )
     dataset: list[str] = field(
         default_factory=list,
         metadata={

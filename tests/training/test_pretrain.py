@@ -53,7 +53,7 @@ def test_the_logged_losses_are_those_of_the_objective(tmp_path):
     [
         (
             {"model": "ViT-B-61"},
-            "expected an architecture, a folder or a Hub id .* got 'ViT-B-61'; architectures: ViT-B-16",
+            "expected an architecture, a folder or a Hub id .* got 'ViT-B-61'; did you mean ViT-B-16",
         ),
         (
             {"global_batch_size": 64},

@@ -261,7 +261,8 @@ def _class_of(sample: Sample, data: str) -> str:
     found = sample.extra.get("class_name")
     if found is None:
         raise ValueError(
-            f"{data}: sample {sample.key!r} has no class_name in its .json; zero-shot classification needs one"
+            f"{data}: sample {sample.key!r} has no class_name in its .json: expected the name of its class in each, or "
+            "a folder with a sub-folder of pictures for each class"
         )
     if not isinstance(found, str):
         raise ValueError(f"{data}: sample {sample.key!r}: class_name is {found!r}, expected a string")

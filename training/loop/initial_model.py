@@ -65,11 +65,9 @@ def _new_model(
 
 def _trained_model(name: str, changes: Mapping[str, Any] | None) -> tuple[PyramidCLIPModel, PyramidCLIPProcessor]:
     if not Path(name).is_dir() and "/" not in name:
-        near = difflib.get_close_matches(name, ARCHITECTURES, n=3) or list(ARCHITECTURES)
-        raise ValueError(
-            f"model: expected an architecture, a folder or a Hub id (owner/name), got {name!r}; "
-            f"architectures: {', '.join(near)}"
-        )
+        near = difflib.get_close_matches(name, ARCHITECTURES, n=3)
+        told = f"did you mean {' or '.join(near)}?" if near else f"architectures: {', '.join(ARCHITECTURES)}"
+        raise ValueError(f"model: expected an architecture, a folder or a Hub id (owner/name), got {name!r}; {told}")
     if changes:
         raise ValueError(
             f"model_config changes an architecture's sizes, but model {name} has trained weights of a "

@@ -95,7 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(settings: SelectSettings) -> None:
     """Chooses and reports."""
-    select(settings)
+    total = select(settings)
+    if total is not None and total.counts["in"] and not total.counts["out"]:
+        raise ValueError(
+            f"the rules leave none of the {total.counts['in']} pairs; --dry-run shows what each of them takes"
+        )
 
 
 def select(settings: SelectSettings) -> Tally | None:

@@ -34,9 +34,11 @@ class FinetuneArguments(RunSettings):
     train_data: str = changed(
         "train_data", "", "folder with a sub-folder of pictures for each class, or labelled shards"
     )
-    validation_data: str | None = changed("validation_data", None, "the same, measured after every epoch")
+    validation_data: str | None = changed(
+        "validation_data", None, "measured after every epoch, in the form of train_data"
+    )
     test_data: str | None = setting(
-        None, "the same, measured once, at the end", section="first", identity=None, names="data"
+        None, "measured once, at the end, in the form of train_data", section="first", identity=None, names="data"
     )
     global_batch_size: int = changed("global_batch_size", 256, "pictures in one optimizer step, all processes together")
     epochs: int = changed("epochs", 128, "passes over the data, those of the head alone included (paper: 128)")

@@ -459,3 +459,10 @@ def test_the_page_names_each_rule_and_each_setting(checkout):
 def test_ready_rules_can_be_read(name, checkout):
     selection = read_rules(str(checkout / "training" / "configs" / "select" / f"{name}.yaml"))
     assert selection.rules
+
+
+def test_rules_that_leave_nothing_are_said(source, tmp_path, capsys):
+    path = rules_file(tmp_path, {"words": {"rule": "words", "at_least": 200}})
+    words = ["--input", source, "--output-dir", tmp_path / "out", "--rules", path]
+    assert select.main([str(word) for word in words]) == 2
+    assert "error: the rules leave none of the " in capsys.readouterr().err

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
-from tests.training.prepare.small_data import picture, problems, read_tars, write_jsonl, write_pictures, write_tar
+from tests.training.prepare.small_data import (
+    counts,
+    picture,
+    problems,
+    read_tars,
+    write_jsonl,
+    write_pictures,
+    write_tar,
+)
 from training.emoji import scenes
 from training.prepare import audit, detect, import_features, pack, summarize, view
 from training.prepare.formats import open_format
@@ -241,3 +249,13 @@ def test_pairs_of_which_none_can_be_used_are_said(inputs, capsys):
         "error: none of the 2 pairs could be used; the first one, in lost.csv: no-image: nowhere/0.jpg"
     )
     assert "pack: 2 in = 0 out + 2 rejected" in said.out and len(problems("out", "pack")) == 2
+
+
+def test_what_took_nothing_may_be_done_otherwise(inputs, capsys):
+    """The answer to a slip can be followed: nothing is there that other settings could harm."""
+    assert pack.main("--input pictures.jsonl --caption-column captoin --output-dir out".split()) == 2
+    assert pack.main("--input lost.csv --output-dir out".split()) == 2
+    assert pack.main("--input pictures.jsonl --output-dir out".split()) == 0, capsys.readouterr().err
+    kept = counts("out", "pack")
+    assert pack.main("--input lost.csv --output-dir out".split()) == 2
+    assert "made with other settings" in capsys.readouterr().err and counts("out", "pack") == kept

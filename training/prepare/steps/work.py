@@ -265,13 +265,18 @@ class Stage:
         path = self.reports / "settings.json"
         if path.exists() and not overwrite:
             before = json.loads(path.read_text(encoding="utf-8"))
-            if before != self.settings:
+            if before != self.settings and self._holds_pairs():
                 raise ValueError(
                     f"{self.folder} holds shards of `{name}` made with other settings "
                     f"({_settings_that_differ(before, self.settings)}). "
                     "Use the same settings to continue, another folder, or --overwrite to do all of them again"
                 )
         write_text(path, json_text(self.settings, indent=1, ensure_ascii=False) + "\n")
+
+    def _holds_pairs(self) -> bool:
+        """Whether a shard was made here that has anything in it: what took nothing may begin anew otherwise."""
+        reports = (path for path in self.reports.glob("*.json") if path.stem not in ("settings", "plan"))
+        return any(json.loads(path.read_text(encoding="utf-8"))["counts"].get("out") for path in reports)
 
     def report(self, item: str) -> StageReport | None:
         """The stored report of a shard, or None where it is not done with these settings."""

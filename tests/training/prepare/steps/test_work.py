@@ -175,6 +175,10 @@ def test_a_report_counts_only_with_its_settings(tmp_path):
         stage.save("x", tally)
     tally.reject("path", "key", "reason", line=3)
     stage.save("x", tally)
+    stage = Stage(tmp_path, "s", {"a": 1.5})  # nothing is lost with what took nothing
+    tally.count("in")
+    tally.count("out")
+    stage.save("x", tally)
     assert stage.report("x")["problems"] == [
         {"what": "rejected", "path": "path", "line": 3, "key": "key", "reason": "reason"}
     ]
