@@ -71,6 +71,11 @@ class MemoryReader:
     def metrics(self):
         return {}
 
+    recent_bad = 0
+
+    def check_bad(self, number):
+        pass
+
     def report(self):
         return [f"served {self.served}"]
 

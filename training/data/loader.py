@@ -34,11 +34,10 @@ from training.data.order import FEW_BATCHES, SampleOrder, batch_positions, defau
 from training.data.records import Fault
 from training.data.remote import ShardCache
 from training.data.sources import Alone, Crew, DataSet, open_data_set
+from training.data.tolerance import BadSamples
 from training.data.views import ViewSettings
 from training.data.workers import live_as_long_as_the_parent, started_untouched_by_termination
 
-# A few bad samples at the very beginning say nothing about the fraction.
-LEAST_SAMPLES = 1000
 NAMED_BAD_SAMPLES = 20
 # Lines of a manifest that are shuffled together: nothing but a permutation of them is held.
 MANIFEST_WINDOW = 1 << 22
@@ -163,8 +162,8 @@ class BatchReader:
         process_index, num_processes: which share of each global batch is made here: a block of neighbouring positions.
         workers: processes that make batches ahead; 0 makes them here.
         prefetch: batches that each worker keeps ready.
-        max_bad_fraction: share of bad samples beyond which `DataError` is raised (counted as if at least a thousand
-            samples had been read).
+        max_bad_fraction: share of bad samples beyond which `DataError` is raised, of those that all processes read
+            lately, see `training.data.tolerance`: at once where this one alone has read too many, and by `check_bad`.
         overfit_batches: only the first so many global batches of epoch 0, over and over; 0: off.
         bad_log: file that names each bad sample, one JSON object a line, appended.
         device: where the batches go. For a CPU nothing is pinned, and no other device is touched.
@@ -197,7 +196,8 @@ class BatchReader:
         self.global_batch_size, self.process_index, self.num_processes = global_batch_size, process_index, num_processes
         self.workers, self.prefetch, self.device = workers, prefetch, torch.device(device)
         self.start_method = start_method or _start_method(self.device)
-        self.max_bad_fraction, self.overfit_batches, self.bad_log = max_bad_fraction, overfit_batches, bad_log
+        self.overfit_batches, self.bad_log = overfit_batches, bad_log
+        self._recent = BadSamples(order.total, num_processes, max_bad_fraction)
         self._counts: collections.Counter[str] = collections.Counter()
         self._named: list[Fault] = []
         self._pipeline: Iterator[Batch] | None = None
@@ -293,6 +293,7 @@ class BatchReader:
             counts[f"truncated/{level}"] += report.truncated[level]
         for number, taken in report.taken.items():
             counts[f"taken/{number}"] += taken
+        self._recent.add(samples, len(report.bad))
         if not report.bad:
             return
         for fault in report.bad:
@@ -304,29 +305,51 @@ class BatchReader:
             lines = [json_text(fault._asdict() | {"epoch": epoch}) + "\n" for fault in report.bad]
             with open(self.bad_log, "a", encoding="utf-8") as file:
                 file.write("".join(lines))
-        if counts["bad"] > self.max_bad_fraction * max(counts["samples"], LEAST_SAMPLES):
-            self.close()
-            share = counts["bad"] / (counts["samples"] + counts["bad"])
-            raise DataError(
-                f"{counts['bad']} of the {counts['samples'] + counts['bad']} samples read are bad ({share:.1%}, "
-                f"max_bad_fraction is {self.max_bad_fraction:.1%}): {_reasons(counts)}. The first: "
-                f"{_first(self._named)}. Repair the data (`python -m training.prepare.audit` lists what is "
-                "wrong) or raise max_bad_fraction"
-            )
+        self.check_bad(self._recent.number)
+
+    @property
+    def recent_bad(self) -> int:
+        """Bad samples among those that this process read lately."""
+        return self._recent.number
+
+    def check_bad(self, number: int) -> None:
+        """Stops where too many are bad.
+
+        Args:
+            number: `recent_bad` of all processes together.
+
+        Raises:
+            DataError: more than `max_bad_fraction` of the samples that they read lately.
+        """
+        recent, counts = self._recent, self._counts
+        if not recent.too_many(number):
+            return
+        self.close()
+        found = f"{_reasons(counts)}. The first: {_first(self._named)}" if self._named else "all in other processes"
+        raise DataError(
+            f"{number} of the last {recent.read + number} samples are bad (max_bad_fraction is {recent.limit:.1%} of "
+            f"{recent.window}): {found}. "
+            "Repair the data (`python -m training.prepare.audit` lists what is wrong) or raise max_bad_fraction"
+        )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the reader: counts and the names of bad samples, as far as batches were taken."""
-        return {"counts": dict(self._counts), "named": list(map(list, self._named))}
+        return {
+            "counts": dict(self._counts),
+            "named": list(map(list, self._named)),
+            "recent": self._recent.state(),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continues from `state()`."""
         self._counts = collections.Counter(state.get("counts", {}))
         self._named = [Fault(*entry) for entry in state.get("named", [])]
+        self._recent.load_state(state.get("recent", {}))
 
     def metrics(self) -> dict[str, float]:
-        """This process's shares so far: bad samples, and texts of each level that were cut at the end."""
+        """This process's shares: of bad samples lately, and of texts of each level that were cut at the end, so far."""
         counts = self._counts
-        metrics = {"data/bad_fraction": counts["bad"] / max(counts["samples"] + counts["bad"], 1)}
+        metrics = {"data/bad_fraction": self._recent.share()}
         for level in levels_of_kind("text"):
             if counts[f"texts/{level}"]:
                 metrics[f"data/truncated_{level}"] = counts[f"truncated/{level}"] / counts[f"texts/{level}"]

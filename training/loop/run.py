@@ -34,7 +34,14 @@ from training.loop.checkpoint import (
     set_random_state,
     write_checkpoint,
 )
-from training.loop.distributed import StopVote, check_equal_batches, rank, sum_each_gradient_alone, world_size
+from training.loop.distributed import (
+    StopVote,
+    check_equal_batches,
+    everyone,
+    rank,
+    sum_each_gradient_alone,
+    world_size,
+)
 from training.loop.optim import set_learning_rate
 from training.loop.outcome import (
     OtherProcessFailed,
@@ -476,6 +483,7 @@ def report(run: Run, bar: Any, batch: Batch) -> None:
         for line in lines:
             run.accelerator.print(line, file=sys.stderr)
         run.log.write(step, metrics | task.batch_metrics(batch))
+        task.reader.check_bad(sum(everyone(task.reader.recent_bad)))
         speed = f"{metrics.get('samples_per_second', 0):.0f}"
         bar.set_postfix(loss=f"{metrics['loss/total']:.3f}", samples_per_s=speed)
     # First, so that no evaluation that fails or is killed takes a checkpoint along.

@@ -86,6 +86,13 @@ class Reader(Protocol):
     def metrics(self) -> Metrics:
         """What the log says of the data."""
 
+    @property
+    def recent_bad(self) -> int:
+        """Samples that could not be read, of those that this process came by lately."""
+
+    def check_bad(self, number: int) -> None:
+        """Raises `DataError` where so many in all processes together are too many."""
+
     def report(self) -> list[str]:
         """Lines for the end of a run; all processes call it together."""
 

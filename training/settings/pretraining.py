@@ -157,7 +157,7 @@ class PretrainingArguments(RunSettings):
     # It says when a run stops, and nothing of what it sees until then.
     max_bad_fraction: float = setting(
         0.01,
-        "the run stops when a larger share of samples than this cannot be read",
+        "the run stops when a larger share of the samples read lately cannot be read",
         section="data",
         identity=None,
         check=check_share_or_all,
