@@ -10,6 +10,7 @@ pictures. See docs/prepare.md.
 """
 
 import hashlib
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -62,12 +63,12 @@ import numpy as np
 
 from pyramidclip_hf.files import json_text, write_text, written_aside
 from pyramidclip_hf.handing_out import Advance, Phase
-from training.data.records import BadSample
+from training.data.records import BadSample, json_bytes
 from training.data.remote import is_url
 from training.data.shards import ShardWriter, read_dataset_json, refuse_unfinished, write_dataset_json
 from training.prepare.selecting.candidates import Candidate
 from training.prepare.selecting.decide import Decision, Output, Selection, decide, outputs
-from training.prepare.selecting.facts import Column, is_whole, measure_part
+from training.prepare.selecting.facts import Column, Facts, is_whole, measure_part
 from training.prepare.selecting.page import page
 from training.prepare.selecting.reading import read_rules
 from training.prepare.sources import (
@@ -109,14 +110,15 @@ def select(settings: SelectSettings) -> Tally | None:
         ValueError: input or rules cannot be used, or the output holds something else.
         FileNotFoundError: the input is not there.
     """
-    dry_run = settings.select.dry_run
+    has_model = bool(read_rules(settings.select.rules).encoders)
     target = "training.prepare.select:worker_job"
-    return run_job(target, open_job, settings, settings.work, gives_total=not dry_run)
+    return run_job(target, open_job, settings, settings.work, has_model, gives_total=not settings.select.dry_run)
 
 
 def worker_job(settings: SelectSettings) -> "Chooser":
     """The job of a worker of Ray."""
-    return open_job(settings, ray_worker(settings.work, has_model=False))
+    has_model = bool(read_rules(settings.select.rules).encoders)
+    return open_job(settings, ray_worker(settings.work, has_model))
 
 
 def open_job(settings: SelectSettings, worker: Worker) -> "Chooser":
@@ -166,6 +168,8 @@ class Chooser:
     def __init__(self, settings: SelectSettings, worker: Worker):
         self.settings, own, self.worker = settings, settings.select, worker
         self.selection: Selection = read_rules(own.rules)
+        for encoder in self.selection.encoders:
+            encoder.device = worker.device
         self.data = _Data(settings.source, "--input")
         refuse_own_folder(self.data.names, own.output_dir)
         self.against = {name: _Data(SourceArguments(input=[name]), "against:") for name in self.selection.against()}
@@ -176,36 +180,57 @@ class Chooser:
 
     def phases(self) -> Iterator[Phase]:
         """What has not been measured, of every data set; then, unless it is a dry run, the outputs."""
-        columns = self.selection.columns()
-        own = self.files(self.data, columns, self.with_pictures)
-        yield self._measuring(self.data, columns, own)
+        own, measuring = self._measuring(self.data, self.selection.columns())
+        yield from measuring
         against = {}
         for name, of_others in self.selection.against().items():
-            against[name] = self.files(self.against[name], of_others, True)
-            yield self._measuring(self.against[name], of_others, against[name])
+            against[name], measuring = self._measuring(self.against[name], of_others)
+            yield from measuring
+            if not Facts(against[name]).left:
+                raise ValueError(f"against: {name}: nothing in it can be used, so that nothing would be found in it")
         self.decision = decide(self.selection, own, against, self.data.source.has_keys)
         if not self.settings.select.dry_run:
             yield self._writing(self.decision)
 
-    def files(self, data: _Data, columns: Mapping[str, Column], with_pictures: bool) -> dict[str, Path]:
-        """{part: where its facts are kept}, by what is measured of which data."""
+    def _measuring(self, data: _Data, columns: Mapping[str, Column]) -> tuple[dict[str, list[Path]], list[Phase]]:
+        """{part: where its facts are kept}, and the phases that measure them: one, and one for each model."""
+        files: dict[str, list[Path]] = {part: [] for part in data.parts}
+        phases = []
+        for model in dict.fromkeys(["", *(column.model for column in columns.values())]):
+            of_model = {name: column for name, column in columns.items() if column.model == model}
+            with_pictures = bool(model) or data is not self.data or self.with_pictures
+            folder = self._facts(data, of_model, with_pictures)
+            for part, paths in files.items():
+                paths.append(folder / f"{part}.npz")
+            phases.append(self._measuring_into(folder, data, of_model, with_pictures))
+        return files, phases
+
+    def _facts(self, data: _Data, columns: Mapping[str, Column], with_pictures: bool) -> Path:
+        """The folder of some facts, by what is measured of which data."""
         limit = self.settings.select.max_image_pixels
         table = asdict(self.settings.source) | {"input": None, "samples_per_shard": None}
         times = [None if is_url(name) else Path(name).stat().st_mtime_ns for name in data.names if Path(name).is_file()]
-        told = [data.identity(), times, sorted(columns), with_pictures, limit, table if data is self.data else None]
+        told = [
+            data.identity(),
+            times,
+            sorted(columns),
+            with_pictures,
+            limit,
+            table if data is self.data else "compared with",
+        ]
         name = hashlib.sha256(json_text(told).encode()).hexdigest()[:16]
-        folder = self.folder / "reports" / STAGE / f"facts-{name}"
-        return {part: folder / f"{part}.npz" for part in data.parts}
+        return self.folder / "reports" / STAGE / f"facts-{name}"
 
-    def _measuring(self, data: _Data, columns: Mapping[str, Column], files: Mapping[str, Path]) -> Phase:
-        with_pictures = data is not self.data or self.with_pictures
+    def _measuring_into(self, folder: Path, data: _Data, columns: Mapping[str, Column], with_pictures: bool) -> Phase:
         limit = self.settings.select.max_image_pixels
 
         def measure(name: str, advance: Advance) -> None:
-            measure_part(data.source, data.parts[name], columns, files[name], limit, with_pictures, advance)
+            path = folder / f"{name}.npz"
+            is_own = data is self.data
+            measure_part(data.source, data.parts[name], columns, path, limit, with_pictures, is_own, advance)
 
-        rows = {name: data.parts[name].rows for name in files}
-        return Phase("measure", rows, lambda name: is_whole(files[name]), measure, wanted_whole=True)
+        rows = {name: part.rows for name, part in data.parts.items()}
+        return Phase("measure", rows, lambda name: is_whole(folder / f"{name}.npz"), measure, wanted_whole=True)
 
     def read(self, part: int, positions: Sequence[int]) -> Iterator[RawPair]:
         """The pairs of part number `part` at rising positions."""
@@ -270,7 +295,9 @@ class Chooser:
         own = self.settings.select
         against = {name: [part[1:] for part in data.identity()] for name, data in self.against.items()}
         # A list, for the order of the rules counts.
-        limits = {"keys_only": own.keys_only, "max_image_pixels": own.max_image_pixels}
+        limits: dict[str, Any] = {"keys_only": own.keys_only, "max_image_pixels": own.max_image_pixels}
+        if models := [encoder.told for encoder in self.selection.encoders]:
+            limits["models"] = models
         return {**source, **limits, **self.selection.told, "against": against, "parts": self.data.identity()}
 
     def _close(self, stage: Stage, plan: Mapping[str, Output], sides: Mapping[str, Stage], total: Tally) -> None:
@@ -367,12 +394,14 @@ class _Writer:
         with ShardWriter(path) as writer:
             for part in output.parts:
                 chosen = self._account(part, output.side, tally, say)
-                for raw in self.chooser.read(part, chosen):
+                recorded = self._recorded(part)
+                for position, raw in zip(chosen, self.chooser.read(part, chosen)):
                     advance(1)
                     candidate = Candidate(raw, self.chooser.settings.select.max_image_pixels)
                     try:
                         if raw.fault is not None:
                             raise BadSample(raw.key, raw.where, *raw.fault)
+                        _record(raw, {name: value[position] for name, value in recorded.items()})
                         writer.write_members(candidate.key, {candidate.suffix: candidate.picture, **raw.members})
                     except BadSample as bad:  # damaged since it was measured
                         tally.reject(raw.where, raw.key, bad.reason, bad.detail, raw.line)
@@ -381,6 +410,15 @@ class _Writer:
         if not tally.counts["out"]:
             path.unlink()
             Path(f"{path}.index.json").unlink()
+
+    def _recorded(self, part: int) -> dict[str, Sequence[Any]]:
+        """{field: its value for each sample of a part} of what goes into the records."""
+        found: dict[str, Sequence[Any]] = {}
+        for rule in self.chooser.selection.rules.values():
+            for name, column in rule.recorded().items():
+                values = self.decision.facts.parts[part].column(column.name).tolist()
+                found |= {name: values, f"{name}_model": [rule.encoder.told if rule.encoder else None] * len(values)}
+        return found
 
     def _account(self, part: int, side: str, tally: Tally, say: Callable[[str], object]) -> list[int]:
         """Counts the samples of a part and names those that were taken; returns the positions of those for a side.
@@ -412,6 +450,13 @@ class _Writer:
                 tally.count(f"rejected_{rule}")
                 say(json_text({"part": where, "key": keys[position], "rule": rule}, ensure_ascii=False) + "\n")
         return positions
+
+
+def _record(raw: RawPair, values: Mapping[str, Any]) -> None:
+    """Puts values into a record; one that has them stays as it is, byte for byte."""
+    record = json.loads(raw.members.get("json", b"{}"))
+    if any(record.get(name) != value for name, value in values.items()):
+        raw.members["json"] = json_bytes({**record, **values})
 
 
 if __name__ == "__main__":

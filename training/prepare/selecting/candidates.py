@@ -41,6 +41,8 @@ class Candidate:
     def __init__(self, raw: RawPair, max_image_pixels: int):
         self.raw, self.max_image_pixels = raw, max_image_pixels
         self.key, self.where = raw.key or "", raw.where
+        # {model: the picture's embedding, or why it has none}. Any: the models belong to rules, which know this module.
+        self.vectors: dict[Any, Any] = {}
 
     @cached_property
     def sample(self) -> Sample:
@@ -72,14 +74,15 @@ class Candidate:
         except BadSample as bad:
             raise BadSample(self.key, self.where, bad.reason, bad.detail) from None
 
-    def check(self, with_picture: bool) -> None:
-        """Raises `BadSample` for what `pack` would not take either."""
-        if self.sample.caption is None:
-            raise BadSample(self.key, self.where, "no-caption", "the text is missing or blank")
-        try:
-            check_key(self.key)
-        except ValueError as error:
-            raise BadSample(self.key, self.where, "bad-key", str(error)) from None
+    def check(self, with_picture: bool, with_caption: bool) -> None:
+        """Raises `BadSample` for what `pack` would not take either; without captions, what is only compared with."""
+        if with_caption:
+            if self.sample.caption is None:
+                raise BadSample(self.key, self.where, "no-caption", "the text is missing or blank")
+            try:
+                check_key(self.key)
+            except ValueError as error:
+                raise BadSample(self.key, self.where, "bad-key", str(error)) from None
         if with_picture:
             self.suffix  # noqa: B018
 

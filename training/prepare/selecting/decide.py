@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from training.prepare.selecting.encoders import Encoder
 from training.prepare.selecting.facts import KEY_HASH, Column, Facts
 from training.prepare.selecting.near import Split
 from training.prepare.selecting.repeats import Numbered, repeated
@@ -36,6 +37,11 @@ class Selection:
         """Whether a rule needs the encoded bytes."""
         rules = any(rule.looks_at_pictures for rule in self.rules.values())
         return rules or (self.split is not None and self.split.looks_at_pictures)
+
+    @property
+    def encoders(self) -> list[Encoder]:
+        """The models that rules ask."""
+        return [rule.encoder for rule in self.rules.values() if rule.encoder is not None]
 
     def columns(self) -> dict[str, Column]:
         """{name: column} of all that is measured."""
@@ -75,14 +81,17 @@ class Decision(NamedTuple):
 
 
 def decide(
-    selection: Selection, files: Mapping[str, Path], against: Mapping[str, Mapping[str, Path]], unique_keys: bool
+    selection: Selection,
+    files: Mapping[str, Sequence[Path]],
+    against: Mapping[str, Mapping[str, Sequence[Path]]],
+    unique_keys: bool,
 ) -> Decision:
     """Asks the rules one after another.
 
     Args:
         selection: what they are.
-        files: {part: its facts}.
-        against: {data set: {part: its facts}} of those that rules compare with.
+        files: {part: the files of its facts}.
+        against: {data set: {part: the files of its facts}} of those that rules compare with.
         unique_keys: a key that came before is a fault.
 
     Raises:
@@ -94,7 +103,7 @@ def decide(
     taken = []
     for number, (name, rule) in enumerate(selection.rules.items()):
         before, others = facts.left, getattr(rule, "against", [])
-        other_files = {f"{other} {part}": path for other in others for part, path in against[other].items()}
+        other_files = {f"{other} {part}": paths for other in others for part, paths in against[other].items()}
         try:
             for rows in rule.decide(facts, Facts(other_files) if others else None, selection.seed):
                 facts.reject(rows, number)

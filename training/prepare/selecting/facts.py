@@ -41,17 +41,21 @@ class FaultEntry(TypedDict):
 
 @dataclass(frozen=True)
 class Column:
-    """One number of every sample.
+    """One number of every sample, or an array of them.
 
     Attributes:
         identity: what it depends on, as JSON types; columns of equal identity are measured once.
         dtype: of the numbers.
         measure: gets some candidates at a time and gives a number for each; a `BadSample` in place of one rejects it.
+        shape: of what a sample has there; (): it is one number.
+        model: columns of one model have files of their own, so that other rules cost no second look by it.
     """
 
     identity: Sequence[Any]
     dtype: str
-    measure: Callable[[Sequence[Candidate]], Sequence[float | int | BadSample]]
+    measure: Callable[[Sequence[Candidate]], Sequence[float | int | np.ndarray | BadSample]]
+    shape: tuple[int, ...] = ()
+    model: str = ""
 
     @property
     def name(self) -> str:
@@ -76,15 +80,20 @@ def each(measure: Callable[[Candidate], float | int]) -> Callable[[Sequence[Cand
 
 
 class PartFacts:
-    """The kept columns of one part; each is read when it is asked for."""
+    """The kept columns of one part, of all its files; each is read when it is asked for."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = paths
+
+    def _each(self, name: str) -> Iterator[np.ndarray]:
+        for path in self.paths:
+            with np.load(path, allow_pickle=False) as file:
+                if name in file:
+                    yield file[name]
 
     def column(self, name: str) -> np.ndarray:
-        """(n,) one number of each sample."""
-        with np.load(self.path, allow_pickle=False) as file:
-            return file[name]
+        """(n, ...) what each sample has there."""
+        return next(self._each(name))
 
     @property
     def keys(self) -> list[str]:
@@ -92,9 +101,19 @@ class PartFacts:
         return json.loads(self.column("keys").tobytes())
 
     @property
+    def faulty(self) -> np.ndarray:
+        """(n,) uint8, not 0 for what cannot be used."""
+        return np.bitwise_or.reduce(list(self._each(FAULTY)))
+
+    @property
     def faults(self) -> list[FaultEntry]:
-        """What cannot be used."""
-        return json.loads(self.column("faults").tobytes())
+        """What cannot be used, and why; of a sample that several files name, what the first one says."""
+        first, *others = [json.loads(one.tobytes()) for one in self._each("faults")]
+        named = {fault["position"] for fault in first} | {None}
+        for faults in others:
+            first += [fault for fault in faults if fault["position"] not in named]
+            named |= {fault["position"] for fault in faults}
+        return first
 
 
 def is_whole(path: Path) -> bool:
@@ -109,6 +128,7 @@ def measure_part(
     path: Path,
     max_image_pixels: int,
     with_pictures: bool,
+    with_captions: bool,
     advance: Advance,
 ) -> None:
     """Measures one part and keeps what was found.
@@ -120,12 +140,14 @@ def measure_part(
         path: of the file.
         max_image_pixels: larger pictures are refused by their header.
         with_pictures: they are looked at; else rows whose picture is a URL are no fault.
+        with_captions: a sample without one is a fault.
         advance: moves a progress bar.
 
     Raises:
         ValueError: a column refuses the data as a whole, as a field that is not there.
     """
-    taken = _Taken(columns, with_pictures)
+    # Sorted, for a sample that one refuses is no company of the others in the next, which may decide its last bits.
+    taken = _Taken(dict(sorted(columns.items())), with_pictures, with_captions)
     waiting: list[tuple[int, Candidate]] = []
     for raw in source.read(part):
         if raw.is_note and raw.fault is not None:
@@ -159,17 +181,18 @@ def _fault(position: int | None, key: str | None, where: str, line: int | None, 
 class _Taken:
     """The columns of a part while it is read."""
 
-    def __init__(self, columns: Mapping[str, Column], with_pictures: bool):
-        self.with_pictures = with_pictures
+    def __init__(self, columns: Mapping[str, Column], with_pictures: bool, with_captions: bool):
+        self.with_pictures, self.with_captions = with_pictures, with_captions
         self.columns, self.keys, self.faults = columns, list[str](), list[FaultEntry]()
         self.faulty = set[int]()
-        self.values: dict[str, list[float | int]] = {name: [] for name in columns}
+        self.values: dict[str, list[float | int | np.ndarray]] = {name: [] for name in columns}
 
     def begin(self, key: str) -> int:
         """The position of the next sample."""
         self.keys.append(key)
-        for values in self.values.values():
-            values.append(0)
+        for name, values in self.values.items():
+            shape = self.columns[name].shape
+            values.append(np.zeros(shape) if shape else 0)
         return len(self.keys) - 1
 
     def refuse(self, position: int, fault: FaultEntry) -> None:
@@ -182,7 +205,7 @@ class _Taken:
         good = []
         for position, candidate in waiting:
             try:
-                candidate.check(self.with_pictures)
+                candidate.check(self.with_pictures, self.with_captions)
             except BadSample as bad:
                 self._bad(position, candidate, bad)
                 continue
@@ -213,7 +236,10 @@ class _Taken:
             FAULTY: faulty,
             "keys": np.frombuffer(json_text(self.keys).encode(), np.uint8),
             "faults": np.frombuffer(json_text(self.faults).encode(), np.uint8),
-            **{name: np.array(self.values[name], self.columns[name].dtype) for name in self.columns},
+            **{
+                name: np.array(self.values[name], column.dtype).reshape(-1, *column.shape)
+                for name, column in self.columns.items()
+            },
         }
         file = io.BytesIO()
         np.savez(file, **arrays)
@@ -225,7 +251,7 @@ class Alive(NamedTuple):
 
     Attributes:
         rows: (n,) their numbers in the whole data.
-        values: (n,) of each column that was asked for.
+        values: (n, ...) of each column that was asked for.
     """
 
     rows: np.ndarray
@@ -243,10 +269,10 @@ class Facts:
 
     FAULT, SAME_KEY = 255, 254
 
-    def __init__(self, files: Mapping[str, Path]):
+    def __init__(self, files: Mapping[str, Sequence[Path]]):
         self.names = list(files)
-        self.parts = [PartFacts(path) for path in files.values()]
-        faulty = [part.column(FAULTY) for part in self.parts]
+        self.parts = [PartFacts(paths) for paths in files.values()]
+        faulty = [part.faulty for part in self.parts]
         self.starts = np.cumsum([0, *map(len, faulty)])
         self.verdicts = np.zeros(int(self.starts[-1]), np.uint8)
         for start, flags in zip(self.starts, faulty):
@@ -260,10 +286,12 @@ class Facts:
         """How many samples no rule has taken."""
         return int(np.count_nonzero(self.verdicts == 0))
 
-    def alive(self, *columns: str) -> Iterator[Alive]:
-        """What is left of each part, in order."""
-        for start, end, part in zip(self.starts, self.starts[1:], self.parts):
-            at = np.flatnonzero(self.verdicts[start:end] == 0)
+    def alive(self, *columns: str, begin: int = 0, end: int | None = None) -> Iterator[Alive]:
+        """What is left of each part, in order, of the rows from `begin` to before `end`."""
+        end = len(self) if end is None else end
+        for start, stop, part in zip(self.starts.tolist(), self.starts[1:].tolist(), self.parts):
+            first, last = max(start, begin), min(stop, end)
+            at = np.flatnonzero(self.verdicts[first:last] == 0) + (first - start) if first < last else ()
             if len(at):
                 yield Alive(at + start, [part.column(name)[at] for name in columns])
 

@@ -8,14 +8,16 @@ each with each.
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from training.prepare.selecting.alike import MOST_COSINE, alike_an_earlier, embedding_column, import_faiss
 from training.prepare.selecting.candidates import Candidate, hash_of
+from training.prepare.selecting.encoders import Encoder
 from training.prepare.selecting.facts import KEY_HASH, Column, Facts, each
 from training.prepare.selecting.ranking import shuffled
-from training.prepare.selecting.rules import Rule, require, told
+from training.prepare.selecting.rules import Rule, check_number_or_share, require, told
 
 MOST_DISTANCE = 12
 # Pairs that are compared at a time.
@@ -101,31 +103,49 @@ def near_an_earlier(hashes: np.ndarray, distance: int, others: np.ndarray) -> np
     return of_distinct[back] | again
 
 
+def check_distance(distance: int) -> None:
+    """Whether a number of bits is one that is looked for. Raises `ValueError`."""
+    require(0 <= distance <= MOST_DISTANCE, f"distance: expected 0 to {MOST_DISTANCE} bits, got {distance}")
+
+
 @dataclass
 class NearDuplicates(Rule):
-    """Pictures that look as an earlier one that stays, or as one of another data set, by perceptual hash."""
+    """Pictures that look as an earlier one that stays or as one of another data set, by perceptual hash or a model."""
 
     kind: ClassVar[str] = "near_duplicates"
     looks_at_pictures = True
     distance: int = told(4, "bits of 64 that may differ, 0 to 12")
     against: list[str] = told([], "data sets: what looks as a picture of theirs goes")
+    model: str = told("", "folder or Hub name: its embeddings are compared, in place of hashes")
+    cosine: float | None = told(None, "with a model: from which on two pictures are alike")
+    revision: str | None = told(None, "of a Hub name")
+    dtype: Literal["float32", "bfloat16", "float16"] = told("float32", "of the model's weights")
 
     def __post_init__(self) -> None:
-        require(
-            0 <= self.distance <= MOST_DISTANCE, f"distance: expected 0 to {MOST_DISTANCE} bits, got {self.distance}"
-        )
-        _imagehash()
+        check_distance(self.distance)
+        require(bool(self.model) == (self.cosine is not None), "expected model and cosine together, or none of them")
+        if self.cosine is not None:
+            require(
+                0 < self.cosine <= MOST_COSINE, f"cosine: expected more than 0, up to {MOST_COSINE}, got {self.cosine}"
+            )
+            import_faiss()
+            self.encoder = Encoder(self.model, self.revision, self.dtype)
+        else:
+            _imagehash()
 
     def columns(self) -> list[Column]:
-        """The perceptual hash."""
-        return [PHASH]
+        """The perceptual hash, or the embedding."""
+        return [PHASH if self.encoder is None else embedding_column(self.encoder)]
 
     def of_others(self) -> list[Column]:
         """The same."""
-        return [PHASH] if self.against else []
+        return self.columns() if self.against else []
 
     def decide(self, facts: Facts, others: Facts | None, seed: int) -> Iterable[np.ndarray]:
         """What looks as something that stays."""
+        if self.cosine is not None:
+            yield from alike_an_earlier(facts, others, self.columns()[0], self.cosine)
+            return
         alive = list(facts.alive(PHASH.name))
         if not alive:
             return
@@ -175,14 +195,10 @@ class Split:
     distance: int = told(4, "bits of 64 in which near pictures may differ, 0 to 12")
 
     def __post_init__(self) -> None:
-        require((self.number is None) != (self.share is None), "expected either number or share")
-        require(self.number is None or self.number >= 1, f"number: expected 1 or more, got {self.number}")
-        require(self.share is None or 0 < self.share < 1, f"share: expected a share between 0 and 1, got {self.share}")
+        check_number_or_share(self)
         unknown = [name for name in self.by if name not in ("picture", "caption", "near")]
         require(not unknown, f"by: expected picture, caption or near, got {', '.join(unknown)}")
-        require(
-            0 <= self.distance <= MOST_DISTANCE, f"distance: expected 0 to {MOST_DISTANCE} bits, got {self.distance}"
-        )
+        check_distance(self.distance)
         if "near" in self.by:
             _imagehash()
 

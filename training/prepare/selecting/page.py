@@ -12,6 +12,7 @@ from pyramidclip_hf.pages import data_uri, render
 from training.data.records import BadSample
 from training.prepare.selecting.candidates import Candidate
 from training.prepare.selecting.decide import Decision, Selection
+from training.prepare.selecting.reading import said
 from training.prepare.sources import RawPair
 
 SHOWN = 10
@@ -71,8 +72,8 @@ def page(selection: Selection, decision: Decision, inputs: Sequence[str], read: 
     unusable = np.flatnonzero(facts.verdicts >= facts.SAME_KEY)
     groups = [group("cannot be used", unusable, len(facts) - len(unusable), "what pack refuses too")]
     for number, ((name, rule), taken) in enumerate(zip(selection.rules.items(), decision.taken)):
-        said = ", ".join(f"{key}: {value}" for key, value in vars(rule).items() if value not in (None, [], False))
-        groups.append(group(name, np.flatnonzero(facts.verdicts == number + 1), taken.left, f"{rule.kind}; {said}"))
+        told = ", ".join(f"{key}: {value}" for key, value in said(rule).items())
+        groups.append(group(name, np.flatnonzero(facts.verdicts == number + 1), taken.left, f"{rule.kind}; {told}"))
     stays = facts.verdicts == 0
     if selection.split is not None:
         groups.append(group("validation", np.flatnonzero(stays & decision.validation), facts.left, "of what stays"))

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from training.prepare.selecting.decide import MOST_RULES, Selection
+from training.prepare.selecting.encoders import Encoder
 from training.prepare.selecting.near import NearDuplicates, Split
 from training.prepare.selecting.rules import Junk, Number, Pattern, Picture, Repeats, Rule, Sample, Words
+from training.prepare.selecting.similarity import Similarity
 from training.settings.reading import instance_of, read_settings
 
 KINDS: dict[str, type[Rule]] = {
-    kind.kind: kind for kind in (Number, Sample, Words, Pattern, Junk, Picture, Repeats, NearDuplicates)
+    kind.kind: kind for kind in (Number, Sample, Words, Pattern, Junk, Picture, Repeats, NearDuplicates, Similarity)
 }
 
 
@@ -49,12 +51,16 @@ def read_rules(path: str) -> Selection:
     if len(given) > MOST_RULES:
         raise ValueError(f"{path}: {len(given)} rules, expected at most {MOST_RULES}")
     rules = {str(name): _rule(f"{path}: rule {name}", settings, Path(path)) for name, settings in given.items()}
+    encoders = dict[Encoder, Encoder]()
+    for rule in rules.values():
+        if rule.encoder is not None:  # rules that ask the same model load it once
+            rule.encoder = encoders.setdefault(rule.encoder, rule.encoder)
     split = None
     if file.split:
         split = instance_of(Split, file.split, f"{path}: split")
-    told = [{"name": name, "rule": rule.kind, **_said(rule)} for name, rule in rules.items()]
+    told = [{"name": name, "rule": rule.kind, **said(rule)} for name, rule in rules.items()]
     return Selection(
-        rules, split, file.seed, {"rules": told, "split": _said(split) if split else None, "seed": file.seed}
+        rules, split, file.seed, {"rules": told, "split": said(split) if split else None, "seed": file.seed}
     )
 
 
@@ -68,6 +74,6 @@ def _rule(where: str, settings: Any, path: Path) -> Rule:
     return instance_of(kind, {name: value for name, value in settings.items() if name != "rule"}, where)
 
 
-def _said(settings: Any) -> dict[str, Any]:
+def said(settings: Any) -> dict[str, Any]:
     """The fields of a dataclass that have a value."""
     return {name: value for name, value in dataclasses.asdict(settings).items() if value not in (None, [], False)}

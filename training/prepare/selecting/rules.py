@@ -6,14 +6,14 @@ A rule says which numbers it measures of every sample, and takes samples out of 
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from training.data.records import BadSample
 from training.prepare.selecting.candidates import Candidate, hash_of
+from training.prepare.selecting.encoders import Encoder
 from training.prepare.selecting.facts import KEY_HASH, Column, Facts, each
 from training.prepare.selecting.ranking import border, ordered, shuffled, up_to
 from training.prepare.selecting.repeats import Numbered, repeated
@@ -44,10 +44,12 @@ class Rule(ABC):
     Attributes:
         kind: the word after `rule:`.
         looks_at_pictures: whether the encoded bytes are needed.
+        encoder: the model that it asks.
     """
 
     kind: ClassVar[str]
     looks_at_pictures: bool = False
+    encoder: Encoder | None = None
 
     def columns(self) -> list[Column]:
         """What is measured of each sample."""
@@ -56,6 +58,10 @@ class Rule(ABC):
     def of_others(self) -> list[Column]:
         """What is measured of each sample of the data sets in `against`."""
         return []
+
+    def recorded(self) -> dict[str, Column]:
+        """{field: number} of what goes into the records of the chosen samples; `FIELD_model` says whose it is."""
+        return {}
 
     @abstractmethod
     def decide(self, facts: Facts, others: Facts | None, seed: int) -> Iterable[np.ndarray]:
@@ -77,13 +83,21 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_bounds(rule: Any, low: str = "at_least", high: str = "at_most") -> None:
-    """Whether two bounds of a rule are finite and in order. Raises `ValueError`."""
-    for name in (low, high):
+def check_bounds(rule: Any) -> None:
+    """Whether `at_least` and `at_most` of a rule are finite and in order. Raises `ValueError`."""
+    for name in ("at_least", "at_most"):
         value = getattr(rule, name)
         require(value is None or math.isfinite(value), f"{name}: expected a finite number, got {value}")
-    bounds = getattr(rule, low), getattr(rule, high)
-    require(None in bounds or bounds[0] <= bounds[1], f"{low} {bounds[0]} is above {high} {bounds[1]}")
+    low, high = rule.at_least, rule.at_most
+    require(None in (low, high) or low <= high, f"at_least {low} is above at_most {high}")
+
+
+def check_number_or_share(rule: Any) -> None:
+    """Whether `number` or `share` of a rule is set, and as it should be. Raises `ValueError`."""
+    number, share = rule.number, rule.share
+    require((number is None) != (share is None), "expected either number or share")
+    require(number is None or number >= 1, f"number: expected 1 or more, got {number}")
+    require(share is None or 0 < share < 1, f"share: expected a share between 0 and 1, got {share}")
 
 
 def outside(values: np.ndarray, low: float | None, high: float | None) -> np.ndarray:
@@ -96,9 +110,25 @@ def outside(values: np.ndarray, low: float | None, high: float | None) -> np.nda
     return wrong
 
 
-def all_but_best(
-    facts: Facts, column: str, count: int, lowest: bool, seed: int, what: str, skip_nan: bool = True
-) -> Iterator[np.ndarray]:
+class Bounded(Rule):
+    """A rule that takes what is outside of the bounds of its measures."""
+
+    @abstractmethod
+    def bounds(self) -> list[tuple[Column, float | None, float | None]]:
+        """(measure, smallest, largest value that stays) of each."""
+
+    def columns(self) -> list[Column]:
+        """The measures."""
+        return [column for column, _, _ in self.bounds()]
+
+    def decide(self, facts: Facts, others: Facts | None, seed: int) -> Iterable[np.ndarray]:
+        """What is outside by one of them."""
+        for column, low, high in self.bounds():
+            for alive in facts.alive(column.name):
+                yield alive.rows[outside(alive.values[0], low, high)]
+
+
+def all_but_best(facts: Facts, column: str, count: int, lowest: bool, seed: int, what: str) -> Iterator[np.ndarray]:
     """The rows that are not among the best N; of equal values those whose keys have the smaller random number.
 
     Raises:
@@ -124,16 +154,14 @@ def all_but_best(
 
 
 @dataclass
-class Number(Rule):
-    """A number in the records: bounds, or the best N over all shards."""
+class Scored(Bounded):
+    """Bounds of one number, and the best N by it over all shards."""
 
-    kind: ClassVar[str] = "number"
-    field: str = told("", "field of KEY.json, or column of a table, as `similarity`")
     at_least: float | None = told(None, "smaller ones go")
     at_most: float | None = told(None, "larger ones go")
     best: int | None = told(None, "so many stay, over all shards; ties are broken by key and seed")
     order: Literal["highest", "lowest"] = told("highest", "which are the best")
-    missing: Literal["error", "reject"] = told("error", "what becomes of a sample without a number there, or with NaN")
+    field: str = told("", "what the number is called in the records")
 
     def __post_init__(self) -> None:
         require(bool(self.field), "field: expected the name of a field of the records, as similarity")
@@ -142,17 +170,36 @@ class Number(Rule):
         require(any(value is not None for value in given), "expected at_least, at_most or best")
         require(self.best is None or self.best >= 1, f"best: expected 1 or more, got {self.best}")
 
-    def _column(self) -> Column:
-        return Column(("number", self.field, self.missing), "f8", each(self._measure))
-
-    def columns(self) -> list[Column]:
+    @abstractmethod
+    def column(self) -> Column:
         """The number."""
-        return [self._column()]
+
+    def bounds(self) -> list[tuple[Column, float | None, float | None]]:
+        """Those of the number."""
+        return [(self.column(), self.at_least, self.at_most)]
+
+    def decide(self, facts: Facts, others: Facts | None, seed: int) -> Iterable[np.ndarray]:
+        """What is outside of the bounds, then what is not among the best."""
+        yield from super().decide(facts, others, seed)
+        if self.best is not None:
+            yield from all_but_best(facts, self.column().name, self.best, self.order == "lowest", seed, self.field)
+
+
+@dataclass
+class Number(Scored):
+    """A number in the records: bounds, or the best N over all shards."""
+
+    kind: ClassVar[str] = "number"
+    missing: Literal["error", "reject"] = told("error", "what becomes of a sample without a number there, or with NaN")
+
+    def column(self) -> Column:
+        """The number."""
+        return Column(("number", self.field, self.missing), "f8", each(self._measure))
 
     def _measure(self, candidate: Candidate) -> float:
         record = candidate.record
         value = record.get(self.field)
-        number = _as_number(value)
+        number = as_number(value)
         if math.isnan(number) and self.missing == "error":
             there = ", ".join(record) or "none"
             found = f"is {value!r}" if self.field in record else "is not there"
@@ -162,16 +209,8 @@ class Number(Rule):
             )
         return number
 
-    def decide(self, facts: Facts, others: Facts | None, seed: int) -> Iterable[np.ndarray]:
-        """What is outside of the bounds, then what is not among the best."""
-        name = self._column().name
-        for alive in facts.alive(name):
-            yield alive.rows[outside(alive.values[0], self.at_least, self.at_most)]
-        if self.best is not None:
-            yield from all_but_best(facts, name, self.best, self.order == "lowest", seed, self.field)
 
-
-def _as_number(value: object) -> float:
+def as_number(value: object) -> float:
     """A number, or the text of one as CSV has it; NaN for all else, and for what is not finite."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return math.nan
@@ -191,9 +230,7 @@ class Sample(Rule):
     share: float | None = told(None, "about this share stays, 0 to 1")
 
     def __post_init__(self) -> None:
-        require((self.number is None) != (self.share is None), "expected either number or share")
-        require(self.number is None or self.number >= 1, f"number: expected 1 or more, got {self.number}")
-        require(self.share is None or 0 < self.share < 1, f"share: expected a share between 0 and 1, got {self.share}")
+        check_number_or_share(self)
 
     def decide(self, facts: Facts, others: Facts | None, seed: int) -> Iterable[np.ndarray]:
         """What was not drawn."""
@@ -216,7 +253,7 @@ class Sample(Rule):
 
 
 @dataclass
-class Words(Rule):
+class Words(Bounded):
     """Shortest and longest text in words; of scripts without blanks each sign is one."""
 
     kind: ClassVar[str] = "words"
@@ -228,18 +265,14 @@ class Words(Rule):
         check_bounds(self)
         require(self.at_least is not None or self.at_most is not None, "expected at_least or at_most")
 
-    def columns(self) -> list[Column]:
-        """The number of words."""
-        return [Column(("words", self.level), "f8", each(lambda one: word_count(one.text(self.level))))]
-
-    def decide(self, facts: Facts, others: Facts | None, seed: int) -> Iterable[np.ndarray]:
-        """What is too short or too long."""
-        for alive in facts.alive(self.columns()[0].name):
-            yield alive.rows[outside(alive.values[0], self.at_least, self.at_most)]
+    def bounds(self) -> list[tuple[Column, float | None, float | None]]:
+        """Those of the number of words."""
+        column = Column(("words", self.level), "f8", each(lambda one: word_count(one.text(self.level))))
+        return [(column, self.at_least, self.at_most)]
 
 
 @dataclass
-class Pattern(Rule):
+class Pattern(Bounded):
     """Regular expressions (Python's `re`; `(?i)` for either case) that a text must not or must contain."""
 
     kind: ClassVar[str] = "pattern"
@@ -256,8 +289,8 @@ class Pattern(Rule):
                 except re.error as error:
                     raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}") from None
 
-    def columns(self) -> list[Column]:
-        """Whether a text is as wanted."""
+    def bounds(self) -> list[tuple[Column, float | None, float | None]]:
+        """Of whether a text is unwanted."""
         without, only = ([re.compile(one) for one in some] for some in (self.without, self.only))
 
         def measure(candidate: Candidate) -> int:
@@ -265,16 +298,11 @@ class Pattern(Rule):
             unwanted = any(pattern.search(text) for pattern in without)
             return int(unwanted or bool(only and not any(pattern.search(text) for pattern in only)))
 
-        return [Column(("pattern", self.level, self.without, self.only), "u1", each(measure))]
-
-    def decide(self, facts: Facts, others: Facts | None, seed: int) -> Iterable[np.ndarray]:
-        """What is not as wanted."""
-        for alive in facts.alive(self.columns()[0].name):
-            yield alive.rows[alive.values[0] > 0]
+        return [(Column(("pattern", self.level, self.without, self.only), "u1", each(measure)), None, 0)]
 
 
 @dataclass
-class Junk(Rule):
+class Junk(Bounded):
     """Texts that say nothing in any language: numbers, file names, addresses, signs."""
 
     kind: ClassVar[str] = "junk"
@@ -290,8 +318,8 @@ class Junk(Rule):
         given = self.digits_at_most is not None or self.letters_at_least is not None or self.file_names
         require(given, "expected digits_at_most, letters_at_least or file_names")
 
-    def _named(self) -> list[tuple[Column, float | None, float | None]]:
-        """(column, smallest, largest value) of what is asked for."""
+    def bounds(self) -> list[tuple[Column, float | None, float | None]]:
+        """Those of what is asked for."""
         level = self.level
         found: list[tuple[Column, float | None, float | None]] = []
         if self.digits_at_most is not None:
@@ -305,19 +333,9 @@ class Junk(Rule):
             found.append((column, None, 0.5))
         return found
 
-    def columns(self) -> list[Column]:
-        """The measures that are asked for."""
-        return [column for column, _, _ in self._named()]
-
-    def decide(self, facts: Facts, others: Facts | None, seed: int) -> Iterable[np.ndarray]:
-        """What is junk by one of them."""
-        for column, low, high in self._named():
-            for alive in facts.alive(column.name):
-                yield alive.rows[outside(alive.values[0], low, high)]
-
 
 @dataclass
-class Picture(Rule):
+class Picture(Bounded):
     """Size, shape and format of the pictures, by their first bytes."""
 
     kind: ClassVar[str] = "picture"
@@ -341,12 +359,8 @@ class Picture(Rule):
         given = self.shortest_side or self.aspect_at_most or self.formats or self.decodes
         require(bool(given), "expected shortest_side, aspect_at_most, formats or decodes")
 
-    def columns(self) -> list[Column]:
-        """The measures that are asked for."""
-        return [column for column, _, _ in self._named()]
-
-    def _named(self) -> list[tuple[Column, float | None, float | None]]:
-        """(column, smallest, largest value) of what is asked for."""
+    def bounds(self) -> list[tuple[Column, float | None, float | None]]:
+        """Those of what is asked for."""
         found: list[tuple[Column, float | None, float | None]] = []
         if self.shortest_side is not None:
             column = Column(("side",), "f8", each(lambda one: min(one.header.width, one.header.height)))
@@ -364,12 +378,6 @@ class Picture(Rule):
         if self.decodes:
             found.append((Column(("decodes",), "f8", each(lambda one: int(not one.decodes))), None, 0.5))
         return found
-
-    def decide(self, facts: Facts, others: Facts | None, seed: int) -> Iterable[np.ndarray]:
-        """What is not as wanted by one of them."""
-        for column, low, high in self._named():
-            for alive in facts.alive(column.name):
-                yield alive.rows[outside(alive.values[0], low, high)]
 
 
 def _aspect(candidate: Candidate) -> float:
@@ -437,11 +445,3 @@ class Repeats(Rule):
         yield from list(
             repeated(chunks, facts.left, self.most, self.take == "all", of_others if others is not None else None)
         )
-
-
-def measured(rules: Sequence[Rule]) -> dict[str, Column]:
-    """{name: column} of all that is measured for some rules."""
-    return {column.name: column for rule in rules for column in rule.columns()}
-
-
-__all__ = ["BadSample", "Junk", "Number", "Pattern", "Picture", "Repeats", "Rule", "Sample", "Words", "measured"]
