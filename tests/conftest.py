@@ -47,6 +47,15 @@ SHARED = CHECKOUT.parent / "shared"
 sys.path.append(str(CHECKOUT))
 
 
+def one_thread():
+    """What threads compute is not there in a forked process: whoever asks OpenMP for them waits for ever."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
+os.register_at_fork(after_in_child=one_thread)
+
+
 # A Hugging Face home for each test process. Made here and not in a hook: the conftest of a folder that was named on the
 # command line imports huggingface_hub, which reads the variable then, before any hook runs.
 HUGGING_FACE_HOME = tempfile.mkdtemp(prefix="pyramidclip-tests-")
