@@ -338,8 +338,23 @@ def _vectors(column: Any) -> np.ndarray:
 
 def _parquet_blocks(path: Path) -> Iterator[np.ndarray]:
     with _opened_parquet(path, ["embedding"]) as file:
-        for batch in file.iter_batches(batch_size=_BLOCK, columns=["embedding"]):
-            yield _vectors(batch.column(0))
+        rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        for groups in _neighbours(rows):
+            # A reader over all groups keeps what it has read of each.
+            for batch in file.iter_batches(batch_size=_BLOCK, row_groups=groups, columns=["embedding"]):
+                yield _vectors(batch.column(0))
+
+
+def _neighbours(rows: Sequence[int]) -> Iterator[list[int]]:
+    """Numbers of the row groups that make a block together."""
+    groups: list[int] = []
+    held = 0
+    for group, number in enumerate(rows):
+        groups.append(group)
+        held += number
+        if held >= _BLOCK or group + 1 == len(rows):
+            yield groups
+            groups, held = [], 0
 
 
 def _npz_blocks(path: Path) -> Iterator[np.ndarray]:

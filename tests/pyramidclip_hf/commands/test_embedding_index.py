@@ -53,6 +53,17 @@ def test_blocks_are_the_rows(stored):
     assert rows_at(path, places, "path").tolist() == [f"{place}.jpg" for place in places]
 
 
+def test_of_a_large_file_one_block_is_in_memory(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow", reason='needs pyarrow: pip install "pyramidclip-hf[train]"')
+    monkeypatch.setattr(embedding_files, "_BLOCK", 2048)
+    path, vectors = written(tmp_path / "rows.parquet", rows=40_000, width=128)
+    pool, held = pyarrow.default_memory_pool(), []
+    before = pool.bytes_allocated()
+    for _ in embedding_blocks(path):
+        held.append(pool.bytes_allocated() - before)
+    assert max(held) < 6 * 128 * 4 * 2048 < vectors.nbytes / 3
+
+
 def test_block_by_block_it_finds_what_all_at_once_does(stored):
     path, vectors = stored
     queries = queries_near(vectors)
