@@ -412,7 +412,7 @@ def build_parser() -> CommandParser:
 
 
 _ENGINES = ("onnx", "openvino")
-_PICTURES_HELP = "files, folders (with all below), globs in quotes, or - for paths on stdin, one a line"
+_PICTURES_HELP = "files, tar shards, folders (with all below), globs in quotes, or - for paths on stdin, one a line"
 
 
 def _add_common(

@@ -47,6 +47,7 @@ from .picture_files import (
     read_picture,
     save_picture,
     told_passed_over,
+    unseen_file,
 )
 from .processing_pyramidclip import PyramidCLIPProcessor
 from .ray_engine import RayOptions, run_on_ray
@@ -254,7 +255,7 @@ def _batches(
 def _found(pictures: Sequence[str], stdin: Iterable[str], messages: _Messages) -> list[str]:
     """The pictures that the words name; says what was passed over."""
     passed_over: Counter[str] = Counter()
-    paths = find_pictures(pictures, stdin, passed_over)
+    paths = find_pictures(pictures, stdin, passed_over, shards=True)
     if told := told_passed_over(passed_over):
         messages.say(told)
     return paths
@@ -386,6 +387,9 @@ class _EmbedJob:
         yield Phase("embed", items, lambda item: not self.job.is_missing(int(item)), self._do, unit)
 
     def _do(self, item: str, advance: Advance) -> None:
+        # They were there where the command began: another machine may see them.
+        if not self.args.texts and (unseen := unseen_file(self.job.items_of(int(item)))) is not None:
+            raise FileNotFoundError(f"there is no {_printable(unseen)}")
         embed = _embed_texts if self.args.texts else _embed_pictures
         embed(self.job, self.loaded, self.args, _Messages(self.args), [int(item)])
         advance(len(self.job.items_of(int(item))))

@@ -134,6 +134,12 @@ def written_aside(path: str | os.PathLike[str], *, sole_writer: bool = False) ->
         aside.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Removes what killed writers left in a folder and below it, where nobody else writes now."""
+    for leftover in Path(folder).rglob(".*.partial"):
+        leftover.unlink(missing_ok=True)
+
+
 def is_full(error: OSError) -> bool:
     """Whether an error says that a disk or a quota has no room."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)

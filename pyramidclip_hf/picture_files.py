@@ -3,14 +3,16 @@
 
 import glob
 import os
+import tarfile
 import textwrap
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from .files import is_hidden, reason_of, written_aside
 from .image_processing_pyramidclip import PICTURE_FORMATS, open_undecoded, upright_rgb
@@ -26,6 +28,9 @@ _SUFFIXES = {
     "AVIF": (".avif",),
 }
 PICTURE_SUFFIXES = tuple(suffix for form in PICTURE_FORMATS for suffix in _SUFFIXES[form])
+# WebDataset's shards, of which the pictures count.
+SHARD_SUFFIX = ".tar"
+_MAX_MEMBER_BYTES = 256 << 20
 # Pictures all the same, and why they are not read.
 _NOT_READ = {
     ".heic": "Pillow has no reader of its own; the plug-in pillow-heif converts them",
@@ -53,32 +58,40 @@ class UnreadablePicture(Exception):
 
 
 def find_pictures(
-    arguments: Sequence[str], stdin: Iterable[str] = (), passed_over: Counter[str] | None = None
+    arguments: Sequence[str], stdin: Iterable[str] = (), passed_over: Counter[str] | None = None, shards: bool = False
 ) -> list[str]:
     """The pictures that files, folders (searched to any depth), globs and "-" (paths in `stdin`) name, each once.
 
     In folders and globs, only files with a picture's suffix count, and nothing hidden; what is named outright counts
     whatever its name. A folder's pictures come sorted, everything else as it was given. The endings of other files
-    that are not hidden are counted in `passed_over`.
+    that are not hidden are counted in `passed_over`. With `shards`, the pictures inside of tars count too, wherever
+    one comes: `SHARD.tar/KEY.jpg`, in the tar's order.
 
     Raises:
-        ValueError: an argument that is not there, or no picture at all.
+        ValueError: an argument that is not there, a tar that cannot be read, or no picture at all.
     """
     found: dict[str, None] = {}
     passed_over = Counter() if passed_over is None else passed_over
+
+    def add(path: str) -> None:
+        is_shard = shards and path.lower().endswith(SHARD_SUFFIX) and os.path.isfile(path)
+        found.update(dict.fromkeys(_pictures_inside(path) if is_shard else [path]))
+
     for argument in arguments:
         if argument == "-":
-            found.update((line.rstrip("\r\n"), None) for line in stdin if line.strip())
-        elif os.path.isdir(argument):
-            found.update(dict.fromkeys(pictures_below(argument, passed_over)))
+            for line in stdin:
+                if line.strip():
+                    add(line.rstrip("\r\n"))
         elif os.path.isfile(argument):
-            found[argument] = None
-        elif glob.has_magic(argument):
-            for match in sorted(glob.glob(argument, recursive=True)):
+            add(argument)
+        elif os.path.isdir(argument) or glob.has_magic(argument):
+            for match in [argument] if os.path.isdir(argument) else sorted(glob.glob(argument, recursive=True)):
                 if os.path.isdir(match):
-                    found.update(dict.fromkeys(pictures_below(match, passed_over)))
-                elif _is_picture(os.path.basename(match), passed_over):
-                    found[match] = None
+                    files: Iterable[str] = pictures_below(match, passed_over, shards)
+                else:
+                    files = [match] if _is_picture(os.path.basename(match), passed_over, shards) else []
+                for path in files:
+                    add(path)
         else:
             raise ValueError(f"There is no file or folder {argument!r}.")
     if not found:
@@ -89,26 +102,84 @@ def find_pictures(
     return list(found)
 
 
-def pictures_below(folder: str | os.PathLike[str], passed_over: Counter[str] | None = None) -> Iterator[str]:
+def pictures_below(
+    folder: str | os.PathLike[str], passed_over: Counter[str] | None = None, shards: bool = False
+) -> Iterator[str]:
     """The paths of the pictures in a folder, at any depth, sorted within each folder; hidden ones are left out.
 
     Args:
         folder: to search.
         passed_over: counts the endings of what is no picture, and not hidden.
+        shards: tars count as pictures.
     """
     counted = Counter[str]() if passed_over is None else passed_over
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
-        yield from (os.path.join(place, name) for name in sorted(files) if _is_picture(name, counted))
+        yield from (os.path.join(place, name) for name in sorted(files) if _is_picture(name, counted, shards))
 
 
-def _is_picture(name: str, passed_over: Counter[str]) -> bool:
+def _is_picture(name: str, passed_over: Counter[str], shards: bool = False) -> bool:
     if is_hidden(name):
         return False
-    if not name.lower().endswith(PICTURE_SUFFIXES):
+    if not name.lower().endswith((*PICTURE_SUFFIXES, SHARD_SUFFIX) if shards else PICTURE_SUFFIXES):
         passed_over[Path(name).suffix.lower()] += 1
         return False
     return True
+
+
+class _Members:
+    """Where the pictures inside of a tar lie: {name: (offset, bytes)}. Raises `ValueError` where it cannot be read."""
+
+    def __init__(self, path: str):
+        self.places: dict[str, tuple[int, int]] = {}
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    if member.isreg() and member.name.lower().endswith(PICTURE_SUFFIXES):
+                        self.places[member.name] = member.offset_data, member.size
+        except tarfile.TarError as error:
+            raise ValueError(f"{path}: is no uncompressed tar, or ends in the middle ({error}).") from error
+
+
+# Those that threads read pictures of. The time of the file is part of what they are known by.
+@lru_cache(maxsize=4)
+def _members(path: str, mtime_ns: int) -> _Members:
+    return _Members(path)
+
+
+def _pictures_inside(shard: str) -> Iterator[str]:
+    return (f"{shard}/{name}" for name in _Members(shard).places)
+
+
+def _shard_of(path: str) -> tuple[str, str]:
+    """The tar that a picture is inside of, and its name there; "" and the path where it is a file of its own."""
+    shard, mark, name = path.rpartition(f"{SHARD_SUFFIX}/")
+    return (shard + SHARD_SUFFIX, name) if mark and not os.path.isdir(shard + SHARD_SUFFIX) else ("", path)
+
+
+def unseen_file(paths: Sequence[str]) -> str | None:
+    """A tar of these pictures that is not there; of pictures in files of their own the first, where all are not."""
+    shards = dict.fromkeys(_shard_of(path)[0] for path in paths)
+    unseen = [shard for shard in shards if shard and not os.path.exists(shard)]
+    if "" in shards and not any(os.path.exists(path) for path in paths):
+        unseen += paths[:1]
+    return unseen[0] if unseen else None
+
+
+def _opened(path: str) -> str | bytes:
+    """What is to be read: the path of a file, or the bytes of a picture inside of a tar."""
+    shard, name = _shard_of(path)
+    if not shard:
+        return path
+    with open(shard, "rb") as file:
+        try:
+            offset, size = _members(shard, os.fstat(file.fileno()).st_mtime_ns).places[name]
+        except KeyError:
+            raise FileNotFoundError(f"{shard} has no {name}") from None
+        if size > _MAX_MEMBER_BYTES:
+            raise UnreadablePicture(f"has {size} bytes, expected at most {_MAX_MEMBER_BYTES}")
+        file.seek(offset)
+        return file.read(size)
 
 
 def told_passed_over(passed_over: Counter[str]) -> str:
@@ -123,22 +194,27 @@ def told_passed_over(passed_over: Counter[str]) -> str:
 
 
 def read_picture(path: str, max_image_pixels: int | None) -> Image.Image:
-    """The upright RGB PIL picture of a file.
+    """The upright RGB PIL picture of a file, or of one inside of a tar, `SHARD.tar/KEY.jpg`.
 
     Raises:
         UnreadablePicture: no such file, no picture, too many pixels, damaged, or a name that is not UTF-8.
     """
     try:
         path.encode()
-        with open_undecoded(path, max_image_pixels) as picture:
+        with open_undecoded(_opened(path), max_image_pixels) as picture:
             picture.load()
             return upright_rgb(picture)
+    except UnreadablePicture:
+        raise
     except UnicodeEncodeError as error:
         raise UnreadablePicture("the name is not UTF-8, so it could not be written down") from error
     except Exception as error:  # on damaged data, Pillow's readers raise almost anything
         suffix = Path(path).suffix.lower()
         known = f" ({_NOT_READ[suffix]})" if suffix in _NOT_READ and suffix not in PICTURE_SUFFIXES else ""
-        raise UnreadablePicture(reason_of(error) + known) from error
+        # Of bytes, Pillow says where they lie in memory.
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = f"cannot identify image file {path!r}" if unknown else reason_of(error)
+        raise UnreadablePicture(reason + known) from error
 
 
 def read_ahead(

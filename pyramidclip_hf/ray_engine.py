@@ -351,7 +351,16 @@ class _Driver:
                 yield worker, item, answer
 
     def _again(self, worker: int, error: Exception) -> None:
-        """Has Ray start a worker anew, wherever there is room; nothing is given to it before it answers."""
+        """Has Ray start a worker anew, wherever there is room; nothing is given to it before it answers.
+
+        Raises:
+            Failure: it cannot be started, or one after the other dies.
+        """
+        if "creation task" in (told := str(error)):  # as Ray says of what a machine cannot import
+            raise Failure(
+                f"a machine of the Ray cluster cannot start a worker ({told.strip().splitlines()[-1]}): this package "
+                f"and what it needs must be installed there too, and the checkout lie at {_CHECKOUT}"
+            )
         self.places.pop(worker, None)
         self.deaths[worker] = self.deaths.get(worker, 0) + 1
         if self.deaths[worker] > MOST_DEATHS and not self.places:

@@ -61,7 +61,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from pyramidclip_hf.files import json_text, write_text, written_aside
+from pyramidclip_hf.files import json_text, remove_leftovers, write_text, written_aside
 from pyramidclip_hf.handing_out import Advance, Phase
 from training.data.records import BadSample, json_bytes
 from training.data.remote import is_url
@@ -324,6 +324,8 @@ class Chooser:
                 counts,
                 **self.merged["extra"],
             )
+        if self.worker.count == 1:
+            remove_leftovers(self.folder)
 
 
 def _concatenate(files: Sequence[Path], path: Path) -> None:

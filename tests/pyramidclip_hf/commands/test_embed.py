@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -26,6 +27,25 @@ from tests.pyramidclip_hf.commands.plain import (
     run,
 )
 from tests.rounding import assert_equal_to_rounding
+
+
+def test_shards_give_the_vectors_of_the_files_in_them(pictures, capsys, model_dir, tmp_path):
+    names = find_pictures([str(pictures)])
+    for number, some in enumerate((names[:4], names[4:])):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for path in some:
+                tar.add(path, os.path.relpath(path, pictures))
+    found = []
+    for name, source in (("files", pictures), ("shards", tmp_path)):
+        assert embed(capsys, model_dir, source, tmp_path / f"{name}.npz")[0] == EXIT_SKIPPED
+        found.append(read_embeddings(tmp_path / f"{name}.npz"))
+    assert (found[0].embeddings == found[1].embeddings).all() and len(found[0].names) == 7
+    inside = [path.partition(".tar/")[2] for path in found[1].names]
+    assert inside == [os.path.relpath(path, pictures) for path in found[0].names]
+    # With the reasons, which must not hang on where the bytes lay in memory.
+    skipped = [(name.partition(".tar/")[2], why) for name, why in found[1].metadata["skipped"]]
+    said = [(os.path.relpath(name, pictures), why) for name, why in found[0].metadata["skipped"]]
+    assert [name for name, _ in skipped] == [name for name, _ in said] and " at 0x" not in str(skipped)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])

@@ -1,12 +1,13 @@
 """Which pictures the words of a command mean, and reading them ahead of the model."""
 
+import tarfile
 import time
 from collections import Counter
 
 import pytest
 from PIL import Image, features
 
-from pyramidclip_hf.picture_files import characters_that_lack, find_pictures, read_ahead, told_passed_over
+from pyramidclip_hf.picture_files import characters_that_lack, find_pictures, read_ahead, told_passed_over, unseen_file
 from tests.pyramidclip_hf.commands.plain import BROKEN, good_ones, run
 
 
@@ -22,6 +23,25 @@ def test_folders_globs_files_and_stdin(pictures, monkeypatch):
     assert find_pictures([*named, str(pictures / "*.jpg")]) == named
     assert find_pictures(["-", named[1]], ["with space.jpg\n", "\n", f"{named[1]}\r\n"]) == ["with space.jpg", named[1]]
     assert find_pictures([str(pictures)]) == find_pictures([str(pictures)])
+
+
+def test_pictures_inside_of_shards(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, data in (("b.jpg", b"1"), ("b.txt", b"text"), ("a/c.png", b"2")):
+            (tmp_path / "member").write_bytes(data)
+            tar.add(tmp_path / "member", name)
+    Image.new("RGB", (9, 9)).save(tmp_path / "z.jpg")
+    shard, counted = str(tmp_path / "0.tar"), Counter()
+    inside = [f"{shard}/b.jpg", f"{shard}/a/c.png"]
+    for words in ([shard], [str(tmp_path / "*.tar")], ["-"]):
+        assert find_pictures(words, [shard], shards=True) == inside
+    assert find_pictures([str(tmp_path)], (), counted, shards=True) == [*inside, str(tmp_path / "z.jpg")]
+    assert counted == {"": 1} and find_pictures([str(tmp_path)]) == [str(tmp_path / "z.jpg")]
+    assert unseen_file(inside) is None and unseen_file([*inside, f"{shard[:-5]}1.tar/a.jpg"]) == f"{shard[:-5]}1.tar"
+    assert unseen_file(["no.jpg", str(tmp_path / "z.jpg")]) is None and unseen_file(["no.jpg", "nor.jpg"]) == "no.jpg"
+    (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:700])
+    with pytest.raises(ValueError, match=f"{shard}: is no uncompressed tar, or ends in the middle"):
+        find_pictures([shard], shards=True)
 
 
 @pytest.mark.parametrize("missing", ["no/such/folder", "nothing-*.jpg"])

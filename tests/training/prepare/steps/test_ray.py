@@ -1,6 +1,9 @@
 """`--engine ray` on a cluster of two workers on this machine: the bytes of the local engine, whoever is killed."""
 
+import importlib
+import io
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -14,7 +17,8 @@ import psutil  # noqa: E402
 
 import pyramidclip_command  # noqa: E402
 from pyramidclip_command import Failure  # noqa: E402
-from pyramidclip_hf import ray_engine  # noqa: E402
+from pyramidclip_hf import commands, ray_engine  # noqa: E402
+from pyramidclip_hf.embedding_files import EmbeddingJob  # noqa: E402
 from pyramidclip_hf.handing_out import Phase  # noqa: E402
 from pyramidclip_hf.ray_engine import RayOptions, run_on_ray, versions  # noqa: E402
 from tests.training.prepare.small_data import (  # noqa: E402
@@ -118,19 +122,63 @@ def test_selecting_and_its_dry_run(cluster, tmp_path, capsys):
     assert "twins: takes 10, leaves 20" in capsys.readouterr().out and (tmp_path / "dry" / "selection.html").exists()
 
 
-def test_embedding(cluster, tmp_path, capsys):
+# Which library multiplies is measured once a job, and the last bits hang on it; two jobs are compared here.
+ALIKE = """
+import sys
+import pyramidclip_command
+from pyramidclip_hf.embedding_files import EmbeddingJob
+real = EmbeddingJob.remembered
+EmbeddingJob.remembered = lambda self, name, choose: real(self, name, lambda: "torch")
+"""
+
+
+@pytest.fixture
+def same_library(monkeypatch):
+    real = EmbeddingJob.remembered
+    monkeypatch.setattr(EmbeddingJob, "remembered", lambda self, name, choose: real(self, name, lambda: "torch"))
+
+
+@pytest.mark.parametrize("what", ["files", "shards", "list", "texts"])
+def test_embedding(what, cluster, tmp_path, capsys, monkeypatch, same_library):
+    pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
     model = save_tiny_model(tmp_path / "model")
     write_pictures(tmp_path / "in", 20, (40, 30))
     (tmp_path / "in" / "3.jpg").write_bytes(b"no picture")
+    paths = sorted(str(path) for path in (tmp_path / "in").iterdir())
+    members = {path: {"jpg": open(path, "rb").read(), "txt": b"text"} for path in paths}
+    for shard in range(3):
+        rows = [(f"k{n}", members[paths[n]]) for n in range(shard * 7, min(shard * 7 + 7, 20))]
+        write_tar(tmp_path / "shards" / f"{shard:05d}.tar", rows)
+    (tmp_path / "lines.txt").write_text("".join(f"text {n}\n" for n in range(20)))
+    texts, skipped = ["--texts", str(tmp_path / "lines.txt")], what != "texts"
+    sources = {"files": [str(tmp_path / "in")], "shards": [str(tmp_path / "shards")], "list": ["-"], "texts": texts}
     found = []
     for engine in ([], WITH_RAY):
-        output = str(tmp_path / "pictures.npz")
-        words = ["embed", str(tmp_path / "in"), "--output", output, "--model", str(model), "--part-size", "6"]
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{path}\n" for path in paths)))
+        output = tmp_path / "embeddings.parquet"
+        words = ["embed", *sources[what], "--output", str(output), "--model", str(model), "--part-size", "6"]
         code = pyramidclip_command.main([*words, "--batch-size", "4", "--device", "cpu", "--overwrite", *engine])
         err = capsys.readouterr().err
-        assert code == pyramidclip_command.EXIT_SKIPPED and "3.jpg" in err and "1 of 20 were skipped" in err
-        found.append((tmp_path / "pictures.npz").read_bytes())
+        assert code == (pyramidclip_command.EXIT_SKIPPED if skipped else 0), err
+        assert not skipped or "1 of 20 were skipped" in err
+        found.append(output.read_bytes())
     assert found[0] == found[1]
+
+
+def test_a_shard_to_embed_that_no_worker_sees(cluster, tmp_path, capsys, monkeypatch):
+    """It was there where the command began: gone since, as for machines that do not share the folder."""
+    model = save_tiny_model(tmp_path / "model")
+    shard = write_tar(tmp_path / "0.tar", [("k", {"jpg": picture(1, (40, 30))})])
+    real = commands._embed_on_ray
+
+    def gone(*arguments):
+        shard.unlink()
+        return real(*arguments)
+
+    monkeypatch.setattr(commands, "_embed_on_ray", gone)
+    words = ["embed", str(shard), "--output", str(tmp_path / "out.npz"), "--model", model, "--device", "cpu"]
+    assert pyramidclip_command.main([*words, *WITH_RAY]) == pyramidclip_command.EXIT_FAILED
+    assert f"0: no worker can see it ({platform.node()}): there is no {shard}. What is read" in capsys.readouterr().err
 
 
 def test_bad_input_says_what_the_local_engine_says(cluster, tmp_path):
@@ -164,6 +212,15 @@ def test_other_versions_and_folders_that_a_machine_does_not_see(cluster, tmp_pat
         run_on_ray("training.prepare.pack:worker_job", None, RayOptions(workers=1, with_gpu=False))
     with pytest.raises(Failure, match="the Ray cluster has no GPU"):
         run_on_ray("training.prepare.pack:worker_job", None, RayOptions(workers=1, with_gpu=True))
+
+
+def test_a_cluster_without_the_package(cluster, tmp_path, monkeypatch):
+    """A class that the driver alone can import stands for it."""
+    (tmp_path / "only_here.py").write_text("class Worker:\n    def prepare(self, *words):\n        return 'there'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(ray_engine, "Worker", importlib.import_module("only_here").Worker)
+    with pytest.raises(Failure, match="cannot start a worker .*No module named 'only_here'.*must be installed there"):
+        run_on_ray("training.prepare.pack:worker_job", None, RayOptions(workers=1, with_gpu=False))
 
 
 def open_pieces(folder):
@@ -222,24 +279,41 @@ def named(process):
         return ""
 
 
+def kill_a_worker(command, parts, ends, tmp_path, checkout):
+    """Runs a command as it is typed, on a cluster of its own; SIGKILL for one of its two workers at the fifth part."""
+    with open(tmp_path / "log", "w") as log:
+        started = subprocess.Popen(
+            [sys.executable, *command, *WITH_RAY], cwd=checkout, stdout=log, stderr=log, start_new_session=True
+        )
+    deadline, at_work = time.monotonic() + 400, []
+    while not (at_work and len(list(parts[0].glob(parts[1]))) >= 5):
+        assert started.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+        time.sleep(0.005)
+        children = psutil.Process(started.pid).children(recursive=True)
+        at_work = [one for one in children if "ray::Worker.do" in named(one)]
+    at_work[0].kill()
+    assert not ends.exists(), "it finished before: the test proves nothing"
+    assert started.wait(400) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert "died; " in (tmp_path / "log").read_text()
+
+
 def test_a_worker_killed_in_the_middle_leaves_the_same_bytes(tmp_path, checkout):
-    """The command as it is typed, on a cluster of its own; SIGKILL for one of its two workers at the fifth shard."""
     write_pictures(tmp_path / "in", 240, (300, 200))
     table = write_jsonl(tmp_path / "in" / "table.jsonl", [{"image": f"{i}.jpg", "caption": f"{i}"} for i in range(240)])
     flags = ["--input", str(table), "--samples-per-shard", "3"]
     run_step(pack, [*flags, "--output-dir", str(tmp_path / "whole")])
-    started = [sys.executable, "-m", "training.prepare.pack", *flags, "--output-dir", str(tmp_path / "cut"), *WITH_RAY]
-    with open(tmp_path / "log", "w") as log:
-        command = subprocess.Popen(started, cwd=checkout, stdout=log, stderr=log, start_new_session=True)
-    reports, deadline = tmp_path / "cut" / "reports" / "pack", time.monotonic() + 400
-    at_work = []
-    while not (at_work and len(list(reports.glob("0*.json"))) >= 5):
-        assert command.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-        time.sleep(0.005)
-        children = psutil.Process(command.pid).children(recursive=True)
-        at_work = [one for one in children if "ray::Worker.do" in named(one)]
-    at_work[0].kill()
-    assert not (tmp_path / "cut" / "reports" / "pack.json").exists(), "it finished before: the test proves nothing"
-    assert command.wait(400) == 0, (tmp_path / "log").read_text()[-3000:]
-    assert "died; " in (tmp_path / "log").read_text()
+    command = ["-m", "training.prepare.pack", *flags, "--output-dir", str(tmp_path / "cut")]
+    reports = tmp_path / "cut" / "reports"
+    kill_a_worker(command, (reports / "pack", "0*.json"), reports / "pack.json", tmp_path, checkout)
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
+
+
+def test_a_worker_killed_while_it_embeds_shards_leaves_the_same_bytes(tmp_path, checkout, same_library):
+    model = save_tiny_model(tmp_path / "model")
+    write_plain_shards(tmp_path / "in", 8, 40, (600, 400))
+    words = ["embed", str(tmp_path / "in"), "--model", model, "--part-size", "5", "--device", "cpu", "--workers", "1"]
+    assert pyramidclip_command.main([*words, "--output", str(tmp_path / "whole.parquet")]) == 0
+    output = tmp_path / "cut.parquet"
+    command = ["-c", f"{ALIKE}sys.exit(pyramidclip_command.main())", *words, "--output", str(output)]
+    kill_a_worker(command, (tmp_path / "cut.parquet.parts", "part-*.npz"), output, tmp_path, checkout)
+    assert output.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
