@@ -242,7 +242,8 @@ def read_checkpoint(path: Path, state: TrainingState) -> tuple[Progress, list[st
     saved = completed(record["identity"], state.identity, state.defaults, state.model.config)
     messages = compare_identity(saved, state.identity, path, state.accepted)
     same_number = record["processes"] == world_size()
-    processes = [rank()] if same_number else range(record["processes"])
+    # Other random states than one's own are of no use, and counts of all are the first process's.
+    processes = [rank()] if same_number else range(record["processes"]) if rank() == 0 else []
     read = [own_file(process) for process in processes]
     # The first process looks at all of it, the others at what they read alone.
     looked_at = None if rank() == 0 else [*read, *(name for name in record.get("files", ()) if not _is_one_s_own(name))]
@@ -267,11 +268,11 @@ def read_checkpoint(path: Path, state: TrainingState) -> tuple[Progress, list[st
         reader = kept[0]["reader"]
     else:
         # Counts are only ever added up, so the first process may hold all of them.
-        reader = _summed([process["reader"] for process in kept]) if rank() == 0 else {}
+        reader = _summed([process["reader"] for process in kept])
         messages.append(
-            f"the checkpoint was written by {told_processes(len(kept))} and continues on {world_size()}: the same data "
-            "in the same order, but sums run in another order and BatchNorm sees other batches, so the run is not "
-            "bit-equal to an undisturbed one"
+            f"the checkpoint was written by {told_processes(record['processes'])} and continues on {world_size()}: the "
+            "same data in the same order, but sums run in another order and BatchNorm sees other batches, so the run "
+            "is not bit-equal to an undisturbed one"
         )
     return Progress(**record["progress"], reader=reader), messages
 

@@ -17,9 +17,9 @@ from tests.training.runs import resumable_settings as arguments
 from tests.training.tiny import tiny_model
 from training import pretrain
 from training.loop import run as loop
-from training.loop.checkpoint import Progress, TrainingState, write_checkpoint
-from training.loop.identity import IdentityError
-from training.loop.record import CheckpointError, sealed
+from training.loop.checkpoint import Progress, TrainingState, read_checkpoint, write_checkpoint
+from training.loop.identity import IdentityError, model_identity
+from training.loop.record import CheckpointError, read_record, sealed, write_record
 from training.loop.run_folder import find_checkpoints, list_checkpoints
 from training.loop.tracking import read_metrics
 
@@ -134,6 +134,32 @@ def test_another_number_of_processes_continues_with_a_message(tmp_path, capfd):
     first, second = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("one", "two"))
     assert first.keys() == second.keys()
     assert max((first[name] - second[name]).abs().max() for name in first if "running" not in name) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("processes", "number", "own"),
+    [(3, 1, [1]), (3, 0, [0]), (2, 0, [0, 1, 2]), (2, 1, [])],  # as many as wrote it, and one less
+)
+def test_each_process_reads_its_own_part_of_a_checkpoint(tmp_path, monkeypatch, processes, number, own):
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    identity = {"model": model_identity(model.config)}
+    state = TrainingState(model, optimizer, identity, identity)
+    path = write_checkpoint(tmp_path, state, Progress(step=2, reader={"seen": 1}), keep=1)
+    files = read_record(path)["files"]
+    for other in (1, 2):
+        shutil.copy(path / "process-00000.pt", path / f"process-0000{other}.pt")
+        files[f"process-0000{other}.pt"] = files["process-00000.pt"]
+    write_record(path, read_record(path) | {"processes": 3, "files": files})
+    opened, original = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **how: opened.append(path.name) or original(path, **how))
+    monkeypatch.setattr("training.loop.checkpoint.world_size", lambda: processes)
+    monkeypatch.setattr("training.loop.checkpoint.rank", lambda: number)
+    progress, messages = read_checkpoint(path, state)
+    assert [name for name in opened if name != "optimizer.pt"] == [f"process-0000{one}.pt" for one in own]
+    # Counts are added up, by the first process, where others than their own go on with them.
+    assert progress.reader.get("seen", 0) == len(own)
+    assert not messages if processes == 3 else "was written by 3 processes and continues on 2" in messages[0]
 
 
 def test_latest_looks_at_this_run_only(tmp_path, capsys):
