@@ -12,17 +12,20 @@ continues a run byte for byte from any position on another number of processes.
 """
 
 import contextlib
+import fcntl
 import io
 import json
 import os
 import tarfile
+import time
 from collections.abc import Container, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
+from pyramidclip_command import Failure
 from pyramidclip_hf.files import json_text, named, read_regular, visible, write_atomically, write_text
 from training.data.records import BadSample, Sample, members_from_sample
 from training.data.remote import SMALL_FILE_BYTES, NotThere, ShardCache, is_url, read_small
@@ -41,6 +44,8 @@ from training.data.shard_index import (
 
 DATASET_FORMAT = 1
 MAX_MEMBER_BYTES = 256 << 20
+# A process that was killed a moment ago may still end.
+WAIT_FOR_OTHERS = 30.0  # seconds
 _REMOVE_INDEX = "remove the .index.json beside the tar, which is of another one, or copy the tar again"
 
 
@@ -58,10 +63,11 @@ class ShardWriter:
 
     The tar grows as `NAME.tar.partial`; leaving the block without an exception renames it to `NAME.tar` and puts the
     index beside it, leaving it with one removes it. So a shard under its own name is complete. Times and owners in
-    the tar are fixed: equal samples give equal bytes.
+    the tar are fixed: equal samples give equal bytes. One process at a time writes a shard.
 
     Raises:
         ValueError: `path` does not end in .tar.
+        Failure: another process writes this shard, where the block begins.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -76,7 +82,7 @@ class ShardWriter:
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._partial = Path(f"{self.path}.partial")
-        self._file = open(self._partial, "wb")
+        self._file = _opened_alone(self._partial)
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8")
         return self
 
@@ -134,11 +140,10 @@ class ShardWriter:
             self._tar.close()
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._file.close()
         except OSError as error:
             self._abandon()
             raise named(error, self._partial) from error
-        stat = os.stat(self._partial)
+        stat = os.fstat(self._file.fileno())
         suffixes = sorted({suffix for spans in self._spans for suffix in spans})
         # Times in the index would make the same shard differ from run to run; beside a shard they do not count.
         index = ShardIndex(self._keys, suffixes, span_table(self._spans, suffixes), stat.st_size, 0)
@@ -146,12 +151,42 @@ class ShardWriter:
         index.sums = np.array(table, np.uint32).reshape(len(table), len(suffixes))
         index_path(self.path).unlink(missing_ok=True)
         os.replace(self._partial, self.path)
+        self._file.close()  # not before: nobody else may take it for one that was left behind
         write_atomically(index_path(self.path), index.dumps().encode())
 
     def _abandon(self) -> None:
+        self._partial.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # what is still in its buffer finds no room either
             self._file.close()
-        self._partial.unlink(missing_ok=True)
+
+
+def _opened_alone(path: Path) -> BinaryIO:
+    """An empty file that this process alone writes, as long as it is open; what a killed one left under its name goes.
+
+    Raises:
+        Failure: another process has it open, and still does after `WAIT_FOR_OTHERS`.
+    """
+    end = time.monotonic() + WAIT_FOR_OTHERS
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # what another writes stays
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            if time.monotonic() > end:
+                raise Failure(
+                    f"{path} is being written by another process: two commands have a share of the same shards. Give "
+                    "each its own --part-index of one --part-count, or wait for the other one to end"
+                ) from error
+            time.sleep(0.2)
+            continue
+        except OSError:  # a file system without locks
+            pass
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                file.truncate(0)
+                return file
+        file.close()  # whoever wrote it renamed or removed it meanwhile
 
 
 class ShardReader:

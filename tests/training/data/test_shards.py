@@ -4,11 +4,14 @@ import io
 import json
 import os
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import xxhash
 
+from pyramidclip_command import Failure
 from training.data.records import BadSample, Region, Sample
 from training.data.shard_index import ShardIndex, build_index, index_path, load_index, read_index_header
 from training.data.shards import ShardReader, ShardWriter, read_dataset_json, write_dataset_json
@@ -104,6 +107,28 @@ def test_interrupted_writer_leaves_nothing_under_the_name(tmp_path):
     with pytest.raises(ValueError, match="already"), ShardWriter(tmp_path / "a.tar") as writer:
         writer.write(sample(0))
         writer.write(sample(0))
+
+
+def test_a_shard_is_written_by_one_at_a_time(tmp_path, monkeypatch):
+    whole, path = write(tmp_path / "whole.tar").read_bytes(), tmp_path / "a.tar"
+    with monkeypatch.context() as patch, ShardWriter(path) as first:
+        patch.setattr("training.data.shards.WAIT_FOR_OTHERS", 0)
+        first.write(sample(0))
+        with pytest.raises(Failure, match=r"a.tar.partial is being written by another process: .* own --part-index"):
+            write(path)
+        for i in range(1, 7):
+            first.write(sample(i))
+    assert path.read_bytes() == whole
+    # Who comes a little too early waits, and writes the same once more.
+    with ThreadPoolExecutor(1) as pool:
+        with ShardWriter(path) as first:
+            first.write(sample(0))
+            second = pool.submit(write, path)
+            time.sleep(0.1)
+            assert not second.done()
+        assert second.result().read_bytes() == whole and index_path(path).is_file()
+    path.with_name("a.tar.partial").write_bytes(bytes(100_000))  # of a killed one
+    assert write(path).read_bytes() == whole and not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize("with_index", [True, False])
