@@ -149,7 +149,8 @@ def class_embeddings(
         (C, D) float32 on the CPU, in the order of `names`.
 
     Raises:
-        ValueError: no names, empty or repeated ones, a template without exactly one "{}".
+        ValueError: no names, empty or repeated ones, a template without exactly one "{}"; embeddings that are no finite
+            numbers.
     """
     _check_names(names)
     templates = _checked_templates(templates)
@@ -177,7 +178,7 @@ def text_embeddings(
         (N, D) float32 on the CPU, in the order of `texts`.
 
     Raises:
-        ValueError: no texts, or something that is no text.
+        ValueError: no texts, or something that is no text; embeddings that are no finite numbers.
     """
     result = torch.zeros(0)
     with _evaluation(model):
@@ -205,7 +206,7 @@ def image_embeddings(
         (N, D) float32 on the CPU.
 
     Raises:
-        ValueError: no pictures, or one that the image processor refuses.
+        ValueError: no pictures, or one that the image processor refuses; embeddings that are no finite numbers.
     """
     if not isinstance(images, Iterable) or isinstance(images, str) or getattr(images, "ndim", 4) != 4:
         raise ValueError(f"Expected a list of pictures, got one {type(images).__name__}; put it into a list.")
@@ -245,6 +246,9 @@ def embeddings_ahead(
 
     Yields:
         Each key with (n, D) float32 on the CPU.
+
+    Raises:
+        ValueError: an embedding is no finite number.
     """
     device = model.device if device is None else torch.device(device)
     waiting: deque[tuple[Key, Callable[[], torch.Tensor]]] = deque()
@@ -253,9 +257,19 @@ def embeddings_ahead(
             waiting.append((key, _begun(model, pixel_values, device)))
         if len(waiting) == _batches_at_a_time(device):
             first, finish = waiting.popleft()
-            yield first, finish()
+            yield first, _finite(finish())
     for key, finish in waiting:
-        yield key, finish()
+        yield key, _finite(finish())
+
+
+def _finite(embeds: torch.Tensor) -> torch.Tensor:
+    """The embeddings; `ValueError` where some are no numbers, which would be ranked as if they were."""
+    if not torch.isfinite(embeds).all():
+        raise ValueError(
+            "Expected embeddings of finite numbers, got NaN or infinity: the model's weights are damaged, or its dtype "
+            "is too narrow for them; try float32."
+        )
+    return embeds
 
 
 def _batches_at_a_time(device: torch.device) -> int:
@@ -396,7 +410,7 @@ def _encoded_texts(
             embeds = model.encode_text(
                 batch["input_ids"].to(device), batch["attention_mask"].to(device), normalize=True
             )
-            yield torch.tensor(places), embeds.float().cpu()
+            yield torch.tensor(places), _finite(embeds.float().cpu())
             bar.update(len(places))
 
 

@@ -1,5 +1,6 @@
 """Prompt ensembles, classification and retrieval against forms without batches, sorting or chunks."""
 
+import copy
 import math
 
 import numpy as np
@@ -251,3 +252,16 @@ def test_a_gpu_has_two_batches_at_a_time(monkeypatch):
     said.clear()
     assert len(list(zero_shot.embeddings_ahead(torch.nn.Identity(), read(), "cpu"))) == 4
     assert said[:4] == ["read 0", "begun 0", "waited for 0", "read 1"]
+
+
+def test_embeddings_that_are_no_numbers_are_refused(model, processor):
+    broken = copy.deepcopy(model)
+    for parameter in broken.parameters():
+        parameter.data.fill_(math.nan)
+    for call in (
+        lambda: class_embeddings(broken, processor, NAMES[:2], ["a {}"]),
+        lambda: text_embeddings(broken, processor, ["a cat"]),
+        lambda: image_embeddings(broken, processor, [Image.new("RGB", (32, 32))]),
+    ):
+        with pytest.raises(ValueError, match="Expected embeddings of finite numbers, got NaN or infinity: the model's"):
+            call()
