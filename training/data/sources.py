@@ -15,6 +15,7 @@ import contextlib
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -44,6 +45,8 @@ from training.data.shard_index import (
 from training.data.shards import MAX_MEMBER_BYTES, ShardReader, read_dataset_json, refuse_unfinished
 
 MANIFEST_UNIT = 1000
+# The largest public data sets have some 230,000.
+MOST_SHARDS = 1_000_000
 _COUNTED_AT_ONCE = 64
 # Whole shards by each process; all of them have to fit into the cache of the machine.
 _FETCHED_AT_ONCE = 2
@@ -502,7 +505,18 @@ def _matches(pattern: str, name: str, folders: _Folders) -> list[str]:
 
 
 def _expand(name: str) -> list[str]:
-    """Replaces each {00..12} by its numbers, as shells and WebDataset do; ValueError for a range that runs down."""
+    """Replaces each {00..12} by its numbers, as shells and WebDataset do.
+
+    Raises:
+        ValueError: a range runs down, or they stand for more than `MOST_SHARDS`.
+    """
+    named = math.prod(max(int(high) - int(low), 0) + 1 for low, high in _RANGE.findall(name))
+    if named > MOST_SHARDS:
+        raise ValueError(f"{name[:200]}: stands for more shards than the {MOST_SHARDS:,} that a data set may have")
+    return _expanded(name)
+
+
+def _expanded(name: str) -> list[str]:
     match = _RANGE.search(name)
     if not match:
         return [name]
@@ -510,7 +524,7 @@ def _expand(name: str) -> list[str]:
     if int(low) > int(high):
         raise ValueError(f"{name}: the range {match.group()} is empty, expected the smaller number first")
     numbers = range(int(low), int(high) + 1)
-    return [one for n in numbers for one in _expand(f"{name[: match.start()]}{n:0{len(low)}d}{name[match.end() :]}")]
+    return [one for n in numbers for one in _expanded(f"{name[: match.start()]}{n:0{len(low)}d}{name[match.end() :]}")]
 
 
 class Manifest:

@@ -102,6 +102,8 @@ def test_missing_data_says_what_is_expected(tmp_path):
         ("part-{0..3}.tar", FileNotFoundError, "names .*part-3.tar, which is not there"),
         ("part-9*.tar", FileNotFoundError, "no folder or file .*part-9.*expected a folder with"),
         ("part-{2..0}.tar", ValueError, "range {2..0} is empty, expected the smaller number first"),
+        ("part-{0..999999999}.tar", ValueError, "stands for more shards than the 1,000,000 that a data set may have"),
+        ("many.txt", ValueError, "part-{0..1000}-{000..999}.tar: stands for more shards than the 1,000,000"),
         ("part-0*", ValueError, "also matches .*part-0.tar.index.json, which is no tar"),
         ("../d*", ValueError, "also matches .*data, which is a folder: expected a glob of tars"),
         ("missing.txt", FileNotFoundError, "no list of shards at .*missing.txt"),
@@ -114,6 +116,7 @@ def test_missing_data_says_what_is_expected(tmp_path):
 def test_names_that_are_not_clear(folder, name, error, message):
     (folder / "gone.txt").write_text("part-0.tar\npart-7.tar\n")
     (folder / "empty.txt").write_text("# nothing yet\n")
+    (folder / "many.txt").write_text("part-{0..1000}-{000..999}.tar\n")
     (folder / "twice.txt").write_text("part-0.tar\npart-1.tar\npart-0.tar\n")
     (folder / "empty.jsonl").write_text("\n")
     with pytest.raises(error, match=message):
