@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from pyramidclip_command import Failure
-from pyramidclip_hf.files import json_text, write_atomically
+from pyramidclip_hf.files import is_full, json_text, write_atomically
 from pyramidclip_hf.levels_pyramidclip import LEVELS, levels_of_kind
 from training.loop.distributed import everyone, rank, sum_over_processes
 from training.loop.record import sum_of
@@ -268,18 +268,16 @@ class MetricsLog:
             path = "the trackers' files"
             self.accelerator.log(dict(metrics), step=step)
         except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{error.strerror}: the run stops at step {step}; make room and use --resume latest",
-                path,
-            ) from error
+            advice = "make room" if is_full(error) else "mend it"
+            told = f"{error.strerror}: the run stops at step {step}; {advice} and use --resume latest"
+            raise OSError(error.errno, told, path) from error
 
 
 def _line_of_log(text: bytes) -> dict[str, Any] | None:
     """A line as it was written; None: it is damaged, or its end is missing."""
     try:
         line = json.loads(text) if text.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
 

@@ -153,6 +153,12 @@ def _at_least(bound: float) -> Check:
     return check
 
 
+def check_named_folder(name: str, folder: str) -> None:
+    """Raises ValueError where `folder` is blank, as an unset variable of a shell is: it would be the working folder."""
+    if not folder.strip():
+        raise ValueError(f"{name}: expected the name of a folder, got {folder!r}; the working folder is called .")
+
+
 def check_share(name: str, value: float) -> None:
     """Raises ValueError where `value` is not in [0, 1)."""
     if not 0 <= value < 1:

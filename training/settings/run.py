@@ -5,7 +5,15 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from training.settings.fields import Through, check_fields, mapping_of, redeclared, setting, usable_cores
+from training.settings.fields import (
+    Through,
+    check_fields,
+    check_named_folder,
+    mapping_of,
+    redeclared,
+    setting,
+    usable_cores,
+)
 from training.settings.reading import is_mapping, value_types
 
 # More fill memory sooner than they fill batches.
@@ -37,6 +45,7 @@ class RunSettings:
         "folder of this run: checkpoints/, final/, metrics.jsonl, tensorboard/",
         section="first",
         identity=None,
+        check=check_named_folder,
     )
     model: str = setting(
         "",

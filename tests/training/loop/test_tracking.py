@@ -1,5 +1,6 @@
 """What a run says about itself."""
 
+import errno
 import json
 import math
 
@@ -9,7 +10,7 @@ from accelerate import PartialState
 
 from tests.training.processes import run_in_processes
 from training.loop.task import StepLoss
-from training.loop.tracking import MetricsLog, NonFiniteLoss, StepWindow, duplicate_rates
+from training.loop.tracking import MetricsLog, NonFiniteLoss, StepWindow, duplicate_rates, read_metrics
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
@@ -18,8 +19,19 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
 
     log = MetricsLog(tmp_path / "run", Main())
     log.path.mkdir(parents=True)  # as unwritable as a full disk, for root too
-    with pytest.raises(OSError, match="the run stops at step 7; make room.*metrics.jsonl"):
+    with pytest.raises(OSError, match="the run stops at step 7; mend it and use --resume latest.*metrics.jsonl"):
         log.write(7, {"loss/total": 1.0})
+    log.path.rmdir()
+
+    def full(metrics, step):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    Main.log = staticmethod(full)
+    with pytest.raises(OSError, match='step 7; make room and use --resume latest: "the trackers\' files"'):
+        log.write(7, {"loss/total": 1.0})
+    log.path.write_bytes(b'{"step": 7}\n' + b"[" * 100_000 + b"\n")
+    with pytest.raises(ValueError, match="line 2 is damaged"):
+        read_metrics(log.path)
 
 
 def one_norm_is_not_finite(rank, world_size, folder):

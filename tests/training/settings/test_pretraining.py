@@ -75,6 +75,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
         (["--zzz", "1"], "unknown flag '--zzz' in the command line; --help lists the [0-9]+ that there are$"),
         (["--push-to-hub", "a/b/c"], "push_to_hub: expected an id of the Hub, such as user/name, got 'a/b/c'"),
         (["stray"], "unknown word 'stray'"),
+        (["--output-dir", ""], "output_dir: expected the name of a folder, got ''; the working folder is called [.]"),
         (["--learning-rate", "fast"], "learning.rate.*invalid float value: 'fast'"),
         (["--precision", "fp8"], "precision.*invalid choice: 'fp8'"),
         (["--loss-weights", "{global"], "loss_weights: expected a JSON object"),
