@@ -101,6 +101,7 @@ class EmbeddingJob:
         self.continues, self.complete = began is not None, False
         if began is None and output.exists() and not overwrite:
             self.complete = True
+            self._remove_folder()  # of a process that was killed while it did so
             metadata = read_metadata(output)
             skipped = [one for one, _ in metadata["skipped"]]
             began = {**metadata, "items": _read_names(output, metadata["kind"]) + skipped}

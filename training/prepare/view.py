@@ -47,6 +47,8 @@ COLOURS = ("#d0143c", "#1e7d34", "#0069b4", "#b35400", "#911eb4", "#00797a", "#8
 
 
 _WIDTH, _LEAST = 640, 384
+# More cannot be told apart, and finding places for their words takes the square of their number.
+_MOST_REGIONS = 100
 
 
 _TEMPLATE = Path(__file__).with_name("view_template.html")
@@ -94,7 +96,7 @@ def _shown(reader: ShardReader, i: int, max_pixels: int) -> dict[str, Any]:
         picture = decoded_picture(sample.image or b"", max_pixels)
     except (BadSample, ValueError) as bad:
         return {"key": key, "fault": str(bad)}
-    regions = sample.regions or []
+    regions = (sample.regions or [])[:_MOST_REGIONS]
     return {
         "key": key,
         "fault": None,
@@ -105,6 +107,7 @@ def _shown(reader: ShardReader, i: int, max_pixels: int) -> dict[str, Any]:
         "summary": sample.summary,
         "tags": ", ".join(sample.tags or []),
         "features": "no features" if sample.roi is None else f"features {sample.roi.shape[0]} x {sample.roi.shape[1]}",
+        "number": len(sample.regions or []),
         "regions": [
             {
                 "phrase": phrase(region),

@@ -123,6 +123,9 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_file(
         assert output.read_bytes() == undisturbed.read_bytes(), f"killed at {moment}"
         moment += 1
     assert moment == 2 * 6  # the job, its choice of library, three parts, the result
+    (tmp_path / "killed0.npz.parts").mkdir()  # as if killed while it was removed
+    (tmp_path / "killed0.npz.parts" / "part-000000.npz").touch()
+    assert run(capsys, *[tmp_path / "killed0.npz" if one == output else one for one in argv])[0] == EXIT_SKIPPED
     assert {path.suffix for path in tmp_path.iterdir()} == {".npz"}
 
 

@@ -68,6 +68,15 @@ def test_the_page_shows_every_level_and_loads_nothing(tmp_path):
         view.page(tmp_path / "0.tar", 1, first=4)
 
 
+def test_of_very_many_regions_the_first_are_shown(tmp_path):
+    regions = [Region((0, 0, 1, 1), 0.5, f"thing {i}", []) for i in range(5000)]
+    with ShardWriter(tmp_path / "0.tar") as writer:
+        writer.write(Sample("one", picture(0), "jpg", "caption", None, None, regions))
+    page = Seen(view.page(tmp_path / "0.tar", 1))
+    assert "5000 regions, the first 100 of them shown" in " ".join(page.texts)
+    assert sum(tag == "rect" and a["fill"] == "none" for tag, a in page.tags) == 100
+
+
 def test_labels_do_not_cover_each_other(tmp_path):
     taken = []
     places = [view._free_place(10, 10, 100, 640, 480, taken) for _ in range(10)]

@@ -337,7 +337,7 @@ class Stage:
         if closing is not None:
             closing(total)
         # What writers that were killed left behind; nobody writes these names any more.
-        for leftover in [*self.reports.glob(".*.json.*"), *self.folder.glob(".*.tar.index.json.*")]:
+        for leftover in [*self.reports.rglob(".*.partial"), *self.folder.glob(".*.tar.index.json.*.partial")]:
             leftover.unlink(missing_ok=True)
         reasons = Counter(f"{problem['what']}: {problem['reason']}" for problem in total.problems)
         content = {

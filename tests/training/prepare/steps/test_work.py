@@ -187,6 +187,18 @@ def test_a_report_counts_only_with_its_settings(tmp_path):
         Stage(tmp_path, "s", {"a": 1})
 
 
+def test_what_killed_processes_left_goes_when_all_is_done(tmp_path):
+    stage, reports = Stage(tmp_path, "s", {"a": 1}), tmp_path / "reports" / "s"
+    (reports / "keys-0").mkdir()
+    names = [".x.json.0f.partial", ".x.rejected.jsonl.0f.partial", "keys-0/.x.npy.0f.partial"]
+    leftovers = [*(reports / name for name in names), tmp_path / ".x.tar.index.json.0f.partial"]
+    for path in leftovers:
+        path.touch()
+    assert stage.finish(["x"]) is None and all(path.exists() for path in leftovers)
+    stage.save("x", Tally())
+    assert stage.finish(["x"]) is not None and not any(path.exists() for path in leftovers)
+
+
 def test_what_a_folder_holds_is_counted_whole(tmp_path):
     for name in ("a.jpg", "b.jpg", "c.jpg", "plain", "other"):
         (tmp_path / name).touch()
