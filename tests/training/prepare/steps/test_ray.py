@@ -122,6 +122,17 @@ def test_selecting_and_its_dry_run(cluster, tmp_path, capsys):
     assert "twins: takes 10, leaves 20" in capsys.readouterr().out and (tmp_path / "dry" / "selection.html").exists()
 
 
+def test_selecting_by_a_model(cluster, tmp_path):
+    pytest.importorskip("faiss", reason="near duplicates by a model need the extra search")
+    model = save_tiny_model(tmp_path / "model")
+    write_plain_shards(tmp_path / "in", 6, 5, (40, 30))
+    fits = f"fits: {{rule: similarity, model: {model}, best: 20}}"
+    alike = f"alike: {{rule: near_duplicates, model: {model}, cosine: 0.99}}"
+    (tmp_path / "rules.yaml").write_text("\n  ".join(["rules:", fits, alike]))
+    out = both(tmp_path, select, ["--input", tmp_path / "in", "--rules", tmp_path / "rules.yaml", "--device", "cpu"])
+    assert counts(out, "select")["rejected_fits"] == 10
+
+
 # Which library multiplies is measured once a job, and the last bits hang on it; two jobs are compared here.
 ALIKE = """
 import sys
