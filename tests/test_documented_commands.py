@@ -37,8 +37,10 @@ OPEN_ENDED = "..."
 LONG = {
     "conversion.convert_torchvision": "wants torchvision's weights; tests/conversion/test_convert_torchvision.py",
     "conversion.convert_vinvl": "wants the released checkpoint; tests/conversion/test_convert_vinvl.py",
+    "tests.bench.clip_art": "trains for an hour; its parts are those of training.pretrain",
     "tests.bench.engines": "twenty minutes",
     "tests.bench.growth": "quarter of an hour",
+    "tests.bench.opening": "writes gigabytes; tests/training/data/test_start_up.py",
     "tests.deleted_statements": "hours; tests/test_deleted_statements.py",
     "tests.gpu": "a program of its own; tests/gpu/test_gpu.py",
     "training.ablations": "hours; tests/training/test_ablations.py",
@@ -48,6 +50,7 @@ LONG = {
     "training.finetune": "trains; tests/training/test_finetune.py",
     "training.prepare.detect": "a detector of gigabytes; tests/training/prepare/test_detect.py",
     "training.prepare.import_features": "files of others; tests/training/prepare/test_import_features.py",
+    "training.prepare.openclipart": "a package of Debian; tests/training/prepare/test_openclipart.py",
     "training.prepare.select": "data of others; tests/training/prepare/test_select.py",
     "training.static_page": "wants packages of npm; tests/training/test_static_page.py",
     "training.pretrain": "trains; tests/training/test_pretrain_data.py",

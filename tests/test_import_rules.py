@@ -96,6 +96,7 @@ LAYERS = (
 DEPTH = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 # The commands that run another one: that is what they are for.
 RUNS_ANOTHER = {
+    ("training.prepare.openclipart", "training.prepare.pack"),
     ("training.demo", "training.pretrain"),
     ("training.ablations", "training.pretrain"),
     ("training.detection_table", "training.detection"),

@@ -31,11 +31,12 @@ class ScaleArguments:
         },
     )
     samples: int = field(default=143_000_000, metadata={"help": "samples in the data"})
+    samples_per_shard: int = field(default=10_000, metadata={"help": "samples in a shard"})
     tokens: int = field(default=24, metadata={"help": "length of texts under pooling: eos"})
 
     def __post_init__(self) -> None:
         """Refuses what nothing can be worked out for."""
-        for name in ("gpus", "samples", "tokens"):
+        for name in ("gpus", "samples", "samples_per_shard", "tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number of at least 1, got {getattr(self, name)}")
         if not self.teraflops > 0:
@@ -72,6 +73,11 @@ GB = 1e9
 
 # Masked words of a caption of 24 tokens in one of a few hundred, with a share of 0.15.
 MOST_MASKED = 10
+
+
+# Of opening data, measured (docs/scale.md): a shard that is counted already, by one process, in seconds and bytes; and
+# a sample of three members that has to be counted by its headers, in seconds of a processor.
+SECONDS_A_SHARD, BYTES_A_SHARD, SECONDS_A_SAMPLE = 73e-6, 930, 67e-6
 
 
 # Both views of 512 x 384 px, regions and texts, measured (docs/scale.md).
@@ -305,7 +311,25 @@ def flops_per_pair(args: PretrainingArguments, tokens: int = 24) -> float:
     return passes * trace.operations / pairs + losses
 
 
-def report(args: PretrainingArguments, num_gpus: int, teraflops: float, samples: int, tokens: int) -> str:
+def start_up(samples: int, samples_per_shard: int, processes: int) -> str:
+    """What opening the data takes before the first step."""
+    shards = -(-samples // samples_per_shard)
+    hours = samples * SECONDS_A_SAMPLE / 3600
+    return (
+        f"start-up            {shards:,} shards: {shards * SECONDS_A_SHARD:.1f} s and "
+        f"{shards * BYTES_A_SHARD / 1e6:.0f} MB a process where they are counted; else once {hours:.1f} hours of "
+        f"processors, {60 * hours / processes:.1f} minutes of each process"
+    )
+
+
+def report(
+    args: PretrainingArguments,
+    num_gpus: int,
+    teraflops: float,
+    samples: int,
+    tokens: int,
+    samples_per_shard: int = 10_000,
+) -> str:
     """The page that `main` prints."""
     memory, flops = memory_per_gpu(args, num_gpus, tokens), flops_per_pair(args, tokens)
     config = recipe_config(args)
@@ -335,6 +359,7 @@ def report(args: PretrainingArguments, num_gpus: int, teraflops: float, samples:
             f"reading             {pairs_per_second:6.0f} samples/s per GPU, {pairs_per_second * num_gpus:.0f} in all; "
             f"{pairs_per_second / SAMPLES_A_CORE:.0f} processor cores and {pairs_per_second * sent / GB:.2f} GB/s of "
             "batches to each GPU",
+            start_up(samples, samples_per_shard, num_gpus),
             f"embeddings          1 all-gather of {gathered / 1e6:.0f} MB and 1 reduce-scatter of the same; masks: "
             f"1 all-gather of {masks / 1e3:.0f} kB",
             f"log-sum-exps        1 all-to-all of {sums / 1e3:.0f} kB, and back",
@@ -352,7 +377,7 @@ def _fake_model(config: PyramidCLIPConfig) -> PyramidCLIPModel:
 def run(args: ScaleArguments) -> None:
     """Prints the page."""
     recipe = PretrainingArguments(**read_settings(PretrainingArguments, *args.config))
-    print(report(recipe, args.gpus, args.teraflops, args.samples, args.tokens))
+    print(report(recipe, args.gpus, args.teraflops, args.samples, args.tokens, args.samples_per_shard))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

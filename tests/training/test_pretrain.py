@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyramidclip_hf import PyramidCLIPModel
+from pyramidclip_hf import PyramidCLIPModel, PyramidCLIPProcessor
 from pyramidclip_hf.loading import quiet_transformers
 from pyramidclip_hf.modeling_pyramidclip_text import keys_with_first
 from tests.training.processes import run_in_processes
@@ -68,6 +68,16 @@ def test_the_logged_losses_are_those_of_the_objective(tmp_path):
 def test_what_cannot_be_run_is_refused_before_it_starts(tmp_path, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){message}"):
         pretrain.run(settings(tmp_path, **changes))
+
+
+def test_texts_are_cut_to_the_positions_of_the_model_that_is_saved_with_the_processor(tmp_path):
+    shorter = {**MODEL_CONFIG, "text_config": {**MODEL_CONFIG["text_config"], "max_position_embeddings": 9}}
+    model, processor = pretrain.initial_model(settings(tmp_path, model_config=shorter))
+    processor.save_pretrained(tmp_path)
+    for one in (processor, PyramidCLIPProcessor.from_pretrained(tmp_path)):
+        inputs = one(text=["many words " * 20], return_tensors="pt")
+        assert inputs["input_ids"].shape == (1, 9)
+    assert model.config.text_config.max_position_embeddings == 9
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):

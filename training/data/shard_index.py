@@ -13,7 +13,7 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, NamedTuple, Self, TypedDict
+from typing import Any, NamedTuple, NotRequired, Self, TypedDict
 
 import numpy as np
 
@@ -47,7 +47,7 @@ class NotATar(ValueError):
 
 
 class IndexHeader(TypedDict):
-    """The first line of an index; `tar_bytes` and `mtime_ns` are those of the tar that it was made from."""
+    """The first line of an index; `tar_bytes` and the times are those of the tar that it was made from."""
 
     format: int
     samples: int
@@ -55,6 +55,7 @@ class IndexHeader(TypedDict):
     mtime_ns: int
     truncated: bool
     keys_digest: str
+    ctime_ns: NotRequired[int]
 
 
 def sum_of(member: bytes) -> int:
@@ -113,7 +114,7 @@ class ShardIndex:
             "spans": self.spans.reshape(len(self.keys), 2 * len(self.suffixes)).tolist(),
         }
         if self.ctime_ns:
-            body["ctime_ns"] = self.ctime_ns
+            header["ctime_ns"] = self.ctime_ns
         if self.sums is not None:
             body["sums"] = self.sums.astype("<u4").tobytes().hex()
         return f'{{"header": {json_text(header)},\n{json_text(body, separators=(",", ":"))[1:]}'
@@ -135,7 +136,7 @@ class ShardIndex:
                 raise ValueError("a key or suffix that is no text")
             spans = np.array(data["spans"], np.int64).reshape(len(keys), len(suffixes), 2)
             found = cls(keys, suffixes, spans, header["tar_bytes"], header["mtime_ns"], header["truncated"])
-            found.ctime_ns = data.get("ctime_ns", 0)
+            found.ctime_ns = header.get("ctime_ns", data.get("ctime_ns", 0))  # of older caches
             if "sums" in data:
                 sums = np.frombuffer(bytes.fromhex(data["sums"]), "<u4")
                 found.sums = sums.astype(np.uint32).reshape(len(keys), len(suffixes))
@@ -334,6 +335,18 @@ def cached_header(path: str | os.PathLike[str]) -> IndexHeader | None:
         return read_index_header(_cached_path(path))
     except (OSError, ValueError):
         return None
+
+
+def counted_before(path: str | os.PathLike[str], stat: os.stat_result) -> IndexHeader | None:
+    """The header of the cached index of the tar at `path` where that is as it was then, by what `stat` says of it.
+
+    A hundredth of the time of `load_index`, which compares some samples too: whoever opens the tar does.
+    """
+    header = cached_header(path)
+    if header is None:
+        return None
+    made_from = header["tar_bytes"], header.get("mtime_ns"), header.get("ctime_ns")
+    return header if made_from == (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) else None
 
 
 def _cached_path(path: str | os.PathLike[str]) -> Path:

@@ -34,9 +34,11 @@ from training.data.manifest_lines import manifest_lines
 from training.data.records import MAX_JSON_BYTES, BadSample
 from training.data.remote import LOCAL_PROCESS, SMALL_FILE_BYTES, ShardCache, is_url, read_small, remote_size
 from training.data.shard_index import (
+    BLOCK,
     HEADER_BYTES,
     cached_header,
     check_counts,
+    counted_before,
     index_path,
     load_index,
     parse_index_header,
@@ -47,6 +49,9 @@ from training.data.shards import MAX_MEMBER_BYTES, ShardReader, read_dataset_jso
 MANIFEST_UNIT = 1000
 # The largest public data sets have some 230,000.
 MOST_SHARDS = 1_000_000
+# What begins the hash of statistics.
+_STATISTICS = "stats-"
+_STATISTICS_BYTES = 1 << 20
 _COUNTED_AT_ONCE = 64
 # Whole shards by each process; all of them have to fit into the cache of the machine.
 _FETCHED_AT_ONCE = 2
@@ -93,7 +98,10 @@ class Alone:
 
 
 class UnitIdentity(NamedTuple):
-    """What a unit is known by, wherever it lies: name without folder, bytes, hash of the keys or of the lines."""
+    """What a unit is known by, wherever it lies: name without folder, bytes, hash of the keys or of the lines.
+
+    Of a shard that img2dataset's statistics count, their hash, after `_STATISTICS`; of a remote one without its bytes.
+    """
 
     name: str
     size: int
@@ -176,14 +184,19 @@ class DataSet:
         """
         if self.manifest is not None:
             return ManifestReader(self.manifest, unit)
-        reader = ShardReader(unit.name, cache)
+        reader, by_statistics = ShardReader(unit.name, cache), unit.identity.digest.startswith(_STATISTICS)
         if len(reader) != unit.samples:
             found = len(reader)
             reader.close()
+            if by_statistics:
+                raise ShardReplaced(
+                    f"{unit.name} has {found} samples, {unit.samples} says {_statistics_of(unit.name)}, which belongs "
+                    "to another tar or to a whole one: remove it, then the tars are counted themselves"
+                )
             raise ShardReplaced(
                 f"{unit.name} has {found} samples, {unit.samples} were counted before; it was replaced meanwhile"
             )
-        if reader.index.keys_digest() != unit.identity.digest:
+        if not by_statistics and reader.index.keys_digest() != unit.identity.digest:
             reader.close()
             raise ShardReplaced(f"{unit.name} has other keys than were there before; it was replaced meanwhile")
         return reader
@@ -307,9 +320,9 @@ def _counted(
         # Of several processes one says it, and of its threads the first.
         if os.environ.get("RANK", "0") == "0" and not_said.acquire(blocking=False):
             print(
-                f"{shards[0]}{' and others' * (len(shards) > 1)}: shards that neither dataset.json nor an index beside "
-                "them counts are fetched whole, each once, before the first step. Put the .index.json and dataset.json "
-                "beside them that training.prepare.pack writes",
+                f"{shards[0]}{' and others' * (len(shards) > 1)}: shards that neither dataset.json nor an index or "
+                "img2dataset's _stats.json beside them counts are fetched whole, each once, before the first step. Put "
+                "the .index.json and dataset.json beside them that training.prepare.pack writes",
                 file=sys.stderr,
                 flush=True,
             )
@@ -352,7 +365,10 @@ def _folder(shard: str) -> str:
 def _unit(
     shard: str, described: _Described, cache: ShardCache | None, fetching: Callable[[], AbstractContextManager[None]]
 ) -> Unit:
-    """Counts a shard's samples: by `dataset.json` or its index where they fit, else by reading it, once."""
+    """Counts a shard's samples: by `dataset.json`, its index or img2dataset's statistics that fit, else by reading it.
+
+    In this order whatever is cached by now: what a shard is known by stays the same when a run continues.
+    """
     base = shard.rpartition("/")[2]
     entry = described.content.get("shards", {}).get(base)
     if not is_url(shard):
@@ -370,6 +386,11 @@ def _unit(
         if header is not None and header["tar_bytes"] == size:
             identity = UnitIdentity(base, size, header["keys_digest"])
             return Unit(shard, header["samples"], identity, truncated=bool(header.get("truncated")))
+        if (counted := _by_statistics(shard, stat)) is not None:
+            return counted
+        if (header := counted_before(shard, stat)) is not None:
+            identity = UnitIdentity(base, size, header["keys_digest"])
+            return Unit(shard, header["samples"], identity, truncated=bool(header.get("truncated")))
         index = load_index(shard)
         cut = index.truncated or size < index.tar_bytes
         return Unit(shard, len(index.keys), UnitIdentity(base, size, index.keys_digest()), truncated=cut)
@@ -378,6 +399,8 @@ def _unit(
     if (data := read_small(f"{shard}.index.json", first=HEADER_BYTES)) is not None:
         header = parse_index_header(data.decode("utf-8", "replace").partition("\n")[0], f"{shard}.index.json")
         return Unit(shard, header["samples"], UnitIdentity(base, header["tar_bytes"], header["keys_digest"]))
+    if (counted := _by_statistics(shard, None)) is not None:
+        return counted
     cache = cache or ShardCache()
     header = cached_header(cache.path_of(shard))
     if header is not None and header["tar_bytes"] == remote_size(shard):
@@ -386,6 +409,37 @@ def _unit(
         index = reader.index
         identity = UnitIdentity(base, index.tar_bytes, index.keys_digest())
         return Unit(shard, len(reader), identity, truncated=reader.truncated)
+
+
+def _statistics_of(shard: str) -> str:
+    """Where img2dataset puts what it counted, beside `NAME.tar`: `NAME_stats.json`."""
+    return f"{shard.removesuffix('.tar')}_stats.json"
+
+
+def _by_statistics(shard: str, stat: os.stat_result | None) -> Unit | None:
+    """The unit of a shard by what img2dataset wrote when it had closed it, or None where there is nothing that fits.
+
+    It counts pictures that were fetched, which are the samples; `DataSet.open` compares. So the data that the paper
+    trains on can be opened without reading each header of each tar.
+
+    Args:
+        shard: path or URL.
+        stat: of a local one; what was written since is counted anew.
+    """
+    name = _statistics_of(shard)
+    try:
+        if stat is None:
+            data = read_small(name)
+        else:
+            data = read_regular(name, _STATISTICS_BYTES) if os.stat(name).st_mtime_ns >= stat.st_mtime_ns else None
+        samples = None if data is None else json.loads(data)["successes"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    most = SMALL_FILE_BYTES if stat is None else stat.st_size // BLOCK
+    if data is None or type(samples) is not int or not 0 <= samples <= most:
+        return None
+    digest = _STATISTICS + hashlib.sha256(data).hexdigest()[:16]
+    return Unit(shard, samples, UnitIdentity(shard.rpartition("/")[2], 0 if stat is None else stat.st_size, digest))
 
 
 def _told(shard: str, entry: Any) -> Unit:

@@ -12,6 +12,7 @@ from pyramidclip_hf.image_processing_pyramidclip import PyramidCLIPImageProcesso
 from pyramidclip_hf.loading import load_model
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
+from pyramidclip_hf.tokenization_pyramidclip import PyramidCLIPTokenizer
 from training.settings.pretraining import PretrainingArguments
 
 
@@ -60,7 +61,9 @@ def _new_model(
     model = PyramidCLIPModel(config)
     side = config.vision_config.image_size
     images = PyramidCLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    return model, PyramidCLIPProcessor(images, roi_feature_size=config.vision_config.roi_feature_size)
+    # Saved with the model: whoever loads both gets texts that are no longer than it reads.
+    texts = PyramidCLIPTokenizer(model_max_length=config.text_config.max_position_embeddings)
+    return model, PyramidCLIPProcessor(images, texts, roi_feature_size=config.vision_config.roi_feature_size)
 
 
 def _trained_model(name: str, changes: Mapping[str, Any] | None) -> tuple[PyramidCLIPModel, PyramidCLIPProcessor]:

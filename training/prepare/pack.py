@@ -98,7 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(settings: PackSettings) -> None:
     """Packs and reports."""
-    total = pack(settings)
+    refuse_empty(pack(settings))
+
+
+def refuse_empty(total: Tally | None) -> None:
+    """Raises `ValueError` where pairs came in and none of them could be used."""
     if total is not None and total.counts["in"] and not total.counts["out"]:
         first = total.problems[0]
         raise ValueError(
@@ -130,11 +134,17 @@ def open_job(settings: PackSettings, worker: Worker) -> "Packing":
 
 
 class Packing:
-    """All parts of the source, as a job: first the keys are listed, then the shards are written."""
+    """All parts of the source, as a job: first the keys are listed, then the shards are written.
 
-    def __init__(self, settings: PackSettings, worker: Worker):
+    Args:
+        settings: of the command.
+        worker: who does it.
+        source: of the pairs; the one that the settings name where it is None.
+    """
+
+    def __init__(self, settings: PackSettings, worker: Worker, source: PairSource | None = None):
         self.settings, self.worker = settings, worker
-        self.source = open_source(settings.source)
+        self.source = source or open_source(settings.source)
         self.stage = Stage(settings.pack.output_dir, STAGE, settings.that_decide(), settings.work.overwrite)
         self.parts: dict[str, SourcePart] = {}
 

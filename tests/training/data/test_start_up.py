@@ -5,6 +5,7 @@ import collections
 import json
 import os
 import shutil
+import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.prepare.small_data import write_shards
+from tests.training.data.same_batches import equal
+from tests.training.prepare.small_data import Served, write_shards
 from training.data import sources
 from training.data.loader import TrainingReader, fingerprint_of
 from training.data.order import SampleOrder, batch_positions
@@ -162,6 +164,79 @@ def test_shards_of_which_nothing_is_known_are_read_once_by_somebody(tmp_path, mo
     found = Threads(4).run(lambda crew: open_data_set(str(folder), crew=crew).units)
     assert sorted(read) == sorted(map(str, folder.glob("*.tar")))
     assert found == [open_data_set(str(folder)).units] * 4
+
+
+def bare_shards(folder):
+    """Shards as img2dataset leaves them: no index, no dataset.json; statistics not yet."""
+    folder = write_shards(folder, range(44))
+    for path in [*folder.glob("*.index.json"), folder / "dataset.json"]:
+        path.unlink()
+    return folder
+
+
+def with_statistics(folder, more=0):
+    """What img2dataset writes beside each tar; `more` samples than there are."""
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            pictures = sum(name.endswith(".jpg") for name in tar.getnames())
+        told = {"count": pictures + 5, "successes": pictures + more, "failed_to_download": 5, "failed_to_resize": 0}
+        path.with_name(f"{path.stem}_stats.json").write_text(json.dumps(told))
+    return folder
+
+
+def test_what_was_counted_once_is_counted_by_the_first_line_of_its_index(tmp_path, monkeypatch):
+    folder = bare_shards(tmp_path / "scenes")
+    read, original = [], sources.load_index
+    monkeypatch.setattr(sources, "load_index", lambda path: read.append(path) or original(path))
+    first, tars = open_data_set(folder).units, sorted(map(str, folder.glob("*.tar")))
+    assert sorted(read) == tars
+    read.clear()
+    assert open_data_set(folder).units == first and not read
+    os.utime(tars[2], ns=(0, 0))  # who changed it, may have changed more
+    assert open_data_set(folder).units == first and read == [tars[2]]
+
+
+def test_shards_that_img2dataset_counted_are_not_read_at_the_start(tmp_path, asked, reader):
+    folder = bare_shards(tmp_path / "scenes")
+    plain = list(reader(folder).batches(0))
+    shutil.rmtree(tmp_path / "cache")
+    with_statistics(folder)
+    asked.clear()
+    asked.folder = folder
+    begun = reader(folder)
+    assert asked.of(".tar") == {"stat": (1, 6)}  # and never opened
+    assert equal(list(begun.batches(0)), plain)
+    # The indexes are cached by now; what the data are known by, which a run that continues compares, is the same.
+    assert reader(folder).fingerprint == begun.fingerprint
+
+
+def test_statistics_of_other_tars_are_refused_when_these_are_read(tmp_path):
+    folder = with_statistics(bare_shards(tmp_path / "scenes"), more=1)
+    data = open_data_set(folder)
+    with pytest.raises(sources.ShardReplaced, match=r"has 8 samples, 9 says .*part-000_stats.json.*remove it"):
+        data.open(data.units[0])
+    for path in folder.glob("*.tar"):
+        os.utime(path, ns=(2**62, 2**62))  # written since
+    assert open_data_set(folder).samples == 44
+
+
+@pytest.mark.parametrize(
+    "told", ["", "[]", '{"successes": "8"}', '{"successes": 1e9}', '{"successes": 99999999}', "{}"]
+)
+def test_statistics_that_are_none_count_nothing(tmp_path, told):
+    folder = bare_shards(tmp_path / "scenes")
+    (folder / "part-000_stats.json").write_text(told)
+    assert open_data_set(folder).samples == 44
+
+
+@pytest.mark.loopback
+def test_statistics_behind_a_url_spare_fetching_the_shards(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYRAMIDCLIP_CACHE", str(tmp_path / "cache"))
+    folder = with_statistics(bare_shards(tmp_path / "scenes"))
+    with Served(folder) as served:
+        data = open_data_set(f"{served.url}/part-{{000..005}}.tar")
+        assert data.samples == 44 and not [path for path in served.requests if path.endswith(".tar")]
+        assert len(data.open(data.units[0])) == 8
 
 
 def test_another_copy_on_one_machine_ends_all(tmp_path, monkeypatch):
