@@ -286,7 +286,8 @@ def things(tmp_path_factory):
     pairs = [{"image": f"pictures/{name}.png", "caption": f"a {name}, seen in the snow"} for name in names]
     Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     Path("captions.csv").write_text("image,caption\n" + "".join(f'{p["image"]},"{p["caption"]}"\n' for p in pairs))
-    for shards in ("shards", "runs/demo/scenes/validation", "data/shards"):
+    chosen = "data/openclipart-chosen"
+    for shards in ("shards", "runs/demo/scenes/validation", "data/shards", f"{chosen}/train", f"{chosen}/validation"):
         make_shards(Path(shards))
     write_pictures("labelled", {"blue": 8, "green": 8})
     write_pictures("runs/demo/scenes/objects", {"blue": 8, "green": 8})
