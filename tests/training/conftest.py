@@ -1,11 +1,21 @@
 """What several tests of training share."""
 
 import pytest
+import torch
 
 from tests.training.runs import MODEL_CONFIG
 from tests.training.to_evaluate import COUNTS, write_pictures
 from training.linear_probe import LinearProbeArguments
 from training.loop.initial_model import named_model
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """As forked processes have: a run that is continued with other threads is not bit-equal."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

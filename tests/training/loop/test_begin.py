@@ -29,6 +29,8 @@ from training.loop.record import CheckpointError
 from training.loop.run_folder import list_checkpoints, prune, sole_run, take_back
 from training.loop.tracking import read_metrics
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(autouse=True)
 def made_up_data(monkeypatch):

@@ -23,6 +23,8 @@ from training.loop.record import CheckpointError, read_record, sealed, write_rec
 from training.loop.run_folder import find_checkpoints, list_checkpoints
 from training.loop.tracking import read_metrics
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(autouse=True)
 def made_up_data(monkeypatch):
