@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import io
 import json
 import shutil
@@ -62,6 +63,7 @@ from training.prepare.sources import open_source
 from training.prepare.steps.flags import SourceArguments
 from training.prepare.steps.pictures import picture_suffix
 from training.prepare.steps.regions import best_regions
+from training.prepare.steps.svg import Drawer
 from training.prepare.steps.work import Tally
 from training.prepare.synonyms import sets_of
 from training.settings.reading import read_chain
@@ -377,6 +379,19 @@ def token_heads(folder: Path) -> bytes:
     return (folder / HEADS_FILE).read_bytes()
 
 
+SVG = (
+    b'<svg xmlns="http://www.w3.org/2000/svg" xmlns:d="http://purl.org/dc/elements/1.1/" viewBox="0 0 9 5">'
+    b"<metadata><Work><d:title>A leaf</d:title><d:subject><Bag><li>plant</li></Bag></d:subject></Work></metadata>"
+    b'<defs><g id="a"><path d="M1 1L8 4Z" stroke="red"/></g></defs><use href="#a" transform="scale(.5)"/></svg>'
+)
+
+
+@functools.cache
+def drawer() -> Drawer:
+    """One process that draws for all changed files."""
+    return Drawer(16, seconds=5)
+
+
 Reader = tuple[Callable[[Path], bytes], Read, tuple[type[Exception], ...]]
 
 # name: (whole bytes of a folder to work in, how they are read, the documented errors)
@@ -416,6 +431,7 @@ READERS: dict[str, Reader] = {
                      read_data_set("dataset.json"), (ValueError,)),
     "list of shards": (lambda _: b"# ours\na.tar\n" * 2, read_data_set("l.txt"),
                        (ValueError, FileNotFoundError)),
+    "SVG": (lambda _: SVG, lambda data, _: drawer().draw(data), (BadSample,)),
     "Oscar": (lambda _: OSCAR, read_oscar, (ValueError,)),
     "rules": (lambda _: b"rules:\n  large: {rule: number, field: width, at_least: 200}\n"
               b"  few: {rule: sample, share: 0.5}\nseed: 3\n",
