@@ -48,6 +48,7 @@ from .modeling_pyramidclip_text import (
     moved_left,
     packed,
     packed_positions,
+    refuse_no_tensor,
     take_position,
     text_starts,
     unpacked,
@@ -288,7 +289,8 @@ class PyramidCLIPVisionModel(PyramidCLIPPreTrainedModel):
             **kwargs: transformers' own, such as `output_hidden_states`.
 
         Raises:
-            ValueError: neither or both inputs, an empty batch, or a shape that does not fit the configuration.
+            ValueError: neither or both inputs, no tensor of floats, an empty batch, or a shape that does not fit the
+                configuration.
         """
         if pixel_values is not None and roi_features is None:
             self._check_pixels(pixel_values, interpolate_pos_encoding)
@@ -338,6 +340,7 @@ class PyramidCLIPVisionModel(PyramidCLIPPreTrainedModel):
 
     def _check_pixels(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> None:
         size, stride = self.config.image_size, self.config.image_size // self.config.grid_size
+        refuse_no_tensor("pixel_values", pixel_values, floats=True)
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels or 0 in pixel_values.shape:
             raise ValueError(
                 f"pixel_values must be a non-empty (batch_size, {self.config.num_channels}, height, width) tensor, got "
@@ -358,6 +361,7 @@ class PyramidCLIPVisionModel(PyramidCLIPPreTrainedModel):
         self, roi_features: torch.Tensor, roi_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         width = self.config.roi_feature_size + 4
+        refuse_no_tensor("roi_features", roi_features, floats=True)
         if roi_features.ndim != 3 or roi_features.shape[2] != width or 0 in roi_features.shape:
             raise ValueError(
                 f"roi_features must be a non-empty (batch_size, regions, {width}) tensor, roi_feature_size + 4 box "

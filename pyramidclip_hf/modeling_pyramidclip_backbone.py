@@ -22,7 +22,12 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_pyramidclip import PyramidCLIPBackboneConfig
 from .modeling_pyramidclip_base import PyramidCLIPPreTrainedModel
 from .modeling_pyramidclip_resnet import PyramidCLIPResNet
-from .modeling_pyramidclip_text import PyramidCLIPEncoder, PyramidCLIPEncoderLayer, PyramidCLIPLayerNorm
+from .modeling_pyramidclip_text import (
+    PyramidCLIPEncoder,
+    PyramidCLIPEncoderLayer,
+    PyramidCLIPLayerNorm,
+    refuse_no_tensor,
+)
 from .modeling_pyramidclip_vit import PyramidCLIPLeFFLayer, PyramidCLIPVisionEmbeddings
 
 
@@ -119,6 +124,7 @@ class PyramidCLIPBackbone(BackboneMixin, PyramidCLIPPreTrainedModel):
 
     def _check_pixels(self, pixel_values: torch.Tensor, last: int) -> None:
         channels, stride = self.config.num_channels, self.config.stage_strides[last]
+        refuse_no_tensor("pixel_values", pixel_values, floats=True)
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or 0 in pixel_values.shape:
             raise ValueError(
                 f"pixel_values must be a non-empty (batch_size, {channels}, height, width) tensor, got shape "

@@ -359,14 +359,28 @@ def unpacked(states: torch.Tensor, packing: Packing) -> list[torch.Tensor]:
     return [part.unflatten(0, shape) for part, shape in zip(parts, packing)]
 
 
+def refuse_no_tensor(name: str, value: object, floats: bool) -> None:
+    """Raises `ValueError` for an input that is no tensor, or one of integers where floats are wanted, or the reverse.
+
+    A processor gives lists without `return_tensors`; a picture's bytes would be encoded as if they were normalised.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(
+            f'{name} must be a tensor, got {type(value).__name__}: call the processor with return_tensors="pt".'
+        )
+    if value.is_floating_point() != floats:
+        raise ValueError(f"{name} must be {'floats' if floats else 'integers'} of the processor, got {value.dtype}.")
+
+
 def checked_input_ids(input_ids: torch.Tensor | None, config: PyramidCLIPTextConfig) -> torch.Tensor:
-    """The ids, refused where the tower cannot encode them: none, another rank, no texts, more than there are positions.
+    """The ids, refused where the tower cannot encode them: none, no integers, another rank, no texts, too many.
 
     Raises:
         ValueError: with what was expected and what came.
     """
     if input_ids is None:
         raise ValueError("The text tower needs input_ids of shape (batch_size, sequence_length), got None.")
+    refuse_no_tensor("input_ids", input_ids, floats=False)
     if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ValueError(
             f"input_ids must be a non-empty (batch_size, sequence_length) tensor, got shape {tuple(input_ids.shape)}."

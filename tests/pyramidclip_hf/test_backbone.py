@@ -134,6 +134,8 @@ def test_wrong_pictures(tower):
     backbone = PyramidCLIPBackbone(PyramidCLIPBackboneConfig(**TOWERS[tower]))
     with pytest.raises(ValueError, match=r"non-empty \(batch_size, 3, height, width\)"):
         backbone(torch.zeros(3, 64, 64))
+    with pytest.raises(ValueError, match="pixel_values must be floats of the processor, got torch.uint8"):
+        backbone(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     if tower == "vit":
         with pytest.raises(ValueError, match=r"\(60 x 64\) must be multiples of the ViT's patch_size 8"):
             backbone(torch.zeros(1, 3, 60, 64))

@@ -324,6 +324,18 @@ def test_the_logit_scale_is_clamped():
         (lambda m, b: m(**{**b, "roi_features": None}, return_loss=True), r"roi_features.*roi_summary.*roi_caption"),
         (lambda m, b: m.freeze("image"), r"freeze\('image'\): expected 'vision' or 'text'"),
         (lambda m, b: m.vision_model(), "one of the two"),
+        (lambda m, b: m(input_ids=[[1, 2]]), 'input_ids must be a tensor, got list: .*return_tensors="pt"'),
+        (lambda m, b: m.encode_text("a dog"), "input_ids must be a tensor, got str"),
+        (
+            lambda m, b: m.encode_text(torch.ones(1, 3)),
+            "input_ids must be integers of the processor, got torch.float32",
+        ),
+        (lambda m, b: m.encode_image(torch.zeros(1, 3, 32, 32).numpy()), "pixel_values must be a tensor, got ndarray"),
+        (
+            lambda m, b: m.encode_image(torch.ones(1, 3, 32, 32).byte()),
+            "pixel_values must be floats of the processor, got torch.uint8",
+        ),
+        (lambda m, b: m.encode_rois([[[0.0] * 10]]), "roi_features must be a tensor, got list"),
     ],
 )
 def test_wrong_input_is_refused_by_name(call, message):
