@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(settings: ClipArtSettings) -> None:
     """Draws, packs and reports."""
-    refuse_empty(draw(settings))
+    refuse_empty(draw(settings), settings.source.input)
 
 
 def draw(settings: ClipArtSettings) -> Tally | None:

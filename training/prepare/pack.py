@@ -98,12 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(settings: PackSettings) -> None:
     """Packs and reports."""
-    refuse_empty(pack(settings))
+    refuse_empty(pack(settings), settings.source.input)
 
 
-def refuse_empty(total: Tally | None) -> None:
-    """Raises `ValueError` where pairs came in and none of them could be used."""
-    if total is not None and total.counts["in"] and not total.counts["out"]:
+def refuse_empty(total: Tally | None, inputs: Sequence[str]) -> None:
+    """Raises `ValueError` where no pair came in, or none of them could be used."""
+    if total is not None and not total.counts["in"]:
+        raise ValueError(f"there is no pair in {', '.join(inputs)}: expected one or more")
+    if total is not None and not total.counts["out"]:
         first = total.problems[0]
         raise ValueError(
             f"none of the {total.counts['in']} pairs could be used; the first one, in {first.get('path')}: "

@@ -97,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(settings: SelectSettings) -> None:
     """Chooses and reports."""
     total = select(settings)
-    if total is not None and total.counts["in"] and not total.counts["out"]:
+    if total is not None and not total.counts["in"]:
+        raise ValueError(f"there is no pair in {', '.join(settings.source.input)}: expected one or more")
+    if total is not None and not total.counts["out"]:
         raise ValueError(
             f"the rules leave none of the {total.counts['in']} pairs; --dry-run shows what each of them takes"
         )

@@ -165,6 +165,12 @@ def check_share(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a share from 0 to below 1, got {value}")
 
 
+def check_above_0(name: str, value: float) -> None:
+    """Raises ValueError where `value` is not above 0."""
+    if not value > 0:
+        raise ValueError(f"{name}: expected a number above 0, got {value}")
+
+
 def check_share_or_all(name: str, value: float) -> None:
     """Raises ValueError where `value` is not in [0, 1]."""
     if not 0 <= value <= 1:

@@ -11,7 +11,15 @@ from typing import Any, Literal
 
 from pyramidclip_hf.levels_pyramidclip import check_loss_weights
 from training.data.mixing import check_shares, positions_of
-from training.settings.fields import Through, check_area, check_lengths, check_repo_id, check_share_or_all, setting
+from training.settings.fields import (
+    Through,
+    check_above_0,
+    check_area,
+    check_lengths,
+    check_repo_id,
+    check_share_or_all,
+    setting,
+)
 from training.settings.run import RunSettings, changed, told_processes
 
 
@@ -181,7 +189,7 @@ class PretrainingArguments(RunSettings):
         "of fetched shards that a machine keeps; room for two windows at least",
         section="data",
         identity=None,
-        at_least=0,
+        check=check_above_0,
     )
     # What is refused is replaced by another sample.
     max_image_pixels: int = setting(

@@ -380,6 +380,9 @@ BAD_RULES = {
     },
     "rule x: at_least 5 is above at_most 3": {"x": {"rule": "words", "at_least": 5, "at_most": 3}},
     "rule x: expected at_least, at_most or best": {"x": {"rule": "number", "field": "similarity"}},
+    "rule x: at_least: a cosine is between -1 and 1, got 30": {
+        "x": {"rule": "similarity", "model": "a/b", "at_least": 30}
+    },
     "rule x: field: expected the name": {"x": {"rule": "number", "at_least": 1}},
     r"rule x: without: '\(' is no regular expression": {"x": {"rule": "pattern", "without": ["("]}},
     "rule x: formats: expected jpeg, png or webp, got gif": {"x": {"rule": "picture", "formats": ["gif"]}},
@@ -466,3 +469,8 @@ def test_rules_that_leave_nothing_are_said(source, tmp_path, capsys):
     words = ["--input", source, "--output-dir", tmp_path / "out", "--rules", path]
     assert select.main([str(word) for word in words]) == 2
     assert "error: the rules leave none of the " in capsys.readouterr().err
+    write_tar(tmp_path / "bare.tar", [])
+    words[1] = tmp_path / "bare.tar"
+    words[3] = tmp_path / "of-nothing"
+    assert select.main([str(word) for word in words]) == 2
+    assert capsys.readouterr().err.endswith("bare.tar: expected one or more\n")

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,24 @@ def test_pairs_of_which_none_can_be_used_are_said(inputs, capsys):
         "error: none of the 2 pairs could be used; the first one, in lost.csv: no-image: nowhere/0.jpg"
     )
     assert "pack: 2 in = 0 out + 2 rejected" in said.out and len(problems("out", "pack")) == 2
+
+
+def test_shards_and_tables_without_a_pair_are_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("cut.tar").touch()
+    with tarfile.open("bare.tar", "w"):
+        pass
+    for name in ("cut.tar", "bare.tar"):
+        assert pack.main(["--input", name, "--output-dir", f"{name}-out"]) == 2
+        assert capsys.readouterr().err.endswith(f"error: there is no pair in {name}: expected one or more\n")
+
+
+def test_rows_of_a_table_with_other_signs_between_its_columns_say_so(tmp_path, monkeypatch, capsys):
+    """The captions have commas, so that each row breaks before its columns are missed."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").write_text("image\tcaption\n0.jpg\ta cat, and a dog\n")
+    assert pack.main("--input a.csv --output-dir out".split()) == 2
+    assert "2 values for 1 columns. Its columns seem to be parted by '\\t': .csv is read" in capsys.readouterr().err
 
 
 def test_what_took_nothing_may_be_done_otherwise(inputs, capsys):

@@ -85,6 +85,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
         (["--global-batch-size", "1"], "global_batch_size: expected a number of at least 2, got 1"),
         (["--keep-checkpoints", "1" + "0" * 400], "keep_checkpoints: expected a number of at least 1, got 1000"),
         (["--learning-rate", "nan"], "learning_rate: expected a number of at least 0, got nan"),
+        (["--cache-gigabytes", "0"], "cache_gigabytes: expected a number above 0, got 0"),
         (["--warmup-fraction", "1.5"], "warmup_fraction: expected a share from 0 to below 1, got 1.5"),
         (["--local-crop-area", "0.9", "0.5"], r"local_crop_area: expected two shares .* got \[0.9, 0.5\]"),
         (["--gradient-accumulation-steps", "4"], "only 1 is possible, got 4.*fewer negatives.*per_device_chunk_size"),

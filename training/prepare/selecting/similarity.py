@@ -32,6 +32,9 @@ class Similarity(Scored):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.model), "model: expected the folder or Hub name of a model")
+        for name in ("at_least", "at_most"):  # before the model has looked at all pairs, to take or keep each of them
+            bound = getattr(self, name)
+            require(bound is None or -1 <= bound <= 1, f"{name}: a cosine is between -1 and 1, got {bound}")
         require(self.field not in _LEVELS, f"field: {self.field} is a level of the sample, choose another name")
         self.encoder: Encoder = Encoder(self.model, self.revision, self.dtype)
 

@@ -47,10 +47,14 @@ def choose_columns(names: Collection[str], arguments: SourceArguments, where: st
     if image is None or caption is None or absent:
         wanted = f"give {', '.join(missing)}" if missing else f"there is no column {', '.join(absent)}"
         told = ", ".join(map(str, names))
-        other = next((mark for mark in ";\t,|" if len(names) == 1 and mark in told), None)
-        hint = f". Its columns seem to be parted by {other!r}: .csv is read with ',', .tsv with '\\t'" if other else ""
-        raise ValueError(f"{where} has the columns {told}: {wanted}{hint}")
+        raise ValueError(f"{where} has the columns {told}: {wanted}{parted_otherwise(names)}")
     return Columns(image, caption, chosen["key"])
+
+
+def parted_otherwise(names: Collection[str]) -> str:
+    """A sentence to put behind what went wrong where one name looks as several between other signs, else nothing."""
+    other = next((mark for name in names for mark in ";\t,|" if len(names) == 1 and mark in str(name)), None)
+    return f". Its columns seem to be parted by {other!r}: .csv is read with ',', .tsv with '\\t'" if other else ""
 
 
 def key_text(value: object) -> str | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from pyramidclip_hf import parquet_pages
-from training.prepare.sources.columns import Columns, choose_columns, fill, key_text
+from training.prepare.sources.columns import Columns, choose_columns, fill, key_text, parted_otherwise
 from training.prepare.sources.pairs import Fault, RawPair, SourcePart
 from training.prepare.steps.flags import SourceArguments
 
@@ -212,7 +212,9 @@ def _csv_row(line: int, values: list[str] | csv.Error, header: Sequence[str]) ->
     if isinstance(values, csv.Error):
         return TableRow(line, {}, Fault("bad-row", str(values)))
     if len(values) != len(header):
-        return TableRow(line, {}, Fault("bad-row", f"{len(values)} values for {len(header)} columns"))
+        return TableRow(
+            line, {}, Fault("bad-row", f"{len(values)} values for {len(header)} columns{parted_otherwise(header)}")
+        )
     if not _is_utf8("".join(values)):
         return TableRow(line, {}, Fault("bad-utf8", "the row is not UTF-8"))
     return TableRow(line, dict(zip(header, values)))
