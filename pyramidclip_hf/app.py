@@ -140,7 +140,7 @@ def _why_not(error: UnreadablePicture, max_image_pixels: int) -> str:
     """What to say of a picture that cannot be read, without the name that it has on this machine."""
     if isinstance(error.__cause__, UnidentifiedImageError):
         return f"This is no picture, or of a kind that is not read here. What is read: {', '.join(PICTURE_FORMATS)}."
-    if isinstance(error.__cause__, Image.DecompressionBombError | PictureTooLarge):
+    if isinstance(error.__cause__, PictureTooLarge):
         return (
             f"This picture is too large: at most {max_image_pixels / 1e6:g} million pixels are taken here. Make it "
             "smaller, and choose it again."

@@ -78,15 +78,20 @@ def open_undecoded(
 
     Raises:
         PIL.UnidentifiedImageError: none of these formats.
-        PIL.Image.DecompressionBombError: more pixels than PIL itself allows.
-        PictureTooLarge: more than `max_image_pixels`, or a JPEG of too many scans.
+        PictureTooLarge: more than `max_image_pixels` or than PIL itself allows, or a JPEG of too many scans.
         OSError, SyntaxError, ValueError, TypeError, OverflowError: a damaged header.
     """
     with warnings.catch_warnings():
         if max_image_pixels is not None:  # which refuses where PIL's would only warn
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         file = io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
-        picture = Image.open(file, formats=PICTURE_FORMATS)
+        try:
+            picture = Image.open(file, formats=PICTURE_FORMATS)
+        except Image.DecompressionBombError as error:
+            raise PictureTooLarge(
+                f"The picture has more than the {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels that PIL opens, whatever "
+                "max_image_pixels is; make it smaller."
+            ) from error
     try:
         check_image_pixels(picture, max_image_pixels)
         if picture.format in ("JPEG", "MPO"):

@@ -308,11 +308,15 @@ def test_save_load_and_auto_class_for_both_backends(tmp_path):
         assert np.array_equal(pixels(loaded, photograph()), pixels(processor, photograph()))
 
 
-def test_pictures_beyond_the_limit_are_refused_before_decoding(tmp_path):
+def test_pictures_beyond_the_limit_are_refused_before_decoding(tmp_path, monkeypatch):
     path = tmp_path / "large.png"
     Image.new("L", (400, 300)).save(path)
     path.write_bytes(path.read_bytes()[:100])
     processor = PyramidCLIPImageProcessor(size=32, max_image_pixels=119_999)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 59_999)  # PIL refuses twice as many
+    with pytest.raises(PictureTooLarge, match="more than the 119998 pixels that PIL opens, whatever max_image_pixels"):
+        open_undecoded(path, 200_000)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="400 x 300 pixels, more than max_image_pixels=119999"):
         processor(path)
     with pytest.raises(OSError, match="truncated"):

@@ -136,7 +136,7 @@ def _read_by_pillow() -> Iterator[None]:
         yield
     except UnidentifiedImageError:
         raise
-    except (PictureTooLarge, Image.DecompressionBombError) as error:
+    except PictureTooLarge as error:
         raise BadPicture("picture-too-large", str(error)) from None
     except Exception as error:
         raise BadPicture("bad-picture", f"{type(error).__name__}: {error}") from None

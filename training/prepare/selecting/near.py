@@ -114,7 +114,7 @@ class NearDuplicates(Rule):
 
     kind: ClassVar[str] = "near_duplicates"
     looks_at_pictures = True
-    distance: int = told(4, "bits of 64 that may differ, 0 to 12")
+    distance: int | None = told(None, "bits of 64 that may differ, 0 to 12; default: 4")
     against: list[str] = told([], "data sets: what looks as a picture of theirs goes")
     model: str = told("", "folder or Hub name: its embeddings are compared, in place of hashes")
     cosine: float | None = told(None, "with a model: from which on two pictures are alike")
@@ -122,9 +122,10 @@ class NearDuplicates(Rule):
     dtype: Literal["float32", "bfloat16", "float16"] = told("float32", "of the model's weights")
 
     def __post_init__(self) -> None:
-        check_distance(self.distance)
+        check_distance(self.hash_distance)
         require(bool(self.model) == (self.cosine is not None), "expected model and cosine together, or none of them")
         if self.cosine is not None:
+            require(self.distance is None, "expected distance, which is of hashes, or model and cosine, got both")
             require(
                 0 < self.cosine <= MOST_COSINE, f"cosine: expected more than 0, up to {MOST_COSINE}, got {self.cosine}"
             )
@@ -132,6 +133,11 @@ class NearDuplicates(Rule):
             self.encoder = Encoder(self.model, self.revision, self.dtype)
         else:
             _imagehash()
+
+    @property
+    def hash_distance(self) -> int:
+        """The bits in which hashes may differ."""
+        return 4 if self.distance is None else self.distance
 
     def columns(self) -> list[Column]:
         """The perceptual hash, or the embedding."""
@@ -152,7 +158,7 @@ class NearDuplicates(Rule):
         hashes = np.concatenate([part.values[0] for part in alive])
         rows = np.concatenate([part.rows for part in alive])
         foreign = [part.values[0] for part in others.alive(PHASH.name)] if others is not None else []
-        near = near_an_earlier(hashes, self.distance, np.concatenate([np.zeros(0, np.uint64), *foreign]))
+        near = near_an_earlier(hashes, self.hash_distance, np.concatenate([np.zeros(0, np.uint64), *foreign]))
         yield rows[near]
 
 

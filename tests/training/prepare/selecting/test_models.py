@@ -263,6 +263,7 @@ def test_near_duplicates_by_a_model_within_and_against(kind, models, tmp_path):
     ("settings", "message"),
     [
         ({"model": "a/b"}, "expected model and cosine together"),
+        ({"model": "a/b", "cosine": 0.9, "distance": 4}, "expected distance, .* or model and cosine, got both"),
         ({"cosine": 0.9}, "expected model and cosine together"),
         ({"model": "a/b", "cosine": 0.9999}, "cosine: expected more than 0, up to 0.998, got 0.9999"),
     ],
