@@ -145,7 +145,13 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises ValueError: argparse found `message` wrong with the words."""
-        raise ValueError(f"{message} ({self.prog} --help says what is expected)")
+        raise ValueError(f"{plainly(message)} ({self.prog} --help says what is expected)")
+
+
+def plainly(message: str) -> str:
+    """Argparse's message about a value that is no number, in words."""
+    message = re.sub(r"invalid int value: ", "expected a whole number, got ", message)
+    return re.sub(r"invalid float value: ", "expected a number, got ", message)
 
 
 class _Version(argparse.Action):
@@ -589,17 +595,42 @@ def _add_app(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# What the subcommands read, beside models and pictures.
-_READ = ("labels_file", "templates", "texts", "font", "image", "embeddings", "picture", "pairs", "classes")
+# What the subcommands read, beside models and pictures, and what belongs there where a slip is near.
+_READ = {
+    "labels_file": "a file with labels, one a line; --labels takes them as words",
+    "templates": "a file with prompts, one a line, {} for the label",
+    "texts": "a file with texts, one a line",
+    "font": "",
+    "image": "the file of a picture; --text takes words",
+    "embeddings": "a file that `pyramidclip embed` wrote",
+    "picture": "the file of a picture",
+    "pairs": "JSON lines with image and caption",
+    "classes": "a folder with one sub-folder of pictures for each class",
+}
+# What takes words, and the flag that takes what a file holds.
+_WORDS = {
+    "labels": "--labels-file reads labels from a file, one a line",
+    "text": "expected the words to look for; `pyramidclip search` takes pictures by --image",
+}
+
+
+def _check_words(args: argparse.Namespace) -> None:
+    """ValueError where the name of a file stands for its content: as words, it would be answered all the same."""
+    for name, told in _WORDS.items():
+        given = getattr(args, name, None) or []
+        for word in [given] if isinstance(given, str) else given:
+            if os.path.splitext(word)[1] and os.path.isfile(word):
+                raise ValueError(f"--{name} {word}: that is a file, whose name would be taken for words: {told}")
 
 
 def _run(args: argparse.Namespace) -> int:
     # torch and transformers take seconds to import: help, wrong flags and what is missing answer without them.
     check_there("--model", args.model, "folder of a saved model, or Hub id", "id")
     check_there("--compare", getattr(args, "compare", None), "folder of a saved model, or Hub id", "id")
-    for name in _READ:
+    _check_words(args)
+    for name, expected in _READ.items():
         flag = "" if name in ("embeddings", "picture") else f"--{name.replace('_', '-')}"
-        check_there(flag, getattr(args, name, None))
+        check_there(flag, getattr(args, name, None), expected)
     for flag, name in (("", "pictures"), ("--calibration", "calibration"), ("--examples", "examples")):
         check_there(flag, [one for one in getattr(args, name, ()) if one != "-"], kind="data")
     from pyramidclip_hf.commands import COMMANDS

@@ -19,6 +19,8 @@ from conversion.checkpoint_file import as_float32, read_checkpoint, state_dict_o
 from conversion.key_map import REFERENCE_SPLIT, Row, key_table
 from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
 from pyramidclip_hf.files import parse_json, read_utf8
+from pyramidclip_hf.hub_reach import asking_hub
+from pyramidclip_hf.loading import check_weights
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 
 # Only PyramidCLIP has these parameters.
@@ -136,16 +138,17 @@ def _model_file(model: str | Path, name: str) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        return Path(hf_hub_download(str(model), name))
-    except HFValidationError as error:
-        raise FileNotFoundError(f"There is no file or folder {model}, and it is no Hub id either.") from error
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"There is no file or folder {model}, and the Hub cannot be asked for it: {error}"
-        ) from error
-    except EntryNotFoundError:
-        return None
+    with asking_hub() as out_of_reach:
+        try:
+            return Path(hf_hub_download(str(model), name))
+        except HFValidationError as error:
+            raise FileNotFoundError(f"There is no file or folder {model}, and it is no Hub id either.") from error
+        except LocalEntryNotFoundError as error:
+            raise FileNotFoundError(
+                f"There is no file or folder {model}, and the Hub cannot be asked for it: {out_of_reach or error}"
+            ) from error
+        except EntryNotFoundError:
+            return None
 
 
 def _widening_notes(widened: int) -> list[str]:
@@ -158,7 +161,10 @@ def _widening_notes(widened: int) -> list[str]:
 def _from_transformers(model: str | Path) -> ClipSource:
     from transformers import CLIPModel
 
-    loaded: Any = CLIPModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+    if Path(model).is_dir():
+        check_weights(model, str(model))
+    with asking_hub():
+        loaded: Any = CLIPModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
     clip, info = loaded
     incomplete = {kind: sorted(info[kind]) for kind in ("missing_keys", "mismatched_keys") if info[kind]}
     if incomplete:

@@ -36,6 +36,7 @@ from .hits_page import hits_page
 from .loading import Loaded, choose_device, load_model, told_slow_type
 from .modeling_pyramidclip import PyramidCLIPModel
 from .picture_files import (
+    PICTURE_SUFFIXES,
     Hit,
     UnreadablePicture,
     characters_that_lack,
@@ -70,6 +71,7 @@ _PROMPTS_WORTH_A_BAR = 1000
 # How many are looked at to see what numbers pass through a tower.
 _CALIBRATION_PICTURES = 128
 _CALIBRATION_TEXTS = 256
+_CALIBRATED_ON = "pictures: files, folders with all below them, or globs in quotes"
 
 # A picture's path, and its `pixel_values` (3, H, W) or why it has none.
 Reading = tuple[str, torch.Tensor | UnreadablePicture]
@@ -509,14 +511,16 @@ def _queries(args: argparse.Namespace, metadata: dict[str, Any], messages: _Mess
     return torch.cat(queries)
 
 
-def _picture_of(flag: str, path: str, max_image_pixels: int) -> Image.Image:
-    """`read_picture` of what a flag names; ValueError where that does not work."""
+def _picture_of(flag: str, path: str, max_image_pixels: int, expected: str = "the file of one picture") -> Image.Image:
+    """`read_picture` of what a flag names; ValueError where that does not work, with what was expected."""
     if os.path.isdir(path):
-        raise ValueError(f"{flag} {path} is a folder: expected the file of one picture.".lstrip())
+        raise ValueError(f"{flag} {path} is a folder: expected {expected}.".lstrip())
     try:
         return read_picture(path, max_image_pixels)
     except UnreadablePicture as error:
-        raise ValueError(f"{flag} {path}: cannot be read: {error}".lstrip()) from error
+        kinds = "" if Path(path).suffix.lower() in PICTURE_SUFFIXES else f" (such as {' '.join(PICTURE_SUFFIXES[:4])})"
+        told = f"{flag} {path}: cannot be read: {error}: expected {expected}{kinds}."
+        raise ValueError(told.lstrip()) from error
 
 
 # explain
@@ -570,13 +574,18 @@ def run_export(args: argparse.Namespace) -> int:
 
 def _calibration(args: argparse.Namespace, messages: _Messages) -> list[Image.Image]:
     paths = _found(args.calibration, sys.stdin, messages) if args.calibration else []
-    return [_picture_of("--calibration", path, args.max_image_pixels) for path in paths[:_CALIBRATION_PICTURES]]
+    return [
+        _picture_of("--calibration", path, args.max_image_pixels, _CALIBRATED_ON)
+        for path in paths[:_CALIBRATION_PICTURES]
+    ]
 
 
 def _pictures_of_classes(folder: str, messages: _Messages) -> dict[str, list[str]]:
     """Class -> its pictures, of a folder with a sub-folder a class; says what was passed over in all of them."""
     passed_over: Counter[str] = Counter()
     folders = sorted(path for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not folders:
+        raise ValueError(f"--classes {folder}: expected a folder with one sub-folder of pictures for each class.")
     found = {path.name.replace("_", " "): find_pictures([str(path)], passed_over=passed_over) for path in folders}
     if told := told_passed_over(passed_over):
         messages.say(f"--classes {folder}: {told}")

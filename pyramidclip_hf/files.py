@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,22 @@ def is_hidden(name: str) -> bool:
 def visible(folder: str | os.PathLike[str], pattern: str = "*") -> list[Path]:
     """The files and folders in `folder` that fit the pattern, sorted, without hidden ones."""
     return sorted(path for path in Path(folder).glob(pattern) if not is_hidden(path.name))
+
+
+def contents_of(folder: str | os.PathLike[str]) -> str:
+    """What a path holds, in words, for errors: "it is not there", "it is empty", "it holds 3 *.jpg, 1 *.txt"."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return "it is a file" if folder.exists() else "it is not there"
+    kinds = Counter(
+        "folder" if path.is_dir() else f"*{path.suffix}" if path.suffix else "without an ending"
+        for path in folder.iterdir()
+    )
+    if not kinds:
+        return "it is empty"
+    named = [f"{n} {kind}" for kind, n in kinds.most_common(3)]
+    others = kinds.total() - sum(n for _, n in kinds.most_common(3))
+    return "it holds " + ", ".join([*named, f"{others} others"] if others else named)
 
 
 def read_regular(path: str | os.PathLike[str], most: int) -> bytes:

@@ -17,11 +17,14 @@ from typing import Any, Generic, TypeVar
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 from pyramidclip_command import looks_like_a_folder
 
+from .architectures_pyramidclip import ARCHITECTURES
 from .files import check_regular, read_regular
+from .hub_reach import asking_hub
 from .modeling_pyramidclip import PyramidCLIPModel
 from .processing_pyramidclip import PyramidCLIPProcessor
 from .versions_pyramidclip import cpu_capabilities
@@ -29,6 +32,9 @@ from .versions_pyramidclip import cpu_capabilities
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 _ADVICE = "Expected a folder that save_pretrained of a PyramidCLIPModel and of its processor wrote"
+_AGAIN = "copy or download it again (out of the Hub's cache, delete it first)."
+# What a file begins with that a clone without Git LFS has in place of a large one.
+_LFS = b"version https://git-lfs"
 _MODEL_FILES = ["*.json", "*.safetensors", "*.txt"]
 # The largest vocabularies are a tenth of it.
 _MAX_JSON_BYTES = 256 << 20
@@ -127,6 +133,7 @@ def load_dual_encoder(
     called = f"{flag} {name}"
     folder = model_folder(name, revision, called)
     _check_parts(folder, ("weights",), called)
+    check_weights(folder, called)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     try:
         with quiet_transformers(warnings=False):  # what they would say is checked below
@@ -239,13 +246,60 @@ def _local_folder(name: str, revision: str | None, called: str, files: Sequence[
         raise ValueError(f"{called}: that is a file, expected the folder of a saved model.")
     if looks_like_a_folder(name):
         raise ValueError(f"{called}: there is no such folder.")
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{called}: there is no such folder, and the Hub did not give one of that id ({reason})."
-        ) from error
+    if "/" not in name:  # asking for it would take half a minute where the Hub cannot be reached
+        told = "an id of the Hub has its owner in front (owner/name)"
+        if name in ARCHITECTURES:
+            told = "it is the name of an architecture, which has no weights; expected a model that was trained"
+        raise ValueError(f"{called}: there is no such folder here, and {told}.")
+    with asking_hub() as out_of_reach:
+        try:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
+        except (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            OfflineModeIsEnabled,
+            ConnectionError,
+        ) as error:
+            reason = out_of_reach or str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"{called}: there is no such folder, and the Hub did not give one of that id ({reason})."
+            ) from error
+
+
+def check_weights(folder: str | os.PathLike[str], called: str) -> None:
+    """Looks at the headers of a model's files of weights, which say how long each has to be.
+
+    Args:
+        folder: of any kind of model that `save_pretrained` wrote.
+        called: what it was asked for by, for the message.
+
+    Raises:
+        ValueError: a file is cut short, is no safetensors, or the index names one that is not there.
+    """
+    names = ["model.safetensors"]
+    index = Path(folder, "model.safetensors.index.json")
+    if not Path(folder, names[0]).is_file() and index.is_file():
+        try:
+            names = sorted(set(json.loads(read_regular(index, _MAX_JSON_BYTES))["weight_map"].values()))
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{called}: {index} is damaged ({error}); {_AGAIN}") from error
+    for path in (Path(folder, str(name)) for name in names):
+        if path.is_file():
+            try:
+                with safe_open(path, "pt"):
+                    continue
+            except (SafetensorError, OSError, ValueError) as error:
+                with open(path, "rb") as file:
+                    is_pointer = file.read(len(_LFS)) == _LFS
+                why = "is what Git LFS left in its place: `git lfs pull` fetches it"
+                raise ValueError(
+                    f"{called}: {path} {why}."
+                    if is_pointer
+                    else f"{called}: {path}, {path.stat().st_size:,} bytes, is cut short or damaged ({error}); {_AGAIN}"
+                ) from error
+        elif index.is_file():
+            raise ValueError(f"{called}: {path} is not there, and the index of the weights names it; {_AGAIN}")
 
 
 def _check_config(folder: Path, called: str) -> None:

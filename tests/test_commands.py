@@ -49,6 +49,7 @@ WORDS_WITH_A_MISSING_PATH = {
     "training.prepare.audit": "GONE",
     "training.prepare.detect": "--input-dir GONE --detector GONE --device cpu",
     "training.prepare.import_features": "--input GONE --merge-into GONE --made-by someone",
+    "training.prepare.openclipart": "--source GONE --output-dir OUT",
     "training.prepare.pack": "--input GONE --output-dir OUT",
     "training.prepare.select": "--input GONE --rules GONE --output-dir OUT",
     "training.prepare.summarize": "--input-dir GONE --model first-clause",

@@ -52,6 +52,7 @@ SIBLINGS = {
     "processing_pyramidclip": PREPROCESSING | {"versions_pyramidclip"},
     "zero_shot": PREPROCESSING | {"processing_pyramidclip"},
     "files": set(),
+    "hub_reach": set(),
     "handing_out": set(),
     "ray_engine": {"handing_out"},
     "pages": set(),

@@ -97,10 +97,36 @@ def test_missing_and_misshapen_weights_are_refused(copy, capfd):
     assert f"{len(weights) - len(missing)} weights are missing" in refusal(copy)
     assert capfd.readouterr().err == ""  # transformers would list them all
     (copy / "model.safetensors").write_bytes(b"damaged")
-    assert "cannot be loaded" in refusal(copy)
+    assert "cut short or damaged" in refusal(copy)
     torch.save(weights, copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()
     assert "the weights is missing (model.safetensors" in refusal(copy)
+
+
+def test_weights_that_are_cut_short_name_the_file_and_what_to_do(saved, copy):
+    whole = (copy / "model.safetensors").read_bytes()
+    for content in (whole[:-100], whole[:50], b"damaged", b""):
+        (copy / "model.safetensors").write_bytes(content)
+        told = refusal(copy)
+        assert f"{copy / 'model.safetensors'}, {len(content):,} bytes, is cut short or damaged" in told
+        assert "copy or download it again" in told
+    (copy / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert "`git lfs pull` fetches it" in refusal(copy)
+    (copy / "model.safetensors").unlink()
+    load_model(str(saved)).model.save_pretrained(copy, max_shard_size="5KB")
+    first, second, *_ = sorted(copy.glob("model-*.safetensors"))
+    second.write_bytes(second.read_bytes()[:-1])
+    assert f"{second}, " in refusal(copy) and "cut short" in refusal(copy)
+    first.unlink()
+    assert f"{first} is not there, and the index of the weights names it; copy or download" in refusal(copy)
+    (copy / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    assert "model.safetensors.index.json is damaged" in refusal(copy)
+
+
+def test_a_name_that_can_be_no_hub_id_is_not_looked_for_there(monkeypatch):
+    monkeypatch.setattr("pyramidclip_hf.loading.snapshot_download", lambda *args, **options: pytest.fail("asked"))
+    assert "there is no such folder here, and an id of the Hub has its owner in front" in refusal("nowhere")
+    assert "the name of an architecture, which has no weights" in refusal("ViT-B-32")
 
 
 def test_a_classifier_is_no_dual_encoder(saved, copy):

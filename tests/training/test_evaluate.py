@@ -338,6 +338,10 @@ def test_what_is_wrong_ends_with_code_2(model_folder, data, sets_root, tmp_path,
     for name in ("config.json", "model.safetensors"):
         os.link(f"{model_folder}/{name}", bare / name)
     assert "the tokenizer is missing (tokenizer.json" in error_of("--model", str(bare), "--data", data)
+    (tmp_path / "classes" / "cat").mkdir(parents=True)
+    (tmp_path / "classes" / "cat" / "0.jpg").touch()
+    told = error_of("--model", model_folder, "--data", str(tmp_path / "classes"))
+    assert "holds pictures without captions: --captions FILE" in told and "are for --task zero-shot" in told
     assert "--device cuda:0 and --cpu contradict" in error_of("--model", "x", "--data", data, "--device", "cuda:0")
     assert "did you mean --levels" in error_of("--model", "x", "--data", data, "--level", "roi_tags")
     assert "arguments are required: --data" in error_of("--model", "x")

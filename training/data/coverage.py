@@ -93,20 +93,25 @@ def look_at(
         levels: that the objective names; of others, what has another form counts as missing.
 
     Raises:
-        ValueError: none of the pairs can be used; with the reasons.
+        ValueError: none of the pairs can be used; with the reasons. Or none of a data set has its picture.
     """
     pairs, counts, faults = 0, collections.Counter[str](), list[Fault]()
     for data in data_sets:
+        before, absent = pairs, ""
         units = _spread([unit for unit in data.units if unit.samples], UNITS_LOOKED_AT)
         if is_url(units[0].name):
             units = units[:1]
         for unit in units:
+            if unit is units[0] or absent:
+                absent = _lacking_pictures(data, unit, PAIRS_LOOKED_AT // len(units), cache)
             for found in _levels(data, unit, PAIRS_LOOKED_AT // len(units), roi_feature_size, cache, levels):
                 if isinstance(found, Fault):
                     faults.append(found)
                     continue
                 pairs += 1
                 counts.update(term for term, levels in TERMS.items() if found.issuperset(levels))
+        if absent and pairs > before:
+            raise ValueError(_without_pictures(data, pairs - before, absent))
     if not pairs:
         reasons = collections.Counter(fault.reason for fault in faults)
         listed = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
@@ -150,6 +155,32 @@ def _levels(
     finally:
         reader.close()
     return found
+
+
+def _lacking_pictures(data: DataSet, unit: Unit, number: int, cache: ShardCache | None) -> str:
+    """What is there in place of the first picture, if none of at most `number` samples of a unit has its own."""
+    first, reader = "", data.open(unit, cache)
+    try:
+        number = min(number, len(reader))
+        for i in (n * len(reader) // number for n in range(number)):
+            if not (absent := reader.lacks_picture(i)):
+                return ""
+            first = first or absent
+    finally:
+        reader.close()
+    return first
+
+
+def _without_pictures(data: DataSet, pairs: int, absent: str) -> str:
+    """The sentence for a data set none of whose pictures is there."""
+    if data.manifest is None:
+        told = "shards with pictures are made by `python -m training.prepare.pack`, or by img2dataset"
+    else:
+        told = (
+            f"paths count from the manifest's folder, {data.manifest.path.parent.absolute()}: put the manifest where "
+            "they begin, or write them so, or in full"
+        )
+    return f"train_data {data.name}: none of {pairs} pairs looked at has its picture, {absent}; {told}"
 
 
 def _missing(terms: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ import numpy as np
 
 from pyramidclip_command import Failure
 from pyramidclip_hf.files import json_text, named, read_regular, visible, write_atomically, write_text
-from training.data.records import BadSample, Sample, members_from_sample
+from training.data.records import IMAGE_SUFFIXES, BadSample, Sample, members_from_sample
 from training.data.remote import SMALL_FILE_BYTES, NotThere, ShardCache, is_url, read_small
 from training.data.shard_index import (
     BLOCK,
@@ -311,6 +311,14 @@ class ShardReader:
             if self._taken is not None:
                 self._taken[i, number] = sum_of(members[suffix])
         return members
+
+    def lacks_picture(self, i: int) -> str:
+        """The suffixes that sample `i` has, where none is a picture's."""
+        offsets = self.index.spans[i, :, 0].tolist()
+        there = [suffix for suffix, offset in zip(self.index.suffixes, offsets) if offset >= 0]
+        if set(there) & set(IMAGE_SUFFIXES):
+            return ""
+        return f"{self.keys[i]} of {self.name} has {', '.join(there)} alone"
 
     def take_sums(self) -> None:
         """Begins to take a checksum of each member that is read, where the index has none."""

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from pyramidclip_hf.files import json_text, read_regular
+from pyramidclip_hf.files import contents_of, json_text, read_regular
 from training.data.manifest_lines import manifest_lines
 from training.data.records import MAX_JSON_BYTES, BadSample
 from training.data.remote import LOCAL_PROCESS, SMALL_FILE_BYTES, ShardCache, is_url, read_small, remote_size
@@ -140,6 +140,10 @@ class UnitReader(Protocol):
 
     def read(self, i: int, suffixes: Container[str] | None = None) -> dict[str, bytes]:
         """The members of sample `i`, those of `suffixes` only where given; raises `BadSample`."""
+        ...
+
+    def lacks_picture(self, i: int) -> str:
+        """What is there in place of the picture of sample `i`, "" where it is or nobody can know; reads none."""
         ...
 
     def close(self) -> None:
@@ -466,7 +470,7 @@ def shard_names(name: str) -> list[str]:
     if os.path.isdir(name):
         found = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
         if not found:
-            raise FileNotFoundError(f"{name} has no shards (*.tar): expected {EXPECTED}")
+            raise FileNotFoundError(f"{name} has no shards (*.tar), {contents_of(name)}: expected {EXPECTED}")
         return found
     if os.path.isfile(name):
         if name.lower().endswith(TABLE_SUFFIXES):
@@ -697,6 +701,15 @@ class ManifestReader:
             return str(record.get("key", record.get("image", line)))
         except (ValueError, AttributeError, RecursionError):
             return str(line)
+
+    def lacks_picture(self, i: int) -> str:
+        """Where the picture of line `i` would be, and is not."""
+        _, start, end = self._line(i)
+        try:
+            path = self.manifest.path.parent / json.loads(self._bytes(start, end))["image"]
+            return "" if path.exists() else f"there is no {path}"
+        except (ValueError, RecursionError, KeyError, TypeError, OSError):
+            return ""
 
     def _file_bytes(self, name: str, key: str, where: str, reason: str) -> bytes:
         path = self.manifest.path.parent / name

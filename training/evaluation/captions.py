@@ -5,6 +5,7 @@ Three annotation formats are read: Karpathy's (`dataset_flickr30k.json`, `datase
 (`flickr30k_test_karpathy.txt`: a header, then `picture,caption` a line). Every caption counts; nothing is skipped.
 """
 
+import csv
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,6 +85,11 @@ def read_captions(captions_file: str, split: str = "test") -> dict[str, list[str
     if not Path(captions_file).is_file():
         raise FileNotFoundError(f"there is no captions file {captions_file}; expected {FORMATS}")
     text = read_utf8(captions_file)
+    if text.lstrip().startswith("{") and not captions_file.endswith(".json"):
+        raise ValueError(
+            f"{captions_file} holds JSON, one object a line: as a manifest it is --data {captions_file}, without "
+            f"--captions, which takes {FORMATS}"
+        )
     if captions_file.endswith(".json"):
         try:
             content = parse_json(text)
@@ -139,8 +145,19 @@ def _lines(lines: list[str], where: str) -> dict[str, list[str]]:
         if picture and not comma:
             raise ValueError(f"{where}:{number}: expected picture,caption, got {line.strip()[:60]!r}")
         if picture:
-            found.setdefault(picture, []).append(caption.strip())
+            # The lists of clip-benchmark, which are no .csv, are taken as it takes them.
+            is_table = where.lower().endswith(".csv")
+            found.setdefault(picture, []).append(_unquoted(caption.strip()) if is_table else caption.strip())
     return found
+
+
+def _unquoted(caption: str) -> str:
+    """A caption without the quotes that programs for tables put around one with commas; one that has its own stays."""
+    try:
+        fields = next(csv.reader([caption], strict=True)) if caption.startswith('"') else []
+    except csv.Error:
+        return caption
+    return fields[0] if len(fields) == 1 else caption
 
 
 def _picture_paths(names: list[str], folders: list[Path], where: str) -> list[Path]:

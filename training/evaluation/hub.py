@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from pyramidclip_hf.files import read_regular, visible
+from pyramidclip_hf.hub_reach import asking_hub
 from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
 from training.data.hub_sets import RefusedFile, load_checked, load_saved
 from training.data.labelled import (
@@ -172,7 +173,7 @@ def _load(data: str, split: str | None, subset: str | None) -> _Loaded:
         import datasets
     except ImportError as error:
         raise ImportError('data sets of the Hub need datasets: pip install -e ".[train]"') from error
-    path = Path(data)
+    path, reason = Path(data), ""
     wanted: str | None = split or "test"
     name, _, revision = data.removeprefix(HUB_PREFIX).partition("@") if not path.exists() else (data, "", "")
     try:
@@ -183,12 +184,14 @@ def _load(data: str, split: str | None, subset: str | None) -> _Loaded:
         elif path.is_file():
             rows, wanted = load_checked("parquet", data_files=data, split="train"), split
         else:
-            rows = load_checked(name, subset, split=wanted, revision=revision or None)
+            with asking_hub() as reason:
+                rows = load_checked(name, subset, split=wanted, revision=revision or None)
     except RefusedFile as error:
         raise ValueError(f"{data}: {error}") from error
     except Exception as error:  # of damaged files, `datasets` raises almost anything
+        reason = reason or f"{type(error).__name__}: {error}"
         raise FileNotFoundError(
-            f"{data}: no split {wanted!r} of a data set could be loaded ({type(error).__name__}: {error}). Expected a "
+            f"{data}: no split {wanted!r} of a data set could be loaded ({reason}). Expected a "
             "data set of the Hub or a folder that datasets.load_dataset takes; --split and --subset say which part"
         ) from error
     if not len(rows):

@@ -4,6 +4,7 @@ A task is a function `(scoring, args) -> list of EvalResult` in `TASKS`. A scori
 compared: by their embeddings, as here, or by their tokens (`training.loop.token_scoring`).
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from huggingface_hub import EvalResult
 
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+from pyramidclip_hf.picture_files import pictures_below
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from training.data.labelled import LabelledPictures, open_pictures
 from training.data.samples import Samples, ShardSamples
@@ -41,6 +43,12 @@ def open_samples(args: EvaluationArguments, dataset: str | None = None) -> Sampl
     if is_hub_data(args.data):
         columns = (args.image_column, args.caption_column)
         return CaptionedRows(args.data, args.split, args.subset, *columns, args.max_samples)
+    no_shards = os.path.isdir(args.data) and not any(Path(args.data).glob("*.tar"))
+    if no_shards and next(pictures_below(args.data), None) is not None:
+        raise ValueError(
+            f"--data {args.data} holds pictures without captions: --captions FILE names those for retrieval; classes, "
+            "each in a sub-folder, are for --task zero-shot"
+        )
     return ShardSamples(args.data, args.max_samples, args.allow_unfinished)
 
 

@@ -67,8 +67,9 @@ def _new_model(
 
 
 def _trained_model(name: str, changes: Mapping[str, Any] | None) -> tuple[PyramidCLIPModel, PyramidCLIPProcessor]:
-    if not Path(name).is_dir() and "/" not in name:
-        near = difflib.get_close_matches(name, ARCHITECTURES, n=3)
+    is_clips = name.replace("/", "-") in ARCHITECTURES  # ViT-B/32, as papers have it
+    if not Path(name).is_dir() and ("/" not in name or is_clips):
+        near = [name.replace("/", "-")] if is_clips else difflib.get_close_matches(name, ARCHITECTURES, n=3)
         told = f"did you mean {' or '.join(near)}?" if near else f"architectures: {', '.join(ARCHITECTURES)}"
         raise ValueError(f"model: expected an architecture, a folder or a Hub id (owner/name), got {name!r}; {told}")
     if changes:

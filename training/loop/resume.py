@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from pyramidclip_hf.loading import check_weights
 from training.loop.agreement import first_decides, together
 from training.loop.checkpoint import Progress, TrainingState, read_checkpoint
 from training.loop.distributed import everyone
@@ -116,6 +117,7 @@ def _finished_without_checkpoints(
     """
     saved = completed(outcome["identity"], state.identity, state.defaults, state.model.config)
     messages = compare_identity(saved, state.identity, folder, state.accepted)
+    check_weights(folder / "final", str(folder))
     state.model.load_state_dict(load_file(folder / "final" / "model.safetensors"))
     return Begun(Progress(step=outcome["step"]), outcome["step"], finished=True), messages
 

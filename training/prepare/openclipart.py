@@ -14,8 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pyramidclip_command import answer_words, check_there, run_command
-from training.prepare.pack import PackArguments, PackSettings
-from training.prepare.steps.flags import SourceArguments, WorkArguments, parse_dataclasses
+from training.prepare.steps.flags import (
+    PackArguments,
+    PackSettings,
+    SourceArguments,
+    WorkArguments,
+    parse_dataclasses,
+)
 
 
 @dataclass

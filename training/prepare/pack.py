@@ -12,49 +12,20 @@ import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
 
 from pyramidclip_command import answer_words, check_there, run_command
-from training.prepare.steps.flags import TABLE_SUFFIXES, SourceArguments, WorkArguments, parse_dataclasses
-
-
-@dataclass
-class PackArguments:
-    """What to write, and what to refuse."""
-
-    output_dir: str = field(metadata={"help": "Folder of the shards."})
-    max_image_pixels: int = field(
-        default=100_000_000, metadata={"help": "Larger pictures are refused by their header."}
-    )
-    check: Literal["decode", "header"] = field(
-        default="decode",
-        metadata={
-            "help": "`decode` finds pictures that break off; `header` only reads their first bytes and is faster."
-        },
-    )
-    duplicates: Literal["dataset", "shard"] = field(
-        default="dataset",
-        metadata={"help": "Where keys must be unique: `dataset` lists all keys first, `shard` saves that pass."},
-    )
-
-
-@dataclass
-class PackSettings:
-    """All flags."""
-
-    source: SourceArguments
-    pack: PackArguments
-    work: WorkArguments
-
-    def that_decide(self) -> dict[str, Any]:
-        """Those that the result depends on, as JSON."""
-        settings = {**asdict(self.source), **asdict(self.pack)}
-        del settings["output_dir"]
-        return settings
+from training.prepare.steps.flags import (
+    TABLE_SUFFIXES,
+    PackArguments,
+    PackSettings,
+    SourceArguments,
+    WorkArguments,
+    parse_dataclasses,
+)
 
 
 def parse(words: Sequence[str]) -> PackSettings:
@@ -103,14 +74,13 @@ def run(settings: PackSettings) -> None:
 
 def refuse_empty(total: Tally | None, inputs: Sequence[str]) -> None:
     """Raises `ValueError` where no pair came in, or none of them could be used."""
-    if total is not None and not total.counts["in"]:
-        raise ValueError(f"there is no pair in {', '.join(inputs)}: expected one or more")
-    if total is not None and not total.counts["out"]:
-        first = total.problems[0]
-        raise ValueError(
-            f"none of the {total.counts['in']} pairs could be used; the first one, in {first.get('path')}: "
-            f"{first['reason']}: {first.get('detail', '')}"
-        )
+    if total is None or total.counts["out"]:
+        return
+    number = total.counts["in"]
+    told = f"none of the {number} pairs could be used" if number else f"there is no pair in {', '.join(inputs)}"
+    for first in total.problems[:1]:
+        told += f"; the first fault, in {first.get('path')}: {first['reason']}: {first.get('detail', '')}"
+    raise ValueError(told)
 
 
 def pack(settings: PackSettings) -> Tally | None:

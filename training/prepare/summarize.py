@@ -9,6 +9,7 @@ summarised once: results are kept in a cache by the content of text, model and s
 kills.
 """
 
+import difflib
 import hashlib
 import sqlite3
 import sys
@@ -91,8 +92,17 @@ def parse(words: Sequence[str]) -> SummarizeSettings:
     settings = SummarizeSettings(*parse_dataclasses(words, __doc__, SummarizeArguments, SummaryConfig, WorkArguments))
     _check(settings.summary)
     check_there("--input-dir", settings.places.input_dir, "a folder of shards, as training.prepare.pack writes them")
+    _check_name(settings.summary.model)
     check_there("--model", settings.summary.model, f"a folder, a Hub name, or {NO_MODEL}", "id")
     return settings
+
+
+def _check_name(model: str) -> None:
+    """ValueError where `first-clause` was meant: as a name of the Hub it would be looked for in vain."""
+    if "/" in model or model == NO_MODEL or Path(model).exists():
+        return
+    if difflib.get_close_matches(model.lower().replace("_", "-"), [NO_MODEL], cutoff=0.8):
+        raise ValueError(f"--model {model}: there is no such folder here; did you mean {NO_MODEL}?")
 
 
 def _check(config: SummaryConfig) -> None:

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pyramidclip_command import CommandParser
+from pyramidclip_command import CommandParser, plainly
 from pyramidclip_hf.files import json_text, read_regular
 from training.settings.fields import default_of, in_sections, mapping_of
 
@@ -67,7 +67,7 @@ def is_mapping(kind: Any) -> bool:
 class _Parser(CommandParser):
     def error(self, message: str) -> NoReturn:
         """Raises ValueError: the message, as it may be about a word of a file, not of the command line."""
-        raise ValueError(message)
+        raise ValueError(plainly(message))
 
 
 class _Switch(argparse.Action):

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import ResNetForImageClassification
 
 from pyramidclip_hf.files import read_regular
+from pyramidclip_hf.loading import check_weights
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 
 _MAX_CONFIG_BYTES = 1 << 20
@@ -35,6 +36,7 @@ def supervised_resnet(
     """
     if changes:
         raise ValueError(f"model_config is for new weights, but model {name} has trained ones; leave it out")
+    check_weights(name, f"model {name}")
     told = f"model {name}: expected the folder that python -m conversion.convert_torchvision writes"
     try:
         loaded: Any = ResNetForImageClassification.from_pretrained(name, output_loading_info=True)

@@ -68,6 +68,19 @@ def test_labels_that_cannot_be(labels, message, pictures, capsys, model_dir, tmp
     assert (code, out) == (2, "") and message in err
 
 
+def test_a_file_where_labels_are_expected_names_the_flag_for_files(pictures, capsys, model_dir, tmp_path, monkeypatch):
+    """The name of the file would be the one class, of which each picture is with certainty."""
+    (tmp_path / "labels.txt").write_text("cat\ndog\n")
+    (tmp_path / "cat").touch()
+    monkeypatch.chdir(tmp_path)
+    argv = ["classify", "--model", model_dir, pictures / "blue.jpg", "--labels"]
+    code, out, err = run(capsys, *argv, "labels.txt")
+    assert (
+        (code, out) == (2, "") and "--labels labels.txt: that is a file" in err and "--labels-file reads labels" in err
+    )
+    assert run(capsys, *argv, "cat", "nothing.txt")[0] == 0
+
+
 @pytest.mark.parametrize("prompt", ["many of them", "{} beside {}"])
 def test_a_prompt_without_its_place_is_named_before_the_model_is_read(prompt, pictures, capsys, tmp_path):
     (tmp_path / "own.txt").write_text(f"a {{}}\n{prompt}\n")

@@ -101,6 +101,9 @@ def test_what_does_not_go_together(model_dir, pictures, capsys, tmp_path):
         "--pairs",
         tmp_path / "pairs.jsonl",
     )
+    into = ["export", "--model", model_dir, "--output", tmp_path / "out", "--dtype", "int8", "--calibration"]
+    refused("pairs.jsonl: cannot be read: ", *into, tmp_path / "pairs.jsonl")
+    refused("expected pictures: files, folders with all below them, or globs in", *into, tmp_path / "pairs.jsonl")
     assert not (tmp_path / "out").exists()
 
 
@@ -121,6 +124,13 @@ def test_what_calibration_and_classes_pass_over_is_said_before_anything_is_loade
     code, _, err = run(capsys, *command, "--quiet")
     assert code == 2 and err.startswith("passed over: 1 .heic; .heic: Pillow")
     assert err.splitlines()[1].startswith(f"--classes {tmp_path}: passed over: 1 .heic, 1 .txt; .heic: Pillow")
+
+
+def test_classes_without_sub_folders_are_refused_and_not_left_out(model_dir, pictures, capsys, tmp_path):
+    command = ["export", "--model", model_dir, "--output", tmp_path / "out", "--classes", pictures / "a"]
+    code, _, err = run(capsys, *command)
+    assert code == 2 and "expected a folder with one sub-folder of pictures for each class" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_pictures_of_classes_are_compared(model_dir, pictures):

@@ -27,7 +27,7 @@ def test_folders_that_hold_no_model(model_dir, pictures, capsys, tmp_path):
         if name in absent:
             refused(f"the {absent[name]} is missing")
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
-    refused("cannot be loaded")
+    refused("model.safetensors, 7 bytes, is cut short or damaged", "copy or download it again")
     weights = safetensors.torch.load_file(os.path.join(model_dir, "model.safetensors"))
     wrong = {**weights, "logit_scale": torch.zeros(2)}
     safetensors.torch.save_file(wrong, tmp_path / "model.safetensors", {"format": "pt"})

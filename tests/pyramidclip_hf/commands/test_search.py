@@ -52,9 +52,17 @@ def test_search_refuses_another_model(embedded, model_dir, other_model_dir, caps
 
 def test_what_is_wrong_is_said_before_anything_is_printed(embedded, pictures, capsys, tmp_path):
     (tmp_path / "font.txt").write_text("no font")
+    (tmp_path / "table.csv").write_text("image,caption\n")
+    no_picture = "expected the file of one picture (such as .jpg .jpeg .jfif .png)"
     for words, message in [
         (["--text", "fox", "--output", tmp_path / "a.png", "--font", tmp_path / "font.txt"], "TrueType"),
         (["--text", "fox", "--output", tmp_path / "a.png", "--font", tmp_path / "gone.ttf"], "gone.ttf"),
+        (["--image", tmp_path / "table.csv"], no_picture),
+        (
+            ["--image", "a red bat"],
+            "a red bat: there is no such file or folder. Expected: the file of a picture; --text",
+        ),
+        (["--text", pictures / "blue.jpg"], "that is a file, whose name would be taken for words: "),
         (["--text", "fox", "--image", tmp_path / "gone.jpg"], "gone.jpg: there is no such file or folder"),
         (["--text", "fox", "--image", pictures], f"--image {pictures} is a folder: expected the file of one picture"),
     ]:

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from pyramidclip_hf.levels_pyramidclip import DEFAULT_LOSS_WEIGHTS, TERMS, check_loss_weights
-from tests.training.prepare.small_data import FEATURES, make_sample, write_pictures
+from tests.training.prepare.small_data import FEATURES, make_sample, write_pictures, write_tar
 from training.data.coverage import Coverage, look_at
 from training.data.shards import ShardWriter
 from training.data.sources import open_data_set
@@ -81,3 +81,26 @@ def test_data_without_a_usable_pair_says_so_before_anything_is_drawn(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError, match="none of 3 pairs looked at can be used: 3 no-caption.*prepare.pack"):
         look_at([open_data_set(str(tmp_path / "pairs.jsonl"))], FEATURES)
+
+
+def test_a_manifest_whose_pictures_lie_elsewhere_says_where_it_looked(tmp_path):
+    write_pictures(tmp_path / "pictures", 3)
+    (tmp_path / "lists").mkdir()
+    lines = [json.dumps({"image": f"pictures/{number}.jpg", "caption": "words"}) for number in range(3)]
+    for folder in (tmp_path, tmp_path / "lists"):
+        (folder / "pairs.jsonl").write_text("\n".join(lines))
+    assert look_at([open_data_set(tmp_path / "pairs.jsonl")], FEATURES).pairs == 3
+    where = "none of 3 pairs looked at has its picture, there is no .*lists/pictures/0.jpg"
+    with pytest.raises(ValueError, match=where) as error:
+        look_at([open_data_set(tmp_path / f"{folder}pairs.jsonl") for folder in ("", "lists/")], FEATURES)
+    assert f"paths count from the manifest's folder, {tmp_path / 'lists'}: put the manifest" in str(error.value)
+    (tmp_path / "pictures" / "0.jpg").unlink()  # some that are missing are left to the run
+    assert look_at([open_data_set(tmp_path / "pairs.jsonl")], FEATURES).pairs == 3
+
+
+def test_shards_without_pictures_are_said_to_have_none(tmp_path):
+    write_tar(tmp_path / "0.tar", [("k", {"txt": b"words", "json": b"{}"})])
+    with pytest.raises(
+        ValueError, match="none of 1 pairs looked at has its picture, k of .*0.tar has .* alone; shards"
+    ):
+        look_at([open_data_set(tmp_path)], FEATURES)

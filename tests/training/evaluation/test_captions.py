@@ -108,3 +108,15 @@ def test_flickr30k_and_coco(tmp_path):
     pictures(tmp_path / "flickr30k/flickr30k-images", many)
     karpathy(tmp_path / "flickr30k/dataset_flickr30k.json", many)
     assert open_captions("flickr30k", str(tmp_path)).name == "Flickr30K"
+
+
+def test_a_table_s_quotes_are_no_words_and_a_manifest_is_told_its_flag(tmp_path):
+    lines = ["image,caption", 'a.jpg,"a cat, ""Tom"", and a dog"', 'b.jpg,"Tom" and a dog', "c.jpg,a cat, a dog"]
+    whole = {"a.jpg": ['a cat, "Tom", and a dog'], "b.jpg": ['"Tom" and a dog'], "c.jpg": ["a cat, a dog"]}
+    for name in ("table.csv", "list.txt"):
+        (tmp_path / name).write_text("\n".join(lines))
+    assert read_captions(str(tmp_path / "table.csv")) == whole
+    assert read_captions(str(tmp_path / "list.txt"))["a.jpg"] == ['"a cat, ""Tom"", and a dog"']
+    (tmp_path / "pairs.jsonl").write_text('{"image": "a.jpg", "caption": "a cat"}\n' * 2)
+    with pytest.raises(ValueError, match="JSON, one object a line: as a manifest it is --data .*pairs.jsonl, without"):
+        read_captions(str(tmp_path / "pairs.jsonl"))

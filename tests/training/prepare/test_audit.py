@@ -236,7 +236,7 @@ def test_checksums_on_demand_find_later_damage_in_a_tar_of_others(tmp_path, caps
     path.write_bytes(data)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     text.write_text(
-        text.read_text().replace(f'"ctime_ns":{stat.st_ctime_ns}', f'"ctime_ns":{os.stat(path).st_ctime_ns}')
+        text.read_text().replace(f'"ctime_ns": {stat.st_ctime_ns}', f'"ctime_ns": {os.stat(path).st_ctime_ns}')
     )
     assert main([str(tmp_path / "in"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["bad"]["reasons"] == {"damaged-member": 1}

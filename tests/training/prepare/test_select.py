@@ -374,7 +374,7 @@ BAD_RULES = {
     "no kind of rule 'numbr', expected one of number, sample, words": {"x": {"rule": "numbr"}},
     "rule x: expected a mapping with `rule: KIND`": {"x": 3},
     "unknown key 'at_last' in .*rule x; did you mean at_least": {"x": {"rule": "words", "at_last": 3}},
-    "rule x: at_least: .*invalid int value: 'three'": {"x": {"rule": "words", "at_least": "three"}},
+    "rule x: at_least: .*expected a whole number, got 'three'": {"x": {"rule": "words", "at_least": "three"}},
     "rule x: at_least: expected a finite number, got nan": {
         "x": {"rule": "number", "field": "a", "at_least": math.nan}
     },

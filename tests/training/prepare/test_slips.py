@@ -24,7 +24,7 @@ from training.prepare import audit, detect, import_features, pack, summarize, vi
 from training.prepare.formats import open_format
 from training.prepare.formats.store import StoreRows
 from training.prepare.sources import open_source
-from training.prepare.steps.flags import SourceArguments
+from training.prepare.steps.flags import USUAL_COLUMNS, SourceArguments
 from training.prepare.steps.rewriting import shards_of
 
 COMMANDS = {
@@ -62,6 +62,8 @@ def inputs(tmp_path, monkeypatch):
     (tmp_path / "wide.csv").write_bytes("image,caption\npictures/0.jpg,a cat\n".encode("utf-16"))
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     PyramidCLIPConfig().save_pretrained(tmp_path / "clip")
+    PyramidCLIPConfig().save_pretrained(tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_text("not whole")
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "void.tar").touch()
     (tmp_path / "objects.tsv").write_text('k\t{"objects": []}\n')
@@ -148,6 +150,9 @@ SLIPS = [
     ("summarize --input_dir shards --model empty", "--model empty is .*expected a folder that save_pretrained wrote"),
     ("detect --input_dir shards --detector nobody/nothing", "--detector nobody/nothing is no folder here"),
     ("detect --input_dir shards --detector empty", "--detector empty is .*expected a folder"),
+    ("summarize --input_dir shards --model first_clause", "--model first_clause: .*; did you mean first-clause?"),
+    ("summarize --input_dir shards --model cut", "cut/model.safetensors, 9 bytes, is cut short or damaged.*copy or"),
+    ("detect --input_dir shards --detector cut", "cut/model.safetensors, 9 bytes, is cut short or damaged.*copy or"),
     # Flags.
     ("pack --input pictures.jsonl", "--output-dir"),
     ("pack --inputs pictures.jsonl --output_dir out", "unrecognized arguments: --inputs.*--help"),
@@ -191,6 +196,12 @@ def test_nothing_is_made_where_nothing_could_be_read(inputs, tmp_path, words):
     COMMANDS[name].main(flags)
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_columns_that_are_taken_are_those_that_are_documented(checkout):
+    page = " ".join((checkout / "docs" / "prepare.md").read_text().split())
+    image, caption = (", ".join(f"`{name}`" for name in USUAL_COLUMNS[role]) for role in ("image", "caption"))
+    assert f"name the columns where they are not called {image} and {caption}." in page
 
 
 def test_hidden_files_beside_shards_are_passed_over(inputs, tmp_path):
@@ -247,7 +258,7 @@ def test_pairs_of_which_none_can_be_used_are_said(inputs, capsys):
     said = capsys.readouterr()
     line = said.err.splitlines()[-1]
     assert line.startswith(
-        "error: none of the 2 pairs could be used; the first one, in lost.csv: no-image: nowhere/0.jpg"
+        "error: none of the 2 pairs could be used; the first fault, in lost.csv: no-image: nowhere/0.jpg"
     )
     assert "pack: 2 in = 0 out + 2 rejected" in said.out and len(problems("out", "pack")) == 2
 
@@ -259,7 +270,9 @@ def test_shards_and_tables_without_a_pair_are_said(tmp_path, monkeypatch, capsys
         pass
     for name in ("cut.tar", "bare.tar"):
         assert pack.main(["--input", name, "--output-dir", f"{name}-out"]) == 2
-        assert capsys.readouterr().err.endswith(f"error: there is no pair in {name}: expected one or more\n")
+        line = capsys.readouterr().err.splitlines()[-1]
+        fault = "; the first fault, in cut.tar: truncated-shard: " if name == "cut.tar" else ""
+        assert line.startswith(f"error: there is no pair in {name}{fault}")
 
 
 def test_rows_of_a_table_with_other_signs_between_its_columns_say_so(tmp_path, monkeypatch, capsys):

@@ -76,7 +76,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
         (["--push-to-hub", "a/b/c"], "push_to_hub: expected an id of the Hub, such as user/name, got 'a/b/c'"),
         (["stray"], "unknown word 'stray'"),
         (["--output-dir", ""], "output_dir: expected the name of a folder, got ''; the working folder is called [.]"),
-        (["--learning-rate", "fast"], "learning.rate.*invalid float value: 'fast'"),
+        (["--learning-rate", "fast"], "learning.rate.*expected a number, got 'fast'"),
         (["--precision", "fp8"], "precision.*invalid choice: 'fp8'"),
         (["--loss-weights", "{global"], "loss_weights: expected a JSON object"),
         (["--loss-weights", "[1]"], "loss_weights: expected a mapping, got list"),
@@ -110,7 +110,7 @@ def test_a_wrong_word_is_an_error_that_says_what_to_do(words, message):
         ("learning_rate: {peak: 1}", "learning_rate takes no mapping"),
         ("- 3", "expected 'field: value' lines, got a list"),
         ("a: [", "not readable as YAML"),
-        ("max_steps: many", "max_steps.*invalid int value: 'many'"),
+        ("max_steps: many", "max_steps.*expected a whole number, got 'many'"),
     ],
 )
 def test_a_wrong_file_is_an_error_that_names_it(tmp_path, text, message):

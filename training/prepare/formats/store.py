@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pyramidclip_hf.files import visible
+from pyramidclip_hf.files import contents_of, visible
 from training.data.records import BadSample, sample_from_members
 from training.data.shards import ShardReader, read_dataset_json, refuse_unfinished
 from training.prepare.formats.tsv import FormatOptions, Head, Place, Size
 from training.prepare.formats.tsv_index import BadRow, RowProblem
 from training.prepare.steps.regions import Detections
 from training.prepare.steps.rewriting import MadeBy
-from training.prepare.steps.work import contents_of
 
 # So many shards are open at a time.
 _OPEN_SHARDS = 64

@@ -172,7 +172,13 @@ class Encoder:
             with ThreadPoolExecutor(_THREADS) as pool:
                 read_ones = list(pool.map(read, unknown))
             good = [one for one in read_ones if isinstance(one, torch.Tensor)]
-            vectors = iter(image_embeddings(model, None, good, len(good)).numpy() if good else ())
+            try:
+                vectors = iter(image_embeddings(model, None, good, len(good)).numpy() if good else ())
+            except ValueError as error:
+                first = unknown[0]
+                raise ValueError(
+                    f"{self.called}, pictures from key {first.key!r} of {first.where} on: {error}"
+                ) from error
             for candidate, one in zip(unknown, read_ones):
                 candidate.vectors[self] = one if isinstance(one, BadSample) else next(vectors)
         return [one.vectors[self] for one in candidates]
@@ -180,7 +186,10 @@ class Encoder:
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """The unit vectors (N, D) of some texts."""
         model, processor = self._loaded
-        return text_embeddings(model, processor, texts, len(texts)).numpy()
+        try:
+            return text_embeddings(model, processor, texts, len(texts)).numpy()
+        except ValueError as error:
+            raise ValueError(f"{self.called}, captions from {texts[0][:60]!r} on: {error}") from error
 
     def __hash__(self) -> int:
         return hash((self.name, self.revision, self.dtype))

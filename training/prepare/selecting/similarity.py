@@ -60,17 +60,8 @@ class Similarity(Scored):
                 values.append(value)
                 continue
             candidate, vector = next(found)
-            values.append(vector if isinstance(vector, BadSample) else self._cosine(candidate, vector, next(texts)))
+            values.append(vector if isinstance(vector, BadSample) else _cosine(vector, next(texts)))
         return values
-
-    def _cosine(self, candidate: Candidate, picture: np.ndarray, text: np.ndarray) -> float:
-        value = float(picture.astype(np.float64) @ text.astype(np.float64))
-        if not math.isfinite(value):
-            raise ValueError(
-                f"{self.encoder.called} gives {value} for key {candidate.key!r} of {candidate.where}, expected a "
-                "number: its weights are damaged, or too large for float16"
-            )
-        return round(value, _DIGITS)
 
     def _stored(self, candidate: Candidate) -> float | None:
         """What an earlier run left in the record; None where it is to be computed."""
@@ -85,3 +76,7 @@ class Similarity(Scored):
                 "(`field`), or ask for the number that is there (`rule: number`)"
             )
         return value
+
+
+def _cosine(picture: np.ndarray, text: np.ndarray) -> float:
+    return round(float(picture.astype(np.float64) @ text.astype(np.float64)), _DIGITS)

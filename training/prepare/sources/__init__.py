@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyramidclip_hf.files import visible
+from pyramidclip_hf.files import contents_of, visible
 from training.data.remote import is_url
 from training.data.sources import shard_names
 from training.prepare.sources.hub import HubSource
@@ -17,7 +17,6 @@ from training.prepare.sources.pairs import Fault, PairSource, RawPair, SourcePar
 from training.prepare.sources.tables import TableSource
 from training.prepare.sources.tars import TarSource
 from training.prepare.steps.flags import TABLE_SUFFIXES, SourceArguments
-from training.prepare.steps.work import contents_of
 
 __all__ = [
     "TABLE_SUFFIXES",

@@ -10,12 +10,7 @@ from pyramidclip_hf.files import json_text, reason_of
 from training.data.records import BadSample
 from training.data.remote import is_url
 from training.prepare.sources.pairs import MAX_PICTURE_BYTES, REMOTE_PICTURE, Fault, RawPair
-from training.prepare.steps.flags import SourceArguments
-
-_KNOWN_COLUMNS = {
-    "image": ("image", "file_name", "path", "jpg", "png", "webp", "img", "image_path"),
-    "caption": ("caption", "text", "alt", "title", "txt", "TEXT"),
-}
+from training.prepare.steps.flags import USUAL_COLUMNS, SourceArguments
 
 
 class Columns(NamedTuple):
@@ -38,7 +33,7 @@ def choose_columns(names: Collection[str], arguments: SourceArguments, where: st
         ValueError: one is missing; it names those that are there.
     """
     chosen = {"key": arguments.key_column}
-    for role, known in _KNOWN_COLUMNS.items():
+    for role, known in USUAL_COLUMNS.items():
         asked = getattr(arguments, f"{role}_column")
         chosen[role] = asked or next((name for name in known if name in names), None)
     missing = [f"--{role}-column" for role, name in chosen.items() if name is None and role != "key"]

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from pyramidclip_hf.hub_reach import asking_hub
 from training.data.hub_sets import load_checked, load_saved
 from training.prepare.sources.columns import choose_columns, fill, key_text
 from training.prepare.sources.pairs import RawPair, SourcePart
@@ -44,17 +45,19 @@ class HubSource:
             if options.split not in data:
                 raise ValueError(f"{name} has the splits {', '.join(data)}: give one of them with --split")
             return data[options.split]
-        try:
-            if not options.streaming:
-                return load_checked(name, options.subset, split=options.split, revision=options.revision)
-            return datasets.load_dataset(
-                name, options.subset, split=options.split, revision=options.revision, streaming=True
-            )
-        except OSError as error:
-            raise FileNotFoundError(
-                f"--input {name}: there is no such file or folder here, and as a dataset of the Hub it cannot be read "
-                f"({error}): give the path of tars or tables, or the name of a dataset that can be reached"
-            ) from error
+        with asking_hub() as out_of_reach:
+            try:
+                if not options.streaming:
+                    return load_checked(name, options.subset, split=options.split, revision=options.revision)
+                return datasets.load_dataset(
+                    name, options.subset, split=options.split, revision=options.revision, streaming=True
+                )
+            except OSError as error:
+                raise FileNotFoundError(
+                    f"--input {name}: there is no such file or folder here, and as a dataset of the Hub it cannot be "
+                    f"read ({out_of_reach or error}): give the path of tars or tables, or the name of a dataset that "
+                    "can be reached"
+                ) from error
 
     def parts(self) -> list[SourcePart]:
         """Row ranges of a dataset on disk; the shards of a stream, whose lengths nobody knows before they are read."""

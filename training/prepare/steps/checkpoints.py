@@ -9,6 +9,8 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from pyramidclip_hf.files import visible
+from pyramidclip_hf.hub_reach import asking_hub
+from pyramidclip_hf.loading import check_weights
 
 
 @contextmanager
@@ -16,27 +18,34 @@ def checkpoint_expected(name: str, flag: str) -> Iterator[None]:
     """Around what reads a checkpoint: says in one sentence what is wrong with `name`, which `flag` gave.
 
     Raises:
-        ValueError: neither a folder here nor on the Hub, or the Hub cannot be reached, or files are missing.
+        ValueError: neither a folder here nor on the Hub, or the Hub cannot be reached, or files are missing or cut.
     """
-    try:
-        yield
-    except OSError as error:
-        raise _no_checkpoint(name, flag, error) from error
+    if os.path.isdir(name):
+        check_weights(name, f"{flag} {name}")
+    with asking_hub():
+        try:
+            yield
+        except OSError as error:
+            raise _no_checkpoint(name, flag, error) from error
 
 
 # Any: each kind of model has a configuration of its own.
 def checkpoint_config(name: str, revision: str | None, flag: str) -> Any:
     """The configuration of a checkpoint. Raises `ValueError` where there is none, or none of a known kind."""
-    try:
-        return AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise _no_checkpoint(name, flag, error) from error
+    with asking_hub():
+        try:
+            return AutoConfig.from_pretrained(name, revision=revision)
+        except (OSError, ValueError) as error:
+            raise _no_checkpoint(name, flag, error) from error
 
 
 def _no_checkpoint(name: str, flag: str, error: Exception) -> ValueError:
-    here = "a folder that cannot be used" if os.path.isdir(name) else "no folder here, and the Hub does not give it"
+    is_folder = os.path.isdir(name)
+    here = "a folder that cannot be used" if is_folder else "no folder here, and the Hub does not give it"
+    with asking_hub() as out_of_reach:
+        reason = (not is_folder and out_of_reach) or str(error).splitlines()[0]
     return ValueError(
-        f"{flag} {name} is {here} ({str(error).splitlines()[0]}): expected a folder that save_pretrained wrote, or the "
+        f"{flag} {name} is {here} ({reason}): expected a folder that save_pretrained wrote, or the "
         "name of a checkpoint that is in the cache or can be fetched"
     )
 

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -49,6 +49,11 @@ def parse_dataclasses(words: Sequence[str], description: str | None, *kinds: typ
     return tuple(kind(**{field.name: values[field.name] for field in fields(kind)}) for kind in kinds)
 
 
+# What columns are called where no flag names them; the first that is there is taken.
+USUAL_COLUMNS = {
+    "image": ("image", "file_name", "path", "jpg", "png", "webp", "img", "image_path"),
+    "caption": ("caption", "text", "alt", "title", "txt", "TEXT"),
+}
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
@@ -64,10 +69,11 @@ class SourceArguments:
         default=None, metadata={"help": "Folder that the paths of a table start from (default: the table's own)."}
     )
     image_column: str | None = field(
-        default=None, metadata={"help": "Column of the picture: path or bytes (default: image, file_name, path, jpg)."}
+        default=None,
+        metadata={"help": f"Column of the picture, path or bytes (default: {', '.join(USUAL_COLUMNS['image'])})."},
     )
     caption_column: str | None = field(
-        default=None, metadata={"help": "Column of the text (default: caption, text, alt, title, txt)."}
+        default=None, metadata={"help": f"Column of the text (default: {', '.join(USUAL_COLUMNS['caption'])})."}
     )
     key_column: str | None = field(
         default=None, metadata={"help": "Column with a unique name of each row (default: rows are numbered)."}
@@ -102,6 +108,41 @@ class WorkArguments:
     device: str = field(
         default="auto", metadata={"help": "cpu, cuda, cuda:1, mps; auto: an accelerator a process if there is one."}
     )
+
+
+@dataclass
+class PackArguments:
+    """What to write, and what to refuse."""
+
+    output_dir: str = field(metadata={"help": "Folder of the shards."})
+    max_image_pixels: int = field(
+        default=100_000_000, metadata={"help": "Larger pictures are refused by their header."}
+    )
+    check: Literal["decode", "header"] = field(
+        default="decode",
+        metadata={
+            "help": "`decode` finds pictures that break off; `header` only reads their first bytes and is faster."
+        },
+    )
+    duplicates: Literal["dataset", "shard"] = field(
+        default="dataset",
+        metadata={"help": "Where keys must be unique: `dataset` lists all keys first, `shard` saves that pass."},
+    )
+
+
+@dataclass
+class PackSettings:
+    """All flags."""
+
+    source: SourceArguments
+    pack: PackArguments
+    work: WorkArguments
+
+    def that_decide(self) -> dict[str, Any]:
+        """Those that the result depends on, as JSON."""
+        settings = {**asdict(self.source), **asdict(self.pack)}
+        del settings["output_dir"]
+        return settings
 
 
 @dataclass

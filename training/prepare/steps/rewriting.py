@@ -8,11 +8,11 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from pyramidclip_hf.files import json_text, visible, write_text
+from pyramidclip_hf.files import contents_of, json_text, visible, write_text
 from pyramidclip_hf.handing_out import Advance, Phase
 from training.data.records import BadSample, Region, Sample, json_bytes, members_from_sample, sample_from_members
 from training.data.shards import DATASET_FORMAT, ShardReader, ShardWriter, read_dataset_json, write_dataset_json
-from training.prepare.steps.work import Stage, Tally, Worker, contents_of
+from training.prepare.steps.work import Stage, Tally, Worker
 
 # Who made a level, as JSON: data sets with equal entries may be mixed.
 MadeBy = dict[str, Any]

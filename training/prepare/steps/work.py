@@ -373,19 +373,3 @@ class Stage:
 def _settings_that_differ(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     return ", ".join(f"{name}: then {before.get(name)!r}, now {now.get(name)!r}" for name in names)[:600]
-
-
-def contents_of(folder: str | Path) -> str:
-    """What a path holds, in words, for errors: "it is not there", "it is empty", "it holds 3 *.jpg, 1 *.txt"."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        return "it is a file" if folder.exists() else "it is not there"
-    kinds = Counter(
-        "folder" if path.is_dir() else f"*{path.suffix}" if path.suffix else "without an ending"
-        for path in folder.iterdir()
-    )
-    if not kinds:
-        return "it is empty"
-    named = [f"{n} {kind}" for kind, n in kinds.most_common(3)]
-    others = kinds.total() - sum(n for _, n in kinds.most_common(3))
-    return "it holds " + ", ".join([*named, f"{others} others"] if others else named)

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from pyramidclip_hf.files import contents_of
 from tests.training.prepare.small_data import (
     counts,
     lxmert_row,
@@ -24,7 +25,7 @@ from tests.training.prepare.small_data import (
 )
 from training.data.shards import read_dataset_json
 from training.prepare import detect, import_features, pack, summarize
-from training.prepare.steps.work import Stage, Tally, Worker, contents_of
+from training.prepare.steps.work import Stage, Tally, Worker
 
 
 def command(module, *flags, checkout, launch=()):
