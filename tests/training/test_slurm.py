@@ -132,9 +132,12 @@ def test_a_wrong_setting_never_reaches_the_nodes(cluster):
 
 def test_the_launcher_understands_what_the_script_asks(cluster, monkeypatch):
     told = cluster.run.parent / "told"
-    cluster.stand_in("srun", 'while [[ "$1" == --* ]]; do shift; done; SLURM_NODEID=1 "$@"')
+    flags = 'while [[ "$1" == --* ]]; do echo "$1"; shift; done'
+    cluster.stand_in("srun", f'{flags} >{told}.flags; SLURM_NODEID=1 "$@"')
     cluster.stand_in("accelerate", f'printf "%s\\n" "$@" >{told}; echo $TORCH_ELASTIC_SHUTDOWN_TIMEOUT >{told}.time')
-    cluster.end(nodes=4)
+    cluster.end(nodes=4, SLURM_CPUS_PER_TASK="6")
+    # Slurm itself gives a step one processor, and lets the other nodes wait when a launcher fails.
+    assert Path(f"{told}.flags").read_text().splitlines() == ["--cpus-per-task=6", "--kill-on-bad-exit=1"]
     words = told.read_text().splitlines()
     assert words[0] == "launch"
     args = launch_command_parser().parse_args(words[1:])

@@ -181,6 +181,17 @@ def test_stale_index_is_not_believed(tmp_path):
     assert ShardReader(path).keys[0] == "00050"
 
 
+def test_without_a_place_for_the_cache_an_index_is_built_in_memory(tmp_path, monkeypatch):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        info = tarfile.TarInfo("k.txt")
+        info.size = 5
+        tar.addfile(info, io.BytesIO(b"words"))
+    monkeypatch.setenv("PYRAMIDCLIP_CACHE", "/proc/nowhere")
+    assert load_index(path).dumps() == build_index(path).dumps()
+    assert [one.name for one in tmp_path.iterdir() if one.suffix] == ["a.tar"]
+
+
 def test_cached_index_follows_size_and_time(tmp_path):
     path = write(tmp_path / "a.tar")
     index_path(path).unlink()
