@@ -193,7 +193,7 @@ def fault_of(command, monkeypatch):
     problem = answer_of_parser(module, words, monkeypatch)
     # `N`, `NAME` and `$VARIABLE` stand for any number or choice.
     while instead := re.search(
-        r"invalid (?:int|float) value: '([A-Z]+|\$\w+)'|invalid choice: '([A-Z]+)'.*?'([^']+)'", problem
+        r"expected a (?:whole )?number, got '([A-Z]+|\$\w+)'|invalid choice: '([A-Z]+)'.*?'([^']+)'", problem
     ):
         word, example = (instead[1], "1") if instead[1] else (instead[2], instead[3])
         words = [example if given == word else given for given in words]

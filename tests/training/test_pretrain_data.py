@@ -20,6 +20,7 @@ from tests.training.processes import run_in_processes
 from tests.training.runs import after_step, assert_equal_runs, expect_killed, run_settings
 from tests.training.tiny import VIT
 from training import pretrain
+from training.data import loader
 from training.data.batches import DataError
 from training.data.inputs import MASKED_ID
 from training.data.loader import WorkerDied
@@ -271,14 +272,20 @@ def test_captions_alone_are_refused_under_the_default_objective_and_the_advice_w
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_manifest_whose_pictures_are_elsewhere_ends_with_the_first(tmp_path, captions, workers):
+def test_a_manifest_whose_pictures_go_away_ends_with_the_first(tmp_path, monkeypatch, captions, workers):
     """What a reading thread or process raised ends the run: walking back its causes must end, too."""
-    moved = tmp_path / "other" / "pairs.jsonl"
-    moved.parent.mkdir()
-    moved.write_text(captions.read_text())
+    found = loader.look_at
+
+    def look_and_lose(*arguments):
+        coverage = found(*arguments)
+        for picture in captions.parent.glob("*.jpg"):
+            picture.unlink()
+        return coverage
+
+    monkeypatch.setattr(loader, "look_at", look_and_lose)
     changes = {"loss_weights": {"global_caption": 1.0}, "dataloader_workers": workers}
-    with pytest.raises(DataError, match="other/pairs.jsonl:.*no-image.*drawn in place of it"):
-        pretrain.run(settings(tmp_path / "run", moved, **changes))
+    with pytest.raises(DataError, match="loose/pairs.jsonl:.*no-image.*drawn in place of it"):
+        pretrain.run(settings(tmp_path / "run", captions, **changes))
     told = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert (told["reason"], told["exit_code"], told["try_again"]) == ("bad data", 1, False)
 
