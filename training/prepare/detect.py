@@ -70,7 +70,7 @@ from training.prepare.steps.rewriting import (
     refuse_other_maker,
     shards_of,
 )
-from training.prepare.steps.work import Stage, Tally, Worker, ray_worker, run_here, run_job
+from training.prepare.steps.work import Stage, Tally, Worker, ray_worker, refuse_nothing, run_here, run_job
 
 # The level it makes, as `import_features` does.
 STAGE = "regions"
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(settings: DetectSettings) -> None:
-    detect(settings)
+    refuse_nothing(detect(settings), [settings.detect.input_dir])
 
 
 def detect(settings: DetectSettings) -> Tally | None:

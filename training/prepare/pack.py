@@ -49,7 +49,16 @@ from training.data.shards import ShardWriter
 from training.prepare.sources import PairSource, RawPair, SourcePart, expand_inputs, open_source, refuse_own_folder
 from training.prepare.steps.pictures import picture_suffix
 from training.prepare.steps.rewriting import MadeBy, describe_dataset, mark_unfinished
-from training.prepare.steps.work import Stage, StageReport, Tally, Worker, ray_worker, run_job
+from training.prepare.steps.work import (
+    Stage,
+    StageReport,
+    Tally,
+    Worker,
+    first_fault,
+    ray_worker,
+    refuse_nothing,
+    run_job,
+)
 
 STAGE = "pack"
 
@@ -74,13 +83,9 @@ def run(settings: PackSettings) -> None:
 
 def refuse_empty(total: Tally | None, inputs: Sequence[str]) -> None:
     """Raises `ValueError` where no pair came in, or none of them could be used."""
-    if total is None or total.counts["out"]:
-        return
-    number = total.counts["in"]
-    told = f"none of the {number} pairs could be used" if number else f"there is no pair in {', '.join(inputs)}"
-    for first in total.problems[:1]:
-        told += f"; the first fault, in {first.get('path')}: {first['reason']}: {first.get('detail', '')}"
-    raise ValueError(told)
+    refuse_nothing(total, inputs)
+    if total is not None and not total.counts["out"]:
+        raise ValueError(f"none of the {total.counts['in']} pairs could be used{first_fault(total)}")
 
 
 def pack(settings: PackSettings) -> Tally | None:

@@ -81,7 +81,7 @@ from training.prepare.sources import (
 )
 from training.prepare.sources.tars import TarSource
 from training.prepare.steps.rewriting import mark_unfinished
-from training.prepare.steps.work import Stage, Tally, Worker, ray_worker, run_job
+from training.prepare.steps.work import Stage, Tally, Worker, ray_worker, refuse_nothing, run_job
 
 STAGE = "select"
 
@@ -97,8 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(settings: SelectSettings) -> None:
     """Chooses and reports."""
     total = select(settings)
-    if total is not None and not total.counts["in"]:
-        raise ValueError(f"there is no pair in {', '.join(settings.source.input)}: expected one or more")
+    refuse_nothing(total, settings.source.input)
     if total is not None and not total.counts["out"]:
         raise ValueError(
             f"the rules leave none of the {total.counts['in']} pairs; --dry-run shows what each of them takes"

@@ -137,7 +137,7 @@ from training.prepare.steps.rewriting import (
     refuse_other_maker,
     shards_of,
 )
-from training.prepare.steps.work import Stage, Tally, Worker, ray_worker, run_job, this_worker
+from training.prepare.steps.work import Stage, Tally, Worker, ray_worker, refuse_nothing, run_job, this_worker
 
 STAGE = "summary"
 
@@ -167,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(settings: SummarizeSettings) -> None:
     """Summarises and reports."""
-    summarize(settings)
+    total = summarize(settings)
+    refuse_nothing(total, [settings.places.input_dir])
 
 
 def summarize(settings: SummarizeSettings) -> Tally | None:

@@ -273,6 +273,10 @@ def test_shards_and_tables_without_a_pair_are_said(tmp_path, monkeypatch, capsys
         line = capsys.readouterr().err.splitlines()[-1]
         fault = "; the first fault, in cut.tar: truncated-shard: " if name == "cut.tar" else ""
         assert line.startswith(f"error: there is no pair in {name}{fault}")
+    Path("shards").mkdir()
+    Path("bare.tar").rename("shards/bare.tar")
+    assert summarize.main(["--input-dir", "shards", "--model", "first-clause"]) == 2
+    assert capsys.readouterr().err.endswith("error: there is no pair in shards\n")
 
 
 def test_rows_of_a_table_with_other_signs_between_its_columns_say_so(tmp_path, monkeypatch, capsys):

@@ -16,7 +16,7 @@ what went out and what was rejected, or the run stops.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, TypeVar
@@ -239,6 +239,19 @@ class Tally:
         """Adds a stored report to this one."""
         self.counts.update(report["counts"])
         self.problems += report["problems"]
+
+
+def refuse_nothing(total: Tally | None, inputs: Sequence[str]) -> None:
+    """Raises `ValueError` where no pair came in, with the first fault where there is one."""
+    if total is not None and not total.counts["in"]:
+        raise ValueError(f"there is no pair in {', '.join(inputs)}{first_fault(total)}")
+
+
+def first_fault(total: Tally) -> str:
+    """The end of a sentence; empty where nothing was wrong."""
+    for first in total.problems[:1]:
+        return f"; the first fault, in {first.get('path')}: {first['reason']}: {first.get('detail', '')}"
+    return ""
 
 
 class Stage:
