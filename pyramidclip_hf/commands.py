@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import os
 import platform
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -194,6 +195,11 @@ def run_classify(args: argparse.Namespace) -> int:
     """Prints the `--top-k` labels of each picture, batch by batch."""
     messages = _Messages(args)
     labels = _lines_of(args.labels_file, "labels") if args.labels_file else args.labels
+    if not args.labels_file and len(labels) == 1 and "," in labels[0]:
+        raise ValueError(
+            f"--labels: got one label, {labels[0]!r}, which is always the likeliest; labels stand apart: "
+            f"--labels {' '.join(shlex.quote(one.strip()) for one in labels[0].split(',') if one.strip())}"
+        )
     templates = _templates_of(args.templates) if args.templates else IMAGENET_TEMPLATES
     paths = _found(args.pictures, sys.stdin, messages)
 

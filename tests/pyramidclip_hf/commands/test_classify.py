@@ -79,6 +79,8 @@ def test_a_file_where_labels_are_expected_names_the_flag_for_files(pictures, cap
         (code, out) == (2, "") and "--labels labels.txt: that is a file" in err and "--labels-file reads labels" in err
     )
     assert run(capsys, *argv, "cat", "nothing.txt")[0] == 0
+    code, out, err = run(capsys, *argv, "cat, a dog")  # as if commas parted them
+    assert (code, out) == (2, "") and "got one label, 'cat, a dog'" in err and "--labels cat 'a dog'" in err
 
 
 @pytest.mark.parametrize("prompt", ["many of them", "{} beside {}"])
