@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -174,4 +175,9 @@ def test_what_cannot_be_published(run_folder, tmp_path):
     (tmp_path / "other.json").write_text("{}", encoding="utf8")
     with pytest.raises(ValueError, match="expected a result file"):
         publish(run_folder, "tester/shapes", result_files=[tmp_path / "other.json"])
+    cut = shutil.copytree(run_folder / "final", tmp_path / "cut")
+    weights = cut / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.raises(ValueError, match="cut/model.safetensors"):
+        publish(cut, "tester/shapes")
     assert model_folder(run_folder) == run_folder / "final" == model_folder(run_folder / "final")
