@@ -1,18 +1,24 @@
-"""Does the method work? Every row of the paper's ablations (Tables 5, 14 and 15, Figure 6) on emoji scenes.
+"""Does the method work? The paper's ablations (Tables 5, 14 and 15, Figure 6) and comparison (Table 2) on emoji scenes.
 
-    python -m training.ablations [--output-dir runs/ablations] [--only components] [--families resnet] [--seeds 0]
+    python -m training.ablations [--output-dir runs/ablations] [--table components] [--families resnet] [--seeds 0]
+    python -m training.ablations --table comparison [--output-dir runs/comparison] [--dry-run]
 
-Trains each distinct row of `training/configs/ablations.yaml`, with equal steps within a family, for the ResNet and the
-ViT family of `training/configs/ablations_runs.yaml`, evaluates all of them in the same way, and writes the page that
-sets them beside the paper's numbers. Rows that are the same training (Table 14's `peer` and Table 5's first row) are
-trained once.
+The first trains each distinct row of `training/configs/ablations.yaml`, with equal steps within a family, for the
+ResNet and the ViT family of `training/configs/ablations_runs.yaml`, evaluates all of them in the same way, and writes
+the page that sets them beside the paper's numbers. Rows that are the same training (Table 14's `peer` and Table 5's
+first row) are trained once.
 
-It can be stopped (Ctrl-C, SIGTERM, kill -9) and started again at any time: finished runs are kept, a training continues
-from its last checkpoint. Seed 0 of everything comes first, so a stopped command has every row once. A run that fails is
-reported and does not stop the others. Exit codes: 0 all runs are there; 1 some failed; 2 a setting is wrong; 130
-stopped. The folder:
+`--table comparison` sets CLIP, SLIP, FILIP, DeCLIP, DeFILIP and PyramidCLIP beside each other, and PyramidCLIP with one
+term more, by `training/configs/comparison.yaml`: it measures what a step of each costs, searches a learning rate for
+each method, and trains them with equal samples and in equal time (docs/comparison.md).
+
+Both can be stopped (Ctrl-C, SIGTERM, kill -9) and started again at any time: finished runs are kept, a training
+continues from its last checkpoint. Seed 0 of everything comes first, so a stopped command has every row once. A run
+that fails is reported and does not stop the others. Exit codes: 0 all runs are there; 1 some failed; 2 a setting is
+wrong; 130 stopped. The folder:
 
     plan.json                  the settings of every run, as they were when the folder was started
+    costs.json                 of the comparison: what a step of each row costs
     scenes/                    the data: train/, validation/, objects/
     runs/FAMILY-ROW-seedN/     log.txt, metrics.jsonl, the model in final/
     results/FAMILY-ROW-seedN.json
@@ -30,7 +36,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,14 +45,30 @@ from pyramidclip_command import EXIT_FAILED, EXIT_STOPPED, answer_words, run_com
 from training.settings.fields import usable_cores
 from training.settings.reading import parse_settings
 
+COMPARISON = "comparison"
+
 
 @dataclass(kw_only=True)
 class AblationArguments:
     """Settings of `python -m training.ablations`."""
 
-    output_dir: str = field(default="runs/ablations", metadata={"help": "folder of the ablations"})
-    config: str = field(
-        default="training/configs/ablations_runs.yaml", metadata={"help": "families, seeds and steps of the runs"}
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "folder of the runs; default: runs/ablations, or runs/comparison"},
+    )
+    config: str | None = field(
+        default=None,
+        metadata={
+            "help": "families, seeds and steps of the runs; default: training/configs/ablations_runs.yaml, of the "
+            "comparison training/configs/comparison.yaml"
+        },
+    )
+    table: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "components, peer_level, mismatched, front; or comparison, alone, which is hours of its own; "
+            "default: all but that"
+        },
     )
     data: str | None = field(
         default=None,
@@ -62,13 +84,11 @@ class AblationArguments:
     steps: int | None = field(
         default=None, metadata={"help": "optimizer steps of every row; default: the config's, equal within a family"}
     )
-    only: list[str] | None = field(
-        default=None, metadata={"help": "tables: components, peer_level, mismatched, front; default: all"}
-    )
     rows: list[str] | None = field(default=None, metadata={"help": "rows of these tables by name; default: all"})
     families: list[str] | None = field(default=None, metadata={"help": "resnet, vit; default: all"})
     seeds: list[int] | None = field(
-        default=None, metadata={"help": "seeds of every table; default: the config's (three for components, else one)"}
+        default=None,
+        metadata={"help": "seeds of every table; default: the config's (three for components and methods, else one)"},
     )
     parallel: int = field(
         default_factory=lambda: min(2, usable_cores()),
@@ -77,6 +97,10 @@ class AblationArguments:
     keep_settings: bool = field(
         default=False,
         metadata={"help": "continue with the settings in plan.json, whatever the YAML files say by now"},
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "of the comparison: measure the costs, say how long the rest takes, and stop"},
     )
     run: str | None = field(
         default=None, metadata={"help": "one run in this process; the command starts such processes itself"}
@@ -90,11 +114,25 @@ class AblationArguments:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
         if self.seeds and min(self.seeds) < 0:
             raise ValueError(f"--seeds: expected numbers from 0, got {self.seeds}")
+        if self.compares and len(set(self.table or [])) > 1:
+            raise ValueError(f"--table: {COMPARISON} is a command of its own, give it alone; got {self.table}")
+        if self.dry_run and not self.compares:
+            raise ValueError(f"--dry-run is for --table {COMPARISON}")
+
+    @property
+    def compares(self) -> bool:
+        """Whether it is the comparison that is asked for."""
+        return COMPARISON in (self.table or ())
 
     @property
     def folder(self) -> Path:
         """`output_dir` as a path."""
-        return Path(self.output_dir)
+        return Path(self.output_dir or ("runs/comparison" if self.compares else "runs/ablations"))
+
+    @property
+    def settings_file(self) -> Path:
+        """`config` as a path."""
+        return Path(self.config or f"training/configs/{'comparison' if self.compares else 'ablations_runs'}.yaml")
 
     @property
     def scenes(self) -> Path:
@@ -110,96 +148,49 @@ def parse(argv: Sequence[str]) -> AblationArguments:
 if __name__ == "__main__":
     answer_words(parse)
 
-import yaml
-
 from pyramidclip_hf.files import json_text, locked, write_atomically
 from training import pretrain
 from training.data.shards import read_dataset_json
+from training.emoji.comparison import (
+    Training,
+    by_tokens,
+    cost_jobs,
+    estimated_seconds,
+    gathered_costs,
+    is_cost,
+    make_comparison,
+    scheduled,
+    search_jobs,
+    table_jobs,
+)
+from training.emoji.runs import (
+    Job,
+    chosen,
+    expand,
+    family_settings,
+    name_parts,
+    read_results,
+    read_yaml,
+    result_path,
+    write_result,
+)
 from training.emoji.scenes import PER_OBJECT, SPLITS, TRAIN, VALIDATION
-from training.emoji.scoring import draw_scenes, score_model
+from training.emoji.scoring import draw_scenes, score_model, score_tokens
+from training.emoji.step_costs import measure
+from training.loop.tracking import NonFiniteLoss
+from training.reports import comparison_page
 from training.reports.ablations_page import Family, Plan, write_page
+from training.reports.comparison_page import Comparison
 from training.settings.pretraining import PretrainingArguments
-from training.settings.reading import read_settings, with_changes
+from training.settings.reading import read_settings
 
 SECONDS_TO_STOP = 120
-
-
 SCENES = {"train": TRAIN, "validation": VALIDATION, "per_object": PER_OBJECT}
-
-
-# Settings of a ViT that count blocks, and how many of these the paper's ViTs have.
-BLOCKS, PAPER_DEPTH = ("num_leff_layers", "num_picture_layers"), 12
-
-
-# What has to do with where a run is and how it is watched, not with its result.
-WATCHING: dict[str, Any] = {"validation_data": None, "trackers": [], "eval_every_steps": 0, "push_to_hub": None}
 
 
 ##################################################################################################
 #  From the tables to runs                                                                       #
 ##################################################################################################
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        ValueError: There is no such file, or no mapping in it.
-    """
-    if not path.is_file():
-        raise ValueError(f"there is no {path}; run the command in the checkout's folder")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a mapping, got {type(content).__name__}")
-    return content
-
-
-def family_settings(base: Mapping[str, Any], family: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that all rows of a family share. The family's towers replace those of the base whole."""
-    settings = {**base, **family, **WATCHING}
-    settings["model_config"] = {**base.get("model_config", {}), **family.get("model_config", {})}
-    return settings
-
-
-def row_settings(shared: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a row. Its numbers of blocks become the same share of the family's ViT; a ResNet has no such."""
-    towers, changes = shared["model_config"], row.get("model_config", {})
-    vision = dict(changes.get("vision_config", {}))
-    asked = {name: vision.pop(name) for name in BLOCKS if name in vision}
-    if str(shared["model"]).startswith("ViT"):
-        if "num_leff_layers" not in towers["vision_config"]:
-            raise ValueError(
-                f"a ViT family must state num_leff_layers, its vision_config has {sorted(towers['vision_config'])}"
-            )
-        depth = towers["vision_config"].get("num_hidden_layers", PAPER_DEPTH)
-        vision |= {name: round(number * depth / PAPER_DEPTH) for name, number in asked.items()}
-    return {**shared, **row, "model_config": with_changes(towers, {**changes, "vision_config": vision})}
-
-
-def expand(
-    tables: Mapping[str, Mapping[str, Any]], shared: Mapping[str, Any]
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, str]]]:
-    """Distinct runs of a family, and which run each row is.
-
-    Returns:
-        {run: settings} and {table: {row: run}}; rows with equal settings are one run, named by the first of them. A
-        table whose rows are all one run, such as LeFF's of a ResNet, is left out.
-    """
-    runs: dict[str, dict[str, Any]] = {}
-    rows: dict[str, dict[str, str]] = {}
-    for table, entries in tables.items():
-        every = {row: row_settings(shared, changes) for row, changes in entries.items()}
-        first = next(iter(every.values()))
-        if len(every) > 1 and all(settings == first for settings in every.values()):
-            continue
-        rows[table] = {}
-        for row, settings in every.items():
-            same = next((name for name, known in runs.items() if known == settings), None)
-            if same is None:
-                same = f"{table}_{row}" if row in runs else row
-                runs[same] = settings
-            rows[table][row] = same
-    return runs, rows
 
 
 def scene_counts(args: AblationArguments) -> dict[str, int]:
@@ -219,9 +210,11 @@ def scene_counts(args: AblationArguments) -> dict[str, int]:
     return counts
 
 
-def make_plan(args: AblationArguments) -> Plan:
-    """What the YAML files and the command line ask for; plain values, see plan.json."""
-    path = Path(args.config)
+def make_plan(args: AblationArguments) -> Any:
+    """What the YAML files and the command line ask for, a `Plan` or a `Comparison`; plain values, see plan.json."""
+    path = args.settings_file
+    if args.compares:
+        return json.loads(json_text(make_comparison(path, scene_counts(args), args.steps)))
     config = read_yaml(path)
     base, tables = path.parent / config["base"], read_yaml(path.parent / config["rows"])
     read_yaml(base)  # said here where it is not there
@@ -247,7 +240,20 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
     return [] if old == new else [f"{where}: {old!r}, now {new!r}"]
 
 
-def claim(args: AblationArguments) -> Plan:
+def steps_of(plan: Any) -> list[int]:
+    """The numbers of steps that a plan has, of the comparison those with equal samples."""
+    families = plan["families"].values()
+    if is_comparison(plan):
+        return sorted({family["steps"] for family in families})
+    return sorted({run["max_steps"] for family in families for run in family["runs"].values()})
+
+
+def is_comparison(plan: Any) -> bool:
+    """Which of the two kinds a plan is."""
+    return "search_seed" in plan
+
+
+def claim(args: AblationArguments) -> Any:
     """The plan of the folder, written at the first start.
 
     Raises:
@@ -258,15 +264,18 @@ def claim(args: AblationArguments) -> Plan:
         args.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json_text(asked, indent=1) + "\n").encode())
         return asked
-    found: Plan = json.loads(path.read_text(encoding="utf-8"))
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if is_comparison(found) != is_comparison(asked):
+        holds = "the comparison" if is_comparison(found) else "runs of the ablation tables"
+        raise ValueError(f"{args.folder} holds {holds}: choose another --output-dir")
     # Which seeds are run is a choice of every start.
     differ = differences({**found, "seeds": None}, {**asked, "seeds": None})
     if args.keep_settings:
-        steps = sorted({run["max_steps"] for family in found["families"].values() for run in family["runs"].values()})
+        steps = steps_of(found)
         if args.steps and steps != [args.steps]:
             there = ", ".join(map(str, steps))
             raise ValueError(f"--keep-settings: {args.folder} has {there} steps, --steps asks for {args.steps}")
-        return {"scenes": found["scenes"], "families": found["families"], "seeds": asked["seeds"]}
+        return {**found, "seeds": asked["seeds"]}
     if differ:
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise ValueError(
@@ -276,37 +285,11 @@ def claim(args: AblationArguments) -> Plan:
     return asked
 
 
-@dataclass(frozen=True)
-class Job:
-    """One training with its evaluation; `run` is a name in the family's runs."""
-
-    family: str
-    run: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Of its folder and its files."""
-        return f"{self.family}-{self.run}-seed{self.seed}"
-
-
-def chosen(kind: str, wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:
-    """`known`, or those of it that are wanted.
-
-    Raises:
-        ValueError: One that is wanted is unknown; the message names the flag `kind`.
-    """
-    unknown = [name for name in wanted or [] if name not in known]
-    if unknown:
-        raise ValueError(f"--{kind}: there is no {', '.join(unknown)}; known: {', '.join(known)}")
-    return [name for name in known if not wanted or name in wanted]
-
-
 def jobs_of(plan: Plan, args: AblationArguments) -> list[Job]:
     """The distinct runs in the order in which they are started: by seed, then by table."""
     families = chosen("families", args.families, list(plan["families"]))
     found = [plan["families"][family]["rows"] for family in families]
-    tables = chosen("only", args.only, list(dict.fromkeys(table for rows in found for table in rows)))
+    tables = chosen("table", args.table, list(dict.fromkeys(table for rows in found for table in rows)))
     known = [row for table in tables for rows in found for row in rows.get(table, {})]
     names = chosen("rows", args.rows, list(dict.fromkeys(known)))
     seeds = {table: args.seeds or plan["seeds"][table] for table in tables}
@@ -339,42 +322,73 @@ def end_with_parent() -> None:
 
 
 def run_here(args: AblationArguments, name: str) -> int:
-    """Trains and evaluates the run `name` in this process; its result is written last."""
+    """Trains and evaluates the run `name` in this process, or measures what it costs; its result is written last."""
     end_with_parent()
     plan = json.loads((args.folder / "plan.json").read_text(encoding="utf-8"))
-    family, run, seed = name.split("-")
+    family, run, seed = name_parts(name)
     folder = args.folder / "runs" / name
+    known = {"family": family, "run": run, "seed": seed}
     with locked(folder / "lock", wait=True):  # the process of a killed command may still be saving
-        settings = plan["families"][family]["runs"][run]
+        if args.compares:
+            training: Training = json.loads(training_path(args.folder, name).read_text(encoding="utf-8"))
+            settings, known = training["settings"], known | {"row": training["row"]}
+        else:
+            settings = plan["families"][family]["runs"][run] | {"seed": seed}
         settings |= {"output_dir": str(folder), "train_data": [str(args.scenes / "train")], "resume": "latest"}
-        settings |= {"seed": int(seed.removeprefix("seed"))}
-        result = pretrain.run(PretrainingArguments(**settings))
-        if not result.finished:
-            return EXIT_STOPPED
-        scores, _ = score_model(folder / "final", args.scenes)
-        record = json.loads((folder / "final/training.json").read_text(encoding="utf-8"))
-        measured = {key: record[key] for key in ("steps", "samples_seen", "seconds")}
-        content = {"family": family, "run": run, "seed": record["settings"]["seed"], **measured, **scores}
-        write_result(args.folder, name, content)
+        if is_cost(run):
+            measured = measured_costs(args, settings, plan["costs"])
+        else:
+            searches = args.compares and seed == plan["search_seed"]
+            found = train_and_score(args, settings, searches=searches)
+            if found is None:
+                return EXIT_STOPPED
+            measured = found
+        write_result(args.folder, name, {**known, **measured})
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return 0
 
 
-def result_path(folder: Path, name: str) -> Path:
-    """Where the result of a run is, once it is finished."""
-    return folder / "results" / f"{name}.json"
+def measured_costs(args: AblationArguments, settings: Mapping[str, Any], costs: Mapping[str, int]) -> dict[str, Any]:
+    """The result of a run that measures what its row costs."""
+    own = PretrainingArguments(**{**settings, "resume": None})
+    found = measure(own, pretrain.contrastive_task, args.scenes / "validation", costs["warm"], costs["pairs"])
+    return {"costs": found}
 
 
-def write_result(folder: Path, name: str, content: Mapping[str, Any]) -> None:
-    """The result, there whole or not at all."""
-    path = result_path(folder, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json_text(content, indent=1) + "\n").encode())
+def train_and_score(args: AblationArguments, settings: dict[str, Any], *, searches: bool) -> dict[str, Any] | None:
+    """The result of a training, by the way in which its model can be asked; None where it was stopped.
+
+    Args:
+        args: Settings of the command.
+        settings: Of the run.
+        searches: A learning rate at which the loss is no number is a result, and not a failure.
+    """
+    folder = Path(settings["output_dir"])
+    try:
+        result = pretrain.run(PretrainingArguments(**settings))
+    except NonFiniteLoss as error:
+        if not searches:
+            raise
+        return {"steps": settings["max_steps"], "learning_rate": settings["learning_rate"], "diverged": str(error)}
+    if not result.finished:
+        return None
+    final = folder / "final"
+    record = json.loads((final / "training.json").read_text(encoding="utf-8"))
+    measured = {key: record[key] for key in ("steps", "samples_seen", "seconds")}
+    if not args.compares:
+        return {**measured, **score_model(final, args.scenes)[0]}
+    measured["learning_rate"] = settings["learning_rate"]
+    # Tokens that were trained beside embeddings are worth a look, but not in a search.
+    alone = by_tokens(settings)
+    tokens = score_tokens(final, args.scenes) if alone or not searches else None
+    if alone and tokens:
+        return {**measured, **tokens}
+    return {**measured, **score_model(final, args.scenes)[0], **({"tokens": tokens} if tokens else {})}
 
 
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """All results that are there, by name."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "results").glob("*.json"))]
+def training_path(folder: Path, name: str) -> Path:
+    """Where the comparison says what a run is, before it starts."""
+    return folder / "runs" / name / "training_run.json"
 
 
 ##################################################################################################
@@ -405,8 +419,8 @@ def start_run(args: AblationArguments, job: Job) -> subprocess.Popen:
     """A process with one thread that trains and evaluates the run; its messages go to log.txt."""
     folder = args.folder / "runs" / job.name
     folder.mkdir(parents=True, exist_ok=True)
-    words = ["--output-dir", args.output_dir, "--config", args.config, "--run", job.name]
-    words += ["--data", str(args.scenes)]
+    words = ["--output-dir", str(args.folder), "--config", str(args.settings_file), "--run", job.name]
+    words += ["--data", str(args.scenes), *(["--table", COMPARISON] if args.compares else [])]
     limits = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
     environment = os.environ | limits | {"ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
     with open(folder / "log.txt", "ab") as log:
@@ -492,26 +506,88 @@ def termination_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def run_ablations(args: AblationArguments) -> tuple[Path, list[Job]]:
-    """All runs that are asked for and not there yet, and the page; returns the page and the runs that failed."""
-    plan = claim(args)
+def run_ablations(args: AblationArguments, plan: Plan) -> list[Job]:
+    """All runs of the ablation tables that are asked for and not there yet, and the page; the runs that failed."""
     jobs = jobs_of(plan, args)
-    try:
-        with locked(args.folder / "lock", wait=False):
-            prepare_scenes(args, plan["scenes"])
-            failed = run_jobs(args, jobs, lambda: write_page(plan, read_results(args.folder), args.folder))
-            return write_page(plan, read_results(args.folder), args.folder), failed
-    except BlockingIOError as error:
-        raise ValueError(f"{args.folder}: another process of this command is at work there") from error
+    prepare_scenes(args, plan["scenes"])
+    failed = run_jobs(args, jobs, lambda: write_page(plan, read_results(args.folder), args.folder))
+    write_page(plan, read_results(args.folder), args.folder)
+    return failed
+
+
+def run_comparison(args: AblationArguments, plan: Comparison) -> list[Job]:
+    """Costs, search, table; each stage is what the one before left to do. The page, and the runs that failed."""
+    families = chosen("families", args.families, list(plan["families"]))
+    rows = chosen("rows", args.rows, [row for names in plan["tables"].values() for row in names])
+    searched = [*rows, *([comparison_page.REFERENCE] if set(rows) & set(plan["tables"]["combinations"]) else [])]
+    prepare_scenes(args, plan["scenes"])
+    failed = run_trainings(replace(args, parallel=1), cost_jobs(plan, families), lambda: None)
+    costs = settled_costs(args, plan)
+    if failed or not set(families) <= set(costs):
+        return failed
+
+    def page() -> None:
+        results = read_results(args.folder)
+        schedule = scheduled(plan, costs, results)
+        comparison_page.write_comparison(plan, costs, results, schedule, args.folder)
+
+    results = read_results(args.folder)
+    foreseen = table_jobs(plan, scheduled(plan, costs, results, foreseen=True), families, rows, args.seeds)
+    left = {
+        job: training
+        for job, training in {**search_jobs(plan, results, families, searched), **foreseen}.items()
+        if not result_path(args.folder, job.name).is_file()
+    }
+    hours = estimated_seconds(plan, costs, left) / 3600 / args.parallel
+    print(f"comparison: {len(left)} runs are left, about {hours:.1f} hours on {args.parallel} free cores", flush=True)
+    page()
+    if args.dry_run:
+        return []
+    while jobs := missing(args, search_jobs(plan, read_results(args.folder), families, searched)):
+        if failed := run_trainings(args, jobs, page):
+            break  # without them nobody knows which rate is the best; rows whose search is done go on
+    schedule = scheduled(plan, costs, read_results(args.folder))
+    failed += run_trainings(args, table_jobs(plan, schedule, families, rows, args.seeds), page)
+    page()
+    return failed
+
+
+def missing(args: AblationArguments, jobs: Mapping[Job, Training]) -> dict[Job, Training]:
+    """Those without a result; none if all are there."""
+    return {job: jobs[job] for job in jobs if not result_path(args.folder, job.name).is_file()}
+
+
+def run_trainings(args: AblationArguments, jobs: Mapping[Job, Training], after_each: Callable[[], object]) -> list[Job]:
+    """`run_jobs` of the comparison, whose runs find what they are in a file."""
+    for job, training in missing(args, jobs).items():
+        path = training_path(args.folder, job.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json_text(training, indent=1) + "\n").encode())
+    return run_jobs(args, list(jobs), after_each)
+
+
+def settled_costs(args: AblationArguments, plan: Comparison) -> dict[str, Any]:
+    """Family -> row -> costs, of the families that costs.json has; written as soon as another family is measured."""
+    path = args.folder / "costs.json"
+    found = json.loads(path.read_text(encoding="utf-8"))["families"] if path.is_file() else {}
+    gathered = gathered_costs(plan, read_results(args.folder))
+    if set(gathered["families"]) - set(found):
+        write_atomically(path, (json_text(gathered, indent=1) + "\n").encode())
+        return gathered["families"]
+    return found
 
 
 def run(args: AblationArguments) -> int:
-    """The ablations, or the one run that the process was started for."""
+    """The tables, or the one run that the process was started for."""
     if args.run:
         return run_here(args, args.run)
-    with termination_as_interrupt():
-        page, failed = run_ablations(args)
-    print(f"report: {page}")
+    plan = claim(args)
+    try:
+        with termination_as_interrupt(), locked(args.folder / "lock", wait=False):
+            failed = run_comparison(args, plan) if args.compares else run_ablations(args, plan)
+    except BlockingIOError as error:
+        raise ValueError(f"{args.folder}: another process of this command is at work there") from error
+    print(f"report: {args.folder / 'report.html'}")
     if failed:
         print(f"failed: {', '.join(job.name for job in failed)}; the same command tries them again", file=sys.stderr)
     return EXIT_FAILED if failed else 0

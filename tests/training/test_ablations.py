@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from training import ablations
-from training.ablations import AblationArguments, Job, claim, expand, jobs_of, main, make_plan, result_path
+from training.ablations import AblationArguments, claim, jobs_of, main, make_plan
+from training.emoji.runs import BLOCKS, Job, expand, result_path
 from training.reports import ablations_page as page
 
 CONFIGS = Path(ablations.__file__).parent / "configs"
@@ -81,7 +82,7 @@ def test_the_shipped_plan_has_the_papers_rows_each_run_once():
             for settings in family["runs"].values()
         ]
         for settings in shared:
-            for name in ablations.BLOCKS:
+            for name in BLOCKS:
                 settings["model_config"]["vision_config"].pop(name, None)
         assert all(settings == shared[0] for settings in shared)
     resnet, vit = plan["families"]["resnet"], plan["families"]["vit"]
@@ -129,21 +130,21 @@ def test_filters(args, config):
     def names(**changes):
         return [job.name for job in jobs_of(plan, AblationArguments(config=str(config), **changes))]
 
-    assert names(only=["peer_level"], families=["resnet"]) == [
+    assert names(table=["peer_level"], families=["resnet"]) == [
         f"resnet-{row}-seed0" for row in ("clip", "clip_local_crop", "peer", "peer_and_regions")
     ]
-    assert names(only=["mismatched"], families=["vit"], seeds=[4])[0] == "vit-leff-seed4"
+    assert names(table=["mismatched"], families=["vit"], seeds=[4])[0] == "vit-leff-seed4"
     assert len(names(seeds=[0])) == 10 + 14  # of 3 blocks, m_9_without_leff has 2 in front, as has m_9
     with pytest.raises(
-        ValueError, match="--only: there is no table5; known: components, peer_level, mismatched, front"
+        ValueError, match="--table: there is no table5; known: components, peer_level, mismatched, front"
     ):
-        names(only=["table5"])
-    with pytest.raises(ValueError, match="--only: there is no front; known: components, peer_level, mismatched$"):
-        names(only=["front"], families=["resnet"])
+        names(table=["table5"])
+    with pytest.raises(ValueError, match="--table: there is no front; known: components, peer_level, mismatched$"):
+        names(table=["front"], families=["resnet"])
     assert names(rows=["softened", "leff"], families=["resnet"], seeds=[1]) == ["resnet-softened-seed1"]
     assert names(rows=["softened", "leff"], families=["vit"], seeds=[1]) == ["vit-softened-seed1", "vit-leff-seed1"]
     with pytest.raises(ValueError, match="--rows: there is no clip; known: peer, global_relation"):
-        names(only=["components"], rows=["clip"])
+        names(table=["components"], rows=["clip"])
 
 
 def test_a_folder_keeps_its_settings(args, config, capsys):
@@ -267,7 +268,7 @@ def test_the_page_says_where_we_disagree(args, tmp_path):
 
 def start(config, folder, checkout):
     words = ["--config", str(config), "--output-dir", str(folder), "--data", str(folder.parent / "scenes"), *SMALL]
-    words += ["--only", "components", "--families", "vit", "--seeds", "0", "--steps", "40"]
+    words += ["--table", "components", "--families", "vit", "--seeds", "0", "--steps", "40"]
     environment = os.environ | {"PYTHONPATH": str(checkout)}
     return subprocess.Popen(
         [sys.executable, "-m", "training.ablations", *words], cwd=checkout, env=environment, stderr=subprocess.PIPE
@@ -326,7 +327,7 @@ def test_a_failed_run_does_not_stop_the_others(args, monkeypatch, capsys):
 
     monkeypatch.setattr(ablations, "start_run", start_run)
     monkeypatch.setattr(ablations, "prepare_scenes", lambda args, scenes: None)
-    words = ["--config", args.config, "--output-dir", args.output_dir, *SMALL, "--seeds", "0", "--only", "components"]
+    words = ["--config", args.config, "--output-dir", args.output_dir, *SMALL, "--seeds", "0", "--table", "components"]
     assert main([*words, "--families", "resnet"]) == ablations.EXIT_FAILED
     error = capsys.readouterr().err
     assert "it broke" in error and "resnet-global_relation-seed0, resnet-local_relation-seed0; the same" in error

@@ -12,9 +12,11 @@ from pyramidclip_hf.loading import load_model
 from training.data.labelled import labelled_shards
 from training.data.samples import ShardSamples
 from training.emoji.scenes import Recipe, build
+from training.evaluation.arguments import EvaluationArguments
 from training.evaluation.classification import classification_metrics, zero_shot_scores
 from training.evaluation.embedding import embed_levels
 from training.evaluation.retrieval import level_metrics
+from training.loop.token_scoring import HEADS_FILE, TokenScoring, pairs_of_heads
 
 _PICTURE_SIZE, _SHARD_SIZE, _SEED = 96, 500, 0
 _BATCH_SIZE = 64
@@ -68,6 +70,28 @@ def score_model(folder: Path, scenes: Path) -> tuple[Scores, dict[str, np.ndarra
         "label_smoothing": model.config.label_smoothing,
     }
     return measured, {"caption_scores": (texts @ pictures.T).numpy(), "object_scores": scores.numpy()}
+
+
+def score_tokens(folder: Path, scenes: Path) -> dict[str, Any] | None:
+    """The same two by the tokens of the model in `folder`.
+
+    Returns:
+        "retrieval" and "zero_shot" as in `Scores`; retrieval of the whole picture and the caption alone. None where no
+        heads for these two lie beside the model.
+    """
+    if not (folder / HEADS_FILE).is_file():
+        return None
+    loaded = load_model(str(folder))
+    scoring = TokenScoring.of_folder(folder, loaded.model, loaded.processor, str(folder))
+    if "global_caption" not in pairs_of_heads(scoring.heads):
+        return None
+    objects = labelled_shards(str(scenes / "objects"))
+    args = EvaluationArguments(model=str(folder), data=str(scenes), batch_size=_BATCH_SIZE)
+    scores = scoring.zero_shot(objects, None, args)
+    return {
+        "retrieval": scoring.retrieval(ShardSamples(str(scenes / "validation")), args),
+        "zero_shot": classification_metrics(scores, torch.tensor(objects.labels)),
+    }
 
 
 def save_arrays(path: Path, **arrays: Any) -> None:
