@@ -143,6 +143,16 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(*args, **{**kwargs, "epilog": own, "allow_abbrev": False})
         self.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in the base class; where there are subcommands, a flag in front of one is told its place."""
+        words = list(sys.argv[1:] if args is None else args)
+        first = words[0].partition("=")[0] if words else ""
+        if self._subparsers is not None and first.startswith("-") and first not in self._option_string_actions:
+            names = next(action for action in self._subparsers._group_actions if action.choices).choices or ()
+            command = next((word for word in words if word in names), "COMMAND")
+            self.error(f"{first} comes before the subcommand, flags come behind it: {self.prog} {command} {first} ...")
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Raises ValueError: argparse found `message` wrong with the words."""
         raise ValueError(f"{plainly(message)} ({self.prog} --help says what is expected)")

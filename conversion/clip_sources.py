@@ -22,6 +22,7 @@ from pyramidclip_hf.files import parse_json, read_utf8
 from pyramidclip_hf.hub_reach import asking_hub
 from pyramidclip_hf.loading import check_weights
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
+from pyramidclip_hf.saved_folders_pyramidclip import damage_named
 
 # Only PyramidCLIP has these parameters.
 REGION_PARAMETERS = ("roi_projection.", "roi_layernorm.")
@@ -163,7 +164,7 @@ def _from_transformers(model: str | Path) -> ClipSource:
 
     if Path(model).is_dir():
         check_weights(model, str(model))
-    with asking_hub():
+    with asking_hub(), damage_named(model):
         loaded: Any = CLIPModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
     clip, info = loaded
     incomplete = {kind: sorted(info[kind]) for kind in ("missing_keys", "mismatched_keys") if info[kind]}

@@ -34,7 +34,7 @@ from .files import json_text, write_text
 from .fusion_pyramidclip import LinearBackend, OneDNNLinear
 from .handing_out import Advance, Phase
 from .hits_page import hits_page
-from .loading import Loaded, choose_device, load_model, told_slow_type
+from .loading import Loaded, choose_device, load_model, warn_of_slow_type
 from .modeling_pyramidclip import PyramidCLIPModel
 from .picture_files import (
     PICTURE_SUFFIXES,
@@ -183,8 +183,7 @@ def _load(args: argparse.Namespace, messages: _Messages, fuse: bool = True) -> L
     if args.dtype == "int8":
         raise ValueError("--dtype int8 needs --backend onnx or openvino and a model that `pyramidclip export` made.")
     device = choose_device(args.device)
-    if slow := told_slow_type(args.dtype, device):
-        messages.note(slow)
+    warn_of_slow_type("--dtype", args.dtype, device, messages.note)
     return load_model(args.model, revision=args.revision, device=device, dtype=args.dtype, fuse=fuse)
 
 

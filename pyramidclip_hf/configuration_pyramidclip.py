@@ -19,6 +19,7 @@ from transformers.generation import GenerationConfig
 
 from .architectures_pyramidclip import ARCHITECTURES
 from .levels_pyramidclip import DEFAULT_LOSS_WEIGHTS, check_loss_weights
+from .saved_folders_pyramidclip import LoadedFromFolder
 
 # What a saved configuration may hold beside its fields. A list, because a version of transformers does not know all the
 # keys that earlier and later ones write.
@@ -258,7 +259,7 @@ _TOWERS: dict[str, type[TowerConfig]] = {"vision_config": PyramidCLIPVisionConfi
 
 
 @strict
-class PyramidCLIPConfig(PreTrainedConfig):
+class PyramidCLIPConfig(LoadedFromFolder, PreTrainedConfig):
     """A dual encoder: text tower, image tower, and the objective as data.
 
     Args:

@@ -32,6 +32,8 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
+from .saved_folders_pyramidclip import LoadedFromFolder
+
 # left, upper, right, lower, in pixels
 Box: TypeAlias = tuple[float, float, float, float]
 
@@ -261,7 +263,7 @@ class PyramidCLIPImageProcessorKwargs(ImagesKwargs, total=False):
     max_image_pixels: int | None
 
 
-class PyramidCLIPImageProcessor(PilBackend):
+class PyramidCLIPImageProcessor(LoadedFromFolder, PilBackend):
     """Pictures -> `pixel_values` (B, 3, height, width) float32, exactly the reference's on plain RGB and grey pictures.
 
     Takes PIL pictures, numpy arrays and tensors ((H, W), (H, W, C) or (C, H, W); uint8, uint16, or floats in 0..1 or

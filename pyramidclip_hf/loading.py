@@ -8,7 +8,8 @@ a folder without a tokenizer, for which the processor would take the one that th
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,27 +18,21 @@ from typing import Any, Generic, TypeVar
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 from pyramidclip_command import looks_like_a_folder
 
 from .architectures_pyramidclip import ARCHITECTURES
-from .files import check_regular, read_regular
+from .files import check_regular
 from .hub_reach import asking_hub
 from .modeling_pyramidclip import PyramidCLIPModel
 from .processing_pyramidclip import PyramidCLIPProcessor
+from .saved_folders_pyramidclip import EXPECTED, MAX_JSON_BYTES, damaged_json, damaged_weights, where_the_model_is
 from .versions_pyramidclip import cpu_capabilities
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
-_ADVICE = "Expected a folder that save_pretrained of a PyramidCLIPModel and of its processor wrote"
-_AGAIN = "copy or download it again (out of the Hub's cache, delete it first)."
-# What a file begins with that a clone without Git LFS has in place of a large one.
-_LFS = b"version https://git-lfs"
 _MODEL_FILES = ["*.json", "*.safetensors", "*.txt"]
-# The largest vocabularies are a tenth of it.
-_MAX_JSON_BYTES = 256 << 20
 _MAX_LAYERS = 10_000
 _PARTS = {
     "weights": ("model.safetensors", "model.safetensors.index.json"),
@@ -190,15 +185,36 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def told_slow_type(dtype: str, device: torch.device) -> str:
-    """What to say where `device` is a processor that computes in float32 faster than in `dtype`; empty elsewhere."""
-    able = {"bfloat16": ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"), "float16": ("avx512_fp16", "amx_fp16", "fp16")}
+def warn_of_slow_type(
+    flag: str, dtype: str, device: torch.device | str, say: Callable[[str], None] | None = None
+) -> None:
+    """Says, once, that `device` is a processor which computes in float32 faster than in what was asked for.
+
+    Args:
+        flag: that asked, for the message.
+        dtype: as the flag takes it.
+        device: where it is computed; a name as `choose_device` takes it.
+        say: whom it is told; None: stderr, by the first of the processes that were started together.
+    """
+    device = choose_device(device) if isinstance(device, str) else device
+    bfloat16, float16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"), ("avx512_fp16", "amx_fp16", "fp16")
+    # What each flag calls it -> its name, what a processor needs for it, and what the flag calls float32.
+    known = {
+        "bfloat16": ("bfloat16", bfloat16, "float32"),
+        "bf16": ("bfloat16", bfloat16, "fp32"),
+        "float16": ("float16", float16, "float32"),
+    }
     capabilities = cpu_capabilities()
-    if device.type != "cpu" or dtype not in able or capabilities is None:
-        return ""
-    if any(capabilities.get(name) for name in able[dtype]):
-        return ""
-    return f"this processor has no {dtype} arithmetic: it works, but float32 is faster"
+    if device.type != "cpu" or dtype not in known or capabilities is None:
+        return
+    name, needed, faster = known[dtype]
+    if any(capabilities.get(one) for one in needed):
+        return
+    told = f"{flag} {dtype}: this processor has no {name} arithmetic: it works, but float32 is faster ({flag} {faster})"
+    if say is not None:
+        say(told)
+    elif os.environ.get("RANK", "0") == "0":
+        print(told, file=sys.stderr)
 
 
 def check_device(device: torch.device) -> None:
@@ -277,42 +293,18 @@ def check_weights(folder: str | os.PathLike[str], called: str) -> None:
     Raises:
         ValueError: a file is cut short, is no safetensors, or the index names one that is not there.
     """
-    names = ["model.safetensors"]
-    index = Path(folder, "model.safetensors.index.json")
-    if not Path(folder, names[0]).is_file() and index.is_file():
-        try:
-            names = sorted(set(json.loads(read_regular(index, _MAX_JSON_BYTES))["weight_map"].values()))
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{called}: {index} is damaged ({error}); {_AGAIN}") from error
-    for path in (Path(folder, str(name)) for name in names):
-        if path.is_file():
-            try:
-                with safe_open(path, "pt"):
-                    continue
-            except (SafetensorError, OSError, ValueError) as error:
-                with open(path, "rb") as file:
-                    is_pointer = file.read(len(_LFS)) == _LFS
-                why = "is what Git LFS left in its place: `git lfs pull` fetches it"
-                raise ValueError(
-                    f"{called}: {path} {why}."
-                    if is_pointer
-                    else f"{called}: {path}, {path.stat().st_size:,} bytes, is cut short or damaged ({error}); {_AGAIN}"
-                ) from error
-        elif index.is_file():
-            raise ValueError(f"{called}: {path} is not there, and the index of the weights names it; {_AGAIN}")
+    if told := damaged_weights(folder):
+        raise ValueError(f"{called}: {told}")
 
 
 def _check_config(folder: Path, called: str) -> None:
     """ValueError where there is no configuration of this kind of model."""
     if not (folder / "config.json").is_file():
-        inside = [name for name in ("final", "model") if (folder / name / "config.json").is_file()]
-        instead = f" {folder / inside[0]} is such a one." if inside else ""
-        raise ValueError(f"{called}: no config.json there. {_ADVICE}.{instead}")
-    try:
-        content = json.loads(read_regular(folder / "config.json", _MAX_JSON_BYTES))
-        kind = content.get("model_type")
-    except (ValueError, RecursionError, AttributeError) as error:
-        raise ValueError(f"{called}: config.json is no JSON mapping ({error}).") from error
+        raise ValueError(f"{called}: no config.json there. {EXPECTED}.{where_the_model_is(folder)}")
+    if told := damaged_json(folder / "config.json"):
+        raise ValueError(f"{called}: {told}")
+    content = json.loads((folder / "config.json").read_bytes())
+    kind = content.get("model_type")
     if kind != "pyramidclip":
         raise ValueError(f"{called}: its model_type is {kind!r}, expected 'pyramidclip'.")
     _check_claims(folder, content, called)
@@ -346,9 +338,9 @@ def _check_parts(folder: Path, parts: Iterable[str], called: str) -> None:
             check_regular(path)
         except ValueError as error:
             raise ValueError(f"{called}: {error}") from None
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"{called}: {path.name} has more than {_MAX_JSON_BYTES} bytes, which none of ours has.")
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"{called}: {path.name} has more than {MAX_JSON_BYTES} bytes, which none of ours has.")
     for part in parts:
         files = _PARTS[part]
         if not any((folder / file).is_file() for file in files):
-            raise ValueError(f"{called}: the {part} is missing ({' or '.join(files)}). {_ADVICE}.")
+            raise ValueError(f"{called}: the {part} is missing ({' or '.join(files)}). {EXPECTED}.")

@@ -34,6 +34,7 @@ from .modeling_pyramidclip_text import (
     PyramidCLIPTextLayer,
 )
 from .modeling_pyramidclip_vit import PyramidCLIPVisionEmbeddings
+from .saved_folders_pyramidclip import faults_named
 from .versions_pyramidclip import HAS_ACTIVATION_CHECKPOINTING, NOT_CUSTOM_CODE
 
 Source: TypeAlias = str | os.PathLike[str] | None
@@ -231,9 +232,12 @@ class PyramidCLIPPreTrainedModel(PreTrainedModel):
             **kwargs: as in the base class.
 
         Raises:
-            ValueError: `image_size` does not fit the tower, or the model has no image tower.
+            FileNotFoundError: the folder is that of a run, which holds the model's.
+            ValueError: `image_size` does not fit the tower, or the model has no image tower; a file of the folder is
+                damaged, which the message names.
         """
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        with faults_named(pretrained_model_name_or_path, kwargs.get("subfolder"), weights=True):
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if image_size is not None:
             model.resize_image_positions(image_size)

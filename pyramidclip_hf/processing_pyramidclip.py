@@ -18,6 +18,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Text
 
 from .image_processing_pyramidclip import PyramidCLIPImageProcessor
 from .levels_pyramidclip import LEVELS
+from .saved_folders_pyramidclip import LoadedFromFolder
 from .tokenization_pyramidclip import PyramidCLIPTokenizer
 from .versions_pyramidclip import HAS_PROCESSOR_DEFAULTS
 
@@ -38,7 +39,7 @@ class PyramidCLIPProcessorKwargs(ProcessingKwargs, total=False):
     text_kwargs: PyramidCLIPTextKwargs  # type: ignore[misc]  # narrowed, as each of transformers' processors does
 
 
-class PyramidCLIPProcessor(ProcessorMixin):
+class PyramidCLIPProcessor(LoadedFromFolder, ProcessorMixin):
     """The tokenizer and the image processor in one object, and the batch of the six levels (docs/design.md, Names).
 
     Args:

@@ -22,6 +22,8 @@ from tokenizers.models import BPE
 from transformers.tokenization_utils_base import BatchEncoding
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
+from .saved_folders_pyramidclip import LoadedFromFolder
+
 PAD_TOKEN_ID = 0
 MODEL_MAX_LENGTH = 77
 BOS_TOKEN = "<|startoftext|>"
@@ -102,7 +104,7 @@ def _packaged_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: index for index, token in enumerate(tokens)}, merges
 
 
-class PyramidCLIPTokenizer(TokenizersBackend):
+class PyramidCLIPTokenizer(LoadedFromFolder, TokenizersBackend):
     """CLIP's tokenizer as PyramidCLIP's weights need it (paper, section 4.1).
 
     Differs from `CLIPTokenizer` in that texts are cleaned as the reference cleans them, padding is id 0 without "!"

@@ -237,6 +237,8 @@ def test_subcommands_have_the_same_parser(capsys):
     for argv, expected in (
         ([], "COMMAND"),
         (["draw"], "paint"),
+        (["--colour", "red", "paint"], "--colour comes before the subcommand, flags come behind it: tool paint --c"),
+        (["--colour=red"], "--colour comes before the subcommand, flags come behind it: tool COMMAND --colour ..."),
         (["paint", "--colour", "pink"], "tool paint --help"),
         (["paint", "--color", "red"], "--color red"),
     ):

@@ -18,7 +18,13 @@ CORE_BRINGS = {"filelock", "tqdm", "yaml", "fsspec", "packaging", "regex"}
 OURS = {"pyramidclip_command", "pyramidclip_hf", "conversion", "training"}
 
 # Each module of the package and the siblings it may import. A new module gets its place here first.
-LEVELS = {"levels_pyramidclip", "architectures_pyramidclip", "configuration_pyramidclip", "versions_pyramidclip"}
+LEVELS = {
+    "levels_pyramidclip",
+    "architectures_pyramidclip",
+    "configuration_pyramidclip",
+    "saved_folders_pyramidclip",
+    "versions_pyramidclip",
+}
 TOWERS = LEVELS | {"loss_pyramidclip", "half_weights_pyramidclip"}
 PARTS = {"modeling_pyramidclip_text", "modeling_pyramidclip_resnet"}
 BLOCKS = TOWERS | PARTS | {"modeling_pyramidclip_vit"}
@@ -26,6 +32,7 @@ MODEL = BLOCKS | {"fusion_pyramidclip", "modeling_pyramidclip_base"}
 PREPROCESSING = {
     "levels_pyramidclip",
     "configuration_pyramidclip",
+    "saved_folders_pyramidclip",
     "image_processing_pyramidclip",
     "tokenization_pyramidclip",
 }
@@ -33,7 +40,8 @@ SIBLINGS = {
     "versions_pyramidclip": set(),
     "levels_pyramidclip": set(),
     "architectures_pyramidclip": set(),
-    "configuration_pyramidclip": {"versions_pyramidclip", "levels_pyramidclip", "architectures_pyramidclip"},
+    "saved_folders_pyramidclip": set(),
+    "configuration_pyramidclip": LEVELS - {"configuration_pyramidclip"},
     "loss_pyramidclip": LEVELS,
     "half_weights_pyramidclip": set(),
     "modeling_pyramidclip_text": TOWERS,
@@ -47,8 +55,8 @@ SIBLINGS = {
     "modeling_detection": BLOCKS
     | {"modeling_pyramidclip_base", "configuration_detection", "image_processing_pyramidclip"},
     "explain": MODEL | {"modeling_pyramidclip", "image_processing_pyramidclip"},
-    "image_processing_pyramidclip": {"configuration_pyramidclip"},
-    "tokenization_pyramidclip": {"configuration_pyramidclip"},
+    "image_processing_pyramidclip": {"configuration_pyramidclip", "saved_folders_pyramidclip"},
+    "tokenization_pyramidclip": {"configuration_pyramidclip", "saved_folders_pyramidclip"},
     "processing_pyramidclip": PREPROCESSING | {"versions_pyramidclip"},
     "zero_shot": PREPROCESSING | {"processing_pyramidclip"},
     "files": set(),

@@ -43,7 +43,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from pyramidclip_hf.files import json_text, write_atomically
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
-from training.data.annotations import AnnotatedPictures, open_annotations, refuse_shared_pictures
+from training.data.annotations import AnnotatedPictures, open_annotations
+from training.data.shared_files import refuse_shared_files
 from training.evaluation.detection import Found, Measured, detection_results, measure
 from training.evaluation.results import results_table, write_csv, write_json
 from training.loop.distributed import broadcast_buffers, rank
@@ -233,7 +234,9 @@ def open_parts(args: DetectionArguments) -> dict[str, AnnotatedPictures]:
         )
     for part in parts.values():
         part.max_image_pixels = args.max_image_pixels
-    refuse_shared_pictures(parts["train"], [part for name, part in parts.items() if name != "train"])
+    learnt = [one.path for one in parts["train"].pictures]
+    for name in named.keys() & parts.keys():
+        refuse_shared_files(learnt, [one.path for one in parts[name].pictures], parts[name].name)
     return parts
 
 

@@ -42,7 +42,7 @@ import torch
 from huggingface_hub import EvalResult
 
 from pyramidclip_hf.backends import load_exported
-from pyramidclip_hf.loading import Loaded, load_model, told_slow_type
+from pyramidclip_hf.loading import Loaded, load_model, warn_of_slow_type
 from training.evaluation.clip_benchmark import run_clip_benchmark
 from training.evaluation.process import this_process
 from training.evaluation.results import make_place, results_table, write_csv, write_json
@@ -61,7 +61,7 @@ def evaluate(args: EvaluationArguments) -> list[EvalResult]:
     make_place(args.output, args.csv)
     state, device = this_process(args.device, args.cpu)
     started = time.perf_counter()
-    loaded = _load(args, device, state.is_main_process)
+    loaded = _load(args, device)
     results = TASKS[args.task](_scoring(args, loaded), args)
     if state.is_main_process:
         details = vars(args) | {"seconds": round(time.perf_counter() - started, 2), "processes": state.num_processes}
@@ -73,11 +73,9 @@ def evaluate(args: EvaluationArguments) -> list[EvalResult]:
     return results
 
 
-def _load(args: EvaluationArguments, device: torch.device, is_main: bool) -> Loaded[Any]:
+def _load(args: EvaluationArguments, device: torch.device) -> Loaded[Any]:
     if args.backend == "torch":
-        slow = told_slow_type(args.dtype, device)
-        if slow and is_main:
-            print(f"--dtype {args.dtype}: {slow}", file=sys.stderr)
+        warn_of_slow_type("--dtype", args.dtype, device)
         return load_model(args.model, device=device, dtype=args.dtype)
     return load_exported(args.model, backend=args.backend, dtype=args.dtype)
 

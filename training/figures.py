@@ -174,7 +174,7 @@ from PIL import Image
 
 from pyramidclip_hf.explain import explain_image, explain_regions
 from pyramidclip_hf.files import write_atomically
-from pyramidclip_hf.loading import load_model
+from pyramidclip_hf.loading import load_model, warn_of_slow_type
 from pyramidclip_hf.modeling_pyramidclip import PyramidCLIPModel
 from pyramidclip_hf.processing_pyramidclip import PyramidCLIPProcessor
 from pyramidclip_hf.zero_shot import IMAGENET_TEMPLATES, class_embeddings, image_embeddings, retrieve, text_embeddings
@@ -490,6 +490,7 @@ FIGURES: dict[type[FigureArguments], Callable[[Any], str]] = {
 
 def run(args: FigureArguments) -> None:
     """Draws or checks, and says what."""
+    warn_of_slow_type("--dtype", args.dtype, args.device)
     print(FIGURES[type(args)](args))
 
 

@@ -132,7 +132,7 @@ import numpy as np
 import torch
 from huggingface_hub import EvalResult
 
-from pyramidclip_hf.loading import load_model
+from pyramidclip_hf.loading import load_model, warn_of_slow_type
 from training.evaluation.classification import classification_metrics
 from training.evaluation.process import this_process
 from training.evaluation.results import (
@@ -145,7 +145,7 @@ from training.evaluation.results import (
 )
 from training.evaluation.sets import TABLE_7
 from training.transfer.features import Features, cached_features
-from training.transfer.parts import Numbers, Part, open_parts
+from training.transfer.parts import Numbers, Part, open_parts, refuse_shared
 
 Scores = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
@@ -291,6 +291,10 @@ def probe(args: LinearProbeArguments) -> list[EvalResult] | None:
     state, device = this_process(args.device, args.cpu)
     started = time.perf_counter()
     parts = {name: open_parts(args, name) for name in args.dataset or (None,)}
+    for found_parts in parts.values():
+        if args.validation_data and args.test_data:  # the last fit is on the validation data too
+            refuse_shared(found_parts["validation"], found_parts["test"])
+    warn_of_slow_type("--dtype", args.dtype, device)
     loaded = load_model(args.model, dtype=args.dtype, device=device)
     # Train last: a bad picture among those to measure on must not be found after the hours that the others take.
     order = [(name, part) for part in ("test", "validation", "train") for name in parts if part in parts[name]]

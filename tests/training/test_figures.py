@@ -171,6 +171,12 @@ def test_check_measures_heat_in_the_boxes(model_folder, shards, monkeypatch, cap
     assert "objects asked for                     6, as 'a {phrase}'" in printed and "guessing: 50.0%" in printed
 
 
+def test_a_slow_type_is_said(model_folder, shards, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    assert main(["check", "--model", model_folder, "--data", shards, "--dtype", "float16", "--device", "cpu"]) == 0
+    assert capsys.readouterr().err.count("--dtype float16: this processor has no float16 arithmetic") == 1
+
+
 def test_wrong_settings_end_with_code_2(model_folder, shards, classes, tmp_path, capsys):
     png, limit = ["--output", str(tmp_path / "x.png")], ["--max-image-pixels", "99"]
     for words, message in (

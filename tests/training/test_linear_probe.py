@@ -185,6 +185,13 @@ def test_several_data_sets_end_with_the_mean_of_the_metrics_they_are_known_by(pr
     assert value_of(found, "mean_of_main_metrics") == pytest.approx(sum(alone) / 2)
 
 
+def test_a_slow_type_is_said(probe_args, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    for dtype in ("float32", "bfloat16"):
+        probe(dataclasses.replace(probe_args, dtype=dtype, c=1.0, validation_fraction=0.0))
+    assert capsys.readouterr().err.count("--dtype bfloat16: this processor has no bfloat16 arithmetic") == 1
+
+
 def test_what_is_wrong_is_said(probe_args, tmp_path, capsys, monkeypatch):
     words = ["--model", probe_args.model, "--train-data", probe_args.train_data, "--cpu", "--cache-dir", "none"]
 
@@ -193,6 +200,9 @@ def test_what_is_wrong_is_said(probe_args, tmp_path, capsys, monkeypatch):
         return capsys.readouterr().err
 
     assert "nothing to measure on: give test_data, or test_fraction" in error_of()
+    assert "train is trained on: what is measured there says nothing" in error_of("--test-data", probe_args.train_data)
+    both = "--test-data", probe_args.test_data, "--validation-data", probe_args.test_data
+    assert "test is trained on: what is measured there says nothing" in error_of(*both)
     assert "sweeping C needs validation data" in error_of("--test-fraction", "0.2", "--validation-fraction", "0")
     assert "c: expected a positive number" in error_of("--test-fraction", "0.2", "--c", "-1")
     other = write_pictures(tmp_path / "other", {"blue": 2, "green": 2})

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -483,27 +483,6 @@ def _check_counts(data: AnnotatedPictures, training: bool) -> None:
         if number not in met:
             told = "never learnt" if training else "left out of the mean"
             data.faults.append(Fault(None, data.name, "categories without objects", f"{name!r}, {told}"))
-
-
-def refuse_shared_pictures(train: AnnotatedPictures, others: Iterable[AnnotatedPictures]) -> None:
-    """Compares files by size, and where those agree by their bytes.
-
-    Raises:
-        ValueError: pictures that are trained on are measured on.
-    """
-    sizes = collections.defaultdict(list)
-    for one in train.pictures:
-        sizes[one.path.stat().st_size].append(one.path)
-    for data in others:
-        shared = [
-            one.path for one in data.pictures
-            if any(path.read_bytes() == one.path.read_bytes() for path in sizes.get(one.path.stat().st_size, ()))
-        ]  # fmt: skip
-        if shared:
-            raise ValueError(
-                f"{len(shared)} of {len(data)} pictures of {data.name} are trained on, the first {shared[0]}: what is "
-                "measured there says nothing. Take other pictures for the test"
-            )
 
 
 def mask_of(thing: Annotation, width: int, height: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from pyramidclip_command import Failure
 from pyramidclip_hf.configuration_pyramidclip import PyramidCLIPConfig
 from pyramidclip_hf.hub import PublishError, as_markdown, build_model_card, publish_folder
 from pyramidclip_hf.loading import check_weights
+from pyramidclip_hf.saved_folders_pyramidclip import damaged_settings
 from training.evaluation.results import hub_identifier, read_json
 
 # What a reader of the card wants to know; all settings are in training.json.
@@ -106,11 +107,13 @@ def publish(path: Path, repo_id: str, private: bool | None = None, result_files:
         result_files: Of `training.evaluate`, for the card.
 
     Raises:
-        ValueError: There is no model, its weights are cut short, a result file is something else, or the id cannot be.
+        ValueError: There is no model, a file of it is cut short, a result file is something else, or the id cannot be.
         Failure: The Hub refuses.
     """
     folder = model_folder(Path(path))
     check_weights(folder, str(folder))
+    if told := damaged_settings(folder):
+        raise ValueError(told)
     results = [result for file in result_files for result in read_json(file)[1]]
     record, card = folder / "training.json", None
     described = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None

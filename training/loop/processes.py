@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pyramidclip_hf.loading import check_device, told_slow_type
+from pyramidclip_hf.loading import check_device, warn_of_slow_type
 from training.evaluation.process import check_own_gpu
 from training.loop.agreement import together
 from training.loop.network import choose_gloo_interface
@@ -98,8 +97,7 @@ def start_accelerator(settings: RunSettings, folder: Path) -> Any:
     accelerator = together(lambda: _accelerator(settings, folder))
     # DDP says this of depth-wise convolutions, whose gradients may have either of two equal layouts.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    if slow := settings.precision == "bf16" and told_slow_type("bfloat16", accelerator.device):
-        accelerator.print(f"--precision bf16: {slow} (--precision fp32)", file=sys.stderr)
+    warn_of_slow_type("--precision", settings.precision, accelerator.device)
     return accelerator
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pyramidclip_command import answer_words, check_there, run_command
 from training.prepare.steps.flags import (
+    PAIRS,
     TABLE_SUFFIXES,
     PackArguments,
     PackSettings,
@@ -33,7 +34,7 @@ def parse(words: Sequence[str]) -> PackSettings:
     settings = PackSettings(*parse_dataclasses(words, __doc__, SourceArguments, PackArguments, WorkArguments))
     for one in settings.source.input:
         kind = "data" if one.endswith((".tar", *TABLE_SUFFIXES)) else "id"
-        check_there("--input", one, "tars, tables, folders of either, or the name of a Hub dataset", kind)
+        check_there("--input", one, f"{PAIRS}, or the name of a Hub dataset", kind)
     return settings
 
 

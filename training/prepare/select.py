@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pyramidclip_command import answer_words, check_there, run_command
-from training.prepare.steps.flags import SourceArguments, WorkArguments, parse_dataclasses
+from training.prepare.steps.flags import PAIRS, SourceArguments, WorkArguments, parse_dataclasses
 
 
 @dataclass
@@ -51,7 +51,7 @@ class SelectSettings:
 def parse(words: Sequence[str]) -> SelectSettings:
     """The words of the command as settings. Raises `ValueError`, `FileNotFoundError`."""
     settings = SelectSettings(*parse_dataclasses(words, __doc__, SourceArguments, SelectArguments, WorkArguments))
-    check_there("--input", settings.source.input, "tars, tables or folders of either", "data")
+    check_there("--input", settings.source.input, PAIRS, "data")
     check_there("--rules", settings.select.rules, "a YAML file, see docs/prepare.md")
     return settings
 
@@ -63,6 +63,7 @@ import numpy as np
 
 from pyramidclip_hf.files import json_text, remove_leftovers, write_text, written_aside
 from pyramidclip_hf.handing_out import Advance, Phase
+from pyramidclip_hf.loading import warn_of_slow_type
 from training.data.records import BadSample, json_bytes
 from training.data.remote import is_url
 from training.data.shards import ShardWriter, read_dataset_json, refuse_unfinished, write_dataset_json
@@ -171,6 +172,7 @@ class Chooser:
         self.selection: Selection = read_rules(own.rules)
         for encoder in self.selection.encoders:
             encoder.device = worker.device
+            warn_of_slow_type(f"{encoder.called}: dtype", encoder.dtype, worker.device)
         self.data = _Data(settings.source, "--input")
         refuse_own_folder(self.data.names, own.output_dir)
         self.against = {name: _Data(SourceArguments(input=[name]), "against:") for name in self.selection.against()}

@@ -123,6 +123,7 @@ import torch
 
 from pyramidclip_hf.files import cache_folder, json_text
 from pyramidclip_hf.handing_out import Advance
+from pyramidclip_hf.loading import warn_of_slow_type
 from training.data.machine import own_name
 from training.data.records import BadSample, sample_from_members
 from training.data.shards import ShardReader
@@ -302,6 +303,7 @@ class ModelSummarizer:
 
         self.config, self.device, self.cache = config, torch.device(device), cache
         dtype = config.dtype
+        warn_of_slow_type("--dtype", dtype, self.device)
         if dtype == "auto":
             dtype = "float32" if self.device.type == "cpu" else "bfloat16"
         described = checkpoint_config(config.model, config.revision, "--model")

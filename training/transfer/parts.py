@@ -21,6 +21,7 @@ from pyramidclip_hf.files import json_text
 from pyramidclip_hf.image_processing_pyramidclip import upright_rgb
 from training.data.labelled import LabelledPictures, open_pictures
 from training.data.remote import is_url
+from training.data.shared_files import refuse_shared_files
 from training.data.sources import shard_names
 from training.evaluation.embedding import map_batches
 from training.evaluation.sets import open_both_splits
@@ -126,7 +127,8 @@ def open_parts(args: PartSettings, dataset: str | None = None) -> dict[str, Part
         dataset: One of `TABLE_7` under the folder `train_data`; None: `train_data` are the pictures.
 
     Raises:
-        ValueError: Classes differ, or there is one alone, or both a source and a share are named.
+        ValueError: Classes differ, or there is one alone, or both a source and a share are named, or what is to be
+            measured on is learnt from.
     """
     if dataset:
         both = open_both_splits(dataset, args.train_data, args.classes)
@@ -146,9 +148,25 @@ def open_parts(args: PartSettings, dataset: str | None = None) -> dict[str, Part
             opened = open_pictures(source, args.classes).limited(args.max_image_pixels)
             other = with_classes_of(opened, data)
             parts[name] = Part(source, other, np.arange(len(other)))
+            refuse_shared(parts["train"], parts[name])
         elif fraction:
             parts["train"], parts[name] = parts["train"].split(fraction, args.seed * 2 + number)
     return parts
+
+
+def refuse_shared(learnt: Part, measured: Part) -> None:
+    """Looks whether two sources have files in common, by their bytes; pictures inside of shards are not compared.
+
+    Raises:
+        ValueError: They have, or are the same.
+    """
+    if measured.source == learnt.source:
+        raise ValueError(
+            f"{measured.source} is trained on: what is measured there says nothing. Take other pictures to measure on, "
+            "or hold out a share of these (--validation-fraction, --test-fraction)"
+        )
+    kind = "shards" if measured.data.files is None else "pictures"
+    refuse_shared_files(source_files(learnt), source_files(measured), measured.source, kind)
 
 
 def measurable(parts: Mapping[str, Part]) -> tuple[dict[str, Part], list[str]]:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.data.annotations import mask_of, open_annotations, refuse_shared_pictures
+from training.data.annotations import mask_of, open_annotations
+from training.data.shared_files import refuse_shared_files
 
 CATEGORIES = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}]
 
@@ -205,8 +206,9 @@ def test_training_and_test_data_have_one_set_of_categories(tmp_path):
         open_annotations(other, training=False, class_names=data.class_names)
     with pytest.raises(ValueError, match="has no area, and would count as missed"):
         open_annotations(coco(tmp_path / "c", [thing(box=(4, 5, 0, 3))]), training=False)
+    same = open_annotations(coco(tmp_path / "d", [thing(2, 2)]), training=False)
     with pytest.raises(ValueError, match=r"1 of 2 pictures of a are trained on"):
-        refuse_shared_pictures(data, [open_annotations(coco(tmp_path / "d", [thing(2, 2)]), training=False)])
+        refuse_shared_files([one.path for one in data.pictures], [one.path for one in same.pictures], same.name)
 
 
 def test_the_fingerprint_is_of_boxes_and_not_of_places(tmp_path):

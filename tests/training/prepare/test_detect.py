@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from pyramidclip_command import Failure
 from tests.training.prepare.small_data import (
@@ -20,6 +21,8 @@ from training.data.records import sample_from_members
 from training.data.shards import read_dataset_json
 from training.data.sources import open_data_set
 from training.prepare import detect
+from training.prepare.steps.detectors import open_detector
+from training.prepare.steps.flags import DetectorArguments
 from training.prepare.steps.regions import Detections
 from training.prepare.steps.work import Worker
 
@@ -173,3 +176,9 @@ def test_the_command(tmp_path, checkpoint):
     assert json.loads(read_tars(tmp_path / "data")["w30"]["json"])["regions"]
     with pytest.raises(ValueError, match="batch_size is 0"):
         run_step(detect, [*flags, "--batch_size", "0"])
+
+
+def test_a_slow_type_is_said(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    open_detector(DetectorArguments(detector=checkpoint("detr"), dtype="bfloat16"))
+    assert capsys.readouterr().err.count("--dtype bfloat16: this processor has no bfloat16 arithmetic") == 1

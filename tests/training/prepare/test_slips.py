@@ -64,6 +64,8 @@ def inputs(tmp_path, monkeypatch):
     PyramidCLIPConfig().save_pretrained(tmp_path / "clip")
     PyramidCLIPConfig().save_pretrained(tmp_path / "cut")
     (tmp_path / "cut" / "model.safetensors").write_text("not whole")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.json").write_text('{"model_type": "detr", ')
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "void.tar").touch()
     (tmp_path / "objects.tsv").write_text('k\t{"objects": []}\n')
@@ -72,7 +74,8 @@ def inputs(tmp_path, monkeypatch):
 
 SLIPS = [
     # Files and folders that are not there.
-    ("pack --input missing.jsonl --output_dir out", "missing.jsonl: there is no such file or folder.*tables"),
+    ("pack --input missing.jsonl --output_dir out", "missing.jsonl: there is no such .*: tars, manifests or tables"),
+    ("pack --output_dir out", "--input is missing: expected tars, manifests or tables"),
     ("pack --input ./missing --output_dir out", "./missing: there is no such file or folder.*tables"),
     ("pack --input missing --output_dir out", "no such file or folder here.*dataset of the Hub.*give the path"),
     (
@@ -153,6 +156,11 @@ SLIPS = [
     ("summarize --input_dir shards --model first_clause", "--model first_clause: .*; did you mean first-clause?"),
     ("summarize --input_dir shards --model cut", "cut/model.safetensors, 9 bytes, is cut short or damaged.*copy or"),
     ("detect --input_dir shards --detector cut", "cut/model.safetensors, 9 bytes, is cut short or damaged.*copy or"),
+    (
+        "summarize --input_dir shards --model torn",
+        "--model torn: torn/config.json is no JSON mapping .*copy or",
+    ),
+    ("detect --input_dir shards --detector torn", "torn/config.json is no JSON mapping .*copy or download it again"),
     # Flags.
     ("pack --input pictures.jsonl", "--output-dir"),
     ("pack --inputs pictures.jsonl --output_dir out", "unrecognized arguments: --inputs.*--help"),

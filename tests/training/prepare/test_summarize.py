@@ -100,6 +100,13 @@ def test_every_batch_has_one_shape_a_length_class(t5, tmp_path, monkeypatch):
     assert len(set(lengths)) > 1 and len(shapes) == expected
 
 
+def test_a_slow_type_is_said(t5, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    for dtype in ("auto", "bfloat16"):
+        open_summarizer(config(t5, dtype=dtype), cache=tmp_path / f"{dtype}.sqlite")
+    assert capsys.readouterr().err.count("--dtype bfloat16: this processor has no bfloat16 arithmetic") == 1
+
+
 def test_no_text_is_summarised_twice(t5, tmp_path, monkeypatch):
     first = open_summarizer(config(t5), cache=tmp_path / "c.sqlite").summarize(LONG[:4])
     again = open_summarizer(config(t5), cache=tmp_path / "c.sqlite")

@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import os
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.training.prepare.small_data import picture, write_tar
 from tests.training.to_evaluate import write_pictures
 from training.data.labelled import open_pictures
 from training.evaluation.sets import TABLE_7, Listing
@@ -85,6 +88,31 @@ def test_other_classes_are_refused_by_name(tmp_path):
         parts_of(train, test_data=test)
     with pytest.raises(ValueError, match="test_data or test_fraction, not both"):
         parts_of(train, test_data=train, test_fraction=0.1)
+
+
+def test_what_is_learnt_from_is_not_measured_on(tmp_path):
+    """Under another name, in another place, in one picture alone; pictures of the same size are no sign."""
+    train, test = (write_pictures(tmp_path / name, COUNTS, seed) for seed, name in enumerate("ab"))
+    with pytest.raises(ValueError, match=f"{train} is trained on: .*hold out a share of these"):
+        parts_of(train, test_data=train)
+    shutil.copytree(train, tmp_path / "copy")
+    with pytest.raises(ValueError, match=f"16 of 16 pictures of {tmp_path / 'copy'} are trained on"):
+        parts_of(train, validation_data=str(tmp_path / "copy"))
+    shutil.copy(Path(train, "blue", "01.png"), Path(test, "blue", "another.png"))
+    with pytest.raises(ValueError, match=r"1 of 17 pictures of .* are trained on, the first .*another\.png"):
+        parts_of(train, test_data=test)
+    Path(test, "blue", "another.png").write_bytes(Path(train, "blue", "01.png").read_bytes()[:-1] + b"!")
+    assert len(parts_of(train, test_data=test)["test"].numbers) == 17
+
+
+def test_shards_that_are_learnt_from_are_not_measured_on(tmp_path):
+    samples = [(f"k{number}", {"jpg": picture(number), "json": json.dumps({"class_name": name}).encode()})
+               for number, name in enumerate(["cat", "dog"] * 2)]  # fmt: skip
+    write_tar(tmp_path / "a" / "0.tar", samples[:2])
+    write_tar(tmp_path / "a" / "1.tar", samples[2:])
+    write_tar(tmp_path / "b" / "7.tar", samples[2:])
+    with pytest.raises(ValueError, match=f"1 of 1 shards of {tmp_path / 'b'} are trained on, the first"):
+        parts_of(str(tmp_path / "a"), test_data=str(tmp_path / "b"))
 
 
 def test_a_named_set_has_both_parts(tmp_path):

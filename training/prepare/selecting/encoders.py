@@ -15,6 +15,7 @@ from transformers import AutoProcessor, CLIPModel
 
 from pyramidclip_command import looks_like_a_folder
 from pyramidclip_hf.loading import load_model, quiet_transformers
+from pyramidclip_hf.saved_folders_pyramidclip import damage_named
 from pyramidclip_hf.zero_shot import image_embeddings, text_embeddings
 from training.data.records import BadSample
 from training.prepare.selecting.candidates import Candidate
@@ -119,7 +120,7 @@ class Encoder:
         # Any: a pair, where it is asked for what was missing.
         opened: Any
         try:
-            with quiet_transformers(warnings=False):
+            with quiet_transformers(warnings=False), damage_named(self.name, weights=True):
                 opened = CLIPModel.from_pretrained(
                     self.name,
                     revision=revision,
@@ -134,7 +135,8 @@ class Encoder:
             missing = sorted(info["missing_keys"])
             raise ValueError(f"{self.called}: {len(missing)} weights are missing: {missing[:3]}")
         try:
-            processor = AutoProcessor.from_pretrained(self.name, revision=revision)
+            with damage_named(self.name):
+                processor = AutoProcessor.from_pretrained(self.name, revision=revision)
         except Exception as error:  # likewise
             raise ValueError(f"{self.called}: its processor is missing or cannot be loaded: {error}") from error
         if not (hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")):

@@ -16,7 +16,7 @@ from training.prepare.sources.hub import HubSource
 from training.prepare.sources.pairs import Fault, PairSource, RawPair, SourcePart
 from training.prepare.sources.tables import TableSource
 from training.prepare.sources.tars import TarSource
-from training.prepare.steps.flags import TABLE_SUFFIXES, SourceArguments
+from training.prepare.steps.flags import PAIRS, TABLE_SUFFIXES, SourceArguments
 
 __all__ = [
     "TABLE_SUFFIXES",
@@ -67,7 +67,7 @@ def open_source(arguments: SourceArguments) -> PairSource:
         FileNotFoundError: a path is not there.
     """
     if not arguments.input:
-        raise ValueError("--input is missing: expected tars, tables, folders of either, or the name of a Hub dataset")
+        raise ValueError(f"--input is missing: expected {PAIRS}, or the name of a Hub dataset")
     if arguments.samples_per_shard < 1:
         raise ValueError(f"samples_per_shard is {arguments.samples_per_shard}, expected 1 or more")
     first = arguments.input[0]
@@ -103,12 +103,12 @@ def _files(inputs: Sequence[str]) -> list[str]:
             files += _files_of(name)
         elif os.path.exists(name):
             if not name.lower().endswith((".tar", *TABLE_SUFFIXES)):
-                raise ValueError(f"{name}: expected .tar or a table ({', '.join(TABLE_SUFFIXES)})")
+                raise ValueError(f"{name}: expected .tar, or a manifest or table ({', '.join(TABLE_SUFFIXES)})")
             if not os.path.isfile(name):
                 raise ValueError(f"{name} is a device or FIFO, expected a file")
             files.append(name)
         else:
-            raise FileNotFoundError(f"{name} is not there: expected tars, tables or a folder of them")
+            raise FileNotFoundError(f"{name} is not there: expected {PAIRS}")
     return files
 
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from pyramidclip_hf.files import visible
 from pyramidclip_hf.hub_reach import asking_hub
 from pyramidclip_hf.loading import check_weights
+from pyramidclip_hf.saved_folders_pyramidclip import damage_named, where_the_model_is
 
 
 @contextmanager
@@ -22,7 +23,7 @@ def checkpoint_expected(name: str, flag: str) -> Iterator[None]:
     """
     if os.path.isdir(name):
         check_weights(name, f"{flag} {name}")
-    with asking_hub():
+    with asking_hub(), damage_named(name, f"{flag} {name}"):
         try:
             yield
         except OSError as error:
@@ -32,7 +33,7 @@ def checkpoint_expected(name: str, flag: str) -> Iterator[None]:
 # Any: each kind of model has a configuration of its own.
 def checkpoint_config(name: str, revision: str | None, flag: str) -> Any:
     """The configuration of a checkpoint. Raises `ValueError` where there is none, or none of a known kind."""
-    with asking_hub():
+    with asking_hub(), damage_named(name, f"{flag} {name}"):
         try:
             return AutoConfig.from_pretrained(name, revision=revision)
         except (OSError, ValueError) as error:
@@ -46,7 +47,7 @@ def _no_checkpoint(name: str, flag: str, error: Exception) -> ValueError:
         reason = (not is_folder and out_of_reach) or str(error).splitlines()[0]
     return ValueError(
         f"{flag} {name} is {here} ({reason}): expected a folder that save_pretrained wrote, or the "
-        "name of a checkpoint that is in the cache or can be fetched"
+        f"name of a checkpoint that is in the cache or can be fetched.{where_the_model_is(name)}"
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 # Importing the package registers the configuration with AutoConfig.
+from pyramidclip_hf.loading import warn_of_slow_type
 from pyramidclip_hf.vinvl import VinVLForObjectAttributeDetection, VinVLImageProcessor, phrase_attributes
 from training.prepare.steps.checkpoints import checkpoint_config, checkpoint_content, checkpoint_expected
 from training.prepare.steps.flags import DetectorArguments, read_names
@@ -44,6 +45,7 @@ def open_detector(arguments: DetectorArguments, device: str | torch.device = "cp
         ValueError: there is no such checkpoint, it is no detector, or an open-vocabulary one without `names`.
         ImportError: an extra is missing; it is named.
     """
+    warn_of_slow_type("--dtype", arguments.dtype, device)
     with checkpoint_expected(arguments.detector, "--detector"):
         return _open(arguments, torch.device(device))
 

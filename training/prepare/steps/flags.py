@@ -57,13 +57,17 @@ USUAL_COLUMNS = {
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
+# What pairs are read from.
+PAIRS = "tars, manifests or tables (.jsonl .csv .tsv .parquet), folders of either"
+
+
 @dataclass
 class SourceArguments:
     """What to read."""
 
     input: list[str] = field(
         default_factory=list,
-        metadata={"help": "Tars, tables (.jsonl .csv .tsv .parquet), folders of either, or one Hub dataset name."},
+        metadata={"help": f"{PAIRS[0].upper()}{PAIRS[1:]}, or one Hub dataset name."},
     )
     picture_root: str | None = field(
         default=None, metadata={"help": "Folder that the paths of a table start from (default: the table's own)."}

@@ -203,6 +203,24 @@ def test_a_model_that_cannot_be_asked_is_named(kind, message, models, source, tm
         run(source, tmp_path / "out", {"fits": {"rule": "similarity", "model": folder, "best": 1}})
 
 
+@pytest.mark.parametrize("kind", ["ours", "clip"])
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json", "tokenizer.json"])
+def test_a_damaged_file_of_a_model_is_named(kind, name, models, source, tmp_path):
+    def cut(folder):
+        (folder / name).write_bytes((folder / name).read_bytes()[:20])
+
+    folder = spoilt(models, kind, tmp_path / "bad", cut)
+    with pytest.raises(ValueError, match=f"model {folder}: .*{name} is no JSON mapping .*copy or download it again"):
+        run(source, tmp_path / "out", {"fits": {"rule": "similarity", "model": folder, "best": 1}})
+
+
+def test_a_slow_type_is_said(models, source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    rule = {"rule": "similarity", "model": models["ours"], "best": 1, "dtype": "bfloat16"}
+    run(source, tmp_path / "out", {"fits": rule})
+    assert capsys.readouterr().err.count("dtype bfloat16: this processor has no bfloat16 arithmetic") == 1
+
+
 def test_no_model_there(source, tmp_path):
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
