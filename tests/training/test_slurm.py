@@ -105,13 +105,32 @@ def cluster(tmp_path):
 @pytest.mark.parametrize("reason", REASONS)
 def test_the_script_obeys_what_the_run_says(cluster, reason):
     cluster.run.mkdir()
-    cluster.stand_in("srun", "exit 1")
     write_outcome(cluster.run, Outcome(reason, 'said "so"'), 3)
+    (cluster.run / "stopped.json").rename(cluster.run.parent / "said")
+    cluster.stand_in("srun", f"cp {cluster.run.parent}/said {cluster.run}/stopped.json; exit 1")
     code, back, said = cluster.end()
     finished, again = reason.startswith("finished"), REASONS[reason][1]
     assert back is again and code == (0 if finished or again else 1)
     if not again:
         assert reason in said and (finished or 'said \\"so\\"' in said)
+
+
+@pytest.mark.parametrize("reason", ["setting or data", "finished", "asked to stop"])
+def test_what_an_earlier_try_said_is_no_word_of_a_start_that_failed_before_it_could_speak(cluster, reason):
+    cluster.run.mkdir()
+    cluster.stand_in("srun", "exit 1")
+    write_outcome(cluster.run, Outcome(reason, "long ago"), 3)
+    code, back, said = cluster.end()
+    assert (code, back) == (0, True) and "back into the queue (killed)" in said and reason not in said
+    assert [cluster.end()[:2] for _ in range(2)] == [(0, True), (1, False)]
+
+
+def test_a_finished_run_that_had_nothing_to_do_is_finished(cluster):
+    cluster.run.mkdir()
+    cluster.stand_in("srun", "exit 0")
+    write_outcome(cluster.run, Outcome("finished", "long ago"), 3)
+    code, back, said = cluster.end()
+    assert (code, back) == (0, False) and "slurm.sh: finished" in said
 
 
 def test_the_script_gives_up_after_three_deaths_without_progress(cluster):

@@ -155,14 +155,16 @@ def complete_run(settings: Settings, make_task: MakeTask[Settings]) -> RunResult
         form_group(settings)
         way = Way()
         watch = stack.enter_context(watched(settings, way))
-        with end_told(watch):
-            accelerator = start_accelerator(settings, folder)
+        told = ""
         if not settings.dry_run:
-            if told := first_decides(lambda: stack.enter_context(sole_run(folder))):
-                accelerator.print(told)
-            first_decides(lambda: forget_unfinished(folder))
+            with end_told(watch):
+                told = first_decides(lambda: stack.enter_context(sole_run(folder)))
+                first_decides(lambda: forget_unfinished(folder))
             way.folder = folder
         with explained(way), end_told(watch):
+            accelerator = start_accelerator(settings, folder)
+            if told:
+                accelerator.print(told)
             run = start(settings, make_task, folder, accelerator)
             stack.callback(run.task.reader.close)
             way.reached = lambda: run.progress.step

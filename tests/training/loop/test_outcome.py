@@ -76,6 +76,18 @@ def test_a_wrong_setting_is_not_tried_again(tmp_path, after):
     assert "learning_rate: was 0.001, is now 1.0" in read_outcome(tmp_path)["message"]
 
 
+@pytest.mark.parametrize("change", [{"precision": "fp16"}, {"trackers": ["nobody"]}, {"engine": "true"}])
+def test_a_start_that_is_refused_leaves_its_own_reason(tmp_path, after, monkeypatch, change):
+    """A scheduler that read "asked to stop, try again" would start it for ever."""
+    after(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    pretrain.run(settings(tmp_path))
+    if "engine" in change:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", change.pop("engine"))
+    with pytest.raises(ValueError):
+        pretrain.run(settings(tmp_path, resume="latest", **change))
+    assert told(tmp_path)[:3] == ("setting or data", False, 2)
+
+
 def test_a_file_that_is_gone_on_the_way_is_no_wrong_usage(tmp_path, after, monkeypatch, capsys):
     after(5, lambda: shutil.rmtree(tmp_path / "run"))
     monkeypatch.setattr(pretrain, "parse", lambda words: settings(tmp_path / "run", log_every_steps=1))

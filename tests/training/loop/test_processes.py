@@ -22,6 +22,7 @@ from training.loop import network, processes
 from training.loop import run as loop
 from training.loop.distributed import hosts
 from training.loop.network import choose_gloo_interface
+from training.loop.outcome import read_outcome
 from training.loop.processes import check_engine
 
 
@@ -212,4 +213,5 @@ def test_an_engine_that_some_were_told_to_use_is_called_by_nobody_and_ends_all(t
     for rank, (code, said) in enumerate(found):
         first = "" if rank in asked else f"process {asked[0]}: "
         assert code == 2 and said.startswith(f"{first}the engine is refused: DeepSpeed"), said
-    assert time.monotonic() - began < 60 and not (tmp_path / "run").exists()
+    assert time.monotonic() - began < 60 and read_outcome(tmp_path / "run")["reason"] == "setting or data"
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "stopped.json"}

@@ -42,14 +42,18 @@ newest() { (cd "$run/checkpoints" 2>/dev/null && ls -d step-* 2>/dev/null | tail
 told() { sed -n "s/^ *\"$1\": *\"\{0,1\}\([^\"]*[^\",]\)\"\{0,1\},\{0,1\}$/\1/p" "$run/stopped.json" 2>/dev/null || true; }
 
 before=$(newest)
+left=$(cat "$run/stopped.json" 2>/dev/null || true)
 # Since Slurm 22.05 srun asks for its processors itself; a launcher that fails ends those of the other nodes.
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 bash -c 'exec accelerate launch \
     --config_file "$CONFIGURATION" --num_machines "$NODES" --num_processes "$PROCESSES" \
     --machine_rank "$SLURM_NODEID" --main_process_ip "$ADDRESS" --main_process_port "$PORT" \
     -m training.pretrain --config "$RECIPE" --output-dir "$RUN" --resume latest' &
-wait $! || true
+code=0
+wait $! || code=$?
 
-# A launcher's exit code is 1 whatever happened; the file is what the run says itself, absent where it was killed.
+# A launcher's exit code is 1 whatever happened; the file is what the run says itself, absent where it was killed. One
+# that an earlier try left is no word of a start that failed before it came so far.
+if [ "$code" != 0 ] && [ "$(cat "$run/stopped.json" 2>/dev/null || true)" = "$left" ]; then told() { :; }; fi
 reason=$(told reason)
 case "$reason" in finished*) echo "slurm.sh: $reason"; rm -f "$run/tries"; exit 0 ;; esac
 if [ "$(told try_again)" = false ]; then
