@@ -151,7 +151,17 @@ class CommandParser(argparse.ArgumentParser):
             names = next(action for action in self._subparsers._group_actions if action.choices).choices or ()
             command = next((word for word in words if word in names), "COMMAND")
             self.error(f"{first} comes before the subcommand, flags come behind it: {self.prog} {command} {first} ...")
-        return super().parse_known_args(words, namespace)
+        try:
+            return super().parse_known_args(words, namespace)
+        except ValueError as error:
+            unknown = [word for word in words if word[:2] == "--" and self._is_unknown(word)]
+            if self._subparsers is None and unknown and "are required" in str(error):  # perhaps misspelt
+                raise ValueError(f"{error}; {unknown[0]} is none of the flags") from None
+            raise
+
+    def _is_unknown(self, word: str) -> bool:
+        flag = word.partition("=")[0].replace("-", "_")
+        return flag != "__" and flag not in {known.replace("-", "_") for known in self._option_string_actions}
 
     def error(self, message: str) -> NoReturn:
         """Raises ValueError: argparse found `message` wrong with the words."""
@@ -624,6 +634,16 @@ _WORDS = {
 }
 
 
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """The words as arguments; labels that took the pictures behind them are told so."""
+    try:
+        return build_parser().parse_args(words)
+    except ValueError as error:
+        if "--labels" in words and "are required: pictures" in str(error):
+            raise ValueError(f"{error}; all that follows --labels is labels, so pictures come before it") from None
+        raise
+
+
 def _check_words(args: argparse.Namespace) -> None:
     """ValueError where the name of a file stands for its content: as words, it would be answered all the same."""
     for name, told in _WORDS.items():
@@ -651,9 +671,7 @@ def _run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the `pyramidclip` command."""
     again = "What is complete is kept: the same command continues."
-    return run_command(
-        build_parser().parse_args, _run, argv, advice=lambda args: again if args.command == "embed" else ""
-    )
+    return run_command(_parse, _run, argv, advice=lambda args: again if args.command == "embed" else "")
 
 
 if __name__ == "__main__":

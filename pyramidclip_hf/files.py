@@ -55,7 +55,7 @@ def contents_of(folder: str | os.PathLike[str]) -> str:
     )
     if not kinds:
         return "it is empty"
-    named = [f"{n} {kind}" for kind, n in kinds.most_common(3)]
+    named = [f"{n} {'folders' if n > 1 and kind == 'folder' else kind}" for kind, n in kinds.most_common(3)]
     others = kinds.total() - sum(n for _, n in kinds.most_common(3))
     return "it holds " + ", ".join([*named, f"{others} others"] if others else named)
 

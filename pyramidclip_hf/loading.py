@@ -140,9 +140,11 @@ def load_dual_encoder(
     # These would be drawn at random, and every result with them.
     faulty = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if faulty:
+        others = [kind for kind in model.config.architectures or () if kind != PyramidCLIPModel.__name__]
+        told = f" This one is of a {others[0]}." if others else ""
         raise ValueError(
             f"{called}: {len(faulty)} weights are missing or of another shape: {faulty[:3]}. Expected a whole "
-            "PyramidCLIPModel, with both towers."
+            f"PyramidCLIPModel, with both towers.{told}"
         )
     return model.eval(), folder
 

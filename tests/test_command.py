@@ -251,6 +251,16 @@ def test_subcommands_have_the_same_parser(capsys):
     assert isinstance(parser, argparse.ArgumentParser)
 
 
+def test_a_flag_that_is_misspelt_is_named_where_another_is_missing(capsys):
+    parser = CommandParser(prog="tool", description="A tool.")
+    parser.add_argument("--model-folder", required=True)
+    parser.add_argument("--data", required=True)
+    for argv, expected in ((["--modell=x", "--data", "y"], "; --modell=x is none of the flags"), (["--data", "y"], "")):
+        assert run_command(parser.parse_args, words, argv) == 2
+        told = capsys.readouterr().err.strip()
+        assert "are required: --model-folder" in told and told.endswith(expected or "says what is expected)")
+
+
 def test_the_way_in_needs_the_standard_library_alone(checkout):
     code = "import sys; before = set(sys.modules); import pyramidclip_command; print(*(set(sys.modules) - before))"
     environment = os.environ | {"PYTHONPATH": str(checkout)}

@@ -216,6 +216,8 @@ def make_plan(args: AblationArguments) -> Any:
     if args.compares:
         return json.loads(json_text(make_comparison(path, scene_counts(args), args.steps)))
     config = read_yaml(path)
+    if missing := [name for name in ("base", "rows", "families", "seeds") if name not in config]:
+        raise ValueError(f"--config {path} has no {missing[0]}: expected a file as training/configs/ablations.yaml is")
     base, tables = path.parent / config["base"], read_yaml(path.parent / config["rows"])
     read_yaml(base)  # said here where it is not there
     settings = read_settings(PretrainingArguments, base)

@@ -7,6 +7,7 @@ settings, the folder of a run, and what happens when something goes wrong. Exit 
 a checkpoint, to be continued with `--resume latest`; 4: finished and saved, but not published.
 """
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -218,6 +219,9 @@ def contrastive_task(args: PretrainingArguments, accelerator: Any, folder: Path)
         compile_blocks(model, graphs=args.replays_graphs)
     validation = None
     if args.validation_data:
+        if os.path.realpath(args.validation_data) in map(os.path.realpath, args.train_data):
+            told = "is trained on: what is measured there says what is remembered, not what is learnt"
+            accelerator.print(f"validation_data {args.validation_data} {told}", file=sys.stderr)
         validation = ValidationSet(
             args.validation_data,
             args.validation_samples,

@@ -132,7 +132,8 @@ def test_a_name_that_can_be_no_hub_id_is_not_looked_for_there(monkeypatch):
 def test_a_classifier_is_no_dual_encoder(saved, copy):
     model = load_model(str(saved)).model
     PyramidCLIPForImageClassification(model.config).save_pretrained(copy)
-    assert "Expected a whole PyramidCLIPModel, with both towers" in refusal(copy)
+    told = "Expected a whole PyramidCLIPModel, with both towers. This one is of a PyramidCLIPForImageClassification."
+    assert told in refusal(copy)
 
 
 def test_names_that_lead_nowhere(tmp_path, monkeypatch):

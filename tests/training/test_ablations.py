@@ -173,6 +173,9 @@ def test_a_folder_keeps_its_settings(args, config, capsys):
     words = ["--config", str(config), "--output-dir", args.output_dir]
     assert main(words) == 2 and "other settings" in capsys.readouterr().err
     assert main([*words, "--parallel", "0"]) == 2 and "--parallel: expected at least 1" in capsys.readouterr().err
+    base.write_text("model: ViT-B-32\n")
+    words = ["--config", str(base), "--output-dir", args.output_dir]
+    assert main(words) == 2 and "base.yaml has no base: expected a file as" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -369,6 +369,14 @@ def test_a_larger_picture_is_taken_where_the_limit_says_so(model_folder, data, t
     assert f"more than max_image_pixels={pixels - 1}" in capsys.readouterr().err
 
 
+def test_pairs_without_captions_say_what_they_have(model_folder, tmp_path, capsys):
+    picture = next(Path(write_pictures(tmp_path / "pictures", COUNTS)).rglob("*.png"))
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"image": str(picture), "text": "a fox"}))
+    assert main(["--model", model_folder, "--data", str(tmp_path / "pairs.jsonl"), "--device", "cpu"]) == 2
+    told = "none of the 1 samples has the level 'caption'; the record of the first one has image, text"
+    assert told in capsys.readouterr().err
+
+
 def test_a_slow_type_is_said(model_folder, data, monkeypatch, capsys):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     assert main(["--model", model_folder, "--data", data, "--device", "cpu", "--dtype", "bfloat16"]) == 0

@@ -175,6 +175,13 @@ def test_validation_is_the_same_on_one_two_and_three_processes(tmp_path, shards)
     assert {name: value for name, value in lines[-1].items() if name != "step"} == expected
 
 
+def test_validation_data_that_are_trained_on_are_told(tmp_path, shards, capsys):
+    for data, is_same in ((f"{shards}/", True), (str(write_shards(tmp_path / "other", range(16))), False)):
+        pretrain.run(settings(tmp_path / "run", shards, dry_run=True, max_steps=1, validation_data=data))
+        told = f"validation_data {data} is trained on: what is measured there says what is remembered"
+        assert (told in capsys.readouterr().err) is is_same
+
+
 def test_validation_samples_that_cannot_be_read_are_left_out_and_counted(tmp_path, shards, capsys):
     spoil = {
         5: lambda members: {**members, "jpg": members["jpg"][: len(members["jpg"]) // 2]},

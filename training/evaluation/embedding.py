@@ -190,7 +190,9 @@ def embed_levels(
         result.embeds[level] = torch.from_numpy(np.concatenate([batch.embeds[level] for batch in batches]))
         present = np.concatenate([batch.present[level] for batch in batches])
         if not present.any():
-            raise ValueError(f"none of the {len(samples)} samples has the level {level!r}")
+            met = ", ".join(sorted(samples[0].extra))
+            told = f"; the record of the first one has {met}" if met else ""
+            raise ValueError(f"none of the {len(samples)} samples has the level {level!r}{told}")
         result.present[level] = torch.from_numpy(present)
     if "caption" in levels:
         owners = [batch.owners + offset for batch, offset in zip(batches, offsets)]

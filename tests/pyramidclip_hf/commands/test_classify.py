@@ -68,6 +68,11 @@ def test_labels_that_cannot_be(labels, message, pictures, capsys, model_dir, tmp
     assert (code, out) == (2, "") and message in err
 
 
+def test_pictures_that_were_taken_for_labels_are_told(pictures, capsys, model_dir):
+    code, _, err = run(capsys, "classify", "--model", model_dir, "--labels", "cat", "dog", pictures)
+    assert code == 2 and "all that follows --labels is labels, so pictures come before it" in err
+
+
 def test_a_file_where_labels_are_expected_names_the_flag_for_files(pictures, capsys, model_dir, tmp_path, monkeypatch):
     """The name of the file would be the one class, of which each picture is with certainty."""
     (tmp_path / "labels.txt").write_text("cat\ndog\n")
