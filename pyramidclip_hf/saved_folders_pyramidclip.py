@@ -44,7 +44,7 @@ class LoadedFromFolder:
             ValueError: a file of the folder is damaged; the message names it.
         """
         with faults_named(pretrained_model_name_or_path, kwargs.get("subfolder")):
-            return super().from_pretrained(  # type: ignore[misc, no-any-return]  # of the base that stands behind
+            return super().from_pretrained(  # type: ignore[misc]  # of the base that stands behind
                 pretrained_model_name_or_path, *args, **kwargs
             )
 
