@@ -147,7 +147,8 @@ def test_a_whole_checkpoint_beside_its_place_is_taken_back(copy, capsys, ending)
     place.rename(place.with_name(f".step-00000009.{ending}"))
     (copy / "stopped.json").unlink()
     assert go_on(copy).steps == 9
-    assert "step-00000009 had been written to its end" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "step-00000009 had been written to its end" in told and f"continuing from {place}, step 9 of 9" in told
     assert names(copy)[-1] == "9" and not list(place.parent.glob(".*"))
 
 
