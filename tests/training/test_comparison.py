@@ -34,6 +34,7 @@ from training.settings.pretraining import PretrainingArguments
 CONFIGS = Path(ablations.__file__).parent / "configs"
 METHODS = ["clip", "slip", "filip", "declip", "defilip", "pyramidclip"]
 COMBINATIONS = ["pyramidclip_simclr", "pyramidclip_mlm", "pyramidclip_tokens"]
+WAYS = ("image_to_text", "text_to_image")
 SMALL = ["--train", "24", "--validation", "10", "--per-object", "1"]
 
 
@@ -98,8 +99,8 @@ def made_result(family, row, run, seed, top, recall=0.2, **more):
     assert name == row
     return {
         "family": family, "row": row, "run": run, "seed": seed, "steps": int(steps), "learning_rate": float(rate),
-        "zero_shot": {"top_1": top},
-        "retrieval": {"global_caption": {"image_to_text_R@1": recall, "text_to_image_R@1": recall}}, **more,
+        "zero_shot": {"top_1": top, "top_5": top},
+        "retrieval": {"global_caption": {f"{way}_R@{k}": recall for way in WAYS for k in (1, 5, 10)}}, **more,
     }  # fmt: skip
 
 
@@ -179,6 +180,13 @@ def test_the_search_goes_beyond_the_end_of_its_grid_once():
     assert rate_beyond(rates, {1.0: 5, 2.0: 6, 4.0: 7}) == 8.0
     assert rate_beyond(rates, {1.0: 8, 2.0: 6, 4.0: 7}) == 0.5
     assert rate_beyond(rates, {1.0: 8, 2.0: 6}) is None and rate_beyond([1.0], {1.0: 3}) is None
+
+
+def test_the_search_goes_by_all_ranks():
+    recall = {f"{way}_R@{k}": base + k / 100 for way, base in zip(WAYS, (0.1, 0.2)) for k in (1, 5, 10)}
+    result = {"zero_shot": {"top_1": 0.4, "top_5": 0.6}, "retrieval": {"global_caption": recall}}
+    by_hand = ((0.4 + 0.6) / 2 + (0.11 + 0.15 + 0.20) / 3 + (0.21 + 0.25 + 0.30) / 3) / 3
+    assert page.criterion(result) == pytest.approx(100 * by_hand)
 
 
 def test_each_method_gets_the_best_rate_of_its_search(plan):
