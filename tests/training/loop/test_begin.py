@@ -10,6 +10,8 @@ import shutil
 import signal
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from pyramidclip_command import Failure
 from pyramidclip_hf.files import NoLocks
@@ -25,6 +27,7 @@ from tests.training.runs import (
 from training import pretrain
 from training.loop import run as loop
 from training.loop.identity import IdentityError
+from training.loop.outcome import read_outcome
 from training.loop.record import CheckpointError
 from training.loop.run_folder import list_checkpoints, prune, sole_run, take_back
 from training.loop.tracking import read_metrics
@@ -73,13 +76,20 @@ def flip_a_bit(path):
 
 
 def terminated(rank, world_size, args, step):
-    after_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    return pretrain.run(args).finished
+    said = []
+
+    def stop():
+        said.append(read_outcome(args.output_dir))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    after_step(step, stop)
+    return pretrain.run(args).finished, said
 
 
 def test_after_going_back_latest_is_of_the_new_branch(finished, copy, capfd):
     back = resumable_settings(copy, resume=str(copy / "checkpoints" / "step-00000004"), keep_checkpoints=2)
-    assert run_in_processes(terminated, 1, back, 5) == [False]
+    assert read_outcome(copy)["reason"] == "finished"
+    assert run_in_processes(terminated, 1, back, 5) == [(False, [{}])]  # meanwhile it is finished no more
     assert names(copy) == ["4", "5"]  # what was just written stays, whatever else there was
     said = capfd.readouterr().out
     aside = copy / "abandoned" / "0001-after-step-00000004"
@@ -214,7 +224,7 @@ def test_a_run_says_that_its_folder_has_no_locks(tmp_path, monkeypatch):
             assert told == f"{tmp_path}: this file system has no locks: nothing keeps a second run from writing there"
 
 
-def test_a_finished_run_given_again_changes_nothing(copy, capsys):
+def test_a_finished_run_given_again_changes_nothing(copy, capsys, monkeypatch):
     before = contents(copy)
     again = go_on(copy)
     assert again.finished and again.steps == 9 and again.final == copy / "final"
@@ -225,12 +235,26 @@ def test_a_finished_run_given_again_changes_nothing(copy, capsys):
     assert contents(copy) == before
     shutil.rmtree(copy / "checkpoints")
     before = contents(copy)
+    given = {}
+    original = loop.resume
+
+    def noted(settings, accelerator, state, *more):
+        given["begun"], given["model"] = original(settings, accelerator, state, *more), state.model
+        return given["begun"]
+
+    monkeypatch.setattr(loop, "resume", noted)
     assert go_on(copy).finished
+    for name, tensor in load_file(copy / "final" / "model.safetensors").items():
+        torch.testing.assert_close(given["model"].state_dict()[name], tensor, rtol=0, atol=0)
     with pytest.raises(IdentityError, match="learning_rate"):
         go_on(copy, learning_rate=2e-3)
     with pytest.raises(ValueError, match="already holds the model of a run, without a checkpoint"):
         pretrain.run(resumable_settings(copy))
     assert contents(copy) == before
+    weights = copy / "final" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="model.safetensors"):
+        go_on(copy)
 
 
 def test_a_damaged_log_is_continued_said_and_kept(finished, copy, capsys):
@@ -242,6 +266,7 @@ def test_a_damaged_log_is_continued_said_and_kept(finished, copy, capsys):
     log.write_bytes(flip)
     assert go_on(copy).finished
     said = capsys.readouterr().out
+    assert f"as it was found it is {copy / 'metrics-found-at-step-00000009.jsonl'}" in said
     assert "metrics.jsonl: line 1 cannot be read" in said and "not what it was when step 9 was saved" in said
     assert (copy / "metrics-found-at-step-00000009.jsonl").read_bytes() == flip
     assert read_metrics(log) == read_metrics(finished / "metrics.jsonl")[1:]

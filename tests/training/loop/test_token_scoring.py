@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from pyramidclip_hf import PyramidCLIPConfig
 from pyramidclip_hf.loading import load_model
 from tests.training.processes import run_in_processes
 from tests.training.tiny import VIT
@@ -22,6 +24,7 @@ from training.data.shards import ShardWriter, write_dataset_json
 from training.evaluate import main
 from training.evaluation.arguments import EvaluationArguments
 from training.evaluation.results import read_json
+from training.loop.terms.tokens import TokenPair
 from training.loop.token_scoring import TokenScoring
 from training.settings.pretraining import PretrainingArguments
 
@@ -162,7 +165,10 @@ def test_zero_shot_is_the_mean_over_prompts(run, data, tmp_path):
     scoring = TokenScoring.of_folder(loaded.folder, loaded.model, loaded.processor, "model")
     pictures = open_pictures(data)
     args = EvaluationArguments(model="", data="", batch_size=4)
+    loaded.model.train()
     scores = scoring.zero_shot(pictures, ["a {}", "my big {} there"], args)
+    assert loaded.model.training and loaded.model.vision_model.training
+    loaded.model.eval()
     picture_of, text_of = tokens_alone(run, data)
     prompts = [[text_of(line.format(name)) for line in ("a {}", "my big {} there")] for name in pictures.class_names]
     expected = [
@@ -182,6 +188,17 @@ def command(rank, world_size, model, data, folder):
         )
         for task in ("retrieval", "zero-shot")
     ]
+
+
+def test_a_pair_is_scored_by_its_own_heads_else_by_those_that_serve_it():
+    config = PyramidCLIPConfig(**MODEL)
+    serving, own = (TokenPair(f"{name}_tokens", 1.0, {}, config) for name in ("view1_caption", "global_caption"))
+    model = types.SimpleNamespace(device=torch.device("cpu"))
+    for heads in ((serving, own), (own, serving)):
+        assert TokenScoring(model, None, heads).head_for("global_caption") is own
+    assert TokenScoring(model, None, [serving]).head_for("global_caption") is serving
+    with pytest.raises(ValueError, match="no token heads for it; it has those for global_caption$"):
+        TokenScoring(model, None, [serving]).head_for("global_tags")
 
 
 def test_equal_on_one_and_two_processes(run, data, tmp_path):

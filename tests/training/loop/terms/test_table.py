@@ -52,6 +52,11 @@ def test_run_pairs_are_views_with_captions():
         ({"views_nn": {"images": []}}, "images: expected picture levels, each once, got ..$"),
         ({"caption_mlm": {"caption": "dirty"}}, "caption: expected clean or masked, got 'dirty'"),
         ({"caption_mlm": {"share": 1.0}}, "share: expected less than 1"),
+        ({"caption_mlm": {"share": -0.1}}, "share: expected at least 0.0, got -0.1"),
+        ({"views_nn": {"size": 0}}, "size: expected at least 1, got 0"),
+        ({"views_simsiam": {"width": 0}}, "width: expected at least 1, got 0"),
+        ({"views_simsiam": {"bottleneck": 0}}, "bottleneck: expected at least 1, got 0"),
+        ({"global_caption_tokens": {"width": 0}}, "width: expected at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_is_refused(objective, message):
