@@ -23,11 +23,11 @@ class ScaleArguments:
 
     config: list[str] = field(metadata={"names": "source", "help": "recipe; several as for training.pretrain"})
     gpus: int = field(metadata={"help": "number of GPUs"})
-    teraflops: float = field(
-        default=133.0,
+    teraflops: float | None = field(
+        default=None,
         metadata={
-            "help": "arithmetic that a GPU really reaches, TFLOP/s; 133 is what ViT-B-32 did on one H200 at commit "
-            "047d512, 18 %% of its bf16 product"
+            "help": "arithmetic that a GPU really reaches, TFLOP/s; by default what one H200 did at commit 047d512: "
+            "135 with RN50, 152 with ViT-B-16 (20 %% of its bf16 product), 133 with ViT-B-32, and so with all others"
         },
     )
     samples: int = field(default=143_000_000, metadata={"help": "samples in the data"})
@@ -39,7 +39,7 @@ class ScaleArguments:
         for name in ("gpus", "samples", "samples_per_shard", "tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number of at least 1, got {getattr(self, name)}")
-        if not self.teraflops > 0:
+        if self.teraflops is not None and not self.teraflops > 0:
             raise ValueError(f"teraflops: expected a number above 0, got {self.teraflops}")
 
 
@@ -69,6 +69,10 @@ from training.settings.pretraining import PretrainingArguments
 from training.settings.reading import read_settings
 
 GB = 1e9
+
+
+# TFLOP/s of one H200, measured by the count of this command (docs/scale.md); ViT-B-32's stands for all others.
+TERAFLOPS = {"RN50": 135.0, "ViT-B-32": 133.0, "ViT-B-16": 152.0}
 
 
 # Masked words of a caption of 24 tokens in one of a few hundred, with a share of 0.15.
@@ -325,7 +329,7 @@ def start_up(samples: int, samples_per_shard: int, processes: int) -> str:
 def report(
     args: PretrainingArguments,
     num_gpus: int,
-    teraflops: float,
+    teraflops: float | None,
     samples: int,
     tokens: int,
     samples_per_shard: int = 10_000,
@@ -333,6 +337,7 @@ def report(
     """The page that `main` prints."""
     memory, flops = memory_per_gpu(args, num_gpus, tokens), flops_per_pair(args, tokens)
     config = recipe_config(args)
+    teraflops = teraflops or TERAFLOPS.get(args.model, TERAFLOPS["ViT-B-32"])
     pairs_per_second = teraflops * 1e12 / flops
     steps = args.max_steps or (args.epochs or 0) * (samples // args.global_batch_size)
     hours = steps * args.global_batch_size / (pairs_per_second * num_gpus) / 3600

@@ -94,7 +94,7 @@ def measure(args: argparse.Namespace, folder: Path, ends: float) -> int:
     parts = [*right_training.PARTS, *right_model.PARTS, *right_commands.PARTS]
     parts += [*fast_steps.PARTS, *fast_loss.PARTS, *fast_embedding.PARTS, *fast_run.PARTS]
     parts += fast_detection.PARTS
-    parts += [*fast_steps.LAST, *fast_embedding.LAST]
+    parts += [*fast_steps.LAST, *fast_embedding.LAST, *fast_run.LAST]
     chosen = named(parts, args.parts, args.only)
     if args.list:
         print("\n".join(f"{part.name:<40} at most {part.seconds:.0f} s" for part in chosen))

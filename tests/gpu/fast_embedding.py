@@ -130,16 +130,15 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def command(session: Session) -> None:
-    """`pyramidclip embed` from JPEG files, with what it takes to start."""
+    """`pyramidclip embed` from JPEG files, with what it takes to start and without, beside the forward pass alone."""
     folder, model = picture_folder(session), saved_model(session)
-    many = session.folder / "many.txt"
     once = [str(path) for path in sorted(folder.iterdir())]
     # The same pictures under other names: links cost nothing, and every one is decoded again.
     linked = session.folder / "linked"
     linked.mkdir(exist_ok=True)
     for number in range(session.size(8192, 8)):
         (linked / f"{number:06d}.jpg").hardlink_to(once[number % len(once)])
-    many.unlink(missing_ok=True)
+    taken = []
     for count, source in ((len(once), folder), (len(list(linked.iterdir())), linked)):
         output = session.folder / f"many-{count}.npz"
         start = time.monotonic()
@@ -148,6 +147,26 @@ def command(session: Session) -> None:
         seconds = time.monotonic() - start
         session.check(f"exit code{'' if done.code == 0 else ' ' + done.output[-300:]}", done.code, equals=0)
         session.note(what="pyramidclip embed, ViT-B-32", pictures=count, seconds=seconds, per_s=count / seconds)
+        taken.append((count, seconds))
+    (few, short), (more, long) = taken
+    from_files, alone = (more - few) / (long - short), _forward_alone(session)
+    session.note(
+        what="pyramidclip embed, ViT-B-32, once started",
+        per_s=from_files,
+        forward_alone_per_s=alone,
+        share=from_files / alone,
+    )
+
+
+def _forward_alone(session: Session) -> float:
+    """Pictures a second of what the command computes, pixels on the device already."""
+    dtype, count = session.size(torch.bfloat16, torch.float32), session.size(32, 2)  # as the command has them
+    model = our_model(session, "ViT-B-32").eval().to(dtype).fuse()
+    side = model.config.vision_config.image_size
+    pixels = torch.randn(count, 3, side, side, device=session.device, dtype=dtype)
+    with torch.inference_mode():
+        times = in_turn(session, {"forward": lambda: model.encode_image(pixels)}, rounds=session.size(20, 1))
+    return 1e3 * count / times["forward"].whole
 
 
 PARTS = (

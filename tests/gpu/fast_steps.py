@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from tests.gpu.measure import Timing, in_turn, kernels, peak
+from tests.gpu.measure import Timing, in_turn, kernels, peak, wait_for
 from tests.gpu.models import (
     CLIP,
     PYRAMID,
@@ -21,6 +21,8 @@ from tests.gpu.session import Part, Session, Skipped
 
 PAIRS = {"RN50": 256, "ViT-B-32": 256, "ViT-B-16": 128}
 OBJECTIVES = {"pyramid": PYRAMID, "CLIP": CLIP}
+# Pairs a second over open_clip's, which has texts of 77 tokens.
+AGAINST_OPEN_CLIP = {"CLIP max": 1.0, "CLIP eos": 1.3}
 Make = Callable[[], Callable[[], object]]
 # What a bf16 product reaches, TFLOP/s; measured by `ceilings`, asked for by whoever comes after it.
 _ceiling: dict[str, float] = {}
@@ -72,8 +74,9 @@ def steps_of(name: str) -> Callable[[Session], None]:
     return run
 
 
-# GB at the peak of the first step, by way; of the part that runs.
+# GB at the peak of the first step, and its seconds, by way; of the part that runs.
 _peaks: dict[str, float] = {}
+_seconds: dict[str, float] = {}
 
 
 def measured(session: Session, makers: dict[str, Make], pairs: int) -> dict[str, Timing]:
@@ -82,9 +85,9 @@ def measured(session: Session, makers: dict[str, Make], pairs: int) -> dict[str,
     ways: dict[str, Callable[[], object]] = {}
     for way, make in makers.items():
         with peak(session) as taken:
-            step = session.attempt(way, lambda make=make: first_step(make)) if way_is_there(session, way) else None
-        if step is not None:
-            ways[way], _peaks[way] = step, taken[0]
+            first = session.attempt(way, lambda make=make: first_step(session, make)) if there(session, way) else None
+        if first is not None:
+            (ways[way], _seconds[way]), _peaks[way] = first, taken[0]
     times = in_turn(session, ways, rounds=session.size(8, 1), warm=session.size(2, 1))
     for way, timing in times.items():
         if session.dry and way != "pyramid max":
@@ -100,20 +103,24 @@ def measured(session: Session, makers: dict[str, Make], pairs: int) -> dict[str,
             kernels_ms=busy,
             kernels=count,
             peak_gb=_peaks[way],
+            first_step_s=_seconds[way],
         )
         if way in ("pyramid max", "pyramid eos"):
             session.note(what=f"longest kernels of {way}", kernels=[[key, ms] for key, ms, _ in longest[:6]])
     return times
 
 
-def first_step(make: Make) -> Callable[[], object]:
-    """The step that `make` builds, once taken."""
+def first_step(session: Session, make: Make) -> tuple[Callable[[], object], float]:
+    """The step that `make` builds, once taken, and the seconds that this took: what is compiled is compiled in it."""
     step = make()
+    wait_for(session.device)
+    start = time.monotonic()
     step()
-    return step
+    wait_for(session.device)
+    return step, time.monotonic() - start
 
 
-def way_is_there(session: Session, way: str) -> bool:
+def there(session: Session, way: str) -> bool:
     """Whether what is compared with can be imported; a row says so where it cannot."""
     if not way.startswith("open_clip"):
         return True
@@ -157,14 +164,18 @@ def compare(session: Session, name: str, times: dict[str, Timing]) -> None:
         if way != "open_clip" and "open_clip" in times and way.startswith("CLIP"):
             ratio = times["open_clip"].whole / timing.whole
             session.note(what=f"{way}: times open_clip's pairs a second", ratio=ratio)
-            bound = {"CLIP max": 1.0, "CLIP eos": 1.3}.get(way)
-            if bound:
+            if bound := AGAINST_OPEN_CLIP.get(way):
                 session.goal(f"{name}, {way}: times open_clip's pairs a second", ratio, at_least=bound)
-        if way in ("pyramid max", "pyramid eos", "CLIP max", "CLIP eos"):
-            session.goal(f"{name}, {way}: host time as a share of the step", timing.host / timing.whole, at_most=0.95)
+        waits_for_the_device(session, name, way, timing)
     if {"pyramid max", "pyramid eos"} <= times.keys():
         ratio = times["pyramid max"].whole / times["pyramid eos"].whole
         session.goal(f'{name}, pyramid: "eos" times "max"', ratio, at_least=1.3)
+
+
+def waits_for_the_device(session: Session, name: str, way: str, timing: Timing) -> None:
+    """The goal of every step of ours: the host is done before the device."""
+    if way.startswith(("pyramid ", "CLIP ")):
+        session.goal(f"{name}, {way}: host time as a share of the step", timing.host / timing.whole, at_most=0.95)
 
 
 def compiled_steps_of(name: str, *objectives: str) -> Callable[[Session], None]:
@@ -180,13 +191,19 @@ def compiled_steps_of(name: str, *objectives: str) -> Callable[[Session], None]:
                 makers[f"{words}, {told}"] = lambda p=pooling, w=weights, g=graphs: OurStep(
                     session, name, p, w, pairs, compiled=backend, graphs=g
                 )
+        times: dict[str, Timing] = {}
         for way in list(makers)[: session.size(len(makers), 2)]:
             # One at a time, so that those which are there are on record when the seconds are over.
-            start = time.monotonic()
-            measured(session, {way: makers[way]}, pairs)
-            session.note(what=f"{way}: seconds until measured", seconds=time.monotonic() - start)
+            times |= measured(session, {way: makers[way]}, pairs)
+            if way not in times:
+                continue
+            waits_for_the_device(session, name, way, times[way])
+            theirs, bound = times.get("open_clip, compiled"), AGAINST_OPEN_CLIP.get(way.partition(",")[0])
+            if theirs and bound:
+                ratio = theirs.whole / times[way].whole
+                session.goal(f"{name}, {way}: times compiled open_clip's pairs a second", ratio, at_least=bound)
 
-    run.__doc__ = f"Compiled steps of {name}, and the seconds to the first."
+    run.__doc__ = f"Compiled steps of {name}, and the seconds of the first."
     return run
 
 
@@ -196,10 +213,9 @@ PARTS = (
     Part("fast: steps of ViT-B-32", 70, steps_of("ViT-B-32")),
     Part("fast: steps of RN50", 70, steps_of("RN50")),
 )
+COMPILED = ("CLIP max", "CLIP eos", "pyramid max")
 LAST = (
-    Part(
-        "fast: compiled steps of ViT-B-32", 170, compiled_steps_of("ViT-B-32", "CLIP max", "pyramid max", "pyramid eos")
-    ),
-    Part("fast: compiled steps of ViT-B-16", 90, compiled_steps_of("ViT-B-16", "pyramid max")),
-    Part("fast: compiled steps of RN50", 90, compiled_steps_of("RN50", "pyramid max")),
+    Part("fast: compiled steps of ViT-B-32", 170, compiled_steps_of("ViT-B-32", *COMPILED, "pyramid eos")),
+    Part("fast: compiled steps of ViT-B-16", 150, compiled_steps_of("ViT-B-16", *COMPILED)),
+    Part("fast: compiled steps of RN50", 150, compiled_steps_of("RN50", *COMPILED)),
 )

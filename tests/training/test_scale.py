@@ -1,5 +1,6 @@
 """The worked-out needs of a recipe, against a measured case."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -101,9 +102,11 @@ def test_arithmetic_of_one_linear_tower_is_counted_by_hand():
     assert cached == pytest.approx(short * 4 / 3)
 
 
+PAGE = Path(__file__).resolve().parents[2].joinpath("docs", "scale.md").read_text(encoding="utf-8")
+
+
 def blocks_of_the_page():
-    text = (Path(__file__).resolve().parents[2] / "docs" / "scale.md").read_text(encoding="utf8")
-    return [found.group(0) for found in OUTPUT.finditer(text)]
+    return [found.group(0) for found in OUTPUT.finditer(PAGE)]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +124,15 @@ def test_the_page_has_what_the_command_prints(block):
 
 def test_the_page_has_three_blocks():
     assert len(blocks_of_the_page()) == 3
+
+
+def test_a_recipe_takes_as_long_as_one_gpu_was_seen_to_take():
+    """The pairs a second of the table below the blocks, which a clock said."""
+    cells = [cell.strip() for cell in PAGE.split("\n| pairs a second |")[1].splitlines()[0].split("|")[:3]]
+    seen = dict(zip(("RN50", "ViT-B-32", "ViT-B-16"), map(int, cells), strict=True))
+    for block in blocks_of_the_page():
+        [(name, found)] = re.findall(r"\n(\S+) on .* ([0-9]+) pairs/s per GPU", block, re.DOTALL)
+        assert int(found) == pytest.approx(seen[name], rel=0.01), name
 
 
 @pytest.mark.parametrize(

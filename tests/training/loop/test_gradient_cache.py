@@ -8,54 +8,67 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from pyramidclip_hf.loss_pyramidclip import DEFAULT_LOSS_WEIGHTS
 from tests.training.processes import run_in_processes
-from tests.training.tiny import VIT, rows_of, tiny_batch, tiny_model
+from tests.training.tiny import RESNET, VIT, rows_of, tiny_batch, tiny_model
 from training.loop.gradient_cache import GradientCache, RandomState
 from training.loop.objective import ContrastiveObjective
 
 NO_BATCH_NORM = {**VIT, "num_leff_layers": 0}
 
 
-def whole_batch(weights):
+def objective_of(tower, pooling, weights):
+    """Its BatchNorms use running statistics: those of a batch are not those of a chunk."""
+    return ContrastiveObjective(tiny_model(tower, pooling=pooling), weights, 0.2).train(tower == NO_BATCH_NORM)
+
+
+def whole_batch(tower, pooling, weights):
     """Gradients of one process with everything at once: what caching must reproduce."""
-    objective = ContrastiveObjective(tiny_model(NO_BATCH_NORM), weights, 0.2)
-    losses = objective(tiny_batch())
+    objective = objective_of(tower, pooling, weights)
+    losses = objective(tiny_batch(image_size=tower["image_size"]))
     losses.loss.backward()
     named = objective.model.named_parameters()
     return losses.shares.numpy(), {name: p.grad.numpy() for name, p in named if p.grad is not None}
 
 
-def cached(rank, world_size, weights, chunk_size):
+def cached(rank, world_size, tower, pooling, weights, chunk_size):
     accelerator = Accelerator(
         cpu=True, mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
     )
-    objective = ContrastiveObjective(tiny_model(NO_BATCH_NORM), weights, 0.2)
+    objective = objective_of(tower, pooling, weights)
     wrapped = accelerator.prepare(objective)
     assert (wrapped is objective) == (world_size == 1)
     cache = GradientCache(accelerator, wrapped, chunk_size)
     for _ in range(2):  # twice: DDP only notices a parameter without gradient at the next forward
         objective.zero_grad()
-        losses = cache.forward_backward(rows_of(tiny_batch(), rank, world_size))
+        losses = cache.forward_backward(rows_of(tiny_batch(image_size=tower["image_size"]), rank, world_size))
     return (
         losses.shares.numpy(),
         {n: p.grad.numpy().copy() for n, p in objective.model.named_parameters() if p.grad is not None},
     )
 
 
-def cached_cases(rank, world_size):
-    return [
-        cached(rank, world_size, DEFAULT_LOSS_WEIGHTS, 3),
-        cached(rank, world_size, {"roi_tags": 1.0}, 2),
-        cached(rank, world_size, {"global_caption": 0.5, "local_summary": 2.0}, 6),
-    ]
+CASES = ((DEFAULT_LOSS_WEIGHTS, 3), ({"roi_tags": 1.0}, 2), ({"global_caption": 0.5, "local_summary": 2.0}, 6))
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_gradients_equal_the_whole_batch(world_size):
-    results = [cached_cases(0, 1)] if world_size == 1 else run_in_processes(cached_cases, world_size)
-    expected = [
-        whole_batch(weights)
-        for weights in (DEFAULT_LOSS_WEIGHTS, {"roi_tags": 1.0}, {"global_caption": 0.5, "local_summary": 2.0})
-    ]
+def cached_cases(rank, world_size, tower, pooling):
+    return [cached(rank, world_size, tower, pooling, weights, chunk_size) for weights, chunk_size in CASES]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "tower", "pooling"),
+    [
+        (1, NO_BATCH_NORM, "eos"),
+        (2, NO_BATCH_NORM, "eos"),
+        (2, NO_BATCH_NORM, "max"),
+        (1, VIT, "max"),
+        (2, RESNET, "eos"),
+    ],
+)
+def test_gradients_equal_the_whole_batch(world_size, tower, pooling):
+    if world_size == 1:
+        results = [cached_cases(0, 1, tower, pooling)]
+    else:
+        results = run_in_processes(cached_cases, world_size, tower, pooling)
+    expected = [whole_batch(tower, pooling, weights) for weights, _ in CASES]
     for case, (losses, gradients) in enumerate(expected):
         np.testing.assert_allclose(sum(result[case][0] for result in results), losses, rtol=1e-12)
         floor = 1e-4 * max(np.linalg.norm(gradient) for gradient in gradients.values())

@@ -77,7 +77,14 @@ def assert_same_gradients(found, expected, tolerance):
 
 @pytest.mark.parametrize(
     ("world_size", "tower", "image_size", "pooling"),
-    [(1, VIT, 16, "eos"), (2, VIT, 16, "eos"), (3, VIT, 16, "eos"), (2, RESNET, 32, "eos"), (2, VIT, 16, "max")],
+    [
+        (1, VIT, 16, "eos"),
+        (2, VIT, 16, "eos"),
+        (3, VIT, 16, "eos"),
+        (2, RESNET, 32, "eos"),
+        (2, VIT, 16, "max"),
+        (2, RESNET, 32, "max"),
+    ],
 )
 def test_loss_and_gradients_equal_one_process_with_the_whole_batch(world_size, tower, image_size, pooling):
     if world_size == 1:
