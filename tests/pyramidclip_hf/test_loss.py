@@ -179,6 +179,14 @@ def on_a_gpu(monkeypatch):
     return asked
 
 
+@pytest.mark.parametrize("terms", [1, 6])
+def test_blocks_grow_with_the_matrix_to_a_32nd_of_a_card(terms):
+    gpu = torch.device("cuda:7")  # which is not there: a card of 80 GB is reckoned with
+    for pairs in (2**13, 2**15, 2**18, 2**21):
+        height, width = block_of(pairs, pairs, terms, gpu)
+        assert loss_pyramidclip.BYTES_PER_ENTRY * terms * height * width <= 80e9 / 32
+
+
 @pytest.mark.parametrize(("pairs", "seen"), [(8192, 1.11), pytest.param(32768, 17.3, marks=pytest.mark.slow)])
 def test_memory_on_a_gpu_is_at_most_a_tenth_of_open_clips(on_a_gpu, pairs, seen):
     theirs = on_a_gpu(lambda embeds, scale: open_clip_term(embeds["global"], embeds["caption"], scale), pairs)

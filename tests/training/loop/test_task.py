@@ -117,6 +117,13 @@ def test_a_third_kind_of_training_needs_its_task_and_its_settings_alone(tmp_path
         loop.complete_run(settings(tmp_path, learning_rate=0.2, resume="latest"), spread_task)
 
 
+def test_an_epoch_of_a_few_batches_is_those():
+    plan = plan_steps(100, 8, epochs=3)
+    assert (plan.steps_per_epoch, plan.total_steps) == (12, 36)
+    plan = plan_steps(100, 8, epochs=3, overfit_batches=2)
+    assert (plan.steps_per_epoch, plan.total_steps) == (2, 6)
+
+
 def test_what_a_task_keeps_comes_back(tmp_path):
     plain, killed = tmp_path / "a", tmp_path / "b"
     assert run_in_processes(spread_run, 1, settings(plain)) == [10]

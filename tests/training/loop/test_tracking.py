@@ -3,12 +3,15 @@
 import errno
 import json
 import math
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import PartialState
 
 from tests.training.processes import run_in_processes
+from training.loop.record import sum_of
 from training.loop.task import StepLoss
 from training.loop.tracking import MetricsLog, NonFiniteLoss, StepWindow, duplicate_rates, read_metrics
 
@@ -34,17 +37,54 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
         read_metrics(log.path)
 
 
+def test_a_log_goes_on_where_the_checkpoint_was(tmp_path):
+    class Main:
+        is_main_process = True
+
+    folder = tmp_path / "new" / "run"
+    log = MetricsLog(folder, Main())
+    assert log.continue_at(0) == [] and log.path.read_bytes() == b""
+    lines = [b'{"step": 2, "a": 1}\n', b'{"step": 4, "a": 2}\n', b'{"step": 6, "a": 3}\n', b'{"step": 8']
+    log.path.write_bytes(b"".join(lines[:2]))
+    written = sum_of(log.path)
+    log.path.write_bytes(b"".join(lines))
+    (folder / ".metrics.jsonl.123.partial").write_bytes(b"half")
+    assert log.continue_at(4, written) == [] and log.path.read_bytes() == b"".join(lines[:2])
+    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
+    log.path.write_bytes(b"".join(lines[1:]))
+    found = folder / "metrics-found-at-step-00000004.jsonl"
+    assert log.continue_at(4, written) == [
+        f"{log.path}: line 3 cannot be read and is left out",
+        f"{log.path} is not what it was when step 4 was saved",
+        f"as it was found it is {found}",
+    ]
+    assert log.path.read_bytes() == lines[1] and found.read_bytes() == b"".join(lines[1:])
+    assert log.continue_at(0) == [] and log.path.read_bytes() == b""
+    other = MetricsLog(tmp_path / "other", type("Other", (), {"is_main_process": False})())
+    assert other.continue_at(0) == [] and not other.path.parent.exists()
+
+
 def one_norm_is_not_finite(rank, world_size, folder):
+    if rank == 1:  # which is slow to write
+        write = Path.write_text
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "write_text", lambda *words, **more: (time.sleep(1), write(*words, **more))[1])
+            return _one_norm_is_not_finite(rank, folder)
+    return _one_norm_is_not_finite(rank, folder)
+
+
+def _one_norm_is_not_finite(rank, folder):
     window = StepWindow([], folder, check_gradients=True)
     for step, norm in ((1, 1.0), (2, math.nan if rank == 1 else 1.0), (3, 1.0)):
         losses = StepLoss(torch.zeros(()), torch.ones(1), torch.zeros(0, dtype=torch.int64))
         window.add(step, losses, torch.tensor(norm), None, 1e-3, [f"key-{step}"])
     with pytest.raises(NonFiniteLoss, match="step 2: "):
         window.rows()
+    return len(list((folder / "nonfinite").iterdir()))
 
 
 def test_a_norm_that_is_not_finite_in_one_process_ends_all_at_that_step(tmp_path):
-    run_in_processes(one_norm_is_not_finite, 2, tmp_path)
+    assert run_in_processes(one_norm_is_not_finite, 2, tmp_path) == [2, 2]  # all is written before one ends the run
     written = sorted(path.name for path in (tmp_path / "nonfinite").iterdir())
     assert written == ["step-00000002-process-00000.json", "step-00000002-process-00001.json"]
     assert json.loads((tmp_path / "nonfinite" / written[0]).read_text())["sample_keys"] == ["key-2"]

@@ -1,6 +1,7 @@
 """What processes hear of each other: for whom one waits, and who is silent."""
 
 import contextlib
+import json
 import time
 
 import pytest
@@ -145,3 +146,35 @@ def test_what_a_process_does_is_of_the_watch_that_is_on():
                 assert one.doing == "saving" and one._waits
             assert not one._waits
         assert one.doing == "starting"
+    with doing("saving"):
+        assert one.doing == "starting"  # it is over
+
+
+def test_how_it_ended_is_told_before_a_process_goes_on_to_its_end():
+    store = dist.HashStore()
+    with Watch(store, 0, 2, 100).at_work():
+        pass
+    assert json.loads(store.get("watch/0"))["ended"] == ["finished", ""]
+
+
+def test_who_ends_itself_meanwhile_is_not_ended_for_another():
+    """Of how a process ended those hear first that wait for it, and end in good order."""
+    told = []
+    one = Watch(dist.HashStore(), 0, 2, 100, told.append)
+    one._leaving.set()
+    one._give_up(Ended("disk full", "process 1: No space left on device"))
+    assert not told
+    one._give_up(Ended("another process", f"process 1 {GONE}"))
+    assert len(told) == 1
+
+
+def test_each_wait_is_said_anew(capfd):
+    store = dist.HashStore()
+    first, second = Watch(store, 0, 2, 100), Watch(store, 1, 2, 100)
+    with first.at_work(), second.at_work():
+        for doing_so in ("saving", "reading"):
+            with first.said_to_do(doing_so), second.said_to_do("", waits=True):
+                until(lambda word=doing_so: f"process 0: {word}" in second.waited_for())
+                time.sleep(0.7)
+    said = capfd.readouterr().err
+    assert "process 0: saving" in said and "process 0: reading" in said

@@ -14,8 +14,9 @@ from tests.training.tiny import RESNET, VIT, rows_of, tiny_model, tiny_run_batch
 from training.loop.distributed import sum_over_processes
 from training.loop.gradient_cache import GradientCache
 from training.loop.objective import ContrastiveObjective
-from training.loop.terms.encoding import token_mask
+from training.loop.terms.encoding import encode, token_mask
 from training.loop.terms.table import RUN_PAIRS, read_objective
+from training.loop.terms.term import Wanted
 
 NO_BATCH_NORM = {**VIT, "num_leff_layers": 0}
 HEADS = {
@@ -185,8 +186,19 @@ def test_loss_and_gradients_are_those_of_plain_forms(world_size, tower, image_si
             patches = "model.vision_model.embeddings.patch_embedding.weight"
             assert reached - {patches} <= set(found), (mapping, reached - set(found))
             assert set(found).isdisjoint(held)
+            assert set(found) | held == dict(objective.named_parameters()).keys()  # else DDP would wait for it
             for queue, first in zip(queues, results[0][mapping][3], strict=True):
                 np.testing.assert_array_equal(queue, first)
+
+
+def test_each_picture_is_a_batch_of_its_own_to_batch_norm():
+    objective = objective_of("simclr", RESNET)
+    model, batch = objective.model.train(), tiny_run_batch(image_size=32)
+    wanted = [Wanted(view, "pooled") for view in ("view1", "view2")]
+    found = encode(model, wanted, batch)
+    for one in wanted:
+        expected = model.vision_model(pixel_values=batch[f"{one.level}_pixel_values"]).pooler_output
+        torch.testing.assert_close(found[one], expected)
 
 
 def test_the_queue_does_not_depend_on_the_number_of_processes():

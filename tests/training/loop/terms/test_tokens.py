@@ -201,6 +201,24 @@ def test_a_cut_is_the_term_on_the_tokens_that_are_most_similar_to_any_of_the_oth
     assert not gradients[1][~left].any()
 
 
+def test_a_cut_keeps_no_padding_however_similar_it_is():
+    """The row's third token is padding and one of the columns itself; none of its real tokens is."""
+    rows = F.normalize(torch.tensor([[[1.0, 0.2, 0], [0.2, 1, 0], [0, 0, 1]]]), dim=-1)
+    mask, column = torch.tensor([[True, True, False]]), torch.tensor([[[0.0, 0, 1]]])
+    every = torch.ones(1, 1, dtype=torch.bool)
+    for present in (torch.tensor([True]), torch.tensor([False])):
+        kept, real = module._kept(0.6, rows, mask, column, every, present)
+        assert sorted(kept[0][real[0]].tolist()) == [0, 1] and real.sum() == 2
+
+
+def test_the_scale_stays_at_or_below_100():
+    term = TokenPair("global_caption_tokens", 1.0, {}, CONFIG)
+    for start, end in ((9.0, math.log(100)), (1.0, 1.0), (-3.0, -3.0)):
+        term.logit_scale.data.fill_(start)
+        term.after_step(True)
+        assert term.logit_scale.item() == pytest.approx(end)
+
+
 def test_a_cut_keeps_one_token_at_least_and_has_a_range():
     rows = rows_of_tokens()
     rows["present"][:] = False
