@@ -202,9 +202,9 @@ def test_a_cut_is_the_term_on_the_tokens_that_are_most_similar_to_any_of_the_oth
 
 
 def test_a_cut_keeps_no_padding_however_similar_it_is():
-    """The row's third token is padding and one of the columns itself; none of its real tokens is."""
+    """Real tokens point away from the column's; padding, the third one, does not."""
     rows = F.normalize(torch.tensor([[[1.0, 0.2, 0], [0.2, 1, 0], [0, 0, 1]]]), dim=-1)
-    mask, column = torch.tensor([[True, True, False]]), torch.tensor([[[0.0, 0, 1]]])
+    mask, column = torch.tensor([[True, True, False]]), F.normalize(torch.tensor([[[-1.0, -1, 0]]]), dim=-1)
     every = torch.ones(1, 1, dtype=torch.bool)
     for present in (torch.tensor([True]), torch.tensor([False])):
         kept, real = module._kept(0.6, rows, mask, column, every, present)
