@@ -151,10 +151,19 @@ def test_what_a_process_does_is_of_the_watch_that_is_on():
 
 
 def test_how_it_ended_is_told_before_a_process_goes_on_to_its_end():
-    store = dist.HashStore()
-    with Watch(store, 0, 2, 100).at_work():
+    class Slow:
+        told: list[str] = []
+
+        def set(self, name, value):
+            time.sleep(0.3)
+            self.told.append(value)
+
+        def check(self, names):
+            return False
+
+    with Watch(Slow(), 0, 1, 100).at_work():
         pass
-    assert json.loads(store.get("watch/0"))["ended"] == ["finished", ""]
+    assert json.loads(Slow.told[-1])["ended"] == ["finished", ""]
 
 
 def test_who_ends_itself_meanwhile_is_not_ended_for_another():
