@@ -5,9 +5,11 @@ import errno
 import fcntl
 import functools
 import json
+import math
 import os
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from pyramidclip_command import Failure
 from pyramidclip_hf.files import NoLocks
 from tests.training.processes import run_in_processes
 from tests.training.runs import (
+    MemoryReader,
     after_step,
     assert_equal_runs,
     expect_killed,
@@ -100,6 +103,32 @@ def test_after_going_back_latest_is_of_the_new_branch(finished, copy, capfd):
     assert not (copy / "final").exists()
     assert go_on(copy).finished
     assert_equal_runs(finished, copy)
+
+
+def test_the_reader_goes_on_from_where_it_was(copy, monkeypatch):
+    began = []
+
+    class Noted(MemoryReader):
+        def load_state(self, state):
+            began.append(dict(state))
+            super().load_state(state)
+
+    use_memory(monkeypatch, Noted)
+    for step in (4, 8):
+        assert go_on(copy, resume=copy / "checkpoints" / f"step-0000000{step}").finished
+    assert began[0]["served"] > 0 and began[1]["served"] == 2 * began[0]["served"]
+
+
+def test_seconds_of_training_are_those_of_all_parts(copy, monkeypatch):
+    def slow(run, batch, rate, step=loop.optimizer_step):
+        time.sleep(0.3)
+        return step(run, batch, rate)
+
+    monkeypatch.setattr(loop, "optimizer_step", slow)
+    before = json.loads((copy / "final" / "training.json").read_text())["seconds"]
+    assert go_on(copy, resume=copy / "checkpoints" / "step-00000006").finished
+    after = json.loads((copy / "final" / "training.json").read_text())["seconds"]
+    assert before > 0 and after > 0.9
 
 
 def test_a_damaged_checkpoint_is_passed_over_by_latest_and_said(finished, copy, capsys):
@@ -225,10 +254,13 @@ def test_a_run_says_that_its_folder_has_no_locks(tmp_path, monkeypatch):
 
 
 def test_a_finished_run_given_again_changes_nothing(copy, capsys, monkeypatch):
+    record = copy / "final" / "training.json"
+    metrics = {"validation/a": 0.5, "validation/b": "inf"}  # what is no number is text in JSON
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"metrics": metrics}))
     before = contents(copy)
     again = go_on(copy)
     assert again.finished and again.steps == 9 and again.final == copy / "final"
-    assert again.metrics == json.loads((copy / "final" / "training.json").read_text())["metrics"]
+    assert again.metrics == {"validation/a": 0.5, "validation/b": math.inf}
     assert "is finished, step 9: nothing is left to do" in capsys.readouterr().out
     with pytest.raises(IdentityError, match="learning_rate"):
         go_on(copy, learning_rate=2e-3)
