@@ -1,5 +1,7 @@
 """Continuing: after SIGKILL anywhere, also inside of a checkpoint, bit for bit as if nothing had happened."""
 
+import contextlib
+import io
 import json
 import os
 import resource
@@ -12,12 +14,21 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.processes import run_in_processes
-from tests.training.runs import after_step, assert_equal_runs, die, expect_killed, run_settings, use_memory
+from tests.training.runs import (
+    MemoryReader,
+    after_step,
+    assert_equal_runs,
+    die,
+    expect_killed,
+    run_settings,
+    use_memory,
+)
 from tests.training.runs import resumable_settings as arguments
 from tests.training.tiny import tiny_model
 from training import pretrain
 from training.loop import run as loop
 from training.loop.checkpoint import Progress, TrainingState, read_checkpoint, write_checkpoint
+from training.loop.distributed import rank
 from training.loop.identity import IdentityError, model_identity
 from training.loop.record import CheckpointError, read_record, sealed, write_record
 from training.loop.run_folder import find_checkpoints, list_checkpoints
@@ -281,6 +292,55 @@ def test_an_evaluation_that_fails_loses_nothing_and_is_made_up_for(tmp_path, kil
     measured = [line["step"] for line in read_metrics(disturbed / "metrics.jsonl") if "validation/sum" in line]
     assert measured == [2, 4, 6, 8, 9]
     assert_equal_runs(undisturbed, disturbed)
+
+
+def disturbing_run(rank, world_size, args):
+    """An evaluation that leaves the model in evaluation mode and takes random numbers; what was printed."""
+
+    def measure(task):
+        task.objective.eval()
+        torch.rand(3)
+        return {"validation/x": 0.5} if args.eval_every_steps else {}
+
+    pretrain.ContrastiveTask.evaluate = measure
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        pretrain.run(args)
+    return said.getvalue()
+
+
+def test_an_evaluation_changes_nothing_in_training_and_is_logged(tmp_path):
+    said = run_in_processes(disturbing_run, 1, arguments(tmp_path / "a", eval_every_steps=3))
+    run_in_processes(disturbing_run, 1, arguments(tmp_path / "b"))
+    weights = [load_file(tmp_path / run / "final" / "model.safetensors") for run in ("a", "b")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    log = read_metrics(tmp_path / "a" / "metrics.jsonl")
+    assert [line["step"] for line in log if "validation/x" in line] == [3, 6, 9]
+    assert "served 72" in said[0]  # the reader's report
+    files = {path.name for path in (tmp_path / "a" / "final").iterdir()}
+    assert {"README.md", "processor_config.json", "tokenizer.json"} <= files
+
+
+class WithBad(MemoryReader):
+    """Each process meets as many bad samples as its number says; each is told those of all."""
+
+    told = []
+
+    @property
+    def recent_bad(self):
+        return rank() + 3
+
+    def check_bad(self, number):
+        self.told.append(number)
+
+
+def run_with_bad(rank, world_size, args):
+    pretrain.open_reader = lambda *rest: WithBad(args)
+    pretrain.run(args)
+    return set(WithBad.told)
+
+
+def test_bad_samples_of_all_processes_are_judged_together(tmp_path):
+    assert run_in_processes(run_with_bad, 2, arguments(tmp_path, max_steps=3)) == [{7}, {7}]
 
 
 def test_an_evaluation_that_the_checkpoint_knows_is_not_repeated(tmp_path):
