@@ -66,7 +66,8 @@ LONG_WORDS = {
     "tsne": "draws for seconds; tests/training/test_figures.py",
 }
 # What stands for what takes long, or for a word in capitals; all else is typed as printed.
-STAND_INS = {"t5-base": "first-clause", "DIR": "model", "SHARDS": "shards", "FOLDER": "labelled"}
+LABELLED = {"TRAIN_FOLDER": 0, "VALIDATION_FOLDER": 1, "TEST_FOLDER": 2}  # seeds of their pictures
+STAND_INS = {"t5-base": "first-clause", "DIR": "model", "SHARDS": "shards"}
 
 
 def pages():
@@ -289,7 +290,8 @@ def things(tmp_path_factory):
     chosen = "data/openclipart-chosen"
     for shards in ("shards", "runs/demo/scenes/validation", "data/shards", f"{chosen}/train", f"{chosen}/validation"):
         make_shards(Path(shards))
-    write_pictures("labelled", {"blue": 8, "green": 8})
+    for labelled, seed in LABELLED.items():
+        write_pictures(labelled, {"blue": 8, "green": 8}, seed)
     write_pictures("runs/demo/scenes/objects", {"blue": 8, "green": 8})
     with pytest.MonkeyPatch.context() as patch:
         os.chdir(before)

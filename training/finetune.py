@@ -1,6 +1,7 @@
-"""Fine-tunes the picture encoder as a classifier (paper, appendices B.2 and E).
+r"""Fine-tunes the picture encoder as a classifier (paper, appendices B.2 and E).
 
-    python -m training.finetune --model DIR --train-data FOLDER --validation-data FOLDER [--resume latest]
+    python -m training.finetune --model DIR --train-data TRAIN_FOLDER \
+        --validation-data VALIDATION_FOLDER [--resume latest]
 
 The new head alone for 8 epochs, then everything, 128 epochs in total, AdamW with a learning rate of 1e-3 on a cosine
 without warm-up: these are the paper's; `training.settings.finetuning` says what is ours. Also ours: one cosine and one

@@ -1,6 +1,7 @@
-"""Linear probe: logistic regression on the features of a frozen picture encoder (paper, sections 4.4, B.2 and D).
+r"""Linear probe: logistic regression on the features of a frozen picture encoder (paper, sections 4.4, B.2 and D).
 
-    python -m training.linear_probe --model DIR --train-data FOLDER --test-data FOLDER [--features backbone|projected]
+    python -m training.linear_probe --model DIR --train-data TRAIN_FOLDER \
+        --test-data TEST_FOLDER [--features backbone|projected]
     python -m training.linear_probe --model DIR --train-data ROOT --dataset pets cars
     accelerate launch --num_processes 4 -m training.linear_probe ...
 
