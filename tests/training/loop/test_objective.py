@@ -202,6 +202,7 @@ def test_a_further_level_and_its_terms_are_entries_in_the_tables(monkeypatch):
 def test_a_frozen_tower_keeps_its_weights_and_running_statistics(freeze):
     model = tiny_model(dtype=torch.float32)
     objective = ContrastiveObjective(model, DEFAULT_LOSS_WEIGHTS, SMOOTHING, freeze).train()
+    assert model.vision_model.training == (freeze == "text") and model.text_model.training == (freeze == "vision")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     objective(tiny_batch(dtype=torch.float32)).loss.backward()
