@@ -67,6 +67,8 @@ from training.prepare.steps.rewriting import (
     Opened,
     Rewriting,
     describe_dataset,
+    in_place,
+    refuse_half_made,
     refuse_other_maker,
     shards_of,
 )
@@ -111,8 +113,10 @@ def worker_job(settings: DetectSettings) -> Rewriting:
 
 def open_job(settings: DetectSettings, worker: Worker) -> Rewriting:
     """The step as a job; raises as `detect`."""
+    arguments = settings.detect
+    refuse_half_made(arguments.input_dir, arguments.output_dir or arguments.input_dir, STAGE)
     detector = open_detector(settings.detector, worker.device)
-    return _job(detector, settings.detect, settings.detector.top, worker, settings.work.overwrite)
+    return _job(detector, arguments, settings.detector.top, worker, settings.work.overwrite)
 
 
 def run(
@@ -134,22 +138,24 @@ def run(
 
 
 def _job(provider: Detector, arguments: DetectArguments, top: int, worker: Worker, overwrite: bool) -> Rewriting:
-    refuse_other_maker(arguments.input_dir, "regions", provider.made_by, overwrite)
+    source, folder = arguments.input_dir, arguments.output_dir or arguments.input_dir
+    refuse_half_made(source, folder, STAGE)
+    refuse_other_maker(source, "regions", provider.made_by, overwrite)
     settings = {
         "regions": provider.made_by,
         "batch_size": arguments.batch_size,
         "max_image_pixels": arguments.max_image_pixels,
     }
-    stage = Stage(arguments.output_dir or arguments.input_dir, STAGE, settings, overwrite)
+    stage = Stage(folder, STAGE, settings, overwrite, anew=not in_place(source, folder))
 
     def describe(total: Tally) -> None:
         sizes = [int(name.removeprefix("feature_size_")) for name in total.counts if name.startswith("feature_size_")]
         if len(sizes) > 1:
             raise Failure(f"the detector gave features of different widths: {sorted(sizes)}")
         width = sizes[0] if sizes else provider.feature_size
-        describe_dataset(stage, arguments.input_dir, total, {"regions": provider.made_by}, width)
+        describe_dataset(stage, source, total, {"regions": provider.made_by}, width)
 
-    return Rewriting(stage, arguments.input_dir, Change(provider, arguments, top), describe, worker)
+    return Rewriting(stage, source, Change(provider, arguments, top), describe, worker)
 
 
 class Change:

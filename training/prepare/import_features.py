@@ -108,7 +108,9 @@ from training.prepare.steps.rewriting import (
     Opened,
     Rewriting,
     describe_dataset,
+    in_place,
     mark_unfinished,
+    refuse_half_made,
     refuse_other_maker,
     shards_of,
 )
@@ -159,12 +161,14 @@ class Importer:
         overwrite = settings.work.overwrite
         self.feature_size = _feature_size(rows)
         self.made_by = _made_by(rows, settings, self.feature_size)
-        before = None
+        before, anew = None, False
         if self.places.merge_into is not None:
+            refuse_half_made(self.places.merge_into, self.places.folder, STAGE)
+            anew = not in_place(self.places.merge_into, self.places.folder)
             before = refuse_other_maker(self.places.merge_into, "regions", self.made_by, overwrite)
         # Samples that get no new regions must not keep those of the other detector.
         self.without: Levels = NO_REGIONS if before not in (None, self.made_by) else {}
-        self.stage = Stage(self.places.folder, STAGE, settings.that_decide(), overwrite)
+        self.stage = Stage(self.places.folder, STAGE, settings.that_decide(), overwrite, anew)
         self.merging: Rewriting | None = None
         if self.places.merge_into is not None:
             self.merging = Rewriting(

@@ -48,6 +48,7 @@ from pyramidclip_hf.handing_out import Advance, Phase
 from training.data.records import IMAGE_SUFFIXES, BadSample, sample_from_members
 from training.data.shards import ShardWriter
 from training.prepare.sources import PairSource, RawPair, SourcePart, expand_inputs, open_source, refuse_own_folder
+from training.prepare.sources.tars import described_whole
 from training.prepare.steps.pictures import picture_suffix
 from training.prepare.steps.rewriting import MadeBy, describe_dataset, mark_unfinished
 from training.prepare.steps.work import (
@@ -123,7 +124,8 @@ class Packing:
     def __init__(self, settings: PackSettings, worker: Worker, source: PairSource | None = None):
         self.settings, self.worker = settings, worker
         self.source = source or open_source(settings.source)
-        self.stage = Stage(settings.pack.output_dir, STAGE, settings.that_decide(), settings.work.overwrite)
+        described_whole(self.source)
+        self.stage = Stage(settings.pack.output_dir, STAGE, settings.that_decide(), settings.work.overwrite, anew=True)
         self.parts: dict[str, SourcePart] = {}
 
     def phases(self) -> Iterator[Phase]:

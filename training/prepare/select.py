@@ -66,7 +66,7 @@ from pyramidclip_hf.handing_out import Advance, Phase
 from pyramidclip_hf.loading import warn_of_slow_type
 from training.data.records import BadSample, json_bytes
 from training.data.remote import is_url
-from training.data.shards import ShardWriter, read_dataset_json, refuse_unfinished, write_dataset_json
+from training.data.shards import ShardWriter, write_dataset_json
 from training.prepare.selecting.candidates import Candidate
 from training.prepare.selecting.decide import Decision, Output, Selection, decide, outputs
 from training.prepare.selecting.facts import Column, Facts, is_whole, measure_part
@@ -80,7 +80,7 @@ from training.prepare.sources import (
     open_source,
     refuse_own_folder,
 )
-from training.prepare.sources.tars import TarSource
+from training.prepare.sources.tars import TarSource, described_whole
 from training.prepare.steps.rewriting import mark_unfinished
 from training.prepare.steps.work import Stage, Tally, Worker, ray_worker, refuse_nothing, run_job
 
@@ -139,16 +139,8 @@ class _Data:
                 raise ValueError(f"{called} {name} is {what}: a data set of the Hub is packed first (prepare.pack)")
         self.source: PairSource = open_source(arguments)
         self.names = list(arguments.input)
-        self.described = self._described()
-        for folder, content in self.described.items():
-            refuse_unfinished(folder, content)
+        self.described = described_whole(self.source)
         self.parts = {part.name: part for part in self.source.parts()}
-
-    def _described(self) -> dict[str, dict[str, Any]]:
-        if not isinstance(self.source, TarSource):
-            return {}
-        folders = dict.fromkeys(name.rpartition("/")[0] or "." for name in self.source.files)
-        return {folder: content for folder in folders if (content := read_dataset_json(folder)) is not None}
 
     def identity(self) -> list[Any]:
         """What the parts are known by."""
@@ -278,9 +270,10 @@ class Chooser:
         own = self.settings.select
         is_split = self.selection.split is not None
         plan = self.plan = outputs(decision, is_split, self.settings.source.samples_per_shard)
-        stage = self.stage = Stage(self.folder, STAGE, self._that_decide(), self.settings.work.overwrite)
+        settings, anew = self._that_decide(), not own.keys_only
+        stage = self.stage = Stage(self.folder, STAGE, settings, self.settings.work.overwrite, anew)
         self.sides = {
-            side: Stage(self.folder / side, STAGE, self._that_decide(), True) if side else stage
+            side: Stage(self.folder / side, STAGE, settings, True, anew) if side else stage
             for side in dict.fromkeys(output.side for output in plan.values())
         }
         if not own.keys_only and any(stage.report(item) is None for item in self.worker.share(plan)):

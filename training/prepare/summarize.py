@@ -135,6 +135,8 @@ from training.prepare.steps.rewriting import (
     Opened,
     Rewriting,
     describe_dataset,
+    in_place,
+    refuse_half_made,
     refuse_other_maker,
     shards_of,
 )
@@ -201,9 +203,11 @@ def worker_job(settings: SummarizeSettings) -> Rewriting:
 def open_job(settings: SummarizeSettings, worker: Worker) -> Rewriting:
     """The step as a job; raises as `summarize`."""
     arguments, overwrite = settings.places, settings.work.overwrite
+    folder = arguments.output_dir or arguments.input_dir
+    refuse_half_made(arguments.input_dir, folder, STAGE)
     summarizer = open_summarizer(settings.summary, worker.device, arguments.cache)
     refuse_other_maker(arguments.input_dir, "summary", summarizer.made_by, overwrite)
-    stage = Stage(arguments.output_dir or arguments.input_dir, STAGE, summarizer.made_by, overwrite)
+    stage = Stage(folder, STAGE, summarizer.made_by, overwrite, anew=not in_place(arguments.input_dir, folder))
 
     def describe(total: Tally) -> None:
         describe_dataset(stage, arguments.input_dir, total, {"summary": summarizer.made_by})

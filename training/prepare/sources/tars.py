@@ -1,10 +1,25 @@
 """Shards that img2dataset or WebDataset wrote."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from training.data.records import BadSample
-from training.data.shards import ShardReader
+from training.data.shards import ShardReader, read_dataset_json, refuse_unfinished
 from training.prepare.sources.pairs import PICTURE_SUFFIXES, Fault, RawPair, SourcePart
+
+
+def described_whole(source: object) -> dict[str, dict[str, Any]]:
+    """{folder: what its `dataset.json` says} of a source's shards; empty for other sources.
+
+    Raises:
+        ValueError: a step of preparation has begun there and not ended, so that shards or levels are missing.
+    """
+    files = source.files if isinstance(source, TarSource) else []
+    folders = dict.fromkeys(name.rpartition("/")[0] or "." for name in files)
+    described = {folder: content for folder in folders if (content := read_dataset_json(folder)) is not None}
+    for folder, content in described.items():
+        refuse_unfinished(folder, content)
+    return described
 
 
 class TarSource:

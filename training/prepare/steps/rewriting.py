@@ -11,7 +11,14 @@ import numpy as np
 from pyramidclip_hf.files import contents_of, json_text, visible, write_text
 from pyramidclip_hf.handing_out import Advance, Phase
 from training.data.records import BadSample, Region, Sample, json_bytes, members_from_sample, sample_from_members
-from training.data.shards import DATASET_FORMAT, ShardReader, ShardWriter, read_dataset_json, write_dataset_json
+from training.data.shards import (
+    DATASET_FORMAT,
+    ShardReader,
+    ShardWriter,
+    read_dataset_json,
+    refuse_unfinished,
+    write_dataset_json,
+)
 from training.prepare.steps.work import Stage, Tally, Worker
 
 # Who made a level, as JSON: data sets with equal entries may be mixed.
@@ -174,6 +181,26 @@ def mark_unfinished(stage: Stage) -> None:
         return
     content["unfinished"] = sorted({*content.get("unfinished", []), stage.name})
     write_text(stage.folder / "dataset.json", json_text(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def in_place(source: str | Path, folder: str | Path) -> bool:
+    """Whether the changed shards of `source` go to where they were."""
+    return Path(source).resolve() == Path(folder).resolve()
+
+
+def refuse_half_made(source: str | Path, folder: str | Path, step: str) -> None:
+    """Raises `ValueError` where another step on the shards of `source` has begun and not ended.
+
+    It may yet write any of them again, without what `step` added, whose report would say that it is there.
+
+    Args:
+        source: folder of the shards.
+        folder: where the changed ones go; in `source` itself, `step` continues what it began.
+        step: that is about to begin.
+    """
+    described = read_dataset_json(source) or {}
+    own = [step] if in_place(source, folder) else []
+    refuse_unfinished(source, {"unfinished": [name for name in described.get("unfinished", []) if name not in own]})
 
 
 def refuse_other_maker(folder: str | Path, level: str, made_by: MadeBy, overwrite: bool) -> MadeBy | None:

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from pyramidclip_command import Failure
-from pyramidclip_hf.files import json_text, write_text
+from pyramidclip_hf.files import json_text, visible, write_text
 from pyramidclip_hf.handing_out import Advance, Phase
 from pyramidclip_hf.loading import choose_device
 from pyramidclip_hf.ray_engine import RayOptions, run_on_ray
@@ -262,29 +262,48 @@ class Stage:
         name: of the step.
         settings: all that decides the result, as JSON types.
         overwrite: do again what was done with other settings.
+        anew: its shards are not those that lie in the folder, changed, but take their places.
 
     Raises:
-        ValueError: the step was begun here with other settings, and `overwrite` is not set.
+        ValueError: the step was begun here with other settings, and `overwrite` is not set; or with `anew`, what others
+            did to the shards that lie here would be lost.
     """
 
-    def __init__(self, folder: str | Path, name: str, settings: Mapping[str, Any], overwrite: bool = False):
+    def __init__(
+        self, folder: str | Path, name: str, settings: Mapping[str, Any], overwrite: bool = False, anew: bool = False
+    ):
         self.folder, self.name = Path(folder), name
         self.reports = self.folder / "reports" / name
         # As it will be read again: tuples are lists.
         self.settings: dict[str, Any] = json.loads(json_text(settings))
         text = json_text(self.settings, sort_keys=True, ensure_ascii=False)
         self.fingerprint = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]
-        self.reports.mkdir(parents=True, exist_ok=True)
         path = self.reports / "settings.json"
-        if path.exists() and not overwrite:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            if before != self.settings and self._holds_pairs():
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if before != self.settings:
+            if before is not None and not overwrite and self._holds_pairs():
                 raise ValueError(
                     f"{self.folder} holds shards of `{name}` made with other settings "
                     f"({_settings_that_differ(before, self.settings)}). "
                     "Use the same settings to continue, another folder, or --overwrite to do all of them again"
                 )
+            if others := self._others(before is None) if anew else "":
+                raise ValueError(
+                    f"{self.folder} holds shards {others}, which `{name}` would write over: give another --output-dir, "
+                    "or remove that folder first"
+                )
+        self.reports.mkdir(parents=True, exist_ok=True)
         write_text(path, json_text(self.settings, indent=1, ensure_ascii=False) + "\n")
+
+    def _others(self, is_new: bool) -> str:
+        """Whose work the shards that lie in the folder hold, beside this step's; empty where none of it would be lost.
+
+        Steps that change shards in place leave reports named by the shard.
+        """
+        changed = {path.parent.name for path in self.reports.parent.glob("*/*.tar.json")} - {self.name}
+        if changed:
+            return "that " + " and ".join(f"`{name}`" for name in sorted(changed)) + " changed"
+        return "that it did not make" if is_new and visible(self.folder, "*.tar") else ""
 
     def _holds_pairs(self) -> bool:
         """Whether a shard was made here that has anything in it: what took nothing may begin anew otherwise."""
