@@ -28,6 +28,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 EXIT_FAILED = 1
@@ -674,5 +675,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(_parse, _run, argv, advice=lambda args: again if args.command == "embed" else "")
 
 
+def _refuse_a_path() -> None:
+    """Ends a command of the checkout that is started by its path, with how it is started.
+
+    Python looks for modules in that file's folder then, where the checkout's packages are not.
+    """
+    started = sys.modules["__main__"]
+    if getattr(started, "__spec__", None) is not None or not hasattr(started, "__file__"):
+        return
+    path = Path(started.__file__ or "").absolute()
+    for folder in path.parents:
+        name = ".".join(path.relative_to(folder).with_suffix("").parts)
+        is_ours = name.split(".")[0] in ("training", "conversion", "tests")
+        if is_ours and (folder / "pyramidclip_command.py").is_file():
+            if str(folder) not in map(os.path.abspath, sys.path):
+                how = f"in {folder} as python -m {name}, or accelerate launch -m {name}"
+                sys.exit(_say(f"error: {path}: a command of the checkout is started {how}", "", EXIT_WRONG_USAGE))
+            return
+
+
+_refuse_a_path()
 if __name__ == "__main__":
     sys.exit(main())

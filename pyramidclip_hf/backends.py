@@ -24,6 +24,7 @@ from .files import parse_json, read_regular
 from .levels_pyramidclip import LEVELS
 from .loading import Loaded, load_processor, model_folder
 from .loss_pyramidclip import normalize_embeds
+from .modeling_pyramidclip_text import refuse_no_tensor
 
 Backend = Literal["onnx", "openvino"]
 BACKENDS = ("onnx", "openvino")
@@ -103,6 +104,7 @@ class ExportedModel(nn.Module):
         Raises:
             ValueError: pictures of another size than the exported one.
         """
+        refuse_no_tensor("pixel_values", pixel_values, floats=True)
         size = self.config.vision_config.image_size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
             raise ValueError(
@@ -124,6 +126,7 @@ class ExportedModel(nn.Module):
         Raises:
             ValueError: too long, or a row without an end token.
         """
+        refuse_no_tensor("input_ids", input_ids, floats=False)
         config = self.config.text_config
         if input_ids.ndim != 2 or input_ids.shape[1] > config.max_position_embeddings:
             raise ValueError(
@@ -144,6 +147,7 @@ class ExportedModel(nn.Module):
         Raises:
             ValueError: regions of another shape, or the region branch was not exported.
         """
+        refuse_no_tensor("roi_features", roi_features, floats=True)
         width = self.config.vision_config.roi_feature_size + 4
         if roi_features.ndim != 3 or roi_features.shape[2] != width:
             raise ValueError(f"roi_features must be (batch_size, regions, {width}), got {tuple(roi_features.shape)}.")

@@ -45,6 +45,7 @@ from .picture_files import (
     check_picture_output,
     contact_sheet,
     find_pictures,
+    pictures_of_classes,
     read_ahead,
     read_picture,
     save_picture,
@@ -588,13 +589,19 @@ def _calibration(args: argparse.Namespace, messages: _Messages) -> list[Image.Im
 def _pictures_of_classes(folder: str, messages: _Messages) -> dict[str, list[str]]:
     """Class -> its pictures, of a folder with a sub-folder a class; says what was passed over in all of them."""
     passed_over: Counter[str] = Counter()
-    folders = sorted(path for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not folders:
-        raise ValueError(f"--classes {folder}: expected a folder with one sub-folder of pictures for each class.")
-    found = {path.name.replace("_", " "): find_pictures([str(path)], passed_over=passed_over) for path in folders}
+    found = pictures_of_classes(folder, passed_over)
+    if len(found) < 2:  # of a single class, every picture would be right
+        raise ValueError(
+            f"--classes {folder}: expected a folder with one sub-folder of pictures for each of at least two classes, "
+            f"found {', '.join(found) or 'none'}."
+        )
+    if empty := [name for name, pictures in found.items() if not pictures]:
+        raise ValueError(
+            f"--classes {folder}: no pictures in {', '.join(empty)}. {told_passed_over(passed_over)}".strip()
+        )
     if told := told_passed_over(passed_over):
         messages.say(f"--classes {folder}: {told}")
-    return found
+    return {name.replace("_", " "): [str(path) for path in pictures] for name, pictures in found.items()}
 
 
 # What `pyramidclip_command` calls by the subcommand's name.

@@ -34,6 +34,9 @@ _BASE_CONFIG_KEYS = {
 def _reject_unknown_keys(config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> None:
     allowed = _BASE_CONFIG_KEYS | set(GenerationConfig._get_default_generation_params())
     unknown = [key for key in kwargs if key not in allowed and not key.startswith("_")]
+    kind = kwargs.get("model_type")
+    if unknown and kind not in (None, config.model_type):
+        raise ValueError(f"The configuration is of the kind {kind!r}, expected {config.model_type!r}.")
     if unknown:
         base = PreTrainedConfig.__dataclass_fields__
         fields = [name for name in type(config).__dataclass_fields__ if name not in base]

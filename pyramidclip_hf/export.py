@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -362,7 +363,7 @@ def read_pairs(path: str | Path) -> list[dict[str, str]]:
     """Lines of JSON with `image`, a path from the file's folder, and `caption`.
 
     Raises:
-        ValueError: a line is something else, or there is none; names the line.
+        ValueError: a line is something else, its picture is not there, or there is none; names the line.
     """
     pairs = []
     for number, line in enumerate(read_utf8(path).splitlines(), start=1):
@@ -376,6 +377,8 @@ def read_pairs(path: str | Path) -> list[dict[str, str]]:
                 f'{path}, line {number}: expected {{"image": "17.jpg", "caption": "..."}} '
                 f"({type(error).__name__}: {error})."
             ) from error
+        if not os.path.isfile(pair["image"]):
+            raise ValueError(f"{path}, line {number}: there is no picture {pair['image']}; paths count from {path}.")
         pairs.append(pair)
     if not pairs:
         raise ValueError(f"{path}: expected JSON lines with image and caption, it is empty.")
@@ -399,7 +402,8 @@ def compare_on_data(
         max_image_pixels: pictures with more are an error.
 
     Raises:
-        ValueError: a picture cannot be read, or the data is not what is expected.
+        ValueError: the data is not what is expected.
+        Failure: a picture cannot be read.
     """
     models = (loaded.model, exported)
     if pairs:
@@ -430,7 +434,7 @@ def _read(paths: Sequence[str], max_image_pixels: int) -> Iterator[Image.Image]:
         try:
             yield read_picture(path, max_image_pixels)
         except UnreadablePicture as error:
-            raise ValueError(f"{path}: cannot be read: {error}") from error
+            raise Failure(f"the files are exported, but not compared on data: {path}: {error}") from error
 
 
 def _first_is_own(scores: torch.Tensor) -> float:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from .files import is_hidden, reason_of, written_aside
+from .files import is_hidden, reason_of, visible, written_aside
 from .image_processing_pyramidclip import PICTURE_FORMATS, open_undecoded, upright_rgb
 
 _SUFFIXES = {
@@ -107,15 +107,47 @@ def pictures_below(
 ) -> Iterator[str]:
     """The paths of the pictures in a folder, at any depth, sorted within each folder; hidden ones are left out.
 
+    Links to folders are followed, each folder is searched once.
+
     Args:
         folder: to search.
         passed_over: counts the endings of what is no picture, and not hidden.
         shards: tars count as pictures.
+
+    Raises:
+        OSError: a folder cannot be read.
     """
     counted = Counter[str]() if passed_over is None else passed_over
-    for place, folders, files in os.walk(folder):
+    searched = set()
+    for place, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+        known = os.stat(place)
+        if (known.st_dev, known.st_ino) in searched:
+            folders.clear()
+            continue
+        searched.add((known.st_dev, known.st_ino))
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         yield from (os.path.join(place, name) for name in sorted(files) if _is_picture(name, counted, shards))
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
+def pictures_of_classes(folder: str | os.PathLike[str], passed_over: Counter[str]) -> dict[str, list[Path]]:
+    """{name of a sub-folder: its pictures}, both sorted, of a folder that has one for each class.
+
+    Args:
+        folder: to search; hidden files and folders are left out.
+        passed_over: counts what is no picture, and pictures that are in none of the sub-folders.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    entries = visible(folder)
+    for path in entries:
+        if path.is_file() and path.name.lower().endswith(PICTURE_SUFFIXES):
+            passed_over[f"{path.suffix.lower()} beside the folders of classes"] += 1
+    return {path.name: sorted(map(Path, pictures_below(path, passed_over))) for path in entries if path.is_dir()}
 
 
 def _is_picture(name: str, passed_over: Counter[str], shards: bool = False) -> bool:

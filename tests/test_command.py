@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -275,3 +276,26 @@ def test_a_number_that_is_none_is_told_in_words(word, capsys):
     argv = ["classify", "x.png", "--model", "m", "--labels", "a", "--top-k", word]
     assert pyramidclip_command.main(argv) == 2
     assert f"--top-k: expected a whole number of at least 1, got {word} " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["training/pretrain.py", "training/prepare/pack.py", "conversion/convert_vinvl.py"])
+def test_a_command_started_by_its_path_says_how_it_is_started(name, tmp_path, checkout):
+    """With this module found, as where the package is installed, and the checkout not."""
+    shutil.copy(checkout / "pyramidclip_command.py", tmp_path)
+    words = [sys.executable, str(checkout / name), "--help"]
+    started = subprocess.run(
+        words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    module = name.removesuffix(".py").replace("/", ".")
+    assert (started.returncode, started.stdout) == (2, "")
+    assert started.stderr == (
+        f"error: {checkout / name}: a command of the checkout is started in {checkout} as python -m {module}, or "
+        f"accelerate launch -m {module}\n"
+    )
+
+
+def test_a_command_started_by_its_path_runs_where_the_checkout_is_found(tmp_path, checkout):
+    words = [sys.executable, str(checkout / "training" / "pretrain.py"), "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    found = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0 and found.stdout.startswith("usage: ")

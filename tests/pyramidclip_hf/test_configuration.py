@@ -5,6 +5,7 @@ import json
 from dataclasses import fields
 
 import pytest
+from transformers import CLIPConfig
 
 from pyramidclip_hf import (
     ARCHITECTURES,
@@ -89,6 +90,10 @@ def test_towers_follow_the_projection_dim():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
+        (
+            lambda: PyramidCLIPConfig.from_dict(CLIPConfig().to_dict()),
+            "configuration is of the kind 'clip', expected 'pyramidclip'",
+        ),
         (lambda: PyramidCLIPConfig(projektion_dim=3), "no field projektion_dim .did you mean projection_dim"),
         (lambda: PyramidCLIPTextConfig(poolin="max"), "no field poolin .did you mean pooling"),
         (lambda: PyramidCLIPConfig(vision_config={"imagesize": 32}), "no field imagesize .did you mean image_size"),

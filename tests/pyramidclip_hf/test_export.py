@@ -123,6 +123,16 @@ def test_it_is_called_as_the_model_is(exported):
         assert [one.probability for one in ours] == pytest.approx([one.probability for one in theirs], abs=1e-4)
 
 
+def test_what_is_no_tensor_is_refused_as_by_the_model(exported):
+    folder, _ = exported
+    engine = load_exported(str(folder), backend="onnx").model
+    for encode, given in ((engine.encode_image, torch.zeros(1, 3, 32, 32).numpy()), (engine.encode_text, [[1, 2]])):
+        with pytest.raises(ValueError, match='must be a tensor, got .*: call the processor with return_tensors="pt"'):
+            encode(given)
+    with pytest.raises(ValueError, match="pixel_values must be floats of the processor, got torch.uint8"):
+        engine.encode_image(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
 def test_evaluation_s_levels_are_the_model_s(exported):
     folder, _ = exported
     model, processor, pixels, regions, mask = inputs(folder, 3)

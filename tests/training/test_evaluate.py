@@ -342,6 +342,8 @@ def test_what_is_wrong_ends_with_code_2(model_folder, data, sets_root, tmp_path,
     (tmp_path / "classes" / "cat" / "0.jpg").touch()
     told = error_of("--model", model_folder, "--data", str(tmp_path / "classes"))
     assert "holds pictures without captions: --captions FILE" in told and "are for --task zero-shot" in told
+    told = error_of("--model", model_folder, "--data", str(tmp_path / "classes"), "--task", "zero-shot")
+    assert "classes has a single class, 'cat', so that every answer would be right" in told
     assert "--device cuda:0 and --cpu contradict" in error_of("--model", "x", "--data", data, "--device", "cuda:0")
     assert "did you mean --levels" in error_of("--model", "x", "--data", data, "--level", "roi_tags")
     assert "arguments are required: --data" in error_of("--model", "x")

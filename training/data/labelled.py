@@ -17,7 +17,7 @@ from PIL import Image
 
 from pyramidclip_hf.files import read_utf8, visible
 from pyramidclip_hf.image_processing_pyramidclip import MAX_IMAGE_PIXELS
-from pyramidclip_hf.picture_files import pictures_below, told_passed_over
+from pyramidclip_hf.picture_files import pictures_of_classes, told_passed_over
 from training.data.records import Sample
 from training.data.remote import is_url
 from training.data.samples import ShardSamples, open_picture
@@ -116,25 +116,23 @@ def open_pictures(
     return labelled_shards(data, classes_file, max_samples, allow_unfinished)
 
 
-def pictures_of_classes(folder: Path) -> tuple[list[str], list[Path], list[int]]:
+def listed_classes(folder: Path) -> tuple[list[str], list[Path], list[int]]:
     """What lies in a folder that has one sub-folder for each class, as torchvision's ImageFolder expects it.
 
     Returns:
         The names of the sub-folders, sorted; the pictures in them, at any depth, sorted within each; the number of the
         class of each. Hidden files and folders (`.ipynb_checkpoints`, macOS's `._x.jpg`) are left out.
     """
-    names = [path.name for path in visible(folder) if path.is_dir()]
     other: Counter[str] = Counter()
-    found = [
-        (Path(path), label) for label, name in enumerate(names) for path in sorted(pictures_below(folder / name, other))
-    ]
+    classes = pictures_of_classes(folder, other)
     if other and os.environ.get("RANK", "0") == "0":  # of several processes, one says it
         print(f"{folder}: {told_passed_over(other)}", file=sys.stderr)
-    return names, [path for path, _ in found], [label for _, label in found]
+    labels = [label for label, pictures in enumerate(classes.values()) for _ in pictures]
+    return list(classes), [path for pictures in classes.values() for path in pictures], labels
 
 
 def labelled_folder(folder: str, classes_file: str | None = None, max_samples: int | None = None) -> LabelledPictures:
-    """Pictures in one sub-folder for each class, see `pictures_of_classes`.
+    """Pictures in one sub-folder for each class, see `listed_classes`.
 
     Args:
         folder: with the sub-folders, whose names with "_" read as a blank are the class names.
@@ -146,7 +144,7 @@ def labelled_folder(folder: str, classes_file: str | None = None, max_samples: i
         ValueError: splits instead of classes, names that do not fit, or a class without a picture.
     """
     root = Path(folder)
-    folders, paths, labels = pictures_of_classes(root)
+    folders, paths, labels = listed_classes(root)
     files = list(zip(paths, labels))
     if not folders:
         raise FileNotFoundError(f"{folder}: expected one sub-folder of pictures for each class, found none")

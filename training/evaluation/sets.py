@@ -25,8 +25,8 @@ from training.data.labelled import (
     LabelledPictures,
     check_class_names,
     check_every_class_has_pictures,
+    listed_classes,
     names_from_file,
-    pictures_of_classes,
     spread_evenly,
 )
 from training.data.samples import open_picture
@@ -307,7 +307,7 @@ def _sun397(root: Path, split: str) -> Listing:
 
 
 def _caltech101(root: Path, split: str) -> Listing:
-    keys, pictures, labels = pictures_of_classes(root / "caltech101" / "101_ObjectCategories")
+    keys, pictures, labels = listed_classes(root / "caltech101" / "101_ObjectCategories")
     names = _clip_names("caltech101")  # in the order of the sorted folders, the background class first
     if len(keys) == len(names) - 1 and "BACKGROUND_Google" not in keys:
         names = names[1:]
@@ -319,7 +319,7 @@ def _caltech101(root: Path, split: str) -> Listing:
 def _imagenet(root: Path, split: str) -> Listing:
     from clip_benchmark.datasets.builder import all_imagenet_wordnet_ids
 
-    keys, pictures, labels = pictures_of_classes(TABLE_7["imagenet"].folder(root, split))
+    keys, pictures, labels = listed_classes(TABLE_7["imagenet"].folder(root, split))
     names = dict(zip(all_imagenet_wordnet_ids, _clip_names("imagenet1k")))
     unknown = [key for key in keys if key not in names]
     if unknown:

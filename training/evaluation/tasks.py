@@ -140,10 +140,21 @@ def open_labelled(args: EvaluationArguments, dataset: str | None = None) -> Labe
 
 
 def evaluate_zero_shot(scoring: Scoring, args: EvaluationArguments) -> list[EvalResult]:
-    """Top-1, top-5 and the mean over classes of top-1 for each data set, with each class the mean of its prompts."""
+    """Top-1, top-5 and the mean over classes of top-1 for each data set, with each class the mean of its prompts.
+
+    Raises:
+        ValueError: a data set has a single class; and as `open_labelled`.
+    """
     results, main_values = [], dict[str, float]()
     templates = read_templates(args.templates)
-    for data in [open_labelled(args, name) for name in args.dataset or (None,)]:
+    sets = [open_labelled(args, name) for name in args.dataset or (None,)]
+    for data in sets:
+        if len(data.class_names) == 1:
+            raise ValueError(
+                f"{data.name} has a single class, {data.class_names[0]!r}, so that every answer would be right: "
+                "expected pictures of two or more"
+            )
+    for data in sets:
         scores = scoring.zero_shot(data, templates, args)
         metrics = classification_metrics(scores, torch.tensor(data.labels))
         main, note = data.main_metric or (None, None)

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from pyramidclip_hf import commands
 from pyramidclip_hf.embedding_files import read_embeddings, read_metadata
 from pyramidclip_hf.export import compare_on_data
 from pyramidclip_hf.loading import load_model
@@ -129,8 +130,37 @@ def test_what_calibration_and_classes_pass_over_is_said_before_anything_is_loade
 def test_classes_without_sub_folders_are_refused_and_not_left_out(model_dir, pictures, capsys, tmp_path):
     command = ["export", "--model", model_dir, "--output", tmp_path / "out", "--classes", pictures / "a"]
     code, _, err = run(capsys, *command)
-    assert code == 2 and "expected a folder with one sub-folder of pictures for each class" in err
+    assert code == 2 and "sub-folder of pictures for each of at least two classes, found none" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_single_class_and_pictures_beside_the_classes_are_said(model_dir, pictures, capsys, tmp_path):
+    (tmp_path / "classes" / "bat").mkdir(parents=True)
+    for name in ("bat/a.jpg", "b.jpg", "c.jpg"):
+        shutil.copy(pictures / "blue.jpg", tmp_path / "classes" / name)
+    command = ["export", "--model", model_dir, "--output", tmp_path / "out", "--classes", tmp_path / "classes"]
+    code, _, err = run(capsys, *command)
+    assert code == 2 and "sub-folder of pictures for each of at least two classes, found bat" in err
+    shutil.copytree(tmp_path / "classes" / "bat", tmp_path / "classes" / "fox")
+    code, _, err = run(capsys, *command[:2], pictures, *command[3:])  # no model, which is opened after that
+    assert code == 2 and err.startswith(f"--classes {tmp_path / 'classes'}: passed over: 2 .jpg beside the folders of")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_of_a_pair_that_is_not_there_is_said_before_anything_is_written(
+    model_dir, pictures, capsys, tmp_path, monkeypatch
+):
+    """One that cannot be read is met after the files are written, which is no wrong usage any more."""
+    (tmp_path / "pairs.jsonl").write_text('{"image": "a.jpg", "caption": "a"}\n')
+    command = ["export", "--model", model_dir, "--output", tmp_path / "out", "--pairs", tmp_path / "pairs.jsonl"]
+    code, out, err = run(capsys, *command)
+    assert (code, out) == (2, "") and f"line 1: there is no picture {tmp_path / 'a.jpg'}; paths count from" in err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "a.jpg").write_text("no picture")
+    monkeypatch.setattr(commands, "export_model", lambda *arguments, **options: [])
+    monkeypatch.setattr(commands, "load_exported", lambda *arguments, **options: load_model(str(model_dir)))
+    code, out, err = run(capsys, *command)
+    assert code == 1 and f"the files are exported, but not compared on data: {tmp_path / 'a.jpg'}: " in err
 
 
 def test_pictures_of_classes_are_compared(model_dir, pictures):

@@ -1,5 +1,7 @@
 """Which pictures the words of a command mean, and reading them ahead of the model."""
 
+import errno
+import os
 import tarfile
 import time
 from collections import Counter
@@ -42,6 +44,33 @@ def test_pictures_inside_of_shards(tmp_path):
     (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:700])
     with pytest.raises(ValueError, match=f"{shard}: is no uncompressed tar, or ends in the middle"):
         find_pictures([shard], shards=True)
+
+
+def test_links_to_folders_are_followed_once_each(tmp_path):
+    for name in ("data/own", "elsewhere/deep"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / name / "x.png")
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "data")
+    expected = [str(tmp_path / "data" / name / "x.png") for name in ("link/deep", "own")]
+    assert find_pictures([str(tmp_path / "data")]) == expected
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch, capsys, model_dir):
+    """Root may read all, so that the refusal is made up here."""
+    for name in ("open", "shut"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (9, 9)).save(tmp_path / name / "x.png")
+    scan = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("shut"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    code, out, err = run(capsys, "classify", "--model", model_dir, tmp_path, "--labels", "cat", "dog")
+    assert (code, out) == (2, "") and err == f"error: {tmp_path / 'shut'}: Permission denied\n"
 
 
 @pytest.mark.parametrize("missing", ["no/such/folder", "nothing-*.jpg"])

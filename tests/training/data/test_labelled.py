@@ -67,6 +67,12 @@ def test_folder_of_classes(image_folder, tmp_path):
     assert labelled_folder(str(image_folder), str(tmp_path / "names")).class_names == ["hound", "seal"]
 
 
+def test_pictures_beside_the_classes_are_counted(image_folder, capsys):
+    (image_folder / "loose.PNG").write_bytes(picture("blue"))
+    assert len(labelled_folder(str(image_folder))) == 5
+    assert "passed over: 1 .png beside the folders of classes, 1 .txt" in capsys.readouterr().err
+
+
 def test_hidden_files_and_folders_are_no_data(image_folder):
     clean = labelled_folder(str(image_folder))
     (image_folder / "dog" / "._0.png").write_bytes(b"\0\5\x16\7")
