@@ -472,8 +472,8 @@ READERS: dict[str, Reader] = {
     "export.json": (lambda _: b'{"model_sha256": "0", "logit_scale": 4.6, "files": {"vision_model.onnx": {"sha256": '
                     b'"0", "disagreement": 0.5}}}', read_file("export.json", lambda path: read_record(path.parent)),
                     (ValueError,)),
-    "pairs of export": (lambda _: b'{"image": "a.jpg", "caption": "words"}\n' * 2, read_file("p.jsonl", read_pairs),
-                        (ValueError,)),
+    "pairs of export": (lambda _: b'{"image": "a.jpg", "caption": "words"}\n' * 2, read_file(
+        "p.jsonl", lambda path: (path.with_name("a.jpg").touch(), read_pairs(path))), (ValueError,)),
     "model.safetensors": (a_model("model.safetensors"), read_file(
         "model.safetensors", lambda path: load_dual_encoder(str(path.parent))), (ValueError,)),
     "preprocessor_config.json": (a_model("processor_config.json"), read_file(
