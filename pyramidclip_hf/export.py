@@ -378,7 +378,9 @@ def read_pairs(path: str | Path) -> list[dict[str, str]]:
                 f"({type(error).__name__}: {error})."
             ) from error
         if not os.path.isfile(pair["image"]):
-            raise ValueError(f"{path}, line {number}: there is no picture {pair['image']}; paths count from {path}.")
+            raise ValueError(
+                f"{path}, line {number}: there is no picture {pair['image']}; paths count from that file's folder."
+            )
         pairs.append(pair)
     if not pairs:
         raise ValueError(f"{path}: expected JSON lines with image and caption, it is empty.")
